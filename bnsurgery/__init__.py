@@ -1,0 +1,92 @@
+"""Put BatchNorm into a pretrained network without changing what it computes, and fold it out again.
+
+Importing this package imports nothing heavy: every name below is loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import nn, ops
+    from .calibration import calibrate, recalibrate_
+    from .checkpoint import load, save
+    from .folding import fold
+    from .insertion import insert
+    from .moments import ChannelMoments
+    from .planning import Plan, Site, Skip, plan
+    from .surgery_record import SurgeryRecord, record
+    from .verification import EquivalenceReport, verify
+
+from .errors import (
+    ArchitectureError,
+    BNSurgeryError,
+    BNSurgeryWarning,
+    CalibrationError,
+    CheckpointError,
+    DataError,
+    FoldError,
+    NoSitesError,
+    UntraceableModelError,
+)
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "calibrate": "calibration",
+    "recalibrate_": "calibration",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "fold": "folding",
+    "insert": "insertion",
+    "ChannelMoments": "moments",
+    "Plan": "planning",
+    "Site": "planning",
+    "Skip": "planning",
+    "plan": "planning",
+    "SurgeryRecord": "surgery_record",
+    "record": "surgery_record",
+    "EquivalenceReport": "verification",
+    "verify": "verification",
+}
+
+__all__ = [
+    "ArchitectureError",
+    "BNSurgeryError",
+    "BNSurgeryWarning",
+    "CalibrationError",
+    "ChannelMoments",
+    "CheckpointError",
+    "DataError",
+    "EquivalenceReport",
+    "FoldError",
+    "NoSitesError",
+    "Plan",
+    "Site",
+    "Skip",
+    "SurgeryRecord",
+    "UntraceableModelError",
+    "calibrate",
+    "fold",
+    "insert",
+    "load",
+    "nn",
+    "ops",
+    "plan",
+    "recalibrate_",
+    "record",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("nn", "ops"):
+        return import_module(f".{name}", __name__)
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        return value
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

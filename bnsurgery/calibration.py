@@ -1,0 +1,162 @@
+"""Measure the population moments at every site in one pass over the original network."""
+
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from .batches import inputs, run
+from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError
+from .modes import normalizing_by_batch, observing
+from .moments import ChannelMoments
+from .ops import channel_moments
+from .planning import Plan
+
+
+def calibrate(
+    model: nn.Module, plan: Plan, batches: Iterable[Any], *, progress: bool = False
+) -> dict[str, ChannelMoments]:
+    """Measure μ and σ² of what a BatchNorm at every site of `plan` would see.
+
+    One pass in eval mode under `torch.inference_mode`, all sites at once: inserting changes nothing, so no
+    layer-by-layer order is needed. Population moments over all N·H·W samples (and over all calls of a module that is
+    called more than once), merged across batches in float64; how the data is split does not matter. With
+    `torch.distributed` initialized every rank passes its own shard and all get the moments of the whole.
+
+    Args:
+        model: the original network; its modes, hooks, gradients and torch's random state are left as they were.
+        batches: iterable of inputs, or of tuples whose first item is the input; images of different sizes are fine.
+        progress: show a bar on stderr.
+
+    Returns:
+        By site name, in the plan's order, on the CPU.
+
+    Raises:
+        CalibrationError: no data, a batch that the model does not take, a site that is not reached, has fewer than 2
+            samples or non-finite values; the message names the site.
+
+    References: Wu & Johnson 2021, arXiv:2105.07576, section 3 (population statistics instead of moving averages).
+    """
+    anchors = {site.name: model.get_submodule(site.anchor) for site in plan.sites}
+    # A norm that its layer carries comes before the layer's own hooks, a sibling behind them.
+    first = {site.name for site in plan.sites if not site.in_sequential}
+    with _watching(anchors, output=True, first=first) as measured, observing(model):
+        _feed("calibrate", model, batches, progress)
+    moments = _gather(measured, anchors)
+    _check("calibrate", moments, anchors)
+    return moments
+
+
+def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> None:
+    """Replace the running statistics of every BatchNorm by the population's, in place, after training.
+
+    While the data passes, each BatchNorm normalizes by the batch, as it did in training; its input's mean and
+    (population) variance over all samples become running_mean and running_var. Weight and bias stay. Dropout is off.
+    As `calibrate`, it merges over the ranks of `torch.distributed`.
+
+    Raises:
+        CalibrationError: as `calibrate`; then the model is unchanged.
+        BNSurgeryError: the model has no BatchNorm with running statistics.
+
+    References: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; Wu & Johnson 2021, arXiv:2105.07576, section 3.
+    """
+    norms: dict[str, nn.Module] = {
+        name: module
+        for name, module in bn_model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    if not norms:
+        raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
+    with _watching(norms, output=False) as measured, normalizing_by_batch(bn_model):
+        _feed("recalibrate_", bn_model, batches, progress)
+    moments = _gather(measured, norms)
+    _check("recalibrate_", moments, norms)
+    with torch.no_grad():
+        for name in norms:
+            bn_model.get_buffer(f"{name}.running_mean").copy_(moments[name].mean)
+            bn_model.get_buffer(f"{name}.running_var").copy_(moments[name].variance)
+
+
+def warn_of_dead_channels(moments: dict[str, ChannelMoments], eps: float) -> None:
+    """Warn of channels whose variance is below `eps`: BN would blow up whatever little they say in training."""
+    dead = {name: int((site.variance < eps).sum()) for name, site in moments.items()}
+    dead = {name: count for name, count in dead.items() if count}
+    if dead:
+        worst = sorted(dead, key=lambda name: -dead[name])[:3]
+        listed = ", ".join(f"'{name}' {dead[name]} of {len(moments[name].mean)}" for name in worst)
+        warnings.warn(
+            f"channels with a variance below eps ({eps:g}) on this data, dead or nearly: {sum(dead.values())} in "
+            f"{len(dead)} layers, most in {listed}. They stay exact; training may amplify them.",
+            BNSurgeryWarning,
+            stacklevel=4,
+        )
+
+
+@contextmanager
+def _watching(
+    modules: dict[str, nn.Module], *, output: bool, first: Container[str] = ()
+) -> Iterator[dict[str, ChannelMoments]]:
+    """Collect the moments of each module's output (or else first input) while inside."""
+    measured: dict[str, ChannelMoments] = {}
+
+    def add(name: str, tensor: Tensor) -> None:
+        moments = ChannelMoments(*channel_moments(tensor))
+        measured[name] = measured[name].merge(moments) if name in measured else moments
+
+    def watcher(name: str) -> Callable[..., None]:
+        if output:
+            return lambda module, args, result: add(name, result)
+        return lambda module, args: add(name, args[0])
+
+    handles = []
+    try:
+        for name, module in modules.items():
+            register = module.register_forward_hook if output else module.register_forward_pre_hook
+            handles.append(register(watcher(name), prepend=name in first))
+        yield measured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _feed(operation: str, model: nn.Module, batches: Iterable[Any], progress: bool) -> None:
+    total = len(batches) if isinstance(batches, Sized) else None
+    for batch in tqdm(inputs(batches), desc=operation, total=total, unit="batch", disable=not progress, leave=False):
+        run(operation, model, batch)
+
+
+def _gather(measured: dict[str, ChannelMoments], sites: dict[str, nn.Module]) -> dict[str, ChannelMoments]:
+    """Move to the CPU, and merge over the ranks in rank order, so that all get the same bits."""
+    local = {name: (m.count, m.mean.cpu(), m.m2.cpu()) for name, m in measured.items()}
+    shards: list[dict[str, tuple[int, Tensor, Tensor]]] = [local]
+    if distributed.is_available() and distributed.is_initialized():
+        shards = [{}] * distributed.get_world_size()
+        distributed.all_gather_object(shards, local)
+    result: dict[str, ChannelMoments] = {}
+    for name in sites:
+        for shard in shards:
+            if name in shard:
+                moments = ChannelMoments(*shard[name])
+                result[name] = result[name].merge(moments) if name in result else moments
+    return result
+
+
+def _check(operation: str, moments: dict[str, ChannelMoments], sites: dict[str, nn.Module]) -> None:
+    for name, module in sites.items():
+        where = f"{operation}: '{name}' ({type(module).__name__})"
+        if name not in moments:
+            raise CalibrationError(f"{where}: saw no data. Pass at least one batch that reaches it.")
+        site = moments[name]
+        if site.count < 2:
+            raise CalibrationError(f"{where}: saw {site.count} sample per channel, expected 2 or more. Pass more data.")
+        bad = int((~(site.mean.isfinite() & site.m2.isfinite())).sum())
+        if bad:
+            raise CalibrationError(
+                f"{where}: NaN or Inf in {bad} of {len(site.mean)} channels. Look for non-finite weights or inputs, "
+                "or activations that overflow."
+            )

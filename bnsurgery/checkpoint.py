@@ -1,0 +1,141 @@
+"""Save an inserted model to one safetensors file, and load it without the original weights."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .copies import on_meta
+from .errors import CheckpointError
+from .files import atomic_write
+from .folding import strip_
+from .insertion import Options, edit_
+from .models import identify_model
+from .surgery_record import SurgeryRecord, attach_record, record
+from .weights import describe_mismatch, read_state_dict
+
+# One metadata entry, since safetensors writes several in random order: the record's SHA-256, a space, the record. The
+# digest is there because a flipped bit in the JSON could still parse.
+_KEY = "bnsurgery"
+
+
+def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+    """Write `bn_model` and its record to one safetensors file: to a temporary name first, then renamed.
+
+    The tensors are the state dict, under its keys; any safetensors reader can open the file. Equal models give equal
+    bytes. The architecture noted is what the model is now, so a head replaced after the insertion is in it.
+
+    Raises:
+        CheckpointError: the file exists and `overwrite` is False, or it cannot be written; an old file is intact.
+        BNSurgeryError: the model carries no record.
+    """
+    state = bn_model.state_dict()
+    the_record = record(bn_model)
+    if the_record.architecture is not None:
+        original = on_meta(bn_model)
+        strip_(original, the_record.sites)
+        the_record = replace(the_record, architecture=identify_model(original))
+    write_tensors(state, path, {_KEY: _sealed(the_record.to_json())}, overwrite)
+
+
+def load(
+    path: str | PathLike[str], *, model: nn.Module | None = None, map_location: torch.device | str = "cpu"
+) -> nn.Module:
+    """The model that `save` wrote, in eval mode, with its record.
+
+    Built on the meta device and filled from the file: no random initialization, no unpickling, no original weights.
+    Every parameter comes back contiguous and trainable; ties between parameters are not kept.
+
+    Args:
+        path: a file that `save` wrote.
+        model: the original network, for one that is not torchvision's; used as the skeleton, not changed.
+        map_location: the device to put it on.
+
+    Raises:
+        CheckpointError: not such a file, damaged, of a newer format, or it does not fit the architecture or `model`.
+    """
+    path = Path(path)
+    the_record = read_record(path)
+    if the_record is None:
+        read_state_dict(path)  # a missing or damaged file says so itself
+        raise CheckpointError(f"load: '{path}': not a bnsurgery checkpoint: its metadata holds no record")
+    skeleton = _skeleton(path, the_record, model)
+    state = read_state_dict(path)
+    mismatch = describe_mismatch(
+        {name: tensor.shape for name, tensor in skeleton.state_dict().items()},
+        {name: tensor.shape for name, tensor in state.items()},
+    )
+    if mismatch:
+        raise CheckpointError(f"load: '{path}': the tensors do not fit its record: {mismatch}")
+    skeleton.load_state_dict(state, assign=True)
+    attach_record(skeleton, the_record)
+    return skeleton.to(map_location).eval()
+
+
+def read_record(path: str | PathLike[str]) -> SurgeryRecord | None:
+    """The record in a safetensors file's metadata; None where there is none, or the file is of another kind.
+
+    Raises:
+        CheckpointError: there is a record and it is damaged, or of a newer format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    if _KEY not in metadata:
+        return None
+    text = metadata[_KEY].partition(" ")[2]
+    if metadata[_KEY] != _sealed(text):
+        raise CheckpointError(f"'{path}': the record in its metadata is damaged (its SHA-256 differs)")
+    return SurgeryRecord.from_json(text)
+
+
+def write_tensors(
+    state: Mapping[str, Tensor], path: str | PathLike[str], metadata: dict[str, str], overwrite: bool
+) -> None:
+    """Write a state dict as safetensors, atomically.
+
+    Raises:
+        CheckpointError: the file exists and `overwrite` is False, or it cannot be written.
+    """
+    tensors, seen = {}, set()
+    for name, tensor in state.items():  # safetensors takes no two names for one storage: a shared module has them
+        shared = tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        tensors[name] = (
+            tensor.detach().clone(memory_format=torch.contiguous_format) if shared else tensor.detach().contiguous()
+        )
+    with atomic_write(path, overwrite=overwrite) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) -> nn.Module:
+    if model is None and the_record.architecture is None:
+        raise CheckpointError(
+            f"load: '{path}' holds a {the_record.model}, which is not one of torchvision's: pass model=, the original "
+            "network (its weights do not matter)"
+        )
+    try:
+        if model is not None:
+            skeleton = on_meta(model)
+        else:
+            assert the_record.architecture is not None
+            skeleton = the_record.architecture.build()
+        options = Options(the_record.absorb_bias, the_record.fuse_relu, the_record.eps, the_record.momentum)
+        sites = edit_(skeleton, [inserted.site for inserted in the_record.sites], options)
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration) as error:
+        raise CheckpointError(f"load: '{path}': its record does not fit {the_record.model}: {error}") from error
+    if sites != the_record.sites:
+        raise CheckpointError(f"load: '{path}': its record names other layers than {the_record.model} has")
+    return skeleton.eval()
+
+
+def _sealed(text: str) -> str:
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {text}"

@@ -1,0 +1,193 @@
+"""Take BatchNorm out again: fold it into the neighbouring layers, which get back their original form."""
+
+import copy
+from collections.abc import Iterable
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import FoldError
+from .module_tree import place, remove, replace
+from .nn import Normed
+from .nn.identity import kernel_scale_shift
+from .nn.normed import detach_, detached_class
+from .surgery_record import InsertedSite, detach_record, record
+from .tracing import LAYERS, Layer
+
+_PLAIN_FORWARDS = {cls.forward for cls in LAYERS}
+_PLAIN_CONV_FORWARDS = {getattr(cls, "_conv_forward", None) for cls in LAYERS}
+
+
+def fold(bn_model: nn.Module, *, allow_partial: bool = False) -> nn.Module:
+    """A copy of `bn_model` without the BatchNorm layers that `insert` put in, computing the same in eval mode.
+
+    With scale a = weight/√(running_var + eps) and shift s = bias − running_mean·a, a layer before its norm becomes
+    W·a, b·a + s (per output channel), and a layer behind a post-activation norm W·a, b + W·s (per input channel).
+    Channels that are still the identity (a = 1, s = 0) keep their bits, so an untrained insertion folds back to the
+    original exactly. Class and state-dict keys are the original's; only a layer that never had a bias gets one if
+    its norm shifts.
+
+    Args:
+        bn_model: from `insert` or `load`, trained since or not; not changed.
+        allow_partial: leave in place what cannot be folded, instead of raising. The result then still carries a
+            norm or more, and no record.
+
+    Raises:
+        FoldError: a post-activation norm has no layer that could take it, or a norm or layer is gone or was replaced
+            by something else, or the layer's weight is tied, computed, or used in a way of its own; named, with the
+            reason.
+        BNSurgeryError: the model carries no record.
+    """
+    the_record = record(bn_model)
+    obstacles = {inserted.norm: _obstacle(bn_model, inserted) for inserted in the_record.sites}
+    refused = {norm: reason for norm, reason in obstacles.items() if reason}
+    if refused and not allow_partial:
+        norm, reason = next(iter(refused.items()))
+        more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
+        raise FoldError(f"fold: '{norm}': {reason}{more}. allow_partial=True leaves such norms in place.")
+    plain = copy.deepcopy(bn_model)
+    sites = [inserted for inserted in the_record.sites if inserted.norm not in refused]
+    _fold_(plain, sites)
+    strip_(plain, sites)
+    detach_record(plain)
+    return plain
+
+
+def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:
+    """Why this norm cannot be folded, or None."""
+    try:
+        norm, layer = model.get_submodule(inserted.norm), model.get_submodule(inserted.layer)
+        target = model.get_submodule(inserted.next_layer) if inserted.next_layer is not None else None
+        model.get_submodule(inserted.relu or "")
+    except AttributeError as error:
+        return f"the model was changed since the insertion: {error}"
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
+        return f"is a {type(norm).__name__}, expected a BatchNorm with running statistics"
+    scale, shift = _scale_shift(norm)
+    if len(scale) != inserted.site.channels:
+        return f"has {len(scale)} channels, expected {inserted.site.channels}"
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+        return "its parameters or statistics are not finite"
+    if (scale == 1).all() and (shift == 0).all():
+        return None
+    if inserted.site.anchor != inserted.site.name:
+        if target is None:
+            return (
+                f"stands behind the activation of '{inserted.layer}', and no single dense layer, or conv without zero "
+                "padding, follows that could take its shift"
+            )
+        layer = target
+    reason = _unfoldable(model, layer)
+    return (
+        f"cannot be folded into {type(layer).__name__} '{inserted.next_layer or inserted.layer}', {reason}"
+        if reason
+        else None
+    )
+
+
+def _unfoldable(model: nn.Module, layer: nn.Module) -> str | None:
+    """Why scaling this layer's weight would not scale its output, or would scale something else too; or None."""
+    plain = detached_class(layer)
+    if plain.forward not in _PLAIN_FORWARDS or getattr(plain, "_conv_forward", None) not in _PLAIN_CONV_FORWARDS:
+        return "whose class has a forward of its own"
+    weight = layer._parameters.get("weight")
+    if weight is None or layer._forward_pre_hooks:
+        return "whose weight is computed (parametrized, normalized or pruned)"
+    users = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
+    return "whose weight is tied to another layer's" if len(users) > 1 else None
+
+
+def _fold_(model: nn.Module, sites: list[InsertedSite]) -> None:
+    for inserted in sites:
+        layer = _layer(model, inserted.layer)
+        scale, shift = (torch.from_numpy(array) for array in _scale_shift(model.get_submodule(inserted.norm)))
+        if inserted.absorbed_bias:  # the bias was dropped: give it back before adding to it
+            layer.bias = _zero_bias(layer)
+        if bool((scale == 1).all() and (shift == 0).all()):
+            continue  # nothing to fold, and every bit stays
+        if inserted.site.anchor == inserted.site.name:
+            _fold_into_output(layer, scale, shift)
+        elif inserted.next_layer is not None:
+            _fold_into_input(_layer(model, inserted.next_layer), scale, shift)
+
+
+def strip_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
+    """Change the module tree only: norms out, ReLUs and dropped biases back, numbers as they were."""
+    found = [  # before any edit: removing a sibling renumbers those behind it
+        (
+            inserted,
+            model.get_submodule(inserted.norm),
+            _layer(model, inserted.layer),
+            model.get_submodule(inserted.relu) if inserted.relu is not None else None,
+        )
+        for inserted in sites
+    ]
+    for inserted, norm, layer, identity in found:
+        parent, name = place(model, norm)
+        if isinstance(parent, Normed):
+            detach_(parent)
+        else:
+            remove(parent, name)
+        if inserted.absorbed_bias and layer.bias is None:
+            layer.bias = _zero_bias(layer)
+        if identity is not None:
+            replace(model, identity, nn.ReLU(inplace=inserted.relu_inplace).train(identity.training))
+
+
+def _fold_into_output(layer: Layer, scale: Tensor, shift: Tensor) -> None:
+    """W·a and b·a + s, per output channel (dim 0), where not the identity."""
+    weight, bias = layer.weight.detach().cpu(), _bias(layer)
+    identity = (scale == 1) & (shift == 0)
+    _set(layer, "weight", weight * scale.view(-1, *[1] * (weight.ndim - 1)))
+    if layer.bias is not None or bool((shift != 0).any()):
+        _set(layer, "bias", torch.where(identity, bias, bias * scale + shift))
+
+
+def _fold_into_input(layer: Layer, scale: Tensor, shift: Tensor) -> None:
+    """W·a and b + W·s, per input channel (dim 1; features of a flattened map in channel-major order)."""
+    weight = layer.weight.detach().cpu()
+    if isinstance(layer, nn.Linear):
+        repeats = layer.in_features // len(scale)
+        a, s = scale.repeat_interleave(repeats), shift.repeat_interleave(repeats)
+    else:  # each group of output channels sees its own slice of the input channels
+        per_group = weight.shape[1]
+        rows = torch.arange(weight.shape[0]) // (weight.shape[0] // layer.groups)
+        shape = (weight.shape[0], per_group, *[1] * (weight.ndim - 2))
+        a, s = scale.view(-1, per_group)[rows].view(shape), shift.view(-1, per_group)[rows].view(shape)
+    _set(layer, "bias", _bias(layer) + (weight * s).flatten(1).sum(1, dtype=torch.float64))
+    _set(layer, "weight", weight * a)
+
+
+def _zero_bias(layer: Layer) -> nn.Parameter:
+    return nn.Parameter(layer.weight.new_zeros(len(layer.weight)), layer.weight.requires_grad)
+
+
+def _bias(layer: Layer) -> Tensor:
+    """The layer's bias, or zeros, in float64: where terms cancel, float32 sums would lose digits."""
+    if layer.bias is None:
+        return torch.zeros(len(layer.weight), dtype=torch.float64)
+    return layer.bias.detach().cpu().double()
+
+
+def _set(layer: Layer, name: str, value: Tensor) -> None:
+    old = getattr(layer, name)
+    like = layer.weight if old is None else old
+    value = value.to(device=like.device, dtype=like.dtype)
+    if old is None:
+        layer.register_parameter(name, nn.Parameter(value, requires_grad=like.requires_grad))
+    else:
+        with torch.no_grad():
+            old.copy_(value)
+
+
+def _layer(model: nn.Module, name: str) -> Layer:
+    return cast(Layer, model.get_submodule(name))
+
+
+def _scale_shift(module: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    norm = cast(_BatchNorm, module)
+    assert norm.running_mean is not None and norm.running_var is not None
+    return kernel_scale_shift(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)

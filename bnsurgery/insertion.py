@@ -1,0 +1,234 @@
+"""Put BatchNorm into a network: the edit of the module tree, and the parameters that change nothing."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from .batches import outputs, peek, run
+from .calibration import calibrate, warn_of_dead_channels
+from .errors import BNSurgeryError, CalibrationError
+from .modes import observing
+from .module_tree import insert_after, replace
+from .moments import ChannelMoments, digest
+from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .nn.identity import identity_parameters
+from .nn.normed import attach_
+from .planning import Layers, Placement, Plan, Site, plan
+from .surgery_record import InsertedSite, SurgeryRecord, attach_record, carries_record, describe_model
+from .tracing import Layer
+
+_NORM_CLASSES: dict[int, type[BatchNorm1d | BatchNorm2d | BatchNorm3d]] = {
+    2: BatchNorm1d,
+    3: BatchNorm1d,
+    4: BatchNorm2d,
+    5: BatchNorm3d,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the norms are made: see `insert`."""
+
+    absorb_bias: bool = False
+    fuse_relu: bool = True
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.eps, float) and 0 < self.eps <= 1):
+            raise ValueError(f"insert: eps must be a number above 0 and at most 1, got {self.eps!r}")
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise ValueError(f"insert: momentum must be None or between 0 and 1, got {self.momentum!r}")
+
+    def check(self, placement: str) -> None:
+        """Raise ValueError where these options do not go with `placement`."""
+        if self.absorb_bias and placement != "pre-activation":
+            raise ValueError("insert: absorbing biases needs placement 'pre-activation': no shift passes an activation")
+
+
+def insert(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    placement: Placement = "pre-activation",
+    layers: Layers = "all",
+    head: bool = False,
+    absorb_bias: bool = False,
+    fuse_relu: bool = True,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    progress: bool = False,
+) -> nn.Module:
+    """A copy of `model` with BatchNorm behind its layers that computes, in eval mode, the same bits.
+
+    Every site's mean μ and population variance σ² are measured on `batches`; the norm there gets running_mean = bias
+    = μ, running_var = σ² and the weight = √(σ² + eps) whose rounding makes the layer exactly the identity. In train
+    mode it normalizes by the batch and so drifts with small batches: see `verify`.
+
+    In a `nn.Sequential` the norm follows its layer and what is behind is renumbered, which with `layers="conv"` gives
+    torchvision's vgg*_bn layout; elsewhere it becomes the layer's child `norm`, and the layer keeps its keys.
+
+    Args:
+        model: a BN-free network; not changed.
+        batches: calibration inputs in `model`'s own preprocessing: an iterable of tensors, or of tuples whose first
+            item is the input.
+        placement: "pre-activation" or "post-activation", see `plan`.
+        layers: "all", "conv", "dense", or a predicate (fqn, module) -> bool.
+        head: also put one behind the output layer.
+        absorb_bias: drop the layers' biases, which BN's shift makes redundant; equal to about 1e-6 then, not bitwise.
+        fuse_relu: let the norm apply a following `nn.ReLU`, whose place keeps an `nn.Identity`.
+        eps: added to the variance, above 0 and at most 1.
+        momentum: of the running statistics in training, as in torch; None averages cumulatively.
+        progress: show a bar on stderr.
+
+    Raises:
+        UntraceableModelError, NoSitesError, CalibrationError: see `plan` and `calibrate`; `model` is as before.
+        BNSurgeryError: `model` was inserted into before, cannot be copied, or its code looks at its own layers so that
+            the result would compute something else.
+        ValueError: an option is out of range.
+
+    References: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.
+    """
+    options = Options(absorb_bias, fuse_relu, eps, momentum)
+    options.check(placement)
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws a seed at every start
+        example, batches = peek(batches)
+    the_plan = plan(model, example, placement=placement, layers=layers, head=head)
+    _check_model(model)
+    bn_model = _copy(model)
+    moments = calibrate(model, the_plan, batches, progress=progress)
+    insert_(bn_model, the_plan, moments, options)
+    if not absorb_bias:
+        _check_result(model, bn_model, example[:1])
+    return bn_model
+
+
+def insert_(model: nn.Module, plan: Plan, moments: dict[str, ChannelMoments], options: Options = Options()) -> None:
+    """`insert`, in place, from a plan and moments at hand.
+
+    Raises:
+        CalibrationError: the moments do not fit into the norms' dtype; the model is unchanged.
+    """
+    parameters = {site.name: _parameters(model, site, moments[site.name], options) for site in plan.sites}
+    warn_of_dead_channels(moments, options.eps)
+    description = describe_model(model)
+    with torch.inference_mode(False):
+        sites = edit_(model, plan.sites, options)
+        for inserted in sites:
+            norm = model.get_submodule(inserted.norm)
+            with torch.no_grad():
+                for name, value in parameters[inserted.site.name].items():
+                    getattr(norm, name).copy_(value)
+    record = SurgeryRecord(
+        **description,
+        placement=plan.placement,
+        layers=plan.layers,
+        head=plan.head,
+        **asdict(options),
+        sites=sites,
+        calibration_digest=digest(moments),
+    )
+    attach_record(model, record)
+
+
+def _check_model(model: nn.Module) -> None:
+    if carries_record(model):
+        raise BNSurgeryError(
+            f"insert: {type(model).__name__} has been inserted into already, and one record describes one insertion: "
+            "fold it first, then choose all layers at once"
+        )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        with torch.inference_mode(False):  # tensors made under inference mode could never be trained
+            return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise BNSurgeryError(
+            f"insert: {type(model).__name__} cannot be copied: {str(error).splitlines()[0]} "
+            "Run it once under torch.no_grad() if it computes its weights in a hook (pruning, old weight_norm)."
+        ) from error
+
+
+def _check_result(model: nn.Module, bn_model: nn.Module, sample: torch.Tensor) -> None:
+    """The promise, kept or the model is not given out: code may do what no trace shows, such as index its layers."""
+    with observing(model), observing(bn_model):
+        once, again, got = (outputs(run("insert", net, sample)) for net in (model, model, bn_model))
+    same_twice = all(map(torch.equal, once, again))
+    if same_twice and not (len(once) == len(got) and all(map(torch.equal, once, got))):
+        raise BNSurgeryError(
+            f"insert: {type(model).__name__} computes something else after the insertion, so it is not given out. Does "
+            "its code look at its own layers (by index, type, hook)? Leave these out with layers=, or fuse_relu=False."
+        )
+
+
+def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[InsertedSite, ...]:
+    """Change the module tree only: fresh norms behind every site's anchor, ReLUs taken over, biases dropped.
+
+    Works on a model on the meta device too, where nothing is allocated.
+    """
+    edits = []
+    for site in sites:  # modules before any edit: renumbering changes names
+        layer, anchor = cast(Layer, model.get_submodule(site.name)), model.get_submodule(site.anchor)
+        relu = model.get_submodule(site.relu) if site.relu is not None and options.fuse_relu else None
+        following = model.get_submodule(site.next_layer) if site.next_layer is not None else None
+        edits.append((site, layer, anchor, relu, following))
+    made = []
+    for site, layer, anchor, relu, following in edits:
+        norm = _NORM_CLASSES[site.ndim](
+            site.channels,
+            options.eps,
+            options.momentum,
+            device=layer.weight.device,
+            dtype=_norm_dtype(layer),
+            activation="relu" if relu is not None else None,
+        ).train(anchor.training)
+        absorbed = options.absorb_bias and layer.bias is not None and anchor is layer
+        if absorbed:
+            layer.register_parameter("bias", None)
+        if site.in_sequential:
+            insert_after(model, anchor, norm)
+        else:
+            attach_(anchor, norm)
+        identity = nn.Identity().train(relu.training) if relu is not None else None
+        if relu is not None and identity is not None:
+            replace(model, relu, identity)
+        made.append((site, layer, norm, identity, bool(relu is not None and relu.inplace), following, absorbed))
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(
+        InsertedSite(
+            site=site,
+            layer=names[layer],
+            norm=names[norm],
+            relu=names[identity] if identity is not None else None,
+            relu_inplace=inplace,
+            next_layer=names[following] if following is not None else None,
+            absorbed_bias=absorbed,
+        )
+        for site, layer, norm, identity, inplace, following, absorbed in made
+    )
+
+
+def _parameters(model: nn.Module, site: Site, moments: ChannelMoments, options: Options) -> dict[str, torch.Tensor]:
+    layer = cast(Layer, model.get_submodule(site.name))
+    dtype = _norm_dtype(layer)
+    mean, variance = moments.mean.numpy(), moments.variance.numpy()
+    largest = max(np.abs(mean).max(), variance.max())
+    if largest > torch.finfo(dtype).max / 4:
+        raise CalibrationError(
+            f"insert: '{site.name}' ({site.layer}): a channel's mean or variance is {largest:.3g}, "
+            f"too large for {dtype}"
+        )
+    values = identity_parameters(mean, variance, options.eps, dtype)
+    if options.absorb_bias and layer.bias is not None:
+        values["running_mean"] = (moments.mean - layer.bias.detach().double().cpu()).to(dtype)
+    return values
+
+
+def _norm_dtype(layer: Layer) -> torch.dtype:
+    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32

@@ -1,0 +1,54 @@
+"""Per-channel moments that merge exactly, however the data was split."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelMoments:
+    """Count, mean and centred sum of squares of each channel.
+
+    Attributes:
+        count: samples per channel, N·H·W.
+        mean: μ, shape (C,), float64, in activation units.
+        m2: Σ(x − μ)², shape (C,), float64, in activation units squared.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance σ² = m2 / count, shape (C,), float64: no Bessel correction."""
+        return self.m2 / self.count
+
+    def merge(self, other: "ChannelMoments") -> "ChannelMoments":
+        """The moments of both samples together.
+
+        m2 = m2ₐ + m2_b + δ²·nₐ·n_b/n with δ = μ_b − μₐ, which never subtracts large sums.
+
+        References: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1.
+        """
+        if not other.count:
+            return self
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        share = other.count / count
+        return ChannelMoments(
+            count, self.mean + delta * share, self.m2 + other.m2 + delta * delta * (self.count * share)
+        )
+
+
+def digest(moments: Mapping[str, ChannelMoments]) -> str:
+    """SHA-256 of all moments, by site name and to the bit: two calibrations are the same where this is."""
+    sha = hashlib.sha256()
+    for name, site in moments.items():
+        sha.update(f"{name}\0{site.count}\0".encode())
+        for tensor in (site.mean, site.m2):
+            sha.update(tensor.to(torch.float64).numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,56 @@
+"""A layer that carries its norm as a child: for layers whose parent is not a `nn.Sequential`.
+
+The layer keeps its place, its own keys (`squeeze.weight`) and its base class; the norm adds `squeeze.norm.*`.
+A subclass rather than a forward hook: tracers, exporters and readers of `print(model)` see it.
+"""
+
+from typing import Any
+
+from torch import nn
+
+
+class Normed(nn.Module):
+    """Mixin in front of a layer class: forward is `norm(layer(x))`. Made by `attach_`, undone by `detach_`."""
+
+    norm: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, then the norm."""
+        return self.norm(super().forward(*args, **kwargs))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle and copy have to be told how to make it again.
+        return _empty, (detached_class(self),), self.__getstate__()
+
+
+def normed_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class `Normed<Base>`, one for each base class."""
+    if base not in _CLASSES:
+        doc = {"__doc__": f"`{base.__name__}` with a norm behind it."}
+        _CLASSES[base] = type(f"Normed{base.__name__}", (Normed, base), doc)
+    return _CLASSES[base]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def attach_(layer: nn.Module, norm: nn.Module) -> None:
+    """Make `layer` apply `norm` to its output, in place: the same object, parameters and hooks."""
+    layer.__class__ = normed_class(type(layer))
+    layer.norm = norm
+
+
+def detach_(layer: nn.Module) -> None:
+    """Undo `attach_`."""
+    del layer.norm
+    layer.__class__ = detached_class(layer)
+
+
+def detached_class(layer: nn.Module) -> type[nn.Module]:
+    """The layer's class without the mixin."""
+    return type(layer).__mro__[2] if isinstance(layer, Normed) else type(layer)
+
+
+def _empty(base: type[nn.Module]) -> nn.Module:
+    cls = normed_class(base)
+    return cls.__new__(cls)

@@ -1,0 +1,288 @@
+"""Decide where BatchNorm goes: the sites of a model, and for every other layer the reason why not."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .batches import first_input, run
+from .errors import NoSitesError
+from .modes import observing
+from .nn import Normed
+from .tables import table
+from .tracing import LAYER_FUNCTIONS, LAYERS, Layer, Trace, is_activation, is_norm
+
+Placement = Literal["pre-activation", "post-activation"]
+Layers = Literal["all", "conv", "dense"] | Callable[[str, nn.Module], bool]
+PLACEMENTS = ("pre-activation", "post-activation")
+LAYER_CHOICES = ("all", "conv", "dense")
+_NORMALIZED = "normalized already"
+_SHIFT_TRANSPARENT = (
+    nn.Identity,
+    nn.Flatten,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+)
+_BATCHED_NDIM = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place for a BatchNorm, named by its layer.
+
+    Attributes:
+        name: fqn of the conv or dense layer in the original model.
+        layer: the layer's class name.
+        kind: "conv" or "dense".
+        channels: output channels or features, C.
+        ndim: dimensions of the layer's output: 2 for (N, C), 4 for (N, C, H, W).
+        anchor: fqn of the module behind which the norm goes: the layer, or its activation (post-activation).
+        in_sequential: whether the norm becomes the anchor's next sibling, or else its child `norm`.
+        activation: class name of the activation module that alone consumes the layer, if any.
+        relu: fqn of the `nn.ReLU` that the norm can take over (pre-activation only).
+        next_layer: fqn of the layer that a post-activation norm folds into; None where it cannot.
+    """
+
+    name: str
+    layer: str
+    kind: str
+    channels: int
+    ndim: int
+    anchor: str
+    in_sequential: bool
+    activation: str | None = None
+    relu: str | None = None
+    next_layer: str | None = None
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer that gets no BatchNorm: its fqn, its class name, and why."""
+
+    name: str
+    layer: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where BatchNorm goes (`sites`, in order of definition) and where not (`skipped`)."""
+
+    model: str
+    sites: tuple[Site, ...]
+    skipped: tuple[Skip, ...]
+    placement: str
+    layers: str
+    head: bool
+
+    def __str__(self) -> str:
+        rows = [
+            (site.name, site.layer, site.channels, site.activation, "sibling" if site.in_sequential else "child")
+            for site in self.sites
+        ]
+        text = table(("site", "layer", "channels", "activation", "BatchNorm as"), rows)
+        if self.skipped:
+            text += "\n\n" + table(("skipped", "layer", "reason"), [(s.name, s.layer, s.reason) for s in self.skipped])
+        return f"{text}\n\n{self.model}: {len(self.sites)} sites, {len(self.skipped)} skipped, {self.placement}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def plan(
+    model: nn.Module,
+    example: Any,
+    *,
+    placement: Placement = "pre-activation",
+    layers: Layers = "all",
+    head: bool = False,
+) -> Plan:
+    """Find the sites of `model` without changing it.
+
+    The forward pass is traced with torch.fx to see what follows each layer, and run once on `example` for the number
+    of dimensions of each output.
+
+    Args:
+        model: any network of conv, dense, activation, pooling, reshaping and arithmetic.
+        example: an input batch, or a tuple whose first item is one; one sample is enough.
+        placement: "pre-activation" puts the norm between layer and activation, as in the BN paper; "post-activation"
+            puts it behind the activation, from where it folds back only into a dense layer or a conv without padding.
+        layers: "all", "conv", "dense", or a predicate (fqn, module) -> bool.
+        head: also take the layers with no other layer between them and the output (the logits).
+
+    Raises:
+        UntraceableModelError: the forward pass cannot be followed.
+        NoSitesError: nothing to insert; the message says why, by layer.
+        CalibrationError: `example` is no batch that the model takes.
+        ValueError: `placement` or `layers` is not one of the above.
+
+    References: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.2 (placement).
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"plan: placement must be one of {PLACEMENTS}, got {placement!r}")
+    if not callable(layers) and layers not in LAYER_CHOICES:
+        raise ValueError(f"plan: layers must be one of {LAYER_CHOICES} or a predicate, got {layers!r}")
+    trace = Trace(model)
+    ndims = _output_ndims(model, first_input(example))
+    sites: list[Site] = []
+    skipped: list[Skip] = []
+    for module, name in trace.names.items():
+        if not isinstance(module, LAYERS):
+            continue
+        found = _consider(trace, module, name, ndims.get(module, set()), placement, layers, head)
+        if isinstance(found, str):
+            skipped.append(Skip(name, type(module).__name__, found))
+        else:
+            sites.append(found)
+    for node in trace.graph.nodes:
+        if node.op == "call_function" and node.target in LAYER_FUNCTIONS:
+            skipped.append(
+                Skip(node.name, node.target.__name__, "called as a function: no module to put a norm behind")
+            )
+    chosen = layers if isinstance(layers, str) else getattr(layers, "__name__", "custom")
+    result = Plan(type(model).__name__, tuple(sites), tuple(skipped), placement, chosen, head)
+    _check(result)
+    return result
+
+
+def _consider(
+    trace: Trace, module: Layer, name: str, ndims: set[int], placement: str, layers: Layers, head: bool
+) -> Site | str:
+    """The site at `module`, or the reason why there is none."""
+    if isinstance(module, Normed):
+        return f"{_NORMALIZED} by '{name}.norm' ({type(module.norm).__name__})"
+    if not trace.calls(module):
+        return "never called in the forward pass"
+    following = list(trace.next_layers(module))
+    for node in following:
+        if is_norm(node):
+            norm = node.meta.get("module")
+            name, kind = (trace.names[norm], type(norm).__name__) if norm else (node.name, "function")
+            return f"{_NORMALIZED} by '{name}' ({kind})"
+    kind = "dense" if isinstance(module, nn.Linear) else "conv"
+    if not (layers(name, module) if callable(layers) else layers in ("all", kind)):
+        return f"left out by layers={layers!r}" if isinstance(layers, str) else "left out by the layers predicate"
+    if not following and not head:
+        return "output layer (the head option takes it too)"
+    expected = next(n for cls, n in _BATCHED_NDIM.items() if isinstance(module, cls))
+    if ndims != {expected}:
+        seen = " or ".join(map(str, sorted(ndims))) or "unknown"
+        return f"its output has {seen} dimensions; BatchNorm needs {expected}, with the channels second"
+    activation = trace.only_user(module)
+    activation = activation if is_activation(activation) else None
+    anchor: nn.Module = module
+    if placement == "post-activation":
+        if activation is not None:
+            anchor = activation
+        elif trace.only_user(module) is None:
+            return "no activation module of its own to put the norm behind (a function, or shared with other layers)"
+    if hasattr(anchor, "norm"):
+        return "has an attribute 'norm' of its own, where the BatchNorm would go"
+    in_sequential = _in_sequential(trace, anchor)
+    # The hooks of a layer that carries its norm run behind the norm: they must not see the ReLU's output.
+    fusible = placement == "pre-activation" and (in_sequential or not _is_hooked(anchor))
+    relu = activation if fusible and _can_take_over(activation) else None
+    next_layer = _folds_into(trace, anchor, flat=expected == 2) if placement == "post-activation" else None
+    return Site(
+        name=name,
+        layer=type(module).__name__,
+        kind=kind,
+        channels=module.out_features if isinstance(module, nn.Linear) else module.out_channels,
+        ndim=expected,
+        anchor=trace.names[anchor],
+        in_sequential=in_sequential,
+        activation=type(activation).__name__ if activation else None,
+        relu=trace.names[relu] if relu else None,
+        next_layer=trace.names[next_layer] if next_layer else None,
+    )
+
+
+def _can_take_over(activation: nn.Module | None) -> bool:
+    """Whether the norm may apply this ReLU itself and leave an Identity in its place: nobody else must look at it."""
+    return type(activation) is nn.ReLU and not _is_hooked(activation)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _folds_into(trace: Trace, anchor: nn.Module, flat: bool) -> nn.Module | None:
+    """The one layer that consumes `anchor` with nothing between that treats a constant shift otherwise.
+
+    Zero padding does: a shifted input would need its border shifted too. A dense layer has to see the channels: `flat`
+    says whether they are the last dim already.
+    """
+    user = trace.only_user(anchor)
+    while isinstance(user, _SHIFT_TRANSPARENT):
+        if isinstance(user, nn.Flatten):
+            if (user.start_dim, user.end_dim) != (1, -1):
+                return None
+            flat = True
+        user = trace.only_user(user)
+    if not isinstance(user, LAYERS):
+        return None
+    if isinstance(user, nn.Linear):
+        return user if flat else None
+    if user.padding_mode != "zeros" or not any(user._reversed_padding_repeated_twice):
+        return user
+    return None
+
+
+def _in_sequential(trace: Trace, anchor: nn.Module) -> bool:
+    """Whether the norm can be the anchor's next sibling in a `nn.Sequential`, renumbering those behind it.
+
+    Only where the Sequential's own forward makes every call: code that picks children or weights by index would be
+    misled. And only where the anchor stands in one place, since the other one would run without its norm.
+    """
+    parents = [parent for parent in trace.names for child in parent._modules.values() if child is anchor]
+    if len(parents) != 1 or type(parents[0]).forward is not nn.Sequential.forward:
+        return False
+    children = list(parents[0].children())
+    callers = set().union(*(trace.callers.get(child, set()) for child in children))
+    return callers == {parents[0]} and not trace.read.intersection(children)
+
+
+def _output_ndims(model: nn.Module, example: Tensor) -> dict[nn.Module, set[int]]:
+    ndims: dict[nn.Module, set[int]] = {}
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        ndims.setdefault(module, set()).add(output.ndim)
+
+    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, LAYERS)]
+    try:
+        with observing(model):
+            run("plan", model, example[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ndims
+
+
+def _check(result: Plan) -> None:
+    """Raise NoSitesError where there is no site, or where a BN network is taken for a BN-free one."""
+    normalized = [skip for skip in result.skipped if skip.reason.startswith(_NORMALIZED)]
+    conv_sites = [site for site in result.sites if site.kind == "conv"]
+    if normalized and (not result.sites or (result.layers == "all" and not conv_sites)):
+        first = normalized[0]
+        others = ", ".join(f"'{site.name}'" for site in result.sites)
+        advice = (
+            f"Its dense layers without one ({others}) get one with layers='dense'." if others else "Nothing to insert."
+        )
+        raise NoSitesError(
+            f"plan: {result.model} has normalization layers already: {len(normalized)} of its layers are followed by "
+            f"one, such as '{first.name}': {first.reason}. {advice}"
+        )
+    if not result.sites:
+        examples = {skip.reason: skip for skip in reversed(result.skipped)}
+        counts = Counter(skip.reason for skip in result.skipped)
+        reasons = "; ".join(f"{counts[r]} × {r}, such as '{examples[r].name}' ({examples[r].layer})" for r in counts)
+        raise NoSitesError(f"plan: {result.model} has no place for a BatchNorm: {reasons or 'no conv or dense layer'}.")

@@ -1,0 +1,193 @@
+"""What a surgery did, kept with the model and in its checkpoint; JSON both ways."""
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+import bnsurgery
+
+from .errors import BNSurgeryError, CheckpointError
+from .models import Architecture, identify_model
+from .planning import Site
+from .tables import table
+
+FORMAT_VERSION = 1
+_ATTRIBUTE = "_bnsurgery_record"
+
+
+@dataclass(frozen=True)
+class InsertedSite:
+    """A site and the names that its parts have in the BN model.
+
+    Attributes:
+        site: the site as planned, named as in the original model.
+        layer: fqn of the conv or dense layer now.
+        norm: fqn of its BatchNorm.
+        relu: fqn of the Identity that stands for the ReLU which the norm applies, if any.
+        relu_inplace: whether that ReLU worked in place.
+        next_layer: fqn of the layer that a post-activation norm folds into now.
+        absorbed_bias: whether the layer's bias was dropped.
+    """
+
+    site: Site
+    layer: str
+    norm: str
+    relu: str | None
+    relu_inplace: bool
+    next_layer: str | None
+    absorbed_bias: bool
+
+
+@dataclass(frozen=True)
+class SurgeryRecord:
+    """How a BN model came about, in the terms of `insert`.
+
+    Attributes:
+        model: class name of the original model.
+        architecture: the torchvision architecture, where it is one.
+        weights_digest: `state_digest` of the original's state dict.
+        calibration_digest: SHA-256 of the calibration's moments, see `moments.digest`.
+        provenance: where weights and images came from, as far as the caller said.
+        versions: of the libraries that did it.
+    """
+
+    model: str
+    architecture: Architecture | None
+    weights_digest: str
+    placement: str
+    layers: str
+    head: bool
+    absorb_bias: bool
+    fuse_relu: bool
+    eps: float
+    momentum: float | None
+    sites: tuple[InsertedSite, ...]
+    calibration_digest: str
+    provenance: dict[str, str | int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    format_version: int = FORMAT_VERSION
+
+    def __str__(self) -> str:
+        rows = [(s.site.name, s.norm, s.site.channels, s.site.activation) for s in self.sites]
+        text = table(("site", "BatchNorm", "channels", "activation"), rows)
+        return f"{text}\n\n{self.model}: {len(self.sites)} BatchNorm layers, {self.placement}, layers={self.layers}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """One line, keys sorted: equal records give equal text."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "SurgeryRecord":
+        """Read what `to_json` wrote, believing nothing.
+
+        Raises:
+            CheckpointError: not JSON, of a newer format, or a field is missing, unknown or of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"record: not JSON: {error}") from None
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise CheckpointError(f"record: got format version {version!r}, expected {FORMAT_VERSION}")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"record: written in format version {version}; this bnsurgery reads up to {FORMAT_VERSION}: upgrade it"
+            )
+        return typing.cast(SurgeryRecord, _parse(cls, data, "record"))
+
+
+def record(bn_model: nn.Module) -> SurgeryRecord:
+    """What `insert` did to this model.
+
+    Raises:
+        BNSurgeryError: the model was not made by `insert` or `load`.
+    """
+    found = getattr(bn_model, _ATTRIBUTE, None)
+    if not isinstance(found, SurgeryRecord):
+        raise BNSurgeryError(
+            f"record: {type(bn_model).__name__} carries no record: it was not made by bnsurgery.insert or .load "
+            "(a wrapped model carries it inside: pass model.module)"
+        )
+    return found
+
+
+def carries_record(model: nn.Module) -> bool:
+    """Whether `model` was made by `insert` or `load`."""
+    return isinstance(getattr(model, _ATTRIBUTE, None), SurgeryRecord)
+
+
+def attach_record(model: nn.Module, record: SurgeryRecord) -> None:
+    """Make `record(model)` return this."""
+    setattr(model, _ATTRIBUTE, record)
+
+
+def detach_record(model: nn.Module) -> None:
+    """Undo `attach_record`."""
+    delattr(model, _ATTRIBUTE)
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """The record's fields that speak of the original model, taken before any edit."""
+    return {
+        "model": type(model).__name__,
+        "architecture": identify_model(model),
+        "weights_digest": state_digest(model.state_dict()),
+    }
+
+
+def state_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over every entry's key, dtype, shape and bytes, in key order: equal where the weights are, to the bit."""
+    sha = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what takes part in the result."""
+    return {module.__name__: str(module.__version__) for module in (bnsurgery, torch, torchvision)}
+
+
+def _parse(expected: Any, value: Any, where: str) -> Any:
+    """`value`, checked against the type `expected` and built into dataclasses and tuples."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            if (value is None) == (option is type(None)):
+                try:
+                    return _parse(option, value, where)
+                except CheckpointError:
+                    if option is arguments[-1] or type(None) in arguments:
+                        raise
+    elif isinstance(expected, type) and is_dataclass(expected) and isinstance(value, dict):
+        hints = typing.get_type_hints(expected)
+        names = {f.name for f in fields(expected)}
+        if set(value) != names:
+            raise CheckpointError(f"{where}: fields missing or unknown: {sorted(set(value) ^ names)[:5]}")
+        return expected(**{name: _parse(hints[name], value[name], f"{where}.{name}") for name in names})
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict):
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif expected is type(None) and value is None:
+        return None
+    elif expected in (str, int, float, bool) and type(value) is expected:
+        return value
+    elif expected is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    raise CheckpointError(f"{where}: got {str(value)[:60]!r}, expected {getattr(expected, '__name__', expected)}")

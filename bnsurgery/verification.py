@@ -1,0 +1,164 @@
+"""Prove that two networks compute the same, and say what train mode will do to the inserted one."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import inputs, outputs, run
+from .errors import CalibrationError
+from .modes import normalizing_by_batch, observing
+
+# Groups of samples averaged for one drift figure; the figure settles within a few per cent, the cost stays bounded.
+_DRIFT_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class EquivalenceReport:
+    """How a candidate network's outputs differ from the reference's.
+
+    Attributes:
+        samples: how many inputs were compared, both networks in eval mode.
+        bit_identical: `torch.equal` for every output of every batch.
+        max_abs: largest |candidate − reference|, in output units.
+        max_rel: `max_abs` divided by the largest |reference|.
+        top1_agreement: share of samples with the same argmax, 0 to 1; None where outputs are not of shape (N, classes).
+        train_drift: by batch size, ‖train − reference‖₂/‖reference‖₂ over the outputs when the candidate's BatchNorm
+            layers normalize by the batch (dropout off); sizes beyond the number of samples are left out.
+    """
+
+    samples: int
+    bit_identical: bool
+    max_abs: float
+    max_rel: float
+    top1_agreement: float | None
+    train_drift: dict[int, float]
+
+    def __str__(self) -> str:
+        same = "bit-identical" if self.bit_identical else "NOT bit-identical"
+        lines = [
+            f"eval mode    {same} on {self.samples} image{'s' if self.samples != 1 else ''}; "
+            f"largest difference {self.max_abs:.3g}, relative {self.max_rel:.3g}"
+        ]
+        if self.top1_agreement is not None:
+            lines[0] += f"\n             top-1 agreement {100 * self.top1_agreement:.4g} %"
+        if self.train_drift:
+            drifts = ", ".join(f"{100 * drift:.3g} % at {size}" for size, drift in self.train_drift.items())
+            lines.append(f"train mode   drift by batch size: {drifts}")
+        return "\n".join(lines)
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the outputs differ by at most `tolerance` of the largest; 0 asks for the same bits."""
+        return self.bit_identical or (tolerance > 0 and self.max_rel <= tolerance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def verify(
+    reference: nn.Module | Callable[[Tensor], Any],
+    candidate: nn.Module,
+    batches: Iterable[Any],
+    *,
+    drift_batch_sizes: Sequence[int] = (2, 8, 32),
+) -> EquivalenceReport:
+    """Compare `candidate` with `reference` on `batches`, in eval mode, and measure the candidate's train-mode drift.
+
+    Neither network is changed, nor its mode, statistics or torch's random state.
+
+    Args:
+        reference: the original network, or any function that gives its outputs.
+        batches: as for `insert`.
+        drift_batch_sizes: each at least 2; measured on the first samples, in up to 4 groups a size.
+
+    Raises:
+        CalibrationError: no data, outputs of other shapes, not finite or without tensors, or a batch that one of the
+            networks does not take.
+        ValueError: a drift batch size below 2.
+    """
+    sizes = sorted(set(drift_batch_sizes))
+    if sizes and sizes[0] < 2:
+        raise ValueError(f"verify: drift batch sizes must be at least 2 (a batch of 1 has no variance), got {sizes[0]}")
+    compared = _Comparison(keep=max(sizes, default=0) * _DRIFT_GROUPS if sizes else 0)
+    with observing(candidate):
+        for batch in inputs(batches):
+            compared.add(batch, _outputs(reference, batch), _outputs(candidate, batch))
+    if not compared.samples:
+        raise CalibrationError("verify: no data. Pass at least one batch.")
+    return compared.report(_drift(candidate, compared, sizes))
+
+
+def _outputs(model: nn.Module | Callable[[Tensor], Any], batch: Tensor) -> list[Tensor]:
+    if isinstance(model, nn.Module):
+        with observing(model):
+            result = run("verify", model, batch)
+    else:
+        result = model(batch)
+    return [tensor.detach().cpu() for tensor in outputs(result)]
+
+
+class _Comparison:
+    """Running extremes over the batches, and the first samples with their reference outputs."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.kept: list[tuple[Tensor, list[Tensor]]] = []
+        self.samples = 0
+        self._equal = True
+        self._max_abs = self._scale = 0.0
+        self._agreeing: int | None = 0
+
+    def add(self, batch: Tensor, expected: list[Tensor], got: list[Tensor]) -> None:
+        shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
+        if shapes[0] != shapes[1]:
+            raise CalibrationError(f"verify: the outputs' shapes differ: got {shapes[1]}, expected {shapes[0]}")
+        if not expected:
+            raise CalibrationError("verify: the networks return no tensors, so there is nothing to compare")
+        for want, have in zip(expected, got, strict=True):
+            for whose, tensor in (("reference", want), ("candidate", have)):
+                if not tensor.isfinite().all():
+                    raise CalibrationError(
+                        f"verify: NaN or Inf in the {whose}'s outputs: look at its weights and inputs"
+                    )
+            self._equal = self._equal and torch.equal(want, have)
+            if want.numel():
+                expected64, got64 = want.double(), have.double()
+                self._scale = max(self._scale, expected64.abs().max().item())
+                self._max_abs = max(self._max_abs, (got64 - expected64).abs().max().item())
+        if self._agreeing is not None and len(expected) == 1 and expected[0].ndim == 2:
+            self._agreeing += int((expected[0].argmax(1) == got[0].argmax(1)).sum())
+        else:
+            self._agreeing = None
+        self.samples += len(batch)
+        room = self.keep - sum(len(kept) for kept, _ in self.kept)
+        same_shape = not self.kept or self.kept[0][0].shape[1:] == batch.shape[1:]
+        if room > 0 and same_shape and all(t.shape[:1] == batch.shape[:1] for t in expected):
+            self.kept.append((batch[:room], [t[:room] for t in expected]))
+
+    def report(self, drift: dict[int, float]) -> EquivalenceReport:
+        agreement = None if self._agreeing is None else self._agreeing / self.samples
+        relative = self._max_abs / self._scale if self._scale else self._max_abs
+        return EquivalenceReport(self.samples, self._equal, self._max_abs, relative, agreement, drift)
+
+
+def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> dict[int, float]:
+    if not compared.kept:
+        return {}
+    samples = torch.cat([batch for batch, _ in compared.kept])
+    expected = [torch.cat(parts) for parts in zip(*(outputs for _, outputs in compared.kept), strict=True)]
+    drift: dict[int, float] = {}
+    with normalizing_by_batch(candidate) as norms:
+        for size in sizes if norms else ():
+            squares = [0.0, 0.0]
+            for start in range(0, min(len(samples) - size + 1, _DRIFT_GROUPS * size), size):
+                group = slice(start, start + size)
+                got = [tensor.cpu().double() for tensor in outputs(run("verify", candidate, samples[group]))]
+                for want, have in zip((t[group].double() for t in expected), got, strict=True):
+                    squares[0] += (have - want).square().sum().item()
+                    squares[1] += want.square().sum().item()
+            if squares[1]:
+                drift[size] = (squares[0] / squares[1]) ** 0.5
+    return drift

@@ -1,0 +1,248 @@
+"""State dicts from files nobody vouches for: read without running code, download without hanging, compare."""
+
+import os
+import re
+import socket
+import threading
+import warnings
+import zipfile
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlparse
+from urllib.request import Request, urlopen
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.models import WeightsEnum
+
+from .errors import CheckpointError
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts keep it, beside epoch and optimizer
+_ALIGNMENT = 64  # bytes
+_SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a state dict from a safetensors or PyTorch file, told apart by content; no code in it is ever run.
+
+    A dict nested under `state_dict`, `model` or `model_state_dict` is taken out, and a `module.` before every key
+    (DataParallel) removed. The values are mapped from the file where its format allows and aligns them, else copied.
+
+    Returns:
+        The tensors by key, on the CPU: dense, and finite.
+
+    Raises:
+        CheckpointError: the file is missing, empty, damaged, no weights file, holds code or anything else that is not a
+            plain tensor, or NaN or Inf.
+    """
+    path = Path(path)
+    state_dict = _tensors(_load(path), path)
+    check_finite(state_dict, path)
+    return state_dict
+
+
+def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse weights that are not all finite.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or Inf; the message names the first.
+    """
+    for name, tensor in state_dict.items():
+        # NaN and Inf survive a sum, which takes a twentieth of the time of isfinite; a sum may overflow all by itself.
+        probably_finite = tensor.dtype in _SUMMABLE and tensor.sum().isfinite()
+        if not probably_finite and not tensor.isfinite().all():
+            raise _refusal(
+                path, f"NaN or Inf in '{name}'", "The training diverged or the file is damaged: use another."
+            )
+
+
+def describe_mismatch(expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> str | None:
+    """Say in one line how the keys and shapes of a state dict differ from a model's, or None where they do not."""
+    both = [key for key in expected if key in got]
+    differences = {
+        "missing": [key for key in expected if key not in got],
+        "unexpected": [key for key in got if key not in expected],
+        "of another shape": [
+            f"{key}: got {tuple(got[key])}, expected {tuple(expected[key])}"
+            for key in both
+            if got[key] != expected[key]
+        ],
+    }
+    return (
+        "; ".join(
+            f"{len(items)} {kind} ({', '.join(items[:4])}{', ...' if len(items) > 4 else ''})"
+            for kind, items in differences.items()
+            if items
+        )
+        or None
+    )
+
+
+def download(weights: WeightsEnum, *, timeout: float = 12.0, progress: bool) -> dict[str, Tensor]:
+    """Read torchvision weights from torch.hub's cache, where they are first downloaded to if need be.
+
+    Args:
+        weights: which; the hash in the file name of its URL is checked on download.
+        timeout: seconds after which a network that does not answer, or a transfer that stalls, is given up.
+        progress: whether to show a bar on stderr.
+
+    Raises:
+        CheckpointError: no network, a stalled transfer, another hash, or a cached file that `read_state_dict` refuses.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlparse(weights.url).path).name)
+    if not cached.exists():
+        _fetch(weights.url, cached, timeout, progress)
+    try:
+        return read_state_dict(cached)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} It is the cached download: delete '{cached}' to have it fetched anew."
+        ) from None
+
+
+def _fetch(url: str, cached: Path, timeout: float, progress: bool) -> None:
+    # Not weights.get_state_dict(): it prints to stdout, where a command's JSON goes, and loads past our checks.
+    hash_prefix = torch.hub.HASH_REGEX.search(cached.name)
+    default_timeout = socket.getdefaulttimeout()
+    try:
+        _probe(url, timeout)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(timeout)  # the only way to give hub's transfer one
+        torch.hub.download_url_to_file(url, str(cached), hash_prefix and hash_prefix[1], progress=progress)
+    except (OSError, HTTPException, RuntimeError, ValueError) as error:  # RuntimeError is hub's for a wrong hash
+        if isinstance(error, HTTPError):
+            error.close()  # it holds the connection
+        reason = error.reason if type(error) is URLError else error
+        raise CheckpointError(
+            f"download: '{url}': {reason}. Is there a network? If not, download it on another machine and pass "
+            "--weights PATH, or --weights random to try without."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(default_timeout)
+
+
+def _probe(url: str, timeout: float) -> None:
+    """Raise unless the server answers in time. In a thread, for nothing else bounds a name lookup that hangs."""
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            urlopen(Request(url, method="HEAD"), timeout=timeout).close()
+        except HTTPError as error:
+            error.close()  # an answer all the same; the transfer says what is wrong
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {timeout:g} s")
+    if failures:
+        raise failures[0]
+
+
+def _load(path: Path) -> object:
+    """What the file holds, by its first bytes; pickles through torch's restricted unpickler only."""
+    head = _head(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about old formats and about kinds of tensors refused later
+            if head[8:9] == b"{":  # first, for the length before it may look like either of the others
+                return load_file(path)
+            if head.startswith(b"PK"):
+                return _load_zip(path)
+            if head.startswith(b"\x80"):
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except UnpicklingError as error:
+        # Only the name is taken from torch's message, which tells how to switch the protection off.
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        found = f" ({name[1]!r})" if name else ", or is damaged"
+        raise _refusal(
+            path,
+            f"a pickle that holds code or objects other than tensors{found}: refused",
+            "If it is a whole model that you trust, load it where it was made and save model.state_dict().",
+        ) from None
+    except Exception as error:  # a damaged file makes the parsers raise just about anything
+        raise _refusal(path, "a truncated or damaged file", "Download or copy it again.") from error
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        raise _refusal(path, "what looks like a web page: the download failed", "Download it again.")
+    raise _refusal(path, "something else", "Pass a .safetensors file or one that torch.save wrote.")
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes, after refusing what is no file to read."""
+    if not path.exists():
+        raise _refusal(path, "no such file", "Check the path.")
+    if not path.is_file():  # opening a pipe would hang
+        raise _refusal(path, "a directory or device", "Name the file.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise _refusal(path, error.strerror or str(error), "Make it readable.") from error
+    if not head:
+        raise _refusal(path, "an empty file", "Download or copy it again.")
+    return head
+
+
+def _load_zip(path: Path) -> object:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(PurePosixPath(entry.filename).name == "constants.pkl" for entry in entries):
+        raise _refusal(path, "a TorchScript archive", "Save the state_dict() of the model it was made from.")
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if stored and path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Compressed entries cannot be mapped, and a path that ends in .safetensors torch takes for one.
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _tensors(loaded: object, path: Path) -> dict[str, Tensor]:
+    """The state dict in `loaded`: unwrapped, `module.` stripped, every value checked to be a plain tensor."""
+    if isinstance(loaded, Mapping):
+        nested = (loaded[wrapper] for wrapper in _WRAPPERS if isinstance(loaded.get(wrapper), Mapping))
+        loaded = next(nested, loaded)
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise _refusal(path, f"a {type(loaded).__name__} without tensors", "Save model.state_dict().")
+    state_dict: dict[str, Tensor] = {}
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise _refusal(path, f"a {type(value).__name__} under {key!r}", "Save model.state_dict() alone.")
+        if value.layout != torch.strided or value.is_quantized or value.is_meta or _is_expanded(value):
+            raise _refusal(
+                path,
+                f"a quantized, sparse, expanded or empty-shell tensor '{key}'",
+                "Save it as a plain one (.dequantize(), .to_dense(), .contiguous()).",
+            )
+        if value.dtype not in _SUMMABLE and not key.endswith("num_batches_tracked"):
+            raise _refusal(path, f"{value.dtype} under '{key}'", "Save it in float32, float16, bfloat16 or float64.")
+        state_dict[key] = _aligned(value.detach())
+    prefix = "module."
+    if all(key.startswith(prefix) for key in state_dict):
+        return {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    return state_dict
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address as torch allocates them. MKL rounds otherwise elsewhere, and the bits would differ."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether it has more elements than memory behind it: four bytes can claim a terabyte."""
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
+def _refusal(path: str | os.PathLike[str], got: str, advice: str) -> CheckpointError:
+    return CheckpointError(
+        f"read weights: '{path}': got {got}, expected a state dict of plain, finite tensors. {advice}"
+    )

@@ -1,0 +1,83 @@
+"""The `bnsurgery` command: one file per subcommand, loaded when it is called, so that help needs no torch."""
+
+import importlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from bnsurgery import __version__
+from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
+
+_COMMANDS = ("insert", "plan", "verify", "fold", "archs")
+
+
+class _LazyGroup(click.Group):
+    """Finds the subcommand `name` in the sibling module `cmd_<name>`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f".cmd_{cmd_name}", __name__).command
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="bnsurgery")
+def cli() -> None:
+    """Put BatchNorm into a pretrained network without changing what it computes.
+
+    \b
+      bnsurgery insert vgg16                  the same function, with BatchNorm
+      bnsurgery verify vgg16-bn.safetensors   prove it
+      bnsurgery fold vgg16-bn.safetensors     back to the original architecture
+
+    Every command has its own --help.
+    """  # noqa: D301 (the \b is click's: leave the lines as they are)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
+
+    The one place where errors become messages: no traceback for bad input.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8, a file name that is none
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", BNSurgeryWarning)
+    warnings.showwarning = _show_warning
+    try:
+        code = cli.main(args=args, prog_name="bnsurgery", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = _fail("interrupted; nothing was written.", 130)
+    except BNSurgeryError as error:
+        code = _fail(str(error))
+    except BrokenPipeError:  # the reader has gone, as in `bnsurgery archs | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except MemoryError:
+        code = _fail("out of memory: try a smaller --batch-size or --image-size.")
+    except OSError as error:
+        code = _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int = 1) -> int:
+    click.echo(f"Error: {message}", err=True)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"Warning: {message}", err=True)

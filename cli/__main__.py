@@ -1,0 +1,5 @@
+"""`python -m cli`, from a bare checkout."""
+
+from . import main
+
+main()

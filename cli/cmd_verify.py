@@ -1,0 +1,70 @@
+"""bnsurgery verify."""
+
+from pathlib import Path
+
+import click
+
+from .options import data_options, print_options, report
+
+
+@click.command("verify")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--weights",
+    metavar="DEFAULT|NAME|random|PATH",
+    help="Compare with these weights.  [default: with FILE's own folded network]",
+)
+@data_options(num_images=32)
+@print_options
+def command(
+    file: Path,
+    weights: str | None,
+    data: str,
+    num_images: int,
+    batch_size: int,
+    image_size: int | None,
+    skip_bad: bool,
+    seed: int,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Prove FILE equal to its BN-free network, and measure drift.
+
+    Runs both networks on images in eval mode, and FILE's in train mode in batches of 2, 8 and 32.
+
+    Exits with 1 where the outputs differ by more than they may: not at all for a fresh insertion, 1e-5 of the largest
+    output where biases were absorbed or the network was trained since.
+    """
+    from bnsurgery import checkpoint, folding, pretrained
+    from bnsurgery.data import calibration_batches
+    from bnsurgery.errors import BNSurgeryError
+    from bnsurgery.surgery_record import record, state_digest
+    from bnsurgery.verification import verify
+
+    place = pretrained.device(device)
+    bn_model = checkpoint.load(file)
+    done = record(bn_model)
+    folded = folding.fold(bn_model)
+    untouched = state_digest(folded.state_dict()) == done.weights_digest
+    reference, against = folded, "its own folded network"
+    assert done.architecture is not None  # or the load would have asked for the model
+    preprocess = pretrained.preprocessing(done.architecture, str(done.provenance.get("weights")), image_size)
+    if weights is not None:
+        source = pretrained.load(done.architecture, weights, image_size=image_size, progress=not (quiet or as_json))
+        reference, against, preprocess = source.model, source.weights, source.preprocess
+    batches = calibration_batches(
+        data, num_images=num_images, batch_size=batch_size, preprocess=preprocess, seed=seed, skip_bad=skip_bad
+    )
+    result = verify(reference.to(place), bn_model.to(place), batches)
+    tolerance = 0.0 if untouched and place.type == "cpu" else 1e-5
+    ok = result.within(tolerance)
+    origin = pretrained.origin(done, untouched)
+    text = f"{file} against {against}\n{result}\nfolds back to {origin}\n\nNext: bnsurgery fold {file}"
+    facts = {"ok": ok, "against": against, "folds_back": untouched, **result.to_dict()}
+    report(text, facts, as_json, quiet)
+    if not ok:
+        raise BNSurgeryError(
+            f"verify: '{file}' differs from {against} by {result.max_rel:.3g} of the largest output, "
+            f"expected at most {tolerance:g}"
+        )

@@ -1,0 +1,52 @@
+"""`make demo`: the whole round trip on a full-size VGG-16, run as a user would run it.
+
+Weights: torchvision's pretrained ones where they can be had, else random ones, said plainly. Images: the two
+photographs that scikit-learn brings along. Everything is written into a temporary directory.
+"""
+
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from bnsurgery import models, pretrained
+
+SEED = 0
+
+
+def bnsurgery(folder: Path, command: str) -> int:
+    """Run one command in `folder`, its output shown; returns the exit code."""
+    print(f"\n$ bnsurgery {command}", flush=True)
+    executable = Path(sys.executable).parent / "bnsurgery"
+    return subprocess.run([executable, *shlex.split(command)], cwd=folder).returncode
+
+
+def main() -> int:
+    """Insert, verify, fold; then compare the folded file with the weights at the start."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = "DEFAULT"
+        if bnsurgery(folder, "insert vgg16"):
+            print("\nThat did not work, for the reason above. Going on with RANDOM weights: same network, same steps.")
+            weights = "random"
+            if bnsurgery(folder, f"insert vgg16 --weights random --seed {SEED}"):
+                return 1
+        if bnsurgery(folder, "verify vgg16-bn.safetensors --num-images 16"):
+            return 1
+        if bnsurgery(folder, "fold vgg16-bn.safetensors"):
+            return 1
+        print("\nThe folded file against the weights it started from:")
+        start = pretrained.load(models.architecture("vgg16"), weights, seed=SEED).model.state_dict()
+        folded = load_file(folder / "vgg16-folded.safetensors")
+        equal = [name for name, tensor in start.items() if torch.equal(folded[name], tensor)]
+        same_keys = set(folded) == set(start)
+        print(f"{len(equal)} of {len(start)} tensors bit-identical, keys {'the same' if same_keys else 'DIFFERENT'}")
+        return 0 if same_keys and len(equal) == len(start) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""The commands as a user runs them: exit codes, texts, files. In process where that shows the same and is faster."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision import models
+
+import bnsurgery
+from bnsurgery.cli import main
+from bnsurgery.surgery_record import attach_record
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = ["--image-size", "64", "--num-images", "4", "--batch-size", "2"]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capfd):
+    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return exit_.value.code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A squeezenet1_1 for 7 classes, as the state-dict file that a user would have."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "mine.pth"
+    torch.save(models.squeezenet1_1(weights=None, num_classes=7).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for i in range(5):
+        pixels = torch.randint(0, 256, (70 + i, 90, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / ("sub" if i % 2 else "") / f"{i}.png")
+    return folder
+
+
+def test_the_round_trip(cli, weights, photos, tmp_path):
+    code, out, err = cli("insert", "squeezenet1_1", "--weights", weights, "--data", photos.name, *FAST)
+    assert code == 0, err
+    assert "features.12.expand3x3" in out
+    assert "bit-identical" in out
+    assert "Next: bnsurgery verify squeezenet1_1-bn.safetensors" in out
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, err = cli("verify", "squeezenet1_1-bn.safetensors", "--weights", weights, *FAST)
+    assert code == 0, err
+    assert "bit-identical on 4 images" in out
+    assert "folds back to the weights it was made from, bit for bit" in out
+    code, out, err = cli("fold", "squeezenet1_1-bn.safetensors")
+    assert code == 0, err
+    folded, start = load_file("squeezenet1_1-folded.safetensors"), torch.load(weights, weights_only=True)
+    assert list(folded) == sorted(start)
+    assert all(torch.equal(folded[name], tensor) for name, tensor in start.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "photos", "squeezenet1_1-bn.safetensors", "squeezenet1_1-folded.safetensors",
+    ]  # fmt: skip
+
+
+def test_same_command_same_bytes(cli, weights):
+    for name in ("a", "b"):
+        code, _, err = cli("insert", "squeezenet1_1", "--weights", weights, *FAST, "-o", name, "--quiet")
+        assert code == 0, err
+    assert Path("a").read_bytes() == Path("b").read_bytes()
+    cli("insert", "squeezenet1_1", "--weights", weights, *FAST, "-o", "c", "--seed", 1)
+    assert Path("a").read_bytes() != Path("c").read_bytes()
+
+
+def test_json_is_one_object_and_nothing_else(cli, weights):
+    code, out, err = cli("insert", "squeezenet1_1", "--weights", weights, *FAST, "--json")
+    assert code == 0
+    assert err == ""
+    result = json.loads(out)
+    assert result["output"] == "squeezenet1_1-bn.safetensors"
+    assert len(result["sites"]) == 25
+    assert result["equivalence"]["bit_identical"] is True
+    for command in (["verify", result["output"], *FAST], ["fold", result["output"]], ["plan", "vgg16"], ["archs"]):
+        code, out, err = cli(*command, "--json")
+        assert (code, err) == (0, "")
+        assert isinstance(json.loads(out), dict)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--placement", "post-activation"], ["--layers", "conv"], ["--head"], ["--absorb-bias"], ["--no-fuse-relu"]],
+)
+def test_options_reach_the_network(cli, weights, options):
+    code, _, err = cli("insert", "squeezenet1_1", "--weights", weights, *FAST, *options)
+    assert code == 0, err
+    done = bnsurgery.record(bnsurgery.load("squeezenet1_1-bn.safetensors"))
+    assert done.placement == ("post-activation" if "post-activation" in options else "pre-activation")
+    assert done.layers == ("conv" if "conv" in options else "all")
+    assert len(done.sites) == 26 if "--head" in options else 25
+    assert done.absorb_bias == ("--absorb-bias" in options)
+    assert done.fuse_relu == ("--no-fuse-relu" not in options)
+    assert done.architecture.num_classes == 7
+    code, out, err = cli("verify", "squeezenet1_1-bn.safetensors", "--weights", weights, *FAST)
+    assert code == 0, out + err
+
+
+def test_verify_tells_a_trained_network(cli, weights):
+    cli("insert", "squeezenet1_1", "--weights", weights, *FAST)
+    model = bnsurgery.load("squeezenet1_1-bn.safetensors")
+    with torch.no_grad():
+        model.features[1].weight.mul_(1.1)
+    bnsurgery.save(model, "trained.safetensors")
+    code, out, _ = cli("verify", "trained.safetensors", *FAST)
+    assert code == 0
+    assert "changed since" in out
+    code, out, err = cli("verify", "trained.safetensors", "--weights", weights, *FAST)
+    assert code == 1
+    assert "NOT bit-identical" in out
+    assert "differs from file mine.pth" in err
+    code, out, _ = cli("fold", "trained.safetensors")
+    assert code == 0
+    assert "changed since" in out
+
+
+def test_half_precision_checkpoints_fold_too(cli):
+    model = models.squeezenet1_1(weights=None, num_classes=7).eval().bfloat16()
+    bnsurgery.save(bnsurgery.insert(model, [torch.randn(4, 3, 64, 64)]), "half.safetensors")
+    code, _, err = cli("verify", "half.safetensors", *FAST)
+    assert code == 0, err
+    code, _, err = cli("fold", "half.safetensors")
+    assert code == 0, err
+    assert torch.equal(load_file("half-folded.safetensors")["features.0.weight"], model.features[0].weight)
+
+
+def test_strange_names_cannot_steer_the_terminal(cli, weights):
+    cli("insert", "squeezenet1_1", "--weights", weights, *FAST)
+    model = bnsurgery.load("squeezenet1_1-bn.safetensors")
+    done = bnsurgery.record(model)
+    first = replace(done.sites[0], site=replace(done.sites[0].site, activation="\x1b[31m\ud800"))
+    attach_record(model, replace(done, sites=(first, *done.sites[1:])))
+    bnsurgery.save(model, "strange.safetensors")
+    code, out, err = cli("plan", "strange.safetensors")
+    assert code == 0, err
+    assert "\x1b" not in out
+
+
+def test_plan(cli, weights):
+    code, out, _ = cli("plan", "vgg16")
+    assert code == 0
+    assert "15 sites, 1 skipped" in out
+    assert "output layer" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "25 sites" in cli("plan", weights)[1]
+    cli("insert", "squeezenet1_1", "--weights", weights, *FAST)
+    assert "features.4.squeeze.norm" in cli("plan", "squeezenet1_1-bn.safetensors")[1]
+
+
+def test_archs(cli):
+    code, out, _ = cli("archs")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:9]] == [
+        "alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19",
+    ]  # fmt: skip
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["insert"], 2, "Missing argument 'ARCH'"),
+        (["insert", "vgg61"], 1, "Did you mean"),
+        (["insert", "vgg16_bn"], 1, "normalization layers already"),
+        (["insert", "resnet18"], 1, "normalization layers already"),
+        (["insert", "vgg11", "--batch-size", "0"], 2, "0 is not in the range x>=1"),
+        (["insert", "vgg11", "--layers", "heads"], 2, "not one of"),
+        (["insert", "vgg11", "--weights", "missing.pth"], 1, "weights 'missing.pth': no such file, nor one of DEFAULT"),
+        (["insert", "vgg11", "--weights", "random", "--image-size", "16"], 1, "takes 32 or more"),
+        (["insert", "vgg11", "--output", "no/such/file"], 1, "no"),
+        (["insert", "squeezenet1_1", "--weights", "random", "--data", "nowhere"], 1, "nowhere"),
+        (["insert", "squeezenet1_1", "--weights", "random", "--data", "."], 1, "no "),
+        (["insert", "vgg11", "--device", "cuda:9"], 1, "device 'cuda:9' cannot be used here"),
+        (["insert", "vgg11", "--device", "toaster"], 1, "device 'toaster' cannot be used here"),
+        (
+            ["insert", "squeezenet1_1", "--weights", "random", "--absorb-bias", "--placement", "post-activation"],
+            2,
+            "absorbing biases",
+        ),
+        (["verify", "missing.safetensors"], 1, "missing.safetensors"),
+        (["fold", "missing.safetensors"], 1, "missing.safetensors"),
+        (["plan", "missing.safetensors"], 1, "no such architecture"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_bad_calls(cli, tmp_path, args, code, message):
+    got, out, err = cli(*args)
+    assert got == code, err
+    assert message in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_weights(cli, weights, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    torch.save({**state, "features.0.bias": torch.full((64,), torch.nan)}, "nan.pth")
+    torch.save({"code": os.system}, "code.pth")
+    Path("page.pth").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
+    Path("cut.pth").write_bytes(weights.read_bytes()[:-3000])
+    save_file(models.vgg11_bn(weights=None, num_classes=2).features.state_dict(), "bn.safetensors")
+    for name, message in (
+        ("nan.pth", "NaN or Inf in 'features.0.bias'"),
+        ("code.pth", "refused"),
+        ("page.pth", "web page"),
+        ("cut.pth", "cut.pth"),
+        ("bn.safetensors", "BatchNorm already"),
+    ):
+        code, _, err = cli("insert", "squeezenet1_1", "--weights", name, *FAST)
+        assert code == 1
+        assert message in err
+    code, _, err = cli("insert", "squeezenet1_0", "--weights", weights, *FAST)
+    assert code == 1
+    assert "are not those of squeezenet1_0" in err
+    assert "features.0.weight" in err
+    assert not list(tmp_path.glob("*-bn.safetensors"))
+
+
+def test_bad_images(cli, weights, photos):
+    (photos / "bad.jpg").write_bytes(b"\xff\xd8 not a photograph")
+    command = ["insert", "squeezenet1_1", "--weights", weights, "--data", photos, *FAST[:2], "--num-images", 10]
+    code, _, err = cli(*command)
+    assert code == 1
+    assert "bad.jpg" in err
+    code, out, err = cli(*command, "--skip-bad", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["images"] == 5
+    assert [Path(path).name for path in result["skipped_images"]] == ["bad.jpg"]
+
+
+def test_an_existing_file_is_kept_without_force(cli, weights):
+    Path("squeezenet1_1-bn.safetensors").write_text("precious")
+    command = ["insert", "squeezenet1_1", "--weights", weights, *FAST]
+    code, _, err = cli(*command)
+    assert code == 1
+    assert "--force" in err
+    assert Path("squeezenet1_1-bn.safetensors").read_text() == "precious"
+    assert cli(*command, "--force")[0] == 0
+    assert bnsurgery.load("squeezenet1_1-bn.safetensors")
+
+
+def test_no_network_is_said_within_15_seconds(tmp_path):
+    """With an empty cache and a proxy on loopback that refuses: nothing outside is asked for."""
+    started = time.monotonic()
+    env = {**os.environ, "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    command = [sys.executable, "-m", "cli", "insert", "vgg16", "-o", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "--weights" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert time.monotonic() - started < 60  # 15 s for the network; the rest is for importing torch on a busy machine
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_while_calibrating_writes_nothing(tmp_path, weights):
+    command = [sys.executable, "-m", "cli", "insert", "squeezenet1_1", "--weights", weights, "--num-images", "100000"]
+    process = subprocess.Popen(
+        [*map(str, command), "-o", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    seen = b""
+    while b"batch" not in seen:  # the progress bar: calibration has begun
+        chunk = os.read(process.stderr.fileno(), 4096)
+        assert chunk, seen.decode()
+        seen += chunk
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert b"interrupted; nothing was written" in err
+    assert b"Traceback" not in err
+    assert out == b""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, weights):
+    """A file size limit stands in for the full disk: the write fails half way with EFBIG."""
+    target = tmp_path / "out.safetensors"
+    target.write_text("precious")
+    code = (
+        "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from cli import main; main(sys.argv[1:])"
+    )
+    args = ["insert", "squeezenet1_1", "--weights", weights, *FAST, "-o", target, "--force"]
+    command = [sys.executable, "-c", code, *map(str, args)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "out.safetensors" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert target.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_help_needs_no_torch():
+    for args in ([], ["insert"], ["verify"], ["fold"], ["plan"], ["archs"]):
+        code = (
+            "import sys\nfrom cli import cli\n"
+            f"cli.main({[*args, '--help']!r}, standalone_mode=False)\n"
+            "assert not {'torch', 'numpy', 'torchvision'} & set(sys.modules)\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "Usage:" in result.stdout
+
+
+def test_every_command_and_option_has_help():
+    from bnsurgery.cli import cli as group
+
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
+        assert command.help, name
+        for option in command.params:
+            assert option.param_type_name == "argument" or option.help, (name, option.name)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, bnsurgery\nassert 'torch' not in sys.modules\n"
+        "import bnsurgery.nn, bnsurgery.ops, torch\nassert 'triton' not in sys.modules\n"
+        "bnsurgery.insert, bnsurgery.load\nassert not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

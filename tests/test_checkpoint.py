@@ -1,0 +1,227 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision import models
+
+import bnsurgery
+from bnsurgery import CheckpointError, SurgeryRecord, insert, load, record, save
+from bnsurgery.surgery_record import FORMAT_VERSION
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
+
+
+@pytest.fixture(scope="module")
+def squeezenet():
+    torch.manual_seed(0)
+    return models.squeezenet1_1(weights=None, num_classes=7, dropout=0.25).eval()
+
+
+@pytest.fixture
+def inserted(squeezenet, images):
+    return insert(squeezenet, [images(8)])
+
+
+@pytest.fixture
+def saved(inserted, tmp_path):
+    save(inserted, tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+def metadata_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def rewrite(path, change):
+    """Change the record in a file's metadata, with a matching digest: only the record's own checks are left."""
+    data = json.loads(metadata_of(path)["bnsurgery"].partition(" ")[2])
+    change(data)
+    text = json.dumps(data)
+    save_file(load_file(path), path, {"bnsurgery": f"{hashlib.sha256(text.encode()).hexdigest()} {text}"})
+
+
+@pytest.mark.parametrize("options", [{}, {"placement": "post-activation"}, {"absorb_bias": True}, {"fuse_relu": False}])
+@pytest.mark.parametrize("name", ["vgg11", "alexnet", "squeezenet1_0"])
+def test_load_gives_the_same_bits_and_record(name, options, network, images, tmp_path):
+    bn_model = insert(network(name), [images(8)], **options)
+    save(bn_model, tmp_path / "net.safetensors")
+    loaded = load(tmp_path / "net.safetensors")
+    assert type(loaded) is type(bn_model)
+    assert str(loaded) == str(bn_model)
+    assert record(loaded) == record(bn_model)
+    assert not loaded.training
+    with torch.inference_mode():
+        assert torch.equal(loaded(images(2)), bn_model(images(2)))
+    for name_, tensor in bnsurgery.fold(bn_model).state_dict().items():
+        assert torch.equal(bnsurgery.fold(loaded).state_dict()[name_], tensor), name_
+
+
+def test_a_new_process_computes_the_same_bits_without_initializing(saved, inserted, images, tmp_path):
+    x = images(2)
+    with torch.inference_mode():
+        torch.save({"x": x, "y": inserted(x)}, tmp_path / "io.pt")
+    code = (
+        "import sys, torch, bnsurgery\n"
+        "from torch.nn import init\n"
+        "def refuse(*a, **k): assert a[0].is_meta, 'random initialization'\n"
+        "torch.Tensor.normal_ = torch.Tensor.uniform_ = refuse\n"
+        "io = torch.load(sys.argv[2], weights_only=True)\n"
+        "model = bnsurgery.load(sys.argv[1])\n"
+        "with torch.inference_mode(): assert torch.equal(model(io['x']), io['y'])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, saved, tmp_path / "io.pt"], check=True)
+
+
+def test_loaded_networks_can_be_trained_and_saved_again(saved, images, tmp_path):
+    model = load(saved).train()
+    model(images(4)).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.optim.SGD(model.parameters(), 0.01).step()
+    save(model, saved, overwrite=True)
+    with torch.inference_mode():
+        assert torch.equal(load(saved)(images(2)), model.eval()(images(2)))
+
+
+def test_architecture_follows_the_model(inserted, saved, tmp_path):
+    assert record(load(saved)).architecture.num_classes == 7
+    assert next(m.p for m in load(saved).modules() if isinstance(m, nn.Dropout)) == 0.25
+    inserted.classifier[1] = nn.Conv2d(512, 3, 1)
+    save(inserted, tmp_path / "new.safetensors")
+    assert load(tmp_path / "new.safetensors").classifier[1].out_channels == 3
+
+
+def test_equal_models_give_equal_bytes(squeezenet, images, tmp_path):
+    for name in ("a", "b"):
+        save(insert(squeezenet, [images(8)]), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_channels_last_and_shared_tensors_are_written(images, tmp_path):
+    block = nn.Conv2d(3, 3, 3, padding=1)
+    model = nn.Sequential(block, nn.ReLU(), block, nn.ReLU(), nn.Conv2d(3, 2, 1)).eval()
+    model.to(memory_format=torch.channels_last)
+    bn_model = insert(model, [images(4, 8)])
+    save(bn_model, tmp_path / "net")
+    loaded = load(tmp_path / "net", model=model)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images(2, 8)), bn_model.to(memory_format=torch.contiguous_format)(images(2, 8)))
+
+
+def test_a_users_own_network_needs_the_class(custom, images, tmp_path):
+    bn_model = insert(custom, [images(8, 32)])
+    save(bn_model, tmp_path / "net")
+    with pytest.raises(CheckpointError, match="holds a Fire, which is not one of torchvision's: pass model="):
+        load(tmp_path / "net")
+    other = type(custom)().eval()
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    loaded = load(tmp_path / "net", model=other)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images(2, 32)), bn_model(images(2, 32)))
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in before.items())
+    with pytest.raises(CheckpointError, match="its record does not fit"):
+        load(tmp_path / "net", model=nn.Sequential(nn.Conv2d(3, 3, 1)))
+
+
+def test_the_record_says_what_was_done(saved):
+    done = record(load(saved))
+    assert done.architecture.name == "squeezenet1_1"
+    assert (done.placement, done.layers, done.head, done.eps) == ("pre-activation", "all", False, 1e-5)
+    assert done.versions["torch"] == torch.__version__
+    assert len(done.calibration_digest) == len(done.weights_digest) == 64
+    assert [s.norm for s in done.sites][:2] == ["features.1", "features.4.squeeze.norm"]
+    assert SurgeryRecord.from_json(done.to_json()) == done
+    assert "features.4.squeeze.norm" in str(done)
+
+
+def test_different_calibration_data_has_another_digest(squeezenet, images):
+    digests = {record(insert(squeezenet, [images(8, seed=seed)])).calibration_digest for seed in (0, 0, 1)}
+    assert len(digests) == 2
+
+
+def test_exists_and_unwritable(inserted, saved, tmp_path):
+    before = saved.read_bytes()
+    with pytest.raises(CheckpointError, match="exists"):
+        save(inserted, saved)
+    assert saved.read_bytes() == before
+    with pytest.raises(CheckpointError, match="missing"):
+        save(inserted, tmp_path / "missing" / "net.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == [saved.name]
+
+
+def test_a_file_cut_anywhere_is_refused(saved, tmp_path):
+    data = saved.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    cuts = {0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(data) // 2, len(data) - 1}
+    for cut in sorted(cuts):
+        part = tmp_path / "part.safetensors"
+        part.write_bytes(data[:cut])
+        with pytest.raises(CheckpointError, match="part"):
+            load(part)
+
+
+def test_a_flipped_bit_in_the_header_is_refused_or_harmless(saved, tmp_path, images):
+    """Every bit of every 23rd byte: either refused, or (white space, key order) the network is still the same."""
+    data = saved.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    with torch.inference_mode():
+        expected = load(saved)(images(1))
+    refused = 0
+    flipped = tmp_path / "flipped.safetensors"
+    for place in range(0, header, 23):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 8)
+        flipped.write_bytes(damaged)
+        try:
+            with torch.inference_mode():
+                assert torch.equal(load(flipped)(images(1)), expected)
+        except CheckpointError:
+            refused += 1
+    assert refused > 0.9 * header / 23
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format_version=FORMAT_VERSION + 1), "upgrade"),
+        (lambda d: d.update(format_version="1"), "format version '1'"),
+        (lambda d: d.pop("eps"), "fields missing or unknown: .*eps"),
+        (lambda d: d.update(run="rm -rf"), "fields missing or unknown: .*run"),
+        (lambda d: d.update(eps="small"), "record.eps: got 'small'"),
+        (lambda d: d.update(eps=-1.0), "eps must be a number above 0"),
+        (lambda d: d.update(eps=10**400), "record.eps: got"),
+        (lambda d: d["sites"][0]["site"].update(anchor=""), "does not fit"),
+        (lambda d: d["architecture"].update(name="os.system"), "os.system"),
+        (lambda d: d["architecture"].update(num_classes=10**12), "do not fit"),
+        (lambda d: d["architecture"].update(num_classes=-1), "does not fit|do not fit"),
+        (lambda d: d["sites"][0]["site"].update(name="features.99"), "does not fit"),
+        (lambda d: d["sites"][0]["site"].update(channels=10**15), "do not fit|does not fit"),
+        (lambda d: d["sites"][0]["site"].update(ndim=9), "does not fit"),
+        (lambda d: d["sites"][0].update(norm="features.7"), "names other layers"),
+        (lambda d: d["sites"].pop(), "do not fit|does not fit"),
+        (lambda d: d.update(sites={}), "record.sites: got"),
+    ],
+)
+def test_a_hostile_record_is_refused(change, message, saved):
+    rewrite(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(saved)
+
+
+def test_deep_json_is_refused(saved):
+    with pytest.raises(CheckpointError, match="not JSON"):
+        SurgeryRecord.from_json("[" * 100_000)
+
+
+def test_other_files_are_refused(tmp_path, squeezenet):
+    save_file(squeezenet.state_dict(), tmp_path / "plain.safetensors")
+    with pytest.raises(CheckpointError, match="not a bnsurgery checkpoint"):
+        load(tmp_path / "plain.safetensors")
+    with pytest.raises(CheckpointError, match="missing.safetensors"):
+        load(tmp_path / "missing.safetensors")

@@ -1,0 +1,160 @@
+import copy
+
+import pytest
+import torch
+from conftest import assert_unchanged, snapshot
+from torch import nn
+
+import bnsurgery
+from bnsurgery import BNSurgeryError, FoldError, fold, insert
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
+OPTIONS = [{}, {"fuse_relu": False}, {"placement": "post-activation"}, {"head": True}, {"layers": "conv"}]
+
+
+def assert_same_network(got, expected):
+    assert type(got) is type(expected)
+    assert str(got) == str(expected)
+    assert list(got.state_dict()) == list(expected.state_dict())
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+
+
+def train_(bn_model, x, steps=3):
+    """A few real steps at a rate that moves every parameter and statistic; Dropout stays off."""
+    bn_model.train()
+    optimizer = torch.optim.SGD(bn_model.parameters(), 0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        outputs = bn_model(x)
+        (outputs - 1).square().mean().backward()
+        optimizer.step()
+    return bn_model.eval()
+
+
+def assert_close_in_eval(bn_model, folded, x, rtol=1e-5):
+    with torch.no_grad():
+        got, expected = folded(x), bn_model(x)
+    assert (got - expected).abs().max() <= rtol * expected.abs().max()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["vgg11", "alexnet", "squeezenet1_0"])
+def test_untrained_folds_back_to_every_bit(name, options, network, images):
+    assert_same_network(fold(insert(network(name), [images(4)], **options)), network(name))
+
+
+@pytest.mark.parametrize("name", ["vgg13", "vgg16", "vgg19", "squeezenet1_1"])
+def test_the_other_networks_fold_back_too(name, network, images):
+    assert_same_network(fold(insert(network(name), [images(4)])), network(name))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "name", ["squeezenet1_0_imagenet", "vgg19_to_conv3_1", "vgg19_quarter_width", "cifar_cnn_large"]
+)
+def test_real_networks_fold_back_to_every_bit(name, options, real, images):
+    model = real.NETS[name]()
+    assert_same_network(fold(insert(model, [images(8, 32 if "cifar" in name else 64)], **options)), model)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_custom_network_folds_back(options, custom, images):
+    assert_same_network(fold(insert(custom, [images(8, 32)], **options)), custom)
+
+
+def test_a_negative_zero_bias_keeps_its_sign(images):
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1)).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(-0.0)
+    assert torch.signbit(fold(insert(model, [images(4, 8)]))[0].bias).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"fuse_relu": False}, {"absorb_bias": True}, {"head": True}])
+@pytest.mark.parametrize("name", ["vgg11", "squeezenet1_1"])
+def test_trained_folds_to_the_same_function(name, options, network, images):
+    x = images(8)
+    bn_model = train_(insert(network(name), [x], **options), x)
+    before = snapshot(bn_model)
+    folded = fold(bn_model)
+    assert_unchanged(bn_model, before)
+    assert list(folded.state_dict()) == list(network(name).state_dict())
+    assert not torch.equal(folded.features[0].weight, network(name).features[0].weight)
+    assert_close_in_eval(bn_model, folded, images(4, seed=5))
+
+
+def test_absorbed_biases_come_back(network, images):
+    model = network("vgg11")
+    folded = fold(insert(model, [images(8)], absorb_bias=True))
+    assert list(folded.state_dict()) == list(model.state_dict())
+    assert torch.equal(folded.features[0].weight, model.features[0].weight)
+    # The shift is bias − running_mean, each rounded at the size of the mean: an ulp of activations of order 1 to 10.
+    torch.testing.assert_close(folded.features[0].bias, model.features[0].bias, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_without_bias_gets_one_only_where_bn_shifts(custom, images):
+    bn_model = insert(custom, [images(8, 32)])
+    assert fold(bn_model).left.bias is None
+    folded = fold(train_(bn_model, images(8, 32)))
+    assert folded.left.bias is not None
+    assert_close_in_eval(bn_model, folded, images(4, 32, seed=5))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_post_activation_folds_forward(groups, images):
+    """Into a conv without zero padding, through reflection padding, and through flattening into a dense layer."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=groups), nn.ReLU(), nn.ReflectionPad2d(1),
+        nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(720, 7), nn.ReLU(), nn.Linear(7, 2),
+    ).eval()  # fmt: skip
+    x = images(8, 16)
+    bn_model = insert(model, [x], placement="post-activation")
+    bn_model[12].p = 0.0
+    train_(bn_model, x)
+    folded = fold(bn_model)
+    assert [type(m) for m in folded] == [type(m) for m in model]
+    assert_close_in_eval(bn_model, folded, images(4, 16, seed=5))
+
+
+def test_post_activation_before_zero_padding_is_refused_by_name(images):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    ).eval()
+    x = images(8, 16)
+    bn_model = train_(insert(model, [x], placement="post-activation"), x)
+    before = snapshot(bn_model)
+    with pytest.raises(FoldError, match=r"fold: '2': stands behind the activation of '0'.*zero padding.*allow_partial"):
+        fold(bn_model)
+    assert_unchanged(bn_model, before)
+    partial = fold(bn_model, allow_partial=True)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in partial.modules()) == 1
+    assert_close_in_eval(bn_model, partial, images(4, 16, seed=5))
+
+
+def test_changed_models_are_refused_by_name(custom, images):
+    bn_model = insert(custom, [images(8, 32)])
+    broken = copy.deepcopy(bn_model)
+    broken.squeeze.norm = nn.Identity()
+    with pytest.raises(FoldError, match=r"'squeeze.norm': is a Identity, expected a BatchNorm"):
+        fold(broken)
+    broken = copy.deepcopy(bn_model)
+    del broken.stem[1]
+    with pytest.raises(FoldError, match="expected a BatchNorm|was changed since"):
+        fold(broken)
+    broken = copy.deepcopy(bn_model)
+    broken.squeeze.norm.running_var.fill_(-1)
+    with pytest.raises(FoldError, match="not finite"):
+        fold(broken)
+    with pytest.raises(BNSurgeryError, match="carries no record"):
+        fold(custom)
+
+
+def test_a_new_head_survives_the_fold(network, images):
+    model = network("vgg11")
+    bn_model = insert(model, [images(8)])
+    bn_model.classifier[-1] = nn.Linear(4096, 10)
+    folded = fold(bn_model)
+    assert folded.classifier[-1].out_features == 10
+    assert torch.equal(folded.classifier[0].weight, model.classifier[0].weight)
+    with pytest.raises(BNSurgeryError, match="carries no record"):
+        bnsurgery.record(folded)

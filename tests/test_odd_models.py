@@ -1,0 +1,261 @@
+"""Models whose code or set-up could make the edit go wrong without a word: right, or refused by name."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torchvision import models
+
+import bnsurgery
+from bnsurgery import BNSurgeryError, CheckpointError, FoldError, NoSitesError, fold, insert, load, plan, save
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
+
+
+@pytest.fixture
+def x(images):
+    return images(8, 12)
+
+
+def assert_round_trip(model, x, **options):
+    """Eval bits kept, and every bit and layer back after the fold."""
+    bn_model = insert(model, [x], **options)
+    with torch.no_grad():
+        assert torch.equal(model(x), bn_model(x))
+    folded = fold(bn_model)
+    assert str(folded) == str(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), folded(x))
+    return bn_model
+
+
+def trained(model, x, **options):
+    bn_model = insert(model, [x], **options)
+    with torch.no_grad():
+        for module in bn_model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.mul_(torch.linspace(0.5, 1.5, len(module.weight)))
+                module.bias.add_(torch.linspace(-1, 1, len(module.bias)))
+    return bn_model
+
+
+def convs(*between):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), *between, nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    ).eval()
+
+
+def test_a_relu_with_two_names_comes_back_under_both(x):
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), self.act, nn.Conv2d(4, 2, 1))
+
+        def forward(self, x):
+            return self.body(x)
+
+    assert_round_trip(Aliased().eval(), x)
+
+
+def test_a_sequential_that_code_indexes_too_is_not_renumbered(x):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return torch.relu(self.conv(x))
+
+    class CallsAgain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 1), Block(), Block())
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            h = self.net(x)
+            return self.head(h + self.net[2](h))
+
+    class ReadsWeight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU())
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.net(x) * self.net[1].weight.sum())
+
+    for cls in (CallsAgain, ReadsWeight):
+        assert_round_trip(cls().eval(), x)
+
+
+def test_what_no_trace_shows_is_caught_before_the_model_is_given_out(x):
+    class LooksAtTypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = convs()
+
+        def forward(self, x):
+            return self.net(x) * len(self.net)
+
+    with pytest.raises(BNSurgeryError, match="LooksAtTypes computes something else after the insertion"):
+        insert(LooksAtTypes().eval(), [x])
+
+
+def test_a_layers_own_hooks_run_where_they_did(x):
+    class Child(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu, self.head = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.relu(self.conv(x)))
+
+    model = Child().eval()
+    model.conv.register_forward_hook(lambda module, args, out: out - 0.5)
+    bn_model = assert_round_trip(model, x)
+    # The norm comes before the hook, so that is where its statistics have to be from.
+    with torch.no_grad():
+        plain = torch.nn.functional.conv2d(x, model.conv.weight, model.conv.bias).double()
+    torch.testing.assert_close(bn_model.conv.norm.running_mean.double(), plain.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_relu_with_backward_hooks_stays(x):
+    model = convs()
+    model[1].register_full_backward_hook(lambda *_: None)
+    assert [site.relu for site in plan(model, x).sites] == [None, "3"]
+
+
+def test_a_layer_with_a_norm_of_its_own_is_left_alone(x):
+    class Conv(nn.Conv2d):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.norm = nn.Identity()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = Conv(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.b(self.a(x)))
+
+    model = Net().eval()
+    assert "attribute 'norm' of its own" in plan(model, x).skipped[0].reason
+    assert_round_trip(model, x)
+
+
+@pytest.mark.parametrize("edit", ["gelu", "pool", "stride"])
+def test_an_edited_torchvision_network_is_not_taken_for_the_stock_one(edit, images, tmp_path):
+    model = models.squeezenet1_1(weights=None, num_classes=5).eval()
+    if edit == "gelu":
+        model.features[1] = nn.GELU()
+    elif edit == "pool":
+        model.features[2] = nn.AvgPool2d(3, 2)
+    else:
+        model.features[0].stride = (1, 1)
+    bn_model = insert(model, [images(4)])
+    assert bnsurgery.record(bn_model).architecture is None
+    save(bn_model, tmp_path / "net")
+    with pytest.raises(CheckpointError, match="pass model="):
+        load(tmp_path / "net")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "net", model=model)(images(2)), bn_model(images(2)))
+
+
+def test_tied_weights_are_not_scaled_for_both(x):
+    model = convs(nn.Conv2d(4, 4, 3))
+    model[3].weight = model[2].weight
+    assert_round_trip(model, x)
+    with pytest.raises(FoldError, match="weight is tied"):
+        fold(trained(model, x))
+
+
+def test_layers_with_a_forward_of_their_own_are_not_folded(x):
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+    model = convs(Standardized(4, 4, 3), nn.ReLU())
+    assert_round_trip(model, x)
+    with pytest.raises(FoldError, match=r"Standardized '3', whose class has a forward of its own"):
+        fold(trained(model, x))
+
+
+@pytest.mark.parametrize("computed", ["parametrized", "pruned"])
+def test_computed_weights_are_not_folded(computed, x):
+    model = convs()
+    if computed == "parametrized":
+        nn.utils.parametrizations.weight_norm(model[2])
+    else:
+        prune.l1_unstructured(model[2], "weight", 0.5)
+        with torch.no_grad():
+            model(x)
+    bn_model = trained(model, x)
+    with pytest.raises(FoldError, match="whose weight is computed"):
+        fold(bn_model)
+
+
+def test_a_freshly_pruned_network_can_be_inserted_into(x):
+    model = convs()
+    prune.l1_unstructured(model[2], "weight", 0.5)  # leaves a computed weight with a gradient history
+    assert_round_trip(model, x)
+
+
+def test_a_model_that_cannot_be_copied_says_so(x):
+    model = convs()
+    model.cache = model[0].weight * 2  # a tensor with a gradient history, which torch refuses to copy
+    with pytest.raises(BNSurgeryError, match="Sequential cannot be copied: .*no_grad"):
+        insert(model, [x])
+
+
+@pytest.mark.parametrize("tail", ["flatten(2)", "none"])
+def test_a_dense_layer_that_does_not_see_channels_takes_no_shift(tail, x):
+    middle = [nn.Flatten(2), nn.Linear(100, 3)] if tail == "flatten(2)" else [nn.Linear(10, 3)]
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), *middle).eval()
+    with pytest.raises(FoldError, match="no single dense layer"):
+        fold(trained(model, x, placement="post-activation"))
+
+
+def test_one_insertion_at_a_time(x):
+    model = nn.Sequential(*convs()[:4], nn.Flatten(), nn.Linear(256, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    once = insert(model, [x], layers="conv")
+    with pytest.raises(BNSurgeryError, match="has been inserted into already"):
+        insert(once, [x], layers="dense")
+
+
+def test_a_dense_layer_on_two_kinds_of_input_is_left_alone():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.shared(self.shared(x)[:, None])[:, 0])
+
+    with pytest.raises(NoSitesError, match="output has 2 or 3 dimensions"):
+        plan(Both(), torch.randn(4, 6))
+
+
+def test_glu_is_no_activation_to_stand_behind(x):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GLU(1), nn.Conv2d(4, 2, 1)).eval()
+    assert_round_trip(model, x, placement="post-activation")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_float32_data_reaches_a_network_of_another_dtype(dtype, x):
+    model = convs().to(dtype)
+    bn_model = insert(model, [x])
+    assert bnsurgery.verify(model, bn_model, [x]).bit_identical
+
+
+def test_frozen_networks_get_trainable_norms(x):
+    model = convs().requires_grad_(False)
+    bn_model = insert(model, [x])
+    trainable = [name for name, p in bn_model.named_parameters() if p.requires_grad]
+    assert trainable == ["1.weight", "1.bias", "4.weight", "4.bias"]
+    copy.deepcopy(bn_model).train()(x).sum().backward()
