@@ -277,17 +277,18 @@ def test_no_network_is_said_within_15_seconds(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_while_calibrating_writes_nothing(tmp_path, weights):
-    command = [sys.executable, "-m", "cli", "insert", "squeezenet1_1", "--weights", weights, "--num-images", "100000"]
-    process = subprocess.Popen(
-        [*map(str, command), "-o", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    seen = b""
-    while b"batch" not in seen:  # the progress bar: calibration has begun
-        chunk = os.read(process.stderr.fileno(), 4096)
-        assert chunk, seen.decode()
-        seen += chunk
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    # A shell's background jobs ignore SIGINT, and their children do.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from cli import main; main()"
+    command = ["insert", "squeezenet1_1", "--weights", weights, "--num-images", "100000", "-o", tmp_path / "out"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, command)], cwd=ROOT, **pipes) as process:
+        seen = b""
+        while b"batch" not in seen:  # the progress bar: calibration has begun
+            chunk = os.read(process.stderr.fileno(), 4096)
+            assert chunk, seen.decode()
+            seen += chunk
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert b"interrupted; nothing was written" in err
     assert b"Traceback" not in err
