@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .folding import fold
     from .insertion import insert
     from .moments import ChannelMoments
+    from .nn import set_process_group_, set_statistics_
     from .planning import Plan, Site, Skip, plan
     from .surgery_record import SurgeryRecord, record
     from .verification import EquivalenceReport, verify
@@ -39,6 +40,8 @@ _HOMES = {
     "fold": "folding",
     "insert": "insertion",
     "ChannelMoments": "moments",
+    "set_process_group_": "nn",
+    "set_statistics_": "nn",
     "Plan": "planning",
     "Site": "planning",
     "Skip": "planning",
@@ -75,6 +78,8 @@ __all__ = [
     "recalibrate_",
     "record",
     "save",
+    "set_process_group_",
+    "set_statistics_",
     "verify",
 ]
 

@@ -2,5 +2,6 @@
 
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .normed import Normed
+from .settings import set_process_group_, set_statistics_
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Normed"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Normed", "set_process_group_", "set_statistics_"]

@@ -1,21 +1,46 @@
-"""BatchNorm modules for insertion: torch's own, plus a fused ReLU and parameters that stay exact under casts."""
+"""BatchNorm modules for insertion: torch's own on our op, with a fused ReLU, statistics modes, and exact casts."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
+
+from bnsurgery import ops
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.ops.functional import batch_statistics, normalize_by_batch, update_running_
 
 from .identity import identity_parameters, kernel_scale_shift
+from .renorm import correction, limits
 
 Activation = Literal["relu"] | None
+Statistics = Literal["batch", "running", "renorm"]
 
 
-class _Insertable(torch.nn.modules.batchnorm._BatchNorm):
-    """What the three classes below add to torch's."""
+class Insertable(nn.modules.batchnorm._BatchNorm):
+    """What the three classes below add to torch's.
+
+    Attributes:
+        activation: None or "relu", applied to the output.
+        statistics: what train mode normalizes by, see `set_statistics_`.
+        renorm_start: num_batches_tracked when `statistics` became "renorm".
+        renorm_steps: training steps after which "renorm" is "batch".
+        process_group: name of the group whose ranks share the batch's statistics, "" for none; `set_process_group_`.
+    """
+
+    # Torch says Tensor | None; which of them there are is a matter of the constructor's arguments.
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+    weight: Any
+    bias: Any
 
     activation: Activation
+    statistics: Statistics = "batch"
+    renorm_start: int = 0
+    renorm_steps: int = 0
+    process_group: str = ""
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
         if activation not in (None, "relu"):
@@ -25,15 +50,49 @@ class _Insertable(torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` of shape (N, C, *), then apply the fused activation. Same shape, dtype and layout."""
-        output = super().forward(input)
-        # In place: batch norm's backward needs its input, not its output.
-        return F.relu(output, inplace=True) if self.activation == "relu" else output
+        self._check_input_dim(input)
+        relu = self.activation == "relu"
+        by_batch = self.running_mean is None or (self.training and self.statistics != "running")
+        if not by_batch:
+            tensors = self.running_mean, self.running_var, self.weight, self.bias
+            return ops.batch_norm(input, *tensors, eps=self.eps, relu=relu)
+        group = self.process_group if self.training else ""
+        mean, var, count = batch_statistics(input, group)
+        weight, bias = self.weight, self.bias
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            if self.statistics == "renorm":
+                r_max, d_max = limits(self.num_batches_tracked - self.renorm_start, self.renorm_steps)
+                weight, bias = correction(
+                    mean, var, self.running_mean, self.running_var, weight, bias, self.eps, r_max, d_max
+                )
+            self.num_batches_tracked.add_(1)
+            momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            update_running_(self.running_mean, self.running_var, mean, var, count, momentum)
+        return normalize_by_batch(input, mean, var, count, weight, bias, self.eps, relu, group)
 
     def extra_repr(self) -> str:
-        """Torch's text, with the fused activation."""
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+        """Torch's text, with what differs from torch's behaviour."""
+        extra = {
+            "activation": self.activation,
+            "statistics": None if self.statistics == "batch" else self.statistics,
+            "process_group": self.process_group or None,
+        }
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in extra.items() if value)])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Insertable":
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """None, as ever; but what `SyncBatchNorm.convert_sync_batchnorm` would lose is refused here.
+
+        It builds a plain SyncBatchNorm from the attributes that torch's classes have and then asks for the children.
+        """
+        converting = sys._getframe(1).f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__code__
+        if converting and (self.activation is not None or self.statistics != "batch"):
+            raise BNSurgeryError(
+                f"convert_sync_batchnorm would drop activation={self.activation!r} and statistics={self.statistics!r} "
+                f"of {type(self).__name__}: use bnsurgery.set_process_group_(model, torch.distributed.group.WORLD)"
+            )
+        return super().named_children()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Insertable":
         """Follow `.to()` and its kin, but keep float32 under half precision and identity channels exact.
 
         Statistics in bfloat16 would be worthless, and torch's kernels take float32 parameters beside a half-precision
@@ -66,23 +125,26 @@ class _Insertable(torch.nn.modules.batchnorm._BatchNorm):
             new[name].data[where] = values.to(where.device)
 
 
-class BatchNorm1d(_Insertable, torch.nn.BatchNorm1d):
+class BatchNorm1d(Insertable, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` for inputs (N, C) or (N, C, L), with an optional fused ReLU.
 
     y = (x − mean)/√(var + eps)·weight + bias per channel, then max(y, 0) with `activation="relu"`. Mean and
-    (population) variance are the batch's in train mode and the running ones in eval mode. Parameters, buffers and state
-    dict are torch's own, as are the constructor's other arguments; they stay float32 under `.half()` and `.bfloat16()`.
+    (population) variance are the batch's in train mode and the running ones in eval mode; `set_statistics_` offers
+    others, `set_process_group_` statistics over several processes. Parameters, buffers and state dict are torch's own,
+    as are the constructor's other arguments; they stay float32 under `.half()` and `.bfloat16()`. With momentum=None
+    the cumulative average is kept on the device.
 
     Raises:
-        ValueError: `activation` is neither None nor "relu", or the input has the wrong number of dimensions.
+        ValueError: `activation` is neither None nor "relu", the input has the wrong number of dimensions, or train mode
+            gets one value per channel.
 
     References: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.
     """
 
 
-class BatchNorm2d(_Insertable, torch.nn.BatchNorm2d):
+class BatchNorm2d(Insertable, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` for inputs (N, C, H, W), with an optional fused ReLU; see `BatchNorm1d`."""
 
 
-class BatchNorm3d(_Insertable, torch.nn.BatchNorm3d):
+class BatchNorm3d(Insertable, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` for inputs (N, C, D, H, W), with an optional fused ReLU; see `BatchNorm1d`."""

@@ -7,41 +7,29 @@ torch.batch_norm_update_stats, 113 by torch.native_group_norm and 298 by torch.v
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Smaller tiles lose more to the launch of a kernel than they win by nearer caches: 49 ms at 1 MiB, 38 at 4, 35 at 8.
-TILE_BYTES = 1 << 22
+from .tiles import TILE_BYTES, channels_of, in_memory_order, tiles
+
 SHIFT_SAMPLES = 32
 # (mean − shift)²/σ² up to which one pass stands: rounding errors grow by one plus this.
 MAX_CANCELLATION = 9.0
 
 
-def channel_moments_cpu(input: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Do the work of `channel_moments` for a CPU tensor that it has checked."""
-    input = input.detach()
-    count = input.numel() // max(input.shape[1], 1)
-    if not count:
-        return 0, *torch.zeros(2, input.shape[1], dtype=torch.float64)
+def channel_moments_cpu(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and m2 per channel of a CPU tensor of shape (N, C, *): float64 of shape (C,)."""
+    if not input.numel():
+        return torch.zeros(input.shape[1], dtype=torch.float64), torch.zeros(input.shape[1], dtype=torch.float64)
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
-    x, axis = _in_memory_order(input)
+    (x,), axis = in_memory_order(input)
     shift = _rough_mean(input, work)
     mean, m2, good = _shifted_pass(x, axis, shift)
     if not good:  # the sample misled about some channel, or float32 overflowed: once more, from the mean just found
         shift = torch.where(mean.isfinite(), mean, shift.double())
         mean, m2, _ = _shifted_pass(x, axis, shift)
-    return count, mean, m2
-
-
-def _in_memory_order(x: Tensor) -> tuple[Tensor, int]:
-    """View `x` with its dims by falling stride, as (outer, C, inner) where it is dense, and say where C went."""
-    dims = sorted(range(x.dim()), key=lambda d: x.stride(d) if x.shape[d] > 1 else math.inf, reverse=True)
-    x, axis = x.permute(dims), dims.index(1)
-    if not x.is_contiguous():
-        return x, axis
-    return x.view(math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])), 1
+    return mean, m2
 
 
 def _rough_mean(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,9 +53,9 @@ def _shifted_pass(x: Tensor, axis: int, shift: Tensor) -> tuple[Tensor, Tensor, 
     buffer = torch.empty(min(limit, x.numel()), dtype=shift.dtype)
     column = shift.view(-1, *[1] * (x.dim() - axis - 1))
     sums = torch.zeros(2, len(shift), dtype=torch.float64)
-    for tile in _tiles(x.shape, limit):
+    for tile in tiles(x.shape, limit):
         part = x[tile]
-        channels = tile[axis] if axis < len(tile) else slice(None)
+        channels = channels_of(tile, axis)
         d = torch.sub(part, column[channels], out=buffer[: part.numel()].view(part.shape))
         sums[:, channels].add_(_sums(d, axis))
     offset = sums[0] / (x.numel() // len(shift))
@@ -75,20 +63,6 @@ def _shifted_pass(x: Tensor, axis: int, shift: Tensor) -> tuple[Tensor, Tensor, 
     m2 = (sums[1] - cancelled).clamp_min(0)
     good = (cancelled <= MAX_CANCELLATION * m2) & (m2 < math.inf)
     return offset + shift, m2, bool(good.all())
-
-
-def _tiles(shape: torch.Size, limit: int) -> Iterator[tuple[slice, ...]]:
-    """Cut a row-major box into runs of at most `limit` elements."""
-    inner = math.prod(shape[1:])
-    if inner > limit:
-        for i in range(shape[0]):
-            for rest in _tiles(shape[1:], limit):
-                yield slice(i, i + 1), *rest
-    else:
-        step = limit // inner
-        step -= step % 16 if step > 16 else 0  # for the groups in _sums
-        for i in range(0, shape[0], step):
-            yield (slice(i, i + step),)
 
 
 def _sums(d: Tensor, axis: int) -> Tensor:

@@ -1,0 +1,122 @@
+"""Batch norm as compositions of ATen kernels: for the CPU, and for devices and dtypes without a kernel of ours.
+
+On the CPU a fresh 100 MB tensor costs 28 ms of page faults, more than any pass over one (3 to 8 ms, two Zen 4 cores).
+So the backward makes one fresh tensor, dx, where nn.BatchNorm2d + nn.ReLU make two: it masks the gradient once for the
+sums and once for dx, a cache-sized tile at a time. Training's forward takes the moments from `channel_moments` (a
+third of the time of ATen's for NCHW) and the rest from ATen's eval kernel, its fastest.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tiles import TILE_BYTES, channels_of, in_memory_order, tiles
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and m2 per channel by `torch.var_mean`, which runs Welford's recurrence on CUDA: float64 of shape (C,)."""
+    count = x.numel() // max(x.shape[1], 1)
+    if not count:
+        return x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(x.shape[1], dtype=torch.float64)
+    variance, mean = torch.var_mean(x.to(_work_dtype(x)), [d for d in range(x.ndim) if d != 1], correction=0)
+    return mean.double(), variance.double() * count
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    batch: bool,
+    relu: bool,
+) -> Tensor:
+    """act((x − mean)/√(var + eps)·weight + bias), with scale and shift rounded step by step, as on the CPU."""
+    dtype = _work_dtype(x)
+    scale = 1 / torch.sqrt(var.to(dtype) + eps)
+    scale = scale if weight is None else scale * weight.to(dtype)
+    shift = -mean.to(dtype) * scale if bias is None else bias.to(dtype) - mean.to(dtype) * scale
+    y = torch.addcmul(_along_channels(shift, x), x.to(dtype), _along_channels(scale, x)).to(x.dtype)
+    return y.relu_() if relu else y
+
+
+def normalize_cpu(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    batch: bool,
+    relu: bool,
+) -> Tensor:
+    """`normalize` by ATen's eval kernel, whose scalar code rounds so too."""
+    dtype = _work_dtype(x)
+    weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
+    y = torch.native_batch_norm(x, weight, bias, mean.to(dtype), var.to(dtype), False, 0.0, eps)[0]
+    return y.relu_() if relu else y
+
+
+def gradient_sums(
+    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    eps: float, batch: bool, relu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Σg and Σg·(x − mean) per channel, float64 of shape (C,), with g the gradient before the activation."""
+    if relu and y is None:
+        y = normalize(x, mean, var, weight, bias, eps, batch, relu)
+    sums, products = (torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
+    dtype = _work_dtype(x)
+    center = mean.to(dtype)
+    ones = torch.ones_like(center)
+    for g, part, channels in _gradient_and_input(grad, x, y if relu else None):
+        _, product, total = torch.ops.aten.native_batch_norm_backward(
+            g.to(dtype), part.to(dtype), ones[channels], None, None, center[channels], ones[channels], True, 0.0,
+            [False, True, True],
+        )  # fmt: skip
+        sums[channels] += total
+        products[channels] += product
+    return sums, products - (mean - center) * sums
+
+
+def gradient_input(
+    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    mean_dy: Tensor | None, mean_dy_xmu: Tensor | None, eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    """scale·(g − mean(g) − (x − mean)/(var + eps)·mean(g·(x − mean))); scale·g without the two means."""
+    if relu and y is None:
+        y = normalize(x, mean, var, weight, bias, eps, mean_dy is not None, relu)
+    dtype, dx = _work_dtype(x), torch.empty_like(x)
+    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+    slope = level = torch.zeros_like(mean)
+    if mean_dy is not None and mean_dy_xmu is not None:
+        slope = -scale * mean_dy_xmu / (var + eps)
+        level = -scale * mean_dy - slope * mean
+    scale, slope, level = scale.to(dtype), slope.to(dtype), level.to(dtype)
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    for g, part, channels, out in _gradient_and_input(grad, x, y if relu else None, dx):
+        statistics = zero[channels], one[channels]  # with which ATen's eval kernel computes slope·x + level
+        line = torch.native_batch_norm(part.to(dtype), slope[channels], level[channels], *statistics, False, 0.0, 0.0)
+        out.copy_(line[0].addcmul_(g.to(dtype), _along_channels(scale[channels], part)))
+    return dx
+
+
+def _gradient_and_input(grad: Tensor, x: Tensor, y: Tensor | None, *more: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Tile by tile, with channels in dim 1: the gradient, zero where `y` is not positive; x; the channels; `more`."""
+    views, axis = in_memory_order(x, grad, x if y is None else y, *more)
+    for tile in tiles(views[0].shape, TILE_BYTES // 4):
+        part, g, output, *others = (view[tile].movedim(axis, 1) for view in views)
+        masked = g if y is None else torch.ops.aten.threshold_backward(g, output, 0)
+        yield masked, part, channels_of(tile, axis), *others
+
+
+def _along_channels(vector: Tensor, x: Tensor) -> Tensor:
+    """View a vector of shape (C,) so that it broadcasts over `x` of shape (N, C, *)."""
+    return vector.view(-1, *[1] * (x.dim() - 2))
+
+
+def _work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,40 @@
+"""What ranks tell each other: short vectors, gathered, so that every rank sums them in the same order."""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import GroupName, _get_group_size_by_name
+
+
+def group_name(process_group: ProcessGroup | str | None) -> str:
+    """The name under which custom ops, compiled graphs, copies and pickles know a process group; "" for none."""
+    if process_group is None or isinstance(process_group, str):
+        return process_group or ""
+    return process_group.group_name
+
+
+def gather(vector: Tensor, group: str) -> Tensor:
+    """One row per rank of the group. A collective that autograd does not see and that compiled graphs can hold."""
+    size = _get_group_size_by_name(GroupName(group))
+    rows = torch.ops._c10d_functional.all_gather_into_tensor(vector.contiguous(), size, group)
+    return torch.ops._c10d_functional.wait_tensor(rows).view(size, -1)
+
+
+def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Count (0-dim), mean and m2 (C,) of all ranks together, float64; a rank without samples changes nothing.
+
+    Means are weighed by their counts and m2 gains n·(mean − overall mean)²; nothing large is ever subtracted.
+
+    References: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1.
+    """
+    rows = gather(torch.cat((count.view(1), mean, m2)), group)
+    counts, (means, m2s) = rows[:, :1], rows[:, 1:].chunk(2, 1)
+    total = counts.sum()
+    overall = (counts * means).sum(0) / total.clamp_min(1)
+    return total, overall, (m2s + counts * (means - overall).square()).sum(0)
+
+
+def sum_over_ranks(vectors: tuple[Tensor, Tensor], group: str) -> tuple[Tensor, Tensor]:
+    """Both vectors, each summed over the ranks in the order of the ranks."""
+    first, second = gather(torch.cat(vectors), group).sum(0).chunk(2)
+    return first, second
