@@ -16,12 +16,15 @@ from .tiles import TILE_BYTES, channels_of, in_memory_order, tiles
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2 per channel by `torch.var_mean`, which runs Welford's recurrence on CUDA: float64 of shape (C,)."""
+    """Mean and m2 per channel in two passes: float64 of shape (C,)."""
     count = x.numel() // max(x.shape[1], 1)
     if not count:
         return x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(x.shape[1], dtype=torch.float64)
-    variance, mean = torch.var_mean(x.to(_work_dtype(x)), [d for d in range(x.ndim) if d != 1], correction=0)
-    return mean.double(), variance.double() * count
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    mean = x.to(_work_dtype(x)).mean(dims)
+    d = x - _along_channels(mean, x)
+    offset = d.sum(dims, dtype=torch.float64) / count  # what rounding left in `mean`
+    return mean + offset, d.square_().sum(dims, dtype=torch.float64) - offset.square() * count
 
 
 def normalize(

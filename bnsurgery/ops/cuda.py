@@ -12,6 +12,8 @@ from . import kernels
 
 # Elements of a tile; 16 for each of a program's 256 threads, which is 2 or 4 loads of 16 bytes in flight per tensor.
 TILE, WARPS = 4096, 8
+# x·scale + shift may be one fused operation: where insertion needs it exact, scale is 1 and shift 0.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 # Programs per multiprocessor. A reduction wants no more than run at once; an elementwise pass some in reserve, so that
 # the last ones to finish are few.
 REDUCING, STREAMING = 4, 16
@@ -116,10 +118,10 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     with _on(x):
         kernels.moments_partial[g.programs,](
             x, counts, partial, *shape.strides, shape.outer[1:], g.inner_blocks, shape.inner, g.items, g.per_split,
-            g.splits, shape.channels, g.c_blocks, BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, num_warps=WARPS,
+            g.splits, shape.channels, g.c_blocks, BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
         )  # fmt: skip
         kernels.moments_combine[_ceil_div(shape.channels, block_c),](
-            counts, partial, mean, m2, g.splits, shape.channels, BLOCK_S=block_s, BLOCK_C=block_c, num_warps=4
+            counts, partial, mean, m2, g.splits, shape.channels, BLOCK_S=block_s, BLOCK_C=block_c, **OPTIONS
         )
     return mean, m2
 
@@ -142,7 +144,7 @@ def normalize(
         kernels.normalize[g.programs,](
             x, y, mean, var, weight, bias, *reversed(shape.strides), shape.outer[1:], g.inner_blocks, shape.inner,
             g.items, g.per_split, shape.channels, g.c_blocks, eps, BATCH=batch, RELU=relu, BLOCK_C=g.block_c,
-            BLOCK_INNER=g.block_inner, num_warps=WARPS,
+            BLOCK_INNER=g.block_inner, **OPTIONS,
         )  # fmt: skip
     return y
 
@@ -159,7 +161,7 @@ def gradient_sums(
         kernels.gradient_sums_partial[g.programs,](
             x, grad, partial, mean, var, weight, bias, *shape.strides, shape.outer[1:], g.inner_blocks, shape.inner,
             g.items, g.per_split, g.splits, shape.channels, g.c_blocks, eps, BATCH=batch, RELU=relu,
-            BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, num_warps=WARPS,
+            BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
         )  # fmt: skip
     sum_dy, sum_dy_xmu = partial[0].sum(0), partial[1].sum(0)
     return sum_dy, sum_dy_xmu
@@ -178,7 +180,7 @@ def gradient_input(
         kernels.gradient_input[g.programs,](
             x, grad, dx, mean, var, weight, bias, mean_dy, mean_dy_xmu, x_strides, grad_strides, out_strides,
             shape.outer[1:], g.inner_blocks, shape.inner, g.items, g.per_split, shape.channels, g.c_blocks, eps,
-            BATCH=mean_dy is not None, RELU=relu, BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, num_warps=WARPS,
+            BATCH=mean_dy is not None, RELU=relu, BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
         )  # fmt: skip
     return dx
 

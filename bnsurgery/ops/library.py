@@ -37,7 +37,7 @@ def _(input: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @channel_moments.register_kernel("cuda")
-def _(input: Tensor) -> tuple[Tensor, Tensor]:
+def channel_moments_cuda(input: Tensor) -> tuple[Tensor, Tensor]:
     return _on_cuda(input).channel_moments(input)
 
 
@@ -72,7 +72,7 @@ def _(input, mean, var, weight, bias, count, eps, batch, relu, group):  # type: 
 
 
 @batch_norm_fwd.register_kernel("cuda")
-def _(input, mean, var, weight, bias, count, eps, batch, relu, group):  # type: ignore[no-untyped-def]
+def batch_norm_fwd_cuda(input, mean, var, weight, bias, count, eps, batch, relu, group):  # type: ignore[no-untyped-def]
     return _on_cuda(input).normalize(input, mean, var, weight, bias, eps, batch, relu)
 
 
@@ -94,7 +94,7 @@ def batch_norm_bwd_sums(
 
 
 @batch_norm_bwd_sums.register_kernel("cuda")
-def _(grad, input, output, mean, var, weight, bias, eps, batch, relu):  # type: ignore[no-untyped-def]
+def batch_norm_bwd_sums_cuda(grad, input, output, mean, var, weight, bias, eps, batch, relu):  # type: ignore[no-untyped-def]
     return _on_cuda(input).gradient_sums(grad, input, output, mean, var, weight, bias, eps, batch, relu)
 
 
@@ -117,7 +117,7 @@ def batch_norm_bwd_input(
 
 
 @batch_norm_bwd_input.register_kernel("cuda")
-def _(grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, eps, relu):  # type: ignore[no-untyped-def]
+def batch_norm_bwd_input_cuda(grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, eps, relu):  # type: ignore[no-untyped-def]
     return _on_cuda(input).gradient_input(grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, eps, relu)
 
 

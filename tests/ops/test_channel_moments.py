@@ -83,7 +83,7 @@ def test_a_drifting_mean_is_still_accurate():
 
 @pytest.mark.parametrize("offset", [2.9, 3.1, 1e4])
 @pytest.mark.parametrize("dtype", RTOL)
-def test_a_sample_that_misleads_about_the_mean(dtype, offset, monkeypatch):
+def test_a_sample_that_misleads_about_the_mean(cpu_kernel, dtype, offset, monkeypatch):
     x = torch.randn(2, 6, 40, 40).add(offset).to(dtype)
     monkeypatch.setattr(cpu_moments, "_rough_mean", lambda x, dtype: torch.zeros(x.shape[1], dtype=dtype))
     assert_moments(channel_moments(x), x)
@@ -91,7 +91,7 @@ def test_a_sample_that_misleads_about_the_mean(dtype, offset, monkeypatch):
 
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 3, 1), (2, 0, 1, 3), (1, 3, 2, 0)])
 @pytest.mark.parametrize("tile_bytes", [8, 100, 1000, 5000])
-def test_tiles_cut_anywhere(axes, tile_bytes, monkeypatch):
+def test_tiles_cut_anywhere(cpu_kernel, axes, tile_bytes, monkeypatch):
     monkeypatch.setattr(cpu_moments, "TILE_BYTES", tile_bytes)
     x = torch.randn([(3, 5, 17, 11)[axis] for axis in axes]).permute([axes.index(dim) for dim in range(4)])
     for part in (x, x[:, ::2], x[:, :, 1:, ::3], x[:1], x[:, :1], x[:, :, :1, :1], x[:, :, :1].expand(3, 5, 4, 11)):
@@ -100,7 +100,7 @@ def test_tiles_cut_anywhere(axes, tile_bytes, monkeypatch):
         assert torch.equal(torch.as_tensor(first), torch.as_tensor(second))
 
 
-def test_squares_beyond_float32():
+def test_squares_beyond_float32(cpu_kernel):
     x = torch.randn(2, 3, 20, 20) * 1e30
     assert_moments(channel_moments(x), x)
 

@@ -1,0 +1,138 @@
+"""Compile the Triton kernels for GPUs that need not be there, and print what they take: registers, memory, spills.
+
+The launcher itself chooses blocks and specializations; only the driver that it would ask for a GPU is replaced by one
+that names an architecture, and the launch by the compilation. `--quick` leaves out most block shapes and pairings.
+"""
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from bnsurgery.ops import cuda, kernels
+from bnsurgery.tables import table
+
+ARCHITECTURES = (80, 90, 100)
+NAMES = ("moments_partial", "moments_combine", "normalize", "gradient_sums_partial", "gradient_input")
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Channels from 1 to beyond the largest block, planes from one element to several tiles, sizes odd and even.
+SHAPES = [
+    (32, 64, 56, 56), (4, 3, 224, 224), (8, 512, 14, 14), (2, 4096, 7, 7), (8, 1, 64, 64), (2, 10, 33, 31),
+    (2, 130, 5, 3), (128, 4096), (64, 10), (8, 24, 100), (1, 16, 4, 8, 8), (300, 1), (1, 7, 1, 2),
+]  # fmt: skip
+
+
+class NamedDriver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class CompileOnly:
+    """Stands in for a kernel: compiles what would be launched."""
+
+    def __init__(self, kernel: Any, compiled: dict[str, Any]) -> None:
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_only(*args: Any, **options: Any) -> None:
+            result = self.kernel.warmup(*args, grid=grid, **options)
+            self.compiled[result.hash] = result
+
+        return compile_only
+
+
+def layouts(x: Tensor) -> Iterator[Tensor]:
+    yield x
+    if x.ndim in (4, 5):
+        yield x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def launch_all(quick: bool) -> None:
+    """Every kernel over dtypes, flags and optional tensors for some layouts, and over all shapes for some flags."""
+    affine = [(True, True), (False, False)] if quick else itertools.product((True, False), repeat=2)
+    flags = itertools.product([(2, 64, 8, 8), (3, 5, 7)], DTYPES, (True, False), (True, False), affine)
+    for shape, dtype, batch, relu, (weight, bias) in flags:
+        if quick and not weight and dtype is not torch.bfloat16:
+            continue
+        for x in layouts(torch.empty(shape, dtype=dtype)):
+            launch(x, x, batch, relu, weight, bias)
+    for shape, dtype in [] if quick else itertools.product(SHAPES, DTYPES):
+        for x, grad in itertools.product(*(list(layouts(torch.empty(shape, dtype=dtype))) for _ in range(2))):
+            launch(x, grad, True, True, True, True)
+
+
+def launch(x: Tensor, grad: Tensor, batch: bool, relu: bool, weight: bool, bias: bool) -> None:
+    dtype = torch.float64 if batch else torch.float32  # of statistics: the batch's, or the running ones
+    statistics = torch.empty(x.shape[1], dtype=dtype), torch.empty(x.shape[1], dtype=dtype)
+    affine = [torch.empty(x.shape[1]) if wanted else None for wanted in (weight, bias)]
+    means = statistics if batch else (None, None)
+    cuda.channel_moments(x)
+    cuda.normalize(x, *statistics, *affine, 1e-5, batch, relu)
+    cuda.gradient_sums(grad, x, None, *statistics, *affine, 1e-5, batch, relu)
+    cuda.gradient_input(grad, x, None, *statistics, *affine, *means, 1e-5, relu)
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL (spilled) of a compiled kernel, in registers and bytes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def report(architecture: int, quick: bool) -> list[tuple[object, ...]]:
+    """One row for each kernel: specializations, and the largest of each figure over them."""
+    compiled: dict[str, dict[str, Any]] = {name: {} for name in NAMES}
+    for name in NAMES:
+        setattr(kernels, name, CompileOnly(getattr(kernels, name), compiled[name]))
+    driver.set_active(NamedDriver(architecture))
+    cuda._processors = lambda device: PROCESSORS[architecture]
+    launch_all(quick)
+    rows: list[tuple[object, ...]] = []
+    for name, results in compiled.items():
+        figures = [usage(result.asm["cubin"]) for result in results.values()]
+        largest = [max(figure[key] for figure in figures) for key in ("REG", "SHARED", "STACK", "LOCAL")]
+        rows.append((f"sm_{architecture}", name, len(figures), *largest))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    with ProcessPoolExecutor(2, max_tasks_per_child=1) as pool:
+        rows = [row for rows in pool.map(report, ARCHITECTURES, [quick] * len(ARCHITECTURES)) for row in rows]
+    print(f"triton {triton.__version__}; the largest figure over all specializations, bytes but for registers")
+    print(table(("target", "kernel", "specializations", "registers", "shared", "stack", "spilled"), rows))
+    spilled = [row[:2] for row in rows if row[-1]]
+    if spilled:
+        sys.exit(f"spills in {spilled}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The op and its contracts; on CUDA too where there is one, and interpreted (see conftest.py)."""
+
+import itertools
+
+import pytest
+import torch
+from batch_norm_oracle import DTYPES, SHAPES, assert_agrees, layouts, parameters
+from torch.nn import functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+
+from bnsurgery import ops
+from bnsurgery.ops import library, tiles
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_shapes_layouts_and_dtypes(shape, dtype, training, relu):
+    for x in layouts((torch.randn(shape) * 2 + 1).to(dtype)):
+        assert_agrees(x, training, relu)
+
+
+@pytest.mark.parametrize(("affine", "tracked"), [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("relu", [True, False])
+def test_weight_bias_and_running_statistics_are_optional(affine, tracked, relu):
+    assert_agrees(torch.randn(4, 6, 5, 5), True, relu, affine=affine, tracked=tracked)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_of_any_stride(relu):
+    """Past bugs elsewhere: kernels that took the gradient to be laid out like the input."""
+    x = torch.randn(3, 8, 6, 5)
+    for this, other in itertools.product(layouts(x), layouts(torch.randn_like(x))):
+        assert_agrees(this, True, relu, grad=other)
+    assert_agrees(x, True, relu, grad=torch.ones(()).expand(x.shape))
+    assert_agrees(x, False, relu, grad=torch.randn(8).view(1, 8, 1, 1).expand(x.shape))
+
+
+@pytest.mark.parametrize("channels", [63, 64, 65, 257])
+def test_many_channels_last(channels):
+    """A past bug elsewhere: channels from 64 on were left zero."""
+    assert_agrees(torch.randn(2, channels, 4, 4).to(memory_format=torch.channels_last), True, True)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_mean_far_above_the_deviation(memory_format):
+    """X = 1e4 + noise: Σx²/M − mean² in float32 has an error of 1e8·2^-24 = 6, so a variance of 1 would be lost."""
+    x = (torch.randn(8, 4, 32, 32) + 1e4).contiguous(memory_format=memory_format)
+    running_mean, running_var = torch.zeros(4), torch.ones(4)
+    y = ops.batch_norm(x, running_mean, running_var, training=True, momentum=1.0)
+    want = F.batch_norm(x.double(), None, None, training=True)
+    samples = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(running_var.double(), samples.var(1), rtol=1e-5, atol=0)
+    # ATen's kernel computes x·scale + (bias − mean·scale): two roundings at 1e4.
+    assert (y - want).abs().max() <= 2 * 1e4 * 2**-23
+
+
+def test_large_tensors_are_worked_on_in_tiles(monkeypatch):
+    monkeypatch.setattr("bnsurgery.ops.aten.TILE_BYTES", 4 * 300)
+    for x in layouts(torch.randn(3, 7, 11, 13)):
+        for relu in (True, False):
+            assert_agrees(x, True, relu)
+    assert tiles.TILE_BYTES > 300
+
+
+def test_absent_running_mean_writes_nowhere():
+    """A past bug elsewhere: with running_mean=None the statistics were written into the input."""
+    x = torch.randn(4, 3, 5, 5)
+    before = x.clone()
+    running_var = torch.ones(3)
+    ops.batch_norm(x, None, running_var, training=True)
+    assert torch.equal(x, before)
+    assert not torch.equal(running_var, torch.ones(3))
+
+
+def test_nan_passes_the_relu_as_in_torch():
+    x = torch.randn(4, 2, 3, 3)
+    x[0, 0, 0, 0] = torch.nan
+    y = ops.batch_norm(x, torch.zeros(2), torch.ones(2), relu=True)
+    assert y[0, 0, 0, 0].isnan()
+    assert y.isnan().sum() == 1
+    assert ops.batch_norm(x, None, None, training=True, relu=True)[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batches(shape, training):
+    x = torch.randn(shape, requires_grad=True)
+    running_mean, running_var, weight, bias = parameters(3, x.dtype)
+    before = running_mean.clone(), running_var.clone()
+    y = ops.batch_norm(x, running_mean, running_var, weight, bias, training, relu=True)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert weight.grad.tolist() == bias.grad.tolist() == [0.0] * 3
+    assert torch.equal(running_mean, before[0])
+    assert torch.equal(running_var, before[1])
+
+
+def samples_of_torch():
+    (info,) = [op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name]
+    samples = info.sample_inputs(torch.get_default_device(), torch.float64, requires_grad=True)
+    return [sample for sample in samples if sample.input.ndim > 1]  # F.batch_norm takes (0,), which has no channels
+
+
+@pytest.mark.parametrize("sample", samples_of_torch(), ids=lambda s: f"{tuple(s.input.shape)}-{s.kwargs}")
+def test_torchs_own_samples(sample):
+    clones = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in sample.args]
+    x = sample.input.detach().clone().requires_grad_()
+    got, want = ops.batch_norm(x, *clones, **sample.kwargs), F.batch_norm(sample.input, *sample.args, **sample.kwargs)
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    got.backward(grad)
+    want.backward(grad)
+    for mine, theirs in zip((x, *clones), (sample.input, *sample.args), strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs)
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def arguments_for_gradients(shape=(3, 2, 4, 3)):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    running_mean, running_var, weight, bias = parameters(shape[1], torch.float64)
+    return x, weight, bias, running_mean, running_var
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_once_and_twice(training, relu):
+    x, weight, bias, running_mean, running_var = arguments_for_gradients()
+
+    def f(x, weight, bias):
+        return ops.batch_norm(x, running_mean.clone(), running_var.clone(), weight, bias, training, relu=relu)
+
+    assert torch.autograd.gradcheck(f, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(f, (x, weight, bias))
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2)])
+def test_double_backward_of_some_inputs_only(frozen):
+    tensors = list(arguments_for_gradients())
+    for index in frozen:
+        tensors[index].requires_grad_(False)
+    x, weight, bias, *_ = tensors
+    f = lambda x, weight, bias: ops.batch_norm(x, None, None, weight, bias, True)  # noqa: E731
+    assert torch.autograd.gradgradcheck(f, (x, weight, bias))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck looks at it
+@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_ops_keep_the_dispatchers_contract(batch, relu, affine):
+    """Schema, fake kernels, autograd registration, and AOT dispatch with static and dynamic shapes."""
+    x = torch.randn(3, 4, 5, 6, requires_grad=True)
+    mean, var, weight, bias = parameters(4, torch.float32)
+    weight, bias = (weight, bias) if affine else (None, None)
+    torch.library.opcheck(library.channel_moments, (x.detach(),))
+    torch.library.opcheck(library.batch_norm_fwd, (x, mean, var, weight, bias, None, 1e-5, batch, relu, ""))
+    x = x.detach().to(memory_format=torch.channels_last)
+    common = (mean, var, *(t if t is None else t.detach() for t in (weight, bias)))
+    for output in (None, x):
+        torch.library.opcheck(library.batch_norm_bwd_sums, (x, x, output, *common, 1e-5, batch, relu))
+        means = (mean.double(), mean.double()) if batch else (None, None)
+        torch.library.opcheck(library.batch_norm_bwd_input, (x, x, output, *common, *means, 1e-5, relu))
+
+
+def test_backward_after_the_running_statistics_moved_on():
+    """The network was run in eval mode with gradients, then trained: the first graph must survive the update."""
+    x, weight, bias, running_mean, running_var = arguments_for_gradients()
+    y = ops.batch_norm(x, running_mean, running_var, weight, bias, False, relu=True)
+    (want,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    ops.batch_norm(x, running_mean, running_var, weight, bias, True, relu=True)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "int64"),
+        ({"input": torch.ones(3)}, ValueError, r"shape \(3,\), expected \(N, C, \.\.\.\)"),
+        ({"running_mean": torch.zeros(4)}, ValueError, r"running_mean of shape \(4,\), expected \(3,\)"),
+        ({"weight": torch.zeros(1)}, ValueError, r"weight of shape \(1,\), expected \(3,\)"),
+        ({"running_mean": None}, ValueError, "no running_mean"),
+        ({"input": torch.ones(1, 3, 1, 1), "training": True}, ValueError, "more than 1 value per channel"),
+    ],
+)
+def test_refusals(arguments, error, message):
+    good = {"input": torch.randn(2, 3, 4, 4), "running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    with pytest.raises(error, match=message):
+        ops.batch_norm(**{**good, **arguments})
