@@ -23,15 +23,24 @@ def limits(step: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return (math.log(3) * openness).exp(), 5 * openness
 
 
-@torch.no_grad()
-def _r_and_d(
+# A custom op, so that no compiler computes it again in the backward, from running statistics that have moved on since:
+# torch 2.15's partitioner does that to plain ops, and gets another r and d.
+@torch.library.custom_op("bnsurgery::renorm_r_d", mutates_args=())
+def r_and_d(
     mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, r_max: Tensor, d_max: Tensor
 ) -> tuple[Tensor, Tensor]:
     """R = clip(σ_B/σ, 1/r_max, r_max) and d = clip((μ_B − μ)/σ, −d_max, d_max), constants for the gradient; (C,)."""
     running_std = (running_var.double() + eps).sqrt()
-    r = (var + eps).sqrt() / running_std
-    d = (mean - running_mean) / running_std
-    return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+    r = ((var + eps).sqrt() / running_std).clamp(1 / r_max, r_max)
+    d = ((mean - running_mean) / running_std).clamp(-d_max, d_max)
+    return r.to(running_mean.dtype), d.to(running_mean.dtype)
+
+
+@r_and_d.register_fake
+def _(
+    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, r_max: Tensor, d_max: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(running_mean), torch.empty_like(running_mean)
 
 
 def correction(
@@ -42,7 +51,7 @@ def correction(
 
     Wide open (r_max = d_max = ∞) that is weight·(x − running_mean)/√(running_var + eps) + bias, the eval function.
     """
-    r, d = (t.to(running_mean.dtype) for t in _r_and_d(mean, var, running_mean, running_var, eps, r_max, d_max))
+    r, d = r_and_d(mean, var, running_mean, running_var, eps, r_max, d_max)
     scale = r if weight is None else weight * r
     shift = d if weight is None else weight * d
     return scale, shift if bias is None else shift + bias

@@ -1,0 +1,175 @@
+"""The modules inside what people wrap networks in: compilers, exporters, autocast, checkpointing, functional calls."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing._internal.common_modules import module_db
+from torch.utils.checkpoint import checkpoint
+
+import bnsurgery
+from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+OURS = {cls.__name__: cls for cls in (BatchNorm1d, BatchNorm2d, BatchNorm3d)}
+
+
+def samples_of_torch():
+    for info in module_db:
+        if info.module_cls.__module__ == "torch.nn.modules.batchnorm" and info.module_cls.__name__ in OURS:
+            for training in (True, False):
+                inputs = info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=training)
+                for sample in inputs:
+                    yield pytest.param(info.module_cls, sample, training, id=f"{info.name}-{sample.desc}-{training}")
+
+
+@pytest.mark.parametrize(("stock", "sample", "training"), list(samples_of_torch()))
+def test_torchs_own_module_samples(stock, sample, training):
+    args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
+    torch.manual_seed(0)
+    theirs = stock(*args, **kwargs).double().train(training)
+    ours = OURS[stock.__name__](*args, **kwargs).double().train(training)
+    ours.load_state_dict(theirs.state_dict())
+    (x,) = sample.forward_input.args
+    y = x.detach().clone().requires_grad_()
+    for _ in range(3):  # running statistics too: cumulative, moving, or none
+        got, want = ours(x), theirs(y)
+        torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    got.backward(grad)
+    want.backward(grad)
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.fixture
+def inserted(custom, images):
+    return bnsurgery.insert(custom, [images(8, 32)])
+
+
+def outputs_and_gradients(model, x, run=None):
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(x) if run is None else run(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters()), *(b.clone() for b in model.buffers())]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("statistics", ["batch", "running", "renorm"])
+def test_compiles_as_one_graph(inserted, images, training, statistics):
+    """Two steps: what the first did to the running statistics must not reach into its own backward."""
+    bnsurgery.set_statistics_(inserted, statistics)
+    compiled = copy.deepcopy(inserted).train(training)
+    inserted.train(training)
+    torch.compiler.reset()
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for seed in (1, 2):
+        x = images(4, 32, seed=seed)
+        torch.testing.assert_close(outputs_and_gradients(compiled, x, run), outputs_and_gradients(inserted, x))
+
+
+def test_compiles_with_momentum_none_and_dynamic_shapes(images):
+    norm = BatchNorm2d(3, momentum=None, activation="relu")
+    twin = copy.deepcopy(norm)
+    torch.compiler.reset()
+    compiled = torch.compile(twin, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (4, 6, 9):
+        torch.testing.assert_close(compiled(images(2, size)), norm(images(2, size)))
+    torch.testing.assert_close(twin.state_dict(), norm.state_dict())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_exports(inserted, images, training):
+    x = images(4, 32, seed=1)
+    inserted.train(training)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(copy.deepcopy(inserted), (x,), dynamic_shapes=({0: batch},), strict=False)
+    x = images(6, 32, seed=2)
+    torch.testing.assert_close(program.module()(x), inserted(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(inserted, images, dtype):
+    """Half precision comes in and goes out; statistics and parameters stay float32, as do their gradients."""
+    seen = []
+    norm = next(module for module in inserted.modules() if isinstance(module, BatchNorm2d))
+    norm.register_forward_hook(lambda module, args, output: seen.append((args[0].dtype, output.dtype)))
+    x = images(4, 32)
+    want = inserted.train()(x)
+    with torch.autocast("cpu", dtype):
+        got = inserted(x)
+        got.square().sum().backward()
+    assert seen[1] == (dtype, dtype)
+    assert norm.weight.grad.dtype == norm.running_mean.dtype == torch.float32
+    assert (got - want).norm() / want.norm() < 20 * torch.finfo(dtype).eps
+
+
+def test_deepcopy_pickle_and_functional_call(inserted, images):
+    x = images(2, 32)
+    want = inserted(x)
+    for twin in (copy.deepcopy(inserted), pickle.loads(pickle.dumps(inserted))):
+        assert torch.equal(twin(x), want)
+    state = {name: tensor.clone() for name, tensor in inserted.state_dict().items()}
+    with torch.no_grad():
+        for tensor in inserted.parameters():
+            tensor.zero_()
+    assert torch.equal(torch.func.functional_call(inserted, state, (x,)), want)
+
+
+def test_functional_call_updates_the_buffers_it_is_given():
+    norm = BatchNorm2d(3).train()
+    state = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    torch.func.functional_call(norm, state, (torch.randn(4, 3, 5, 5) + 1,))
+    assert norm.num_batches_tracked == 0 and state["num_batches_tracked"] == 1
+    assert not torch.equal(state["running_mean"], norm.running_mean)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm2d(4, activation="relu"), nn.Conv2d(4, 2, 3)).train()
+    twin = copy.deepcopy(block)
+    x = torch.randn(3, 3, 8, 8, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    checkpoint(block, x, use_reentrant=use_reentrant).square().sum().backward()
+    twin(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    for mine, other in zip(block.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def test_eval_then_train_then_backward(inserted, images):
+    """A graph built in eval mode survives the update of the running statistics."""
+    x = images(4, 32)
+    first = inserted.eval()(x).square().sum()
+    inserted.train()(x)
+    first.backward()
+    assert all(p.grad is not None for p in inserted.parameters())
+
+
+def test_double_backward_through_a_network(inserted, images):
+    """A gradient penalty, as in WGAN-GP."""
+    x = images(3, 32).requires_grad_()
+    (gradient,) = torch.autograd.grad(inserted.train()(x).sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in inserted.parameters())
+
+
+def test_results_can_be_changed_in_place_where_torchs_can():
+    """Without the fused ReLU nothing of the output is kept."""
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    BatchNorm2d(3)(x).mul_(2).sum().backward()
+    F.relu(BatchNorm2d(3)(x), inplace=True).sum().backward()
+
+
+def test_exported_programs_can_be_saved(inserted, images):
+    program = torch.export.export(inserted, (images(2, 32),), strict=False)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(images(2, 32)), inserted(images(2, 32)))

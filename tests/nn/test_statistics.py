@@ -1,0 +1,160 @@
+"""What train mode normalizes by."""
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import bnsurgery
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.nn import BatchNorm1d, BatchNorm2d
+from bnsurgery.nn.renorm import limits
+
+
+@pytest.fixture
+def inserted(custom, images):
+    return bnsurgery.insert(custom, [images(16, 32)])
+
+
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def buffers(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def test_running_survives_train(inserted, images):
+    x = images(2, 32, seed=1)
+    want = inserted(x)
+    before = buffers(inserted)
+    bnsurgery.set_statistics_(inserted, "running")
+    for _ in range(2):
+        inserted.train()
+        assert torch.equal(inserted(x), want)
+        inserted.eval()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in inserted.named_buffers())
+    bnsurgery.set_statistics_(inserted, "batch")
+    assert not torch.equal(inserted.train()(x), want)
+
+
+def test_running_has_the_gradients_of_eval_mode(inserted, images):
+    x = images(2, 32, seed=1)
+    inserted(x).square().sum().backward()
+    want = {name: p.grad.clone() for name, p in inserted.named_parameters()}
+    inserted.zero_grad()
+    bnsurgery.set_statistics_(inserted, "running")
+    inserted.train()(x).square().sum().backward()
+    assert all(torch.equal(p.grad, want[name]) for name, p in inserted.named_parameters())
+
+
+def test_renorm_wide_open_is_the_pretrained_function_at_batch_size_2(custom, inserted, images):
+    """The first training step; a drift of plain BN's size (tens of percent) would not pass."""
+    x = images(2, 32, seed=1)
+    want = custom(x)
+    plain_drift = (copy.deepcopy(inserted).train()(x) - want).norm() / want.norm()
+    bnsurgery.set_statistics_(inserted, "renorm", renorm_steps=100)
+    got = inserted.train()(x)
+    assert plain_drift > 0.1
+    assert (got - want).norm() / want.norm() < 1e-5
+    assert all(norm.num_batches_tracked == 1 for norm in norms(inserted))
+
+
+def test_renorm_closes_to_plain_batch_norm(inserted, images):
+    plain = copy.deepcopy(inserted).train()
+    bnsurgery.set_statistics_(inserted, "renorm", renorm_steps=5)
+    inserted.train()
+    distances = []
+    for step in range(8):
+        x = images(4, 32, seed=step)
+        with torch.no_grad():
+            want, got = plain(x), inserted(x)
+        distances.append(float((got - want).norm() / want.norm()))
+    assert distances[0] > 0.05
+    assert all(distance == 0 for distance in distances[5:])
+    for one, other in zip(norms(inserted), norms(plain), strict=True):  # the same running statistics
+        assert torch.equal(one.running_var, other.running_var) or distances[0] > 0
+
+
+def test_renorm_is_the_papers_formula():
+    """Y = weight·(r·x̂ + d) + bias with r and d clipped and constant for the gradient, in float64."""
+    norm = BatchNorm1d(3).double().train()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
+        norm.bias.copy_(torch.tensor([1.0, 0.0, 3.0]))
+        norm.running_mean.copy_(torch.tensor([0.1, -4.0, 0.3]))
+        norm.running_var.copy_(torch.tensor([1.0, 100.0, 1e-3]))
+    bnsurgery.set_statistics_(norm, "renorm", renorm_steps=10)
+    norm.num_batches_tracked += 8  # ln r_max = ln 3·(1/4), d_max = 5/4
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    running_mean, running_std = norm.running_mean.clone(), (norm.running_var + norm.eps).sqrt()
+    mean, std = x.mean(0), (x.var(0, correction=0) + norm.eps).sqrt()
+    r = (std / running_std).detach().clamp(3**-0.25, 3**0.25)
+    d = ((mean - running_mean) / running_std).detach().clamp(-1.25, 1.25)
+    assert ((r == 3**0.25) | (r == 3**-0.25)).any() and (d.abs() == 1.25).any()
+    want = norm.weight * (r * (x - mean) / std + d) + norm.bias
+    got = norm(x)
+    torch.testing.assert_close(got, want)
+    tensors, grad = (x, norm.weight, norm.bias), torch.randn_like(x)
+    found = zip(torch.autograd.grad(got, tensors, grad), torch.autograd.grad(want, tensors, grad), strict=True)
+    for mine, theirs in found:
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("affine", [{"affine": False}, {"bias": False}])
+def test_renorm_without_weight_or_bias(affine):
+    norm = BatchNorm2d(3, **affine)
+    norm.running_mean.normal_()
+    x = torch.randn(2, 3, 4, 4)
+    want = norm.eval()(x)
+    bnsurgery.set_statistics_(norm, "renorm")
+    torch.testing.assert_close(norm.train()(x), want, rtol=1e-5, atol=1e-6)
+
+
+def test_renorm_counts_from_when_it_was_set():
+    norm = BatchNorm2d(3)
+    norm.num_batches_tracked += 5000
+    norm.running_mean.fill_(2.0)
+    bnsurgery.set_statistics_(norm, "renorm", renorm_steps=10)
+    x = torch.randn(4, 3, 5, 5)
+    want = norm.eval()(x)
+    torch.testing.assert_close(norm.train()(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_limits_open_at_first_and_close_at_last():
+    r_max, d_max = limits(torch.tensor(0), 10)
+    assert (r_max, d_max) == (float("inf"), float("inf"))
+    r_max, d_max = limits(torch.tensor(5), 10)
+    torch.testing.assert_close((float(r_max), float(d_max)), (3.0, 5.0))
+    for step in (10, 11, 1000):
+        assert limits(torch.tensor(step), 10) == (1, 0)
+    values = [limits(torch.tensor(step), 10) for step in range(11)]
+    assert all(earlier > later for earlier, later in itertools.pairwise(values))
+
+
+def test_copies_and_pickles_keep_the_mode(inserted):
+    bnsurgery.set_statistics_(inserted, "renorm", renorm_steps=7)
+    file = io.BytesIO()
+    torch.save(inserted, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(inserted), torch.load(file, weights_only=False)):
+        assert {norm.statistics for norm in norms(twin)} == {"renorm"}
+        assert {norm.renorm_steps for norm in norms(twin)} == {7}
+    assert "statistics='renorm'" in repr(inserted)
+
+
+def test_refusals(custom):
+    with pytest.raises(ValueError, match="mode must be 'batch', 'running' or 'renorm', got 'frozen'"):
+        bnsurgery.set_statistics_(BatchNorm2d(3), "frozen")
+    with pytest.raises(ValueError, match="renorm_steps must be at least 1, got 0"):
+        bnsurgery.set_statistics_(BatchNorm2d(3), "renorm", renorm_steps=0)
+    with pytest.raises(BNSurgeryError, match="Fire has no BatchNorm of bnsurgery.nn"):
+        bnsurgery.set_statistics_(custom, "running")
+    untracked = nn.Sequential(BatchNorm2d(3), BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(BNSurgeryError, match="'1' has no running statistics, which 'running' needs"):
+        bnsurgery.set_statistics_(untracked, "running")
+    assert untracked[0].statistics == "batch"
+    bnsurgery.set_statistics_(untracked, "batch")
