@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-gpu lint bench bench-op clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
 
 test: lint
 	$(BIN)/pytest
+
+test-gpu: .venv/.installed
+	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make test-gpu: torch finds no CUDA device')"
+	$(BIN)/pytest -m gpu
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -20,6 +24,11 @@ bench: .venv/.benchmarks
 	$(BIN)/python -m benchmarks.calibration
 	$(BIN)/python -m benchmarks.insert_command
 	$(BIN)/python -m benchmarks.folded
+
+bench-op: .venv/.installed
+	$(BIN)/python -m benchmarks.kernel_resources
+	$(BIN)/python -m benchmarks.norm
+	$(BIN)/python -m benchmarks.train_step
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_network import Fire
 from torch import nn
 from torchvision import models
 
@@ -64,58 +65,7 @@ def images():
     return make
 
 
-class Fire(nn.Module):
-    """Residual and concat, functional and module activations, a conv in a Sequential and one outside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True))
-        self.squeeze = nn.Conv2d(8, 6, 1)
-        self.squeeze_relu = nn.ReLU()
-        self.left = nn.Conv2d(6, 8, 1, bias=False)
-        self.right = nn.Conv2d(6, 8, 3, padding=1)
-        self.pool = nn.AvgPool2d(4)
-        self.hidden = nn.Linear(16 * 8 * 8, 20)
-        self.head = nn.Linear(20, 5)
-
-    def forward(self, x, scale=1.0):
-        stem = self.stem(x)
-        squeezed = self.squeeze_relu(self.squeeze(stem))
-        left = torch.relu(self.left(squeezed)) + stem
-        both = torch.cat([left, self.right(squeezed).relu()], 1)
-        flat = self.pool(both).flatten(1)
-        return self.head(nn.functional.leaky_relu(self.hidden(flat))) * scale
-
-
 @pytest.fixture
 def custom():
     """A small network that is no Sequential, in eval mode."""
     return Fire().eval()
-
-
-def snapshot(model: nn.Module) -> dict[str, object]:
-    """Everything that a failed or read-only call must leave as it was."""
-    return {
-        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "modes": {name: module.training for name, module in model.named_modules()},
-        "classes": {name: type(module) for name, module in model.named_modules()},
-        "hooks": {
-            name: (list(module._forward_hooks), list(module._forward_pre_hooks))
-            for name, module in model.named_modules()
-        },
-        "grads": {name: p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
-        "rng": torch.get_rng_state(),
-    }
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
-    after = snapshot(model)
-    for part in ("modes", "classes", "hooks"):
-        assert after[part] == before[part], part
-    assert list(after["state"]) == list(before["state"])
-    for name, tensor in before["state"].items():
-        assert torch.equal(after["state"][name], tensor), name
-    for name, grad in before["grads"].items():
-        same = after["grads"][name] is None if grad is None else torch.equal(after["grads"][name], grad)
-        assert same, name
-    assert torch.equal(after["rng"], before["rng"])

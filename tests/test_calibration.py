@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_unchanged, snapshot
 from torch import distributed, multiprocessing, nn
 from torch.utils.data import DataLoader, TensorDataset
+from unchanged import assert_unchanged, snapshot
 
 from bnsurgery import BNSurgeryError, CalibrationError, ChannelMoments, calibrate, insert, plan, recalibrate_
 

@@ -2,8 +2,8 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_unchanged, snapshot
 from torch import nn
+from unchanged import assert_unchanged, snapshot
 
 import bnsurgery
 from bnsurgery import BNSurgeryError, FoldError, fold, insert

@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_unchanged, snapshot
 from torch import nn
 from torchvision import models
+from unchanged import assert_unchanged, snapshot
 
 import bnsurgery
 from bnsurgery import BNSurgeryWarning, CalibrationError, NoSitesError, UntraceableModelError, insert

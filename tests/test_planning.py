@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import assert_unchanged, snapshot
 from torch import nn
 from torchvision import models
+from unchanged import assert_unchanged, snapshot
 
 import bnsurgery
 from bnsurgery import CalibrationError, NoSitesError, UntraceableModelError, plan

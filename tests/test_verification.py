@@ -3,8 +3,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import assert_unchanged, snapshot
 from torch import nn
+from unchanged import assert_unchanged, snapshot
 
 from bnsurgery import CalibrationError, insert, verify
 

@@ -1,0 +1,97 @@
+"""A vgg16 training step with our BatchNorm against torchvision's vgg16_bn (eager, compiled) and plain vgg16.
+
+    python -m benchmarks.train_step [--device cuda|cpu] [--batch N] [--dtype bfloat16|float32] [--json FILE]
+
+Step time, as a ratio to vgg16_bn eager in the same round, and on CUDA the peak memory of a step. The networks are
+torchvision's layouts at 224×224, channels_last; ours has BatchNorm where vgg16_bn has it.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision import models
+
+import bnsurgery
+from bnsurgery.tables import table
+
+from .timing import interleave, median, ratio
+
+
+def networks() -> dict[str, Callable[[], nn.Module]]:
+    def ours() -> nn.Module:
+        return bnsurgery.insert(models.vgg16(weights=None).eval(), [torch.randn(2, 3, 64, 64)], layers="conv")
+
+    return {
+        "vgg16 + bnsurgery": ours,
+        "vgg16 + bnsurgery, compiled": lambda: torch.compile(ours()),
+        "vgg16_bn": lambda: models.vgg16_bn(weights=None),
+        "vgg16_bn, compiled": lambda: torch.compile(models.vgg16_bn(weights=None)),
+        "vgg16": lambda: models.vgg16(weights=None),
+    }
+
+
+class Step:
+    """Forward, backward and SGD on one fixed batch."""
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+        self.model = model.to(args.device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        images = torch.randn(args.batch, 3, 224, 224, device=args.device)
+        self.images = images.to(memory_format=torch.channels_last)
+        self.labels = torch.arange(args.batch, device=args.device)
+        self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        with self.autocast:
+            loss = nn.functional.cross_entropy(self.model(self.images), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        if self.images.is_cuda:
+            torch.cuda.synchronize()
+
+
+def peak_gib(step: Step) -> float | None:
+    """Memory that one step takes at most, beyond what other networks hold; None on the CPU."""
+    if not step.images.is_cuda:
+        return None
+    step()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() - sum(p.numel() * p.element_size() * 3 for p in step.model.parameters())
+    step()
+    return (torch.cuda.max_memory_allocated() - held) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch", type=int, default=128 if cuda else 8)
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=("bfloat16", "float32"))
+    parser.add_argument("--rounds", type=int, default=20 if cuda else 5)
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled networks out")
+    parser.add_argument("--json", type=Path, help="write the raw figures there")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    makers = {name: make for name, make in networks().items() if not (args.no_compile and "compiled" in name)}
+    steps = {name: Step(make(), args) for name, make in makers.items()}
+    memory = {name: peak_gib(step) for name, step in steps.items()}
+    times = interleave(steps, args.rounds)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{args.device}: {device}; torch {torch.__version__}, {platform.platform()}")
+    print(f"batch {args.batch}, {args.dtype}, channels_last")
+    rows = [(n, median(t), ratio(times, "vgg16_bn", n), memory[n]) for n, t in times.items()]
+    print(table(("network", "seconds a step", "speed ÷ vgg16_bn", "peak GiB"), rows))
+    if args.json:
+        figures = {name: {"seconds": values, "peak_gib": memory[name]} for name, values in times.items()}
+        args.json.write_text(json.dumps({"torch": torch.__version__, "device": device, "results": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
