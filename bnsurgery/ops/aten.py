@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tiles import TILE_BYTES, channels_of, in_memory_order, tiles
+from .tiles import channels_of, in_memory_order, tiles
+
+# Elements of a tile of the backward, whose buffers are new at every call and so cost page faults themselves.
+_TILE = 1 << 18
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,21 +101,36 @@ def gradient_input(
         slope = -scale * mean_dy_xmu / (var + eps)
         level = -scale * mean_dy - slope * mean
     scale, slope, level = scale.to(dtype), slope.to(dtype), level.to(dtype)
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    zero, one, nothing = (
+        torch.zeros_like(scale),
+        torch.ones_like(scale),
+        torch.empty(2, 0, dtype=dtype, device=x.device),
+    )
+    buffer = torch.empty(min(_TILE, x.numel()), dtype=dtype, device=x.device)
     for g, part, channels, out in _gradient_and_input(grad, x, y if relu else None, dx):
-        statistics = zero[channels], one[channels]  # with which ATen's eval kernel computes slope·x + level
-        line = torch.native_batch_norm(part.to(dtype), slope[channels], level[channels], *statistics, False, 0.0, 0.0)
-        out.copy_(line[0].addcmul_(g.to(dtype), _along_channels(scale[channels], part)))
+        line = buffer[: part.numel()].view(part.shape)
+        torch.native_batch_norm(  # with mean 0 and variance 1 ATen's eval kernel computes slope·x + level
+            part.to(dtype).contiguous(), slope[channels], level[channels], zero[channels], one[channels], False, 0.0,
+            0.0, out=(line, nothing[0], nothing[1]),
+        )  # fmt: skip
+        factor = _along_channels(scale[channels], part)
+        if out.dtype == dtype:
+            torch.addcmul(line, g, factor, out=out)
+        else:
+            out.copy_(line.addcmul_(g.to(dtype), factor))
     return dx
 
 
 def _gradient_and_input(grad: Tensor, x: Tensor, y: Tensor | None, *more: Tensor) -> Iterator[tuple[Any, ...]]:
     """Tile by tile, with channels in dim 1: the gradient, zero where `y` is not positive; x; the channels; `more`."""
     views, axis = in_memory_order(x, grad, x if y is None else y, *more)
-    for tile in tiles(views[0].shape, TILE_BYTES // 4):
+    buffer = torch.empty(0 if y is None else min(_TILE, x.numel()), dtype=grad.dtype, device=x.device)
+    for tile in tiles(views[0].shape, _TILE):
         part, g, output, *others = (view[tile].movedim(axis, 1) for view in views)
-        masked = g if y is None else torch.ops.aten.threshold_backward(g, output, 0)
-        yield masked, part, channels_of(tile, axis), *others
+        if y is not None:
+            masked = buffer[: part.numel()].view(part.shape)
+            g = torch.ops.aten.threshold_backward.grad_input(g, output, 0, grad_input=masked)
+        yield g, part, channels_of(tile, axis), *others
 
 
 def _along_channels(vector: Tensor, x: Tensor) -> Tensor:

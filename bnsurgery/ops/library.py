@@ -126,6 +126,11 @@ def _(grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, eps, r
     return torch.empty_like(input)
 
 
+# Bytes up to which malloc hands out memory that has been touched before (glibc's largest mmap threshold): there one
+# more tensor costs less than masking the gradient twice, tile by tile.
+_MASKED_AT_ONCE = 32 << 20
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, mean, var, weight, bias, count, ctx.eps, ctx.batch, ctx.relu, ctx.group = inputs
     if not ctx.batch:  # running statistics, which the next training step will change in place
@@ -138,12 +143,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, mean, var, weight, bias, count, output = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, grad)
+    relu = ctx.relu
+    if output is not None and output.numel() * output.itemsize <= _MASKED_AT_ONCE:
+        grad, output, relu = torch.ops.aten.threshold_backward(grad, output, 0), None, False
     wants_input, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
     d_input = d_weight = d_bias = mean_dy = mean_dy_xmu = None
     if wants_weight or wants_bias or ctx.batch:
-        sum_dy, sum_dy_xmu = batch_norm_bwd_sums(
-            grad, input, output, mean, var, weight, bias, ctx.eps, ctx.batch, ctx.relu
-        )
+        sum_dy, sum_dy_xmu = batch_norm_bwd_sums(grad, input, output, mean, var, weight, bias, ctx.eps, ctx.batch, relu)
         # Of this rank's samples only: data parallelism adds the ranks' parameter gradients up itself.
         d_weight = (sum_dy_xmu / torch.sqrt(var + ctx.eps)).to(weight.dtype) if wants_weight else None
         d_bias = sum_dy.to(bias.dtype) if wants_bias else None
@@ -154,7 +160,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             mean_dy, mean_dy_xmu = sum_dy / samples, sum_dy_xmu / samples
     if wants_input:
         d_input = batch_norm_bwd_input(
-            grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, ctx.eps, ctx.relu
+            grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, ctx.eps, relu
         )
     return d_input, None, None, d_weight, d_bias, None, None, None, None, None
 
