@@ -107,6 +107,9 @@ def _modes(rank, directory):
     x, _ = data()
     if rank == 0:  # alone: eval mode and frozen statistics need no other rank
         model.eval()(x)
+        untracked = BatchNorm2d(4, track_running_stats=False).double().eval()
+        bnsurgery.set_process_group_(untracked, dist.group.WORLD)
+        untracked(x)
         bnsurgery.set_statistics_(model, "running")
         model.train()(x)
     bnsurgery.set_statistics_(model, "renorm", renorm_steps=3)

@@ -13,6 +13,7 @@ from bnsurgery.ops import library
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
+    library._MASKED_AT_ONCE = -1  # leave ReLU's mask to the kernels
     library.channel_moments.register_kernel("cpu")(library.channel_moments_cuda)
     library.batch_norm_fwd.register_kernel("cpu")(library.batch_norm_fwd_cuda)
     library.batch_norm_bwd_sums.register_kernel("cpu")(library.batch_norm_bwd_sums_cuda)

@@ -54,11 +54,17 @@ def test_a_mean_far_above_the_deviation(memory_format):
     torch.testing.assert_close(running_var.double(), samples.var(1), rtol=1e-5, atol=0)
     # ATen's kernel computes x·scale + (bias − mean·scale): two roundings at 1e4.
     assert (y - want).abs().max() <= 2 * 1e4 * 2**-23
+    weight = torch.ones(4, requires_grad=True)
+    grad = 1 + torch.randn_like(x)
+    ops.batch_norm(x, None, None, weight, training=True).backward(grad)
+    want_weight = (grad * want).transpose(0, 1).flatten(1)
+    # Σg·(x − mean) by a mean rounded to float32, off by up to 5e-4, would be off by 5e-4·Σg.
+    assert (weight.grad - want_weight.sum(1)).abs().max() <= 8 * 2**-23 * want_weight.abs().sum(1).max()
 
 
 def test_large_tensors_are_worked_on_in_tiles(monkeypatch):
     monkeypatch.setattr("bnsurgery.ops.aten._TILE", 300)
-    monkeypatch.setattr("bnsurgery.ops.library._MASKED_AT_ONCE", 0)
+    monkeypatch.setattr("bnsurgery.ops.library._MASKED_AT_ONCE", -1)
     for x in layouts(torch.randn(3, 7, 11, 13)):
         for relu in (True, False):
             assert_agrees(x, True, relu)
@@ -81,6 +87,16 @@ def test_nan_passes_the_relu_as_in_torch():
     assert y[0, 0, 0, 0].isnan()
     assert y.isnan().sum() == 1
     assert ops.batch_norm(x, None, None, training=True, relu=True)[:, 0].isnan().all()
+
+
+def test_the_gradient_at_exactly_zero_is_zero():
+    """As threshold_backward has it; dead channels sit there."""
+    x = torch.tensor([[-1.0], [0.0], [2.0]]).requires_grad_()
+    ops.batch_norm(x, torch.zeros(1), torch.ones(1), eps=0.0, relu=True).sum().backward()
+    assert x.grad.flatten().tolist() == [0.0, 0.0, 1.0]
+    bias = torch.zeros(2, requires_grad=True)
+    ops.batch_norm(torch.full((4, 2, 3, 3), 0.5), None, None, None, bias, True, relu=True).sum().backward()
+    assert bias.grad.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])

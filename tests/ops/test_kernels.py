@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batch_norm_oracle import assert_agrees, layouts
+from torch.nn import functional as F
 
 from bnsurgery import ops
 from bnsurgery.nn.identity import identity_parameters
@@ -41,6 +42,20 @@ def test_moments_survive_a_first_tile_unlike_the_rest(tile, monkeypatch):
         # Each lane adds up to as many terms as its split has tiles, 4·64²·3/256 at most, each sum off by 2^-24.
         rtol = 4 * 64**2 * 3 / 256 * 2**-24
         torch.testing.assert_close(m2, samples.var(1, correction=0) * samples.shape[1], rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_mean_far_above_the_deviation_costs_no_digits(memory_format):
+    """X − mean is exact, with the mean in two float32 parts: errors are those of numbers of order 1, not 1e4."""
+    x = (torch.randn(8, 4, 32, 32) + 1e4).contiguous(memory_format=memory_format).requires_grad_()
+    y = ops.batch_norm(x, None, None, training=True)
+    grad = (torch.randn_like(x) + (x - 1e4)).detach()  # not orthogonal to x, so that both sums matter
+    y.backward(grad)
+    double = x.detach().double().requires_grad_()
+    want = F.batch_norm(double, None, None, training=True)
+    want.backward(grad.double())
+    assert (y - want).abs().max() <= 8 * 2**-23 * want.abs().max()
+    assert (x.grad - double.grad).abs().max() <= 8 * 2**-23 * grad.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
