@@ -24,6 +24,7 @@ from bnsurgery.tables import table
 from .timing import interleave, median, ratio
 
 CONVS = [(64, 224), (128, 112), (256, 56), (512, 28), (512, 14)]
+REPEATS = 10  # calls in one measurement on CUDA, so that launching it and waiting for it count little
 PASSES = {"forward": 3, "backward": 5, "both": 8}
 L2 = 60 << 20  # tensors below may be served from cache; the bandwidth goal is for those above
 
@@ -33,25 +34,19 @@ class Candidate:
 
     def __init__(self, make: Callable[[int], nn.Module], x: Tensor, grad: Tensor) -> None:
         self.module = make(x.shape[1]).to(x.device)
-        self.x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        self.x = x.detach().requires_grad_()
         self.grad = grad
-        self.graph = self.module(self.x)
-
-    def clear(self) -> None:
-        self.x.grad = None
-        for parameter in self.module.parameters():
-            parameter.grad = None
+        self.wanted = [self.x, *self.module.parameters()]
+        self.output = self.module(self.x)
 
     def forward(self) -> None:
         self.module(self.x)
 
     def backward(self) -> None:
-        self.clear()
-        self.graph.backward(self.grad, retain_graph=True)
+        torch.autograd.grad(self.output, self.wanted, self.grad, retain_graph=True)
 
     def both(self) -> None:
-        self.clear()
-        self.module(self.x).backward(self.grad)
+        torch.autograd.grad(self.module(self.x), self.wanted, self.grad)
 
 
 def stock(channels: int) -> nn.Module:
@@ -74,22 +69,21 @@ def candidates(x: Tensor, grad: Tensor) -> dict[str, Candidate]:
     return made
 
 
-def replayed(call: Callable[[], None]) -> Callable[[], None]:
-    """`call` as a CUDA graph, followed by a synchronization."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
+def replayed(call: Callable[[], object]) -> Callable[[], None]:
+    """REPEATS calls as one CUDA graph, captured on the current stream, and a synchronization."""
+    for _ in range(3):
+        call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return synchronized(graph.replay)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(REPEATS):
+            call()
+    return synchronized(graph.replay, repeats=1)
 
 
-def synchronized(call: Callable[[], None]) -> Callable[[], None]:
+def synchronized(call: Callable[[], object], repeats: int) -> Callable[[], None]:
     def run() -> None:
-        call()
+        for _ in range(repeats):
+            call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -103,11 +97,13 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.mem
     if x.ndim == 4:
         x, grad = x.to(memory_format=memory_format), grad.to(memory_format=memory_format)
     made = candidates(x, grad)
-    wrap = replayed if args.device == "cuda" and not args.eager else synchronized
+    repeats = REPEATS if args.device == "cuda" else 1
+    graphs = args.device == "cuda" and not args.eager
     target = torch.empty_like(x)
     for direction in args.directions:
-        calls = {name: wrap(getattr(candidate, direction)) for name, candidate in made.items()}
-        calls["copy"] = wrap(lambda: target.copy_(x))
+        plain = {name: getattr(candidate, direction) for name, candidate in made.items()}
+        plain["copy"] = lambda: target.copy_(x)
+        calls = {name: replayed(call) if graphs else synchronized(call, repeats) for name, call in plain.items()}
         times = interleave(calls, args.rounds)
         moved = PASSES[direction] / 2  # a copy reads and writes: two passes
         yield {
@@ -115,7 +111,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.mem
             "dtype": str(dtype).removeprefix("torch."),
             "layout": "dense" if x.ndim == 2 else str(memory_format).removeprefix("torch."),
             "direction": direction,
-            "milliseconds": {name: 1e3 * median(values) for name, values in times.items()},
+            "milliseconds": {name: 1e3 * median(values) / repeats for name, values in times.items()},
             "eager ÷ ours": ratio(times, "eager", "ours"),
             "compiled ÷ ours": ratio(times, "compiled", "ours"),
             "of copy": moved * ratio(times, "copy", "ours"),
@@ -161,6 +157,8 @@ def main() -> None:
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{args.device}: {name}; torch {torch.__version__}, {platform.platform()}")
+    if cuda:  # graphs are captured on another stream than the default one, and autograd must have seen no other
+        torch.cuda.set_stream(torch.cuda.Stream())
     results = []
     for dtype in (getattr(torch, name) for name in args.dtypes):
         for memory_format in (torch.channels_last, torch.contiguous_format):

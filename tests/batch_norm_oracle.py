@@ -10,18 +10,23 @@ from torch.nn import functional as F
 
 from bnsurgery import ops
 
-SHAPES = [(4, 5), (4, 5, 3), (2, 3, 6, 6), (3, 70, 5, 7), (2, 3, 2, 4, 5), (300, 1), (2, 1, 30, 50), (1, 4, 1, 9)]
+SHAPES = [
+    (4, 5), (4, 5, 3), (2, 3, 6, 6), (3, 70, 5, 7), (2, 3, 2, 4, 5), (300, 1), (2, 1, 30, 50), (1, 4, 1, 9),
+    (1, 3, 8, 10),
+]  # fmt: skip
 FORMATS = {4: [torch.contiguous_format, torch.channels_last], 5: [torch.contiguous_format, torch.channels_last_3d]}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def layouts(x):
-    """The same values contiguous, channels_last, permuted, and with gaps."""
+    """The same values contiguous, channels_last, permuted, with gaps, and as images are read."""
     yield x.contiguous()
     if x.ndim in (4, 5):
         yield x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
     yield x.transpose(0, -1).contiguous().transpose(0, -1)
     yield torch.stack([x, x.flip(0)], -1)[..., 0]
+    if x.shape[0] == 1 and x.ndim == 4:  # an image read as H×W×C
+        yield x[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
 
 
 def parameters(channels, dtype):

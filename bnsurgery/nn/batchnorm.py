@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bnsurgery import ops
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.ops.functional import batch_statistics, normalize_by_batch, update_running_
+from bnsurgery.ops.functional import batch_statistics, check, normalize_by_batch, update_running_
 
 from .identity import identity_parameters, kernel_scale_shift
 from .renorm import correction, limits
@@ -47,6 +47,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{type(self).__name__}: activation must be None or 'relu', got {activation!r}")
         super().__init__(*args, **kwargs)
         self.activation = activation
+        # torch.fx, and torchvision's create_feature_extractor, take what says that it is from torch.nn for a leaf.
+        self.__module__ = nn.BatchNorm2d.__module__
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` of shape (N, C, *), then apply the fused activation. Same shape, dtype and layout."""
@@ -56,6 +58,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         if not by_batch:
             tensors = self.running_mean, self.running_var, self.weight, self.bias
             return ops.batch_norm(input, *tensors, eps=self.eps, relu=relu)
+        per_channel = {name: getattr(self, name) for name in ("running_mean", "running_var", "weight", "bias")}
+        check(input, type(self).__name__, **per_channel)  # before anything is updated
         group = self.process_group if self.training else ""
         mean, var, count = batch_statistics(input, group)
         weight, bias = self.weight, self.bias
@@ -65,10 +69,16 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 weight, bias = correction(
                     mean, var, self.running_mean, self.running_var, weight, bias, self.eps, r_max, d_max
                 )
-            self.num_batches_tracked.add_(1)
-            momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            momentum = 1 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
             update_running_(self.running_mean, self.running_var, mean, var, count, momentum)
         return normalize_by_batch(input, mean, var, count, weight, bias, self.eps, relu, group)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.renorm_start and not self.num_batches_tracked.is_meta:  # a schedule never starts in the future
+            self.renorm_start = min(self.renorm_start, int(self.num_batches_tracked))
 
     def extra_repr(self) -> str:
         """Torch's text, with what differs from torch's behaviour."""
@@ -108,7 +118,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         old = {name: value.detach() for name, value in self._affine_and_statistics().items()}
         super()._apply(keep_precision, recurse)
         new = self._affine_and_statistics()
-        if len(old) == 4 and old["weight"].dtype != new["weight"].dtype and not new["weight"].is_meta:
+        dtypes = {tensors["weight"].dtype for tensors in (old, new)} if len(old) == 4 else set()
+        if dtypes == {torch.float32, torch.float64} and not new["weight"].is_meta:
             self._solve_anew_(old, new)
         return self
 

@@ -17,7 +17,9 @@ def set_statistics_(bn_model: nn.Module, mode: Statistics, *, renorm_steps: int 
     - "renorm": the batch's, corrected towards the running ones (Batch Renormalization) by limits that close over the
       next `renorm_steps` training steps: the first step computes what eval mode does, the last plain BN.
 
-    Eval mode always uses the running ones. Copies and pickles keep the mode; `save` does not store it.
+    Eval mode always uses the running ones. Copies and pickles keep the mode; `save` does not store it. Gradient
+    checkpointing runs a layer twice, and so moves running statistics twice as in torch; with "renorm" the second run
+    differs from the first, so do not put the two together.
 
     Args:
         bn_model: a network with layers of `bnsurgery.nn`; other norms in it are left alone.
@@ -36,7 +38,7 @@ def set_statistics_(bn_model: nn.Module, mode: Statistics, *, renorm_steps: int 
         raise ValueError(f"set_statistics_: renorm_steps must be at least 1, got {renorm_steps}")
     norms = _norms(bn_model, "set_statistics_")
     for name, norm in norms.items():
-        if norm.running_mean is None and mode != "batch":
+        if (norm.running_mean is None or norm.num_batches_tracked is None) and mode != "batch":
             raise BNSurgeryError(f"set_statistics_: '{name}' has no running statistics, which {mode!r} needs")
     for norm in norms.values():
         norm.statistics = mode
@@ -55,9 +57,15 @@ def set_process_group_(bn_model: nn.Module, process_group: ProcessGroup | None) 
         process_group: such as `torch.distributed.group.WORLD`; None ends the sharing.
 
     Raises:
-        BNSurgeryError: the model has no layer of `bnsurgery.nn`.
+        BNSurgeryError: the model has no layer of `bnsurgery.nn`, or there is no sharing that None could end.
     """
-    for norm in _norms(bn_model, "set_process_group_").values():
+    norms = _norms(bn_model, "set_process_group_").values()
+    if process_group is None and not any(norm.process_group for norm in norms):
+        raise BNSurgeryError(
+            "set_process_group_: got None, and there is no process group to take away. torch.distributed.group.WORLD "
+            "is None before torch.distributed.init_process_group: call that first"
+        )
+    for norm in norms:
         norm.process_group = group_name(process_group)
 
 

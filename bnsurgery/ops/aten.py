@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .tiles import channels_of, in_memory_order, tiles
 
@@ -27,7 +28,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.to(_work_dtype(x)).mean(dims)
     d = x - _along_channels(mean, x)
     offset = d.sum(dims, dtype=torch.float64) / count  # what rounding left in `mean`
-    return mean + offset, d.square_().sum(dims, dtype=torch.float64) - offset.square() * count
+    return mean + offset, d.mul_(d).sum(dims, dtype=torch.float64) - offset.square() * count
 
 
 def normalize(
@@ -45,7 +46,8 @@ def normalize(
     scale = 1 / torch.sqrt(var.to(dtype) + eps)
     scale = scale if weight is None else scale * weight.to(dtype)
     shift = -mean.to(dtype) * scale if bias is None else bias.to(dtype) - mean.to(dtype) * scale
-    y = torch.addcmul(_along_channels(shift, x), x.to(dtype), _along_channels(scale, x)).to(x.dtype)
+    y = torch.empty_like(x)  # ATen's own choice of strides would be another for some inputs
+    y.copy_(torch.addcmul(_along_channels(shift, x), x.to(dtype), _along_channels(scale, x)))
     return y.relu_() if relu else y
 
 
@@ -62,8 +64,32 @@ def normalize_cpu(
     """`normalize` by ATen's eval kernel, whose scalar code rounds so too."""
     dtype = _work_dtype(x)
     weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
-    y = torch.native_batch_norm(x, weight, bias, mean.to(dtype), var.to(dtype), False, 0.0, eps)[0]
+    y, nothing = torch.empty_like(x), torch.empty(2, 0, dtype=dtype)
+    parameters = (weight, bias, mean.to(dtype), var.to(dtype), False, 0.0, eps)
+    (source, target), _ = in_memory_order(x, y)
+    if source.is_contiguous() and target.is_contiguous():  # so as (outer, C, inner), which ATen's kernel cannot mistake
+        torch.native_batch_norm(source, *parameters, out=(target, nothing[0], nothing[1]))
+    else:
+        y.copy_(torch.native_batch_norm(x.contiguous(), *parameters)[0])
     return y.relu_() if relu else y
+
+
+def differentiable(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    batch: bool,
+    relu: bool,
+) -> Tensor:
+    """`normalize` in ops that autograd, forward-mode AD and torch.func know; with `batch` by statistics of its own."""
+    dtype = _work_dtype(x)
+    fixed_mean, fixed_var = (None, None) if batch else (mean.to(dtype), var.to(dtype))
+    weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
+    y = F.batch_norm(x.to(dtype), fixed_mean, fixed_var, weight, bias, batch, 0.0, eps).to(x.dtype)
+    return F.relu(y) if relu else y
 
 
 def gradient_sums(
@@ -78,10 +104,10 @@ def gradient_sums(
     center = mean.to(dtype)
     ones = torch.ones_like(center)
     for g, part, channels in _gradient_and_input(grad, x, y if relu else None):
+        g, part = g.to(dtype).contiguous(), part.to(dtype).contiguous()  # ATen takes some other strides for these
         _, product, total = torch.ops.aten.native_batch_norm_backward(
-            g.to(dtype), part.to(dtype), ones[channels], None, None, center[channels], ones[channels], True, 0.0,
-            [False, True, True],
-        )  # fmt: skip
+            g, part, ones[channels], None, None, center[channels], ones[channels], True, 0.0, [False, True, True]
+        )
         sums[channels] += total
         products[channels] += product
     return sums, products - (mean - center) * sums
@@ -95,6 +121,7 @@ def gradient_input(
     if relu and y is None:
         y = normalize(x, mean, var, weight, bias, eps, mean_dy is not None, relu)
     dtype, dx = _work_dtype(x), torch.empty_like(x)
+    mean, var = mean.double(), var.double()
     scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
     slope = level = torch.zeros_like(mean)
     if mean_dy is not None and mean_dy_xmu is not None:

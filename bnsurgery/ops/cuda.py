@@ -55,8 +55,8 @@ def geometry(*tensors: Tensor) -> Geometry:
         merged.insert(0, (1, [0] * len(tensors)))
     if len(merged) > 4:
         raise ValueError(
-            f"batch_norm: got strides {first.stride()} for shape {tuple(first.shape)}, which no 5-dimensional view "
-            "describes: call .contiguous() on the input"
+            f"batch_norm: no 5-dimensional view describes shape {tuple(first.shape)} with strides "
+            f"{[tensor.stride() for tensor in tensors]} of input, output or gradient: call .contiguous() on them"
         )
     per_tensor = tuple(
         (*(part[index] for _, part in merged[:3]), tensor.stride(1), merged[3][1][index])
@@ -142,9 +142,9 @@ def normalize(
     g = grid(shape, STREAMING * _processors(x.device))
     with _on(x):
         kernels.normalize[g.programs,](
-            x, y, mean, var, weight, bias, *reversed(shape.strides), shape.outer[1:], g.inner_blocks, shape.inner,
-            g.items, g.per_split, shape.channels, g.c_blocks, eps, BATCH=batch, RELU=relu, BLOCK_C=g.block_c,
-            BLOCK_INNER=g.block_inner, **OPTIONS,
+            x, y, *_dense(mean, var, weight, bias), *reversed(shape.strides), shape.outer[1:], g.inner_blocks,
+            shape.inner, g.items, g.per_split, shape.channels, g.c_blocks, eps, BATCH=batch, RELU=relu,
+            BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
         )  # fmt: skip
     return y
 
@@ -159,8 +159,8 @@ def gradient_sums(
     partial = torch.empty(2, g.splits, shape.channels, dtype=torch.float64, device=x.device)
     with _on(x):
         kernels.gradient_sums_partial[g.programs,](
-            x, grad, partial, mean, var, weight, bias, *shape.strides, shape.outer[1:], g.inner_blocks, shape.inner,
-            g.items, g.per_split, g.splits, shape.channels, g.c_blocks, eps, BATCH=batch, RELU=relu,
+            x, grad, partial, *_dense(mean, var, weight, bias), *shape.strides, shape.outer[1:], g.inner_blocks,
+            shape.inner, g.items, g.per_split, g.splits, shape.channels, g.c_blocks, eps, BATCH=batch, RELU=relu,
             BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
         )  # fmt: skip
     sum_dy, sum_dy_xmu = partial[0].sum(0), partial[1].sum(0)
@@ -178,7 +178,7 @@ def gradient_input(
     out_strides, x_strides, grad_strides = shape.strides
     with _on(x):
         kernels.gradient_input[g.programs,](
-            x, grad, dx, mean, var, weight, bias, mean_dy, mean_dy_xmu, x_strides, grad_strides, out_strides,
+            x, grad, dx, *_dense(mean, var, weight, bias, mean_dy, mean_dy_xmu), x_strides, grad_strides, out_strides,
             shape.outer[1:], g.inner_blocks, shape.inner, g.items, g.per_split, shape.channels, g.c_blocks, eps,
             BATCH=mean_dy is not None, RELU=relu, BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
         )  # fmt: skip
@@ -189,6 +189,11 @@ def gradient_input(
 def _processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; on the CPU, where Triton's interpreter runs the kernels, a few to share work among."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Vectors of C elements side by side, as the kernels read them; that they are is the rule."""
+    return [vector if vector is None else vector.contiguous() for vector in vectors]
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:

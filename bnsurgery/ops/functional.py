@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
-from . import library
+from . import aten, library
 from .sync import group_name, merge_moments
 
 
@@ -19,7 +20,7 @@ def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
     Returns:
         The number of samples per channel; mean, in the units of `input`, and m2, in these squared: float64 of shape
         (C,), on the device of `input`. An empty input gives zeros. A channel with NaN or Inf gives a non-finite mean or
-        m2, and no other channel does for that.
+        m2, and no other channel does for that; on CUDA so does one whose squares overflow float32 (beyond 1e19).
 
     Raises:
         TypeError: `input` is not of floating-point dtype.
@@ -27,8 +28,9 @@ def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
 
     References: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance" (shifted data, merging).
     """
-    _check(input, "channel_moments")
-    return input.numel() // max(input.shape[1], 1), *library.channel_moments(input.detach())
+    check(input, "channel_moments")
+    moments = aten.channel_moments if transformed() else library.channel_moments
+    return input.numel() // max(input.shape[1], 1), *moments(input.detach())
 
 
 def batch_norm(
@@ -63,7 +65,7 @@ def batch_norm(
 
     Returns:
         A tensor of the input's shape, dtype and memory format. Differentiable with respect to input, weight and bias;
-        twice, but for a process group.
+        twice, and under torch.func's transforms and forward-mode AD (there by ATen), but for a process group.
 
     Raises:
         TypeError: `input` is not of floating-point dtype.
@@ -71,11 +73,11 @@ def batch_norm(
 
     References: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, algorithm 1.
     """
-    _check(input, "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check(input, "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError("batch_norm: got no running_mean and running_var, which eval mode normalizes by")
-        return library.batch_norm_fwd(input, running_mean, running_var, weight, bias, None, eps, False, relu, "")
+        return _apply(input, running_mean, running_var, weight, bias, None, eps, False, relu, "")
     group = group_name(process_group)
     mean, var, count = batch_statistics(input, group)
     update_running_(running_mean, running_var, mean, var, count, momentum)
@@ -105,7 +107,25 @@ def normalize_by_batch(
 ) -> Tensor:  # fmt: skip
     """Training's batch norm by statistics from `batch_statistics`, differentiated as functions of the input."""
     samples = count if isinstance(count, Tensor) else None
-    return library.batch_norm_fwd(input, mean, var, weight, bias, samples, eps, True, relu, group)
+    return _apply(input, mean, var, weight, bias, samples, eps, True, relu, group)
+
+
+def _apply(
+    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, count: Tensor | None,
+    eps: float, batch: bool, relu: bool, group: str,
+) -> Tensor:  # fmt: skip
+    if not transformed():
+        return library.batch_norm_fwd(input, mean, var, weight, bias, count, eps, batch, relu, group)
+    if group:
+        raise NotImplementedError("batch_norm: no torch.func transform or forward-mode AD with a process group")
+    return aten.differentiable(input, mean, var, weight, bias, eps, batch, relu)
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work, which know ATen's ops but not custom ones."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 @torch.no_grad()
@@ -119,7 +139,7 @@ def update_running_(
 ) -> None:
     """Running ← (1 − momentum)·running + momentum·batch, with the unbiased variance; an empty batch changes nothing."""
     if isinstance(count, Tensor):
-        momentum = momentum * (count > 0)
+        momentum = momentum * (count > 0).double()
         unbiased = var * (count / (count - 1).clamp_min(1))
     elif count:
         unbiased = var * (count / max(count - 1, 1))
@@ -131,7 +151,8 @@ def update_running_(
             running.lerp_(value.to(running.dtype), weight)
 
 
-def _check(input: Tensor, name: str, **per_channel: Tensor | None) -> None:
+def check(input: Tensor, name: str, **per_channel: Tensor | None) -> None:
+    """Raise TypeError or ValueError where the input or a tensor of shape (C,) does not fit."""
     if not input.is_floating_point():
         raise TypeError(f"{name}: got dtype {input.dtype}, expected a floating-point one")
     if input.ndim < 2:

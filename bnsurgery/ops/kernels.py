@@ -10,6 +10,9 @@ run. Arithmetic is float32; what crosses programs is float64.
 import triton
 import triton.language as tl
 
+# Compiled once for all values: a network has as many of these as it has layers and batch sizes.
+SIZES = ["inner_blocks", "inner", "items", "per_split"]
+
 
 @triton.jit
 def _work(item, inner_blocks, inner, sizes, strides, c, BLOCK_INNER: tl.constexpr):
@@ -41,8 +44,9 @@ def _coefficients(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, exists, eps, BATCH
     """Per channel (center, low, invstd, scale, shift): y = (x − center)·scale + shift.
 
     With the batch's statistics center + low is the float64 mean, so that a mean far above the deviation costs no
-    digits. With running statistics the center is 0 and the two others are rounded like ATen's on the CPU, each step
-    on its own (`div_rn`, `sqrt_rn`: Triton's plain ones are approximate), for there inserted layers must be exact.
+    digits. With running statistics the center is 0 and invstd and scale are rounded like ATen's on the CPU, each step
+    on its own (`div_rn`, `sqrt_rn`: Triton's plain ones are approximate), for there inserted layers must be exact:
+    their scale is 1 then, and no fusion of bias − mean·scale makes that other than 0.
     """
     mean = tl.load(mean_ptr + c, mask=exists, other=0.0)
     var = tl.load(var_ptr + c, mask=exists, other=1.0).to(tl.float32)
@@ -80,7 +84,7 @@ def _incoming(grad, x, center, scale, shift, dtype: tl.constexpr, BATCH: tl.cons
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def moments_partial(
     x_ptr, counts_ptr, partial_ptr, x_strides, sizes, inner_blocks, inner, items, per_split, splits, channels, c_blocks,
     BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
@@ -111,7 +115,7 @@ def moments_partial(
     offset = tl.sum(sums.to(tl.float64), 1) / count.to(tl.float64)
     m2 = tl.sum(squares.to(tl.float64), 1) - offset * offset * count.to(tl.float64)
     at = split * channels + c
-    tl.store(counts_ptr + split, count.to(tl.float64))
+    tl.store(counts_ptr + split, count.to(tl.float64))  # every block of channels stores the same
     tl.store(partial_ptr + at, shift.to(tl.float64) + offset, mask=exists)
     tl.store(partial_ptr + splits * channels + at, tl.where(m2 < 0, 0.0, m2), mask=exists)
 
@@ -134,7 +138,7 @@ def moments_combine(
     tl.store(m2_ptr + c, tl.sum(m2 + d * d * count[:, None], 0), mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def normalize(
     x_ptr, y_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, x_strides, y_strides, sizes, inner_blocks, inner, items,
     per_split, channels, c_blocks, eps,
@@ -155,7 +159,7 @@ def normalize(
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_sums_partial(
     x_ptr, grad_ptr, partial_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, x_strides, grad_strides, sizes, inner_blocks,
     inner, items, per_split, splits, channels, c_blocks, eps,
@@ -183,7 +187,7 @@ def gradient_sums_partial(
     tl.store(partial_ptr + splits * channels + at, product, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_input(
     x_ptr, grad_ptr, out_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, mean_dy_ptr, mean_dy_xmu_ptr, x_strides,
     grad_strides, out_strides, sizes, inner_blocks, inner, items, per_split, channels, c_blocks, eps,

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import aten
 from .cpu_moments import channel_moments_cpu
@@ -151,7 +150,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if wants_weight or wants_bias or ctx.batch:
         sum_dy, sum_dy_xmu = batch_norm_bwd_sums(grad, input, output, mean, var, weight, bias, ctx.eps, ctx.batch, relu)
         # Of this rank's samples only: data parallelism adds the ranks' parameter gradients up itself.
-        d_weight = (sum_dy_xmu / torch.sqrt(var + ctx.eps)).to(weight.dtype) if wants_weight else None
+        d_weight = (sum_dy_xmu / torch.sqrt(var.double() + ctx.eps)).to(weight.dtype) if wants_weight else None
         d_bias = sum_dy.to(bias.dtype) if wants_bias else None
         if ctx.batch:
             if ctx.group:
@@ -167,12 +166,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The same by ATen's batch norm, as functions of input, weight, bias and `grad`: for create_graph=True."""
-    input, mean, var, weight, bias, *_ = ctx.saved_tensors
     if ctx.group:
         raise NotImplementedError("batch_norm: no double backward with a process group; pass process_group=None")
-    fixed_mean, fixed_var = (None, None) if ctx.batch else (mean, var)
-    y = F.batch_norm(input, fixed_mean, fixed_var, weight, bias, ctx.batch, 0.0, ctx.eps)
-    y = F.relu(y) if ctx.relu else y
+    input, mean, var, weight, bias, *_ = ctx.saved_tensors
+    # Views, so that the gradients stop here: the three may depend on each other, as in a network that is applied twice.
+    input = input.view_as(input)
+    weight, bias = (t if t is None else t.view_as(t) for t in (weight, bias))
+    y = aten.differentiable(input, mean, var, weight, bias, ctx.eps, ctx.batch, ctx.relu)
     wants_input, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
     wants = zip((input, weight, bias), (wants_input, wants_weight, wants_bias), strict=True)
     wanted = [tensor if needed else None for tensor, needed in wants]

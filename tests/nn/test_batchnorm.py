@@ -93,6 +93,12 @@ def test_a_cast_to_float64_and_back_keeps_identity_channels_exact():
     assert torch.equal(double.float()(x.float()), x.float())
 
 
+def test_a_norm_made_in_half_precision_can_be_widened():
+    norm = BatchNorm2d(4, dtype=torch.bfloat16).float().eval()
+    assert norm.weight.dtype == torch.float32
+    torch.testing.assert_close(norm(torch.ones(2, 4, 3, 3)), torch.ones(2, 4, 3, 3), rtol=1e-4, atol=0)
+
+
 def test_a_cast_leaves_trained_channels_alone():
     norm = fill_(BatchNorm2d(8))
     before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}

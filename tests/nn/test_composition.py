@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing._internal.common_modules import module_db
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import bnsurgery
 from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -146,18 +147,66 @@ def test_gradient_checkpointing(use_reentrant):
 def test_eval_then_train_then_backward(inserted, images):
     """A graph built in eval mode survives the update of the running statistics."""
     x = images(4, 32)
-    first = inserted.eval()(x).square().sum()
+    parameters = list(inserted.parameters())
+    want = torch.autograd.grad(inserted.eval()(x).square().sum(), parameters)
+    first = inserted(x).square().sum()
     inserted.train()(x)
-    first.backward()
-    assert all(p.grad is not None for p in inserted.parameters())
+    torch.testing.assert_close(torch.autograd.grad(first, parameters), want, rtol=0, atol=0)
+
+
+def stock_twin(model):
+    """The same network with torch's own norms and ReLU modules."""
+    twin = copy.deepcopy(model)
+    for module in list(twin.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ in OURS and type(child) is OURS[type(child).__name__]:
+                norm = getattr(nn, type(child).__name__)(child.num_features, dtype=child.weight.dtype)
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, nn.Sequential(norm, nn.ReLU()) if child.activation else norm)
+    return twin
 
 
 def test_double_backward_through_a_network(inserted, images):
-    """A gradient penalty, as in WGAN-GP."""
-    x = images(3, 32).requires_grad_()
-    (gradient,) = torch.autograd.grad(inserted.train()(x).sum(), x, create_graph=True)
-    gradient.square().sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in inserted.parameters())
+    """A gradient penalty, as in WGAN-GP, against the network made of torch's modules."""
+    results = []
+    for model in (inserted.double(), stock_twin(inserted)):
+        x = images(3, 32).double().requires_grad_()
+        (gradient,) = torch.autograd.grad(model.train()(x).square().sum(), x, create_graph=True)
+        parameters = list(model.parameters())
+        results.append(torch.autograd.grad(gradient.square().sum(), parameters, allow_unused=True))
+    torch.testing.assert_close(*results)
+
+
+def test_symbolic_tracing_takes_the_norms_for_leaves(network, images):
+    """torch.fx, and with it torchvision's feature extraction, as people take perceptual losses from a VGG."""
+    model = network("squeezenet1_1")
+    bn_model = bnsurgery.insert(model, [images(4, 64)])
+    x = images(2, 64, seed=1)
+    assert torch.equal(torch.fx.symbolic_trace(bn_model)(x), model(x))
+    want = create_feature_extractor(model, ["features.3.cat"])(x)
+    torch.testing.assert_close(
+        create_feature_extractor(bn_model, ["features.4.cat"])(x).popitem()[1], want.popitem()[1]
+    )
+
+
+def test_transposed_inputs_compile(images):
+    """A sequence model's (N, L, C) turned into (N, C, L): the output keeps the input's strides, compiled or not."""
+    norm = BatchNorm1d(6).eval()
+    x = torch.randn(3, 10, 6).transpose(1, 2)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda t: norm(t).transpose(1, 2).view(-1), fullgraph=True, backend="aot_eager")
+    assert norm(x).stride() == x.stride()
+    assert torch.equal(compiled(x), norm(x).transpose(1, 2).reshape(-1))
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_wrong_number_of_channels_is_refused_before_anything_changes(tracked):
+    norm = BatchNorm2d(3, track_running_stats=tracked).train()
+    for channels in (1, 5):
+        with pytest.raises(ValueError, match=rf"BatchNorm2d: got .* of shape \(3,\), expected \({channels},\)"):
+            norm(torch.randn(4, channels, 5, 5))
+    if tracked:
+        assert norm.num_batches_tracked == 0
 
 
 def test_results_can_be_changed_in_place_where_torchs_can():

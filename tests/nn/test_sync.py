@@ -24,6 +24,7 @@ def _join(rank, function, ranks, store, directory):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
         function(rank, directory)
+        dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()
 
@@ -138,6 +139,12 @@ def _refusal(rank, directory):
 
 def test_double_backward_is_refused_and_one_value_per_rank_is_enough(tmp_path):
     spawn(_refusal, tmp_path, ranks=2)
+
+
+def test_no_group_where_none_was():
+    """dist.group.WORLD is None before init_process_group: no silent training without synchronization."""
+    with pytest.raises(BNSurgeryError, match="call that first"):
+        bnsurgery.set_process_group_(network(), dist.group.WORLD)
 
 
 def test_torchs_conversion_is_refused_where_it_would_lose_something(custom, images):

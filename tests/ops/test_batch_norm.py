@@ -173,13 +173,94 @@ def test_the_ops_keep_the_dispatchers_contract(batch, relu, affine):
     mean, var, weight, bias = parameters(4, torch.float32)
     weight, bias = (weight, bias) if affine else (None, None)
     torch.library.opcheck(library.channel_moments, (x.detach(),))
-    torch.library.opcheck(library.batch_norm_fwd, (x, mean, var, weight, bias, None, 1e-5, batch, relu, ""))
+    for layout in layouts(x.detach()):
+        arguments = (layout.requires_grad_(), mean, var, weight, bias, None, 1e-5, batch, relu, "")
+        torch.library.opcheck(library.batch_norm_fwd, arguments)
     x = x.detach().to(memory_format=torch.channels_last)
     common = (mean, var, *(t if t is None else t.detach() for t in (weight, bias)))
     for output in (None, x):
         torch.library.opcheck(library.batch_norm_bwd_sums, (x, x, output, *common, 1e-5, batch, relu))
         means = (mean.double(), mean.double()) if batch else (None, None)
         torch.library.opcheck(library.batch_norm_bwd_input, (x, x, output, *common, *means, 1e-5, relu))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_double_backward_where_the_inputs_depend_on_each_other(training):
+    """One norm applied twice, and weight and bias tied: gradients with and without create_graph are the same."""
+    x, weight, _, running_mean, running_var = arguments_for_gradients()
+
+    def f(x, weight):
+        for _ in range(2):
+            x = ops.batch_norm(x, running_mean.clone(), running_var.clone(), weight, weight, training, relu=True)
+        return x
+
+    loss = f(x, weight).square().sum()
+    want = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, weight), create_graph=True), want)
+    assert torch.autograd.gradgradcheck(f, (x, weight))
+
+
+def test_double_backward_beside_half_precision():
+    x = torch.randn(4, 3, 5, 5, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(3, requires_grad=True)
+    y = ops.batch_norm(x, torch.zeros(3), torch.ones(3), weight, None, False)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    gradient.sum().backward()
+    torch.testing.assert_close(weight.grad, 4 * x.detach().float().sum((0, 2, 3)), rtol=0.05, atol=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own forward mode uses it
+@pytest.mark.parametrize("training", [True, False])
+def test_transforms_of_torch_func_and_forward_mode(training):
+    x, weight, bias, running_mean, running_var = (t.detach() for t in arguments_for_gradients())
+    statistics = (None, None) if training else (running_mean, running_var)
+
+    def ours(x, weight, bias):
+        return ops.batch_norm(x, *statistics, weight, bias, training, relu=True)
+
+    def stock(x, weight, bias):
+        return F.relu(F.batch_norm(x, *statistics, weight, bias, training))
+
+    loss = [lambda *args, f=f: f(*args).square().sum() for f in (ours, stock)]
+    got, want = (torch.func.grad(f, argnums=(0, 1, 2))(x, weight, bias) for f in loss)
+    torch.testing.assert_close(got, want)
+    tangents = tuple(map(torch.randn_like, (x, weight, bias)))
+    torch.testing.assert_close(*(torch.func.jvp(f, (x, weight, bias), tangents) for f in (ours, stock)))
+    batched = torch.stack([x, 2 * x])
+    torch.testing.assert_close(*(torch.func.vmap(f, (0, None, None))(batched, weight, bias) for f in (ours, stock)))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangents[0])
+        outputs = [torch.autograd.forward_ad.unpack_dual(f(dual, weight, bias)).tangent for f in (ours, stock)]
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parameters_of_any_stride(training):
+    """A weight expanded from one number, statistics that are columns of a matrix."""
+    x, grad = torch.randn(4, 6, 5, 5), torch.randn(4, 6, 5, 5)
+    table = torch.rand(6, 3) + 0.5
+    results = []
+    for dense in (True, False):
+        weight = torch.full((1,), 2.0).expand(6).requires_grad_()
+        columns = [table[:, i].clone() if dense else table.clone()[:, i] for i in range(3)]
+        y = x.clone().requires_grad_()
+        out = ops.batch_norm(y, *columns[:2], weight.clone() if dense else weight, columns[2], training, relu=True)
+        results.append((out, torch.autograd.grad(out, (y, weight), grad), columns))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_in_half_precision_are_widened(dtype):
+    """They are rounded, but what is computed from them is not rounded again."""
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    mean, var = torch.randn(3).to(dtype), (torch.rand(3) + 0.5).to(dtype)
+    weight = torch.randn(3, requires_grad=True)
+    tensors = (x, weight)
+    got = ops.batch_norm(x, mean, var, weight)
+    want = F.batch_norm(x.double(), mean.double(), var.double(), weight.double())
+    grad = torch.randn_like(got)
+    gradients = torch.autograd.grad(got, tensors, grad), torch.autograd.grad(want, tensors, grad.double())
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
 def test_backward_after_the_running_statistics_moved_on():
