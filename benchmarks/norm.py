@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 import bnsurgery
 from bnsurgery.tables import table
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the raw figures there")
     args = parser.parse_args()
     torch.manual_seed(0)
+    functorch_config.donated_buffer = False  # lets a compiled backward run more than once on one graph
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{args.device}: {name}; torch {torch.__version__}, {platform.platform()}")
     if cuda:  # graphs are captured on another stream than the default one, and autograd must have seen no other
