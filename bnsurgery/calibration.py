@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .batches import inputs, run
 from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError
-from .modes import normalizing_by_batch, observing
+from .modes import observing, training_norms
 from .moments import ChannelMoments
 from .ops import channel_moments
 from .planning import Plan
@@ -55,7 +55,7 @@ def calibrate(
 def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> None:
     """Replace the running statistics of every BatchNorm by the population's, in place, after training.
 
-    While the data passes, each BatchNorm normalizes by the batch, as it did in training; its input's mean and
+    While the data passes, each BatchNorm normalizes by the batch, whatever its statistics mode; its input's mean and
     (population) variance over all samples become running_mean and running_var. Weight and bias stay. Dropout is off.
     As `calibrate`, it merges over the ranks of `torch.distributed`.
 
@@ -72,7 +72,7 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
     }
     if not norms:
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
-    with _watching(norms, output=False) as measured, normalizing_by_batch(bn_model):
+    with _watching(norms, output=False) as measured, training_norms(bn_model, by_batch=True):
         _feed("recalibrate_", bn_model, batches, progress)
     moments = _gather(measured, norms)
     _check("recalibrate_", moments, norms)

@@ -83,7 +83,8 @@ def insert(
         absorb_bias: drop the layers' biases, which BN's shift makes redundant; equal to about 1e-6 then, not bitwise.
         fuse_relu: let the norm apply a following `nn.ReLU`, whose place keeps an `nn.Identity`.
         eps: added to the variance, above 0 and at most 1.
-        momentum: of the running statistics in training, as in torch; None averages cumulatively.
+        momentum: of the running statistics in training, as in torch; None averages cumulatively over the training
+            batches, the first of which replaces what was calibrated.
         progress: show a bar on stderr.
 
     Raises:

@@ -1,11 +1,13 @@
 """Run a network for a look at it and leave its modes, statistics and the random state as they were."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .nn.batchnorm import Insertable
 
 
 @contextmanager
@@ -29,20 +31,33 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def normalizing_by_batch(model: nn.Module) -> Iterator[list[_BatchNorm]]:
-    """`observing`, but the BatchNorm layers alone are in train mode; yields them.
+def training_norms(model: nn.Module, *, by_batch: bool) -> Iterator[Callable[[], None] | None]:
+    """`observing`, but the BatchNorm layers alone are in train mode, so that what changes is BN and nothing else.
 
-    Their running statistics are put back afterwards. Dropout stays off, so what changes is BN and nothing else.
+    They normalize as their statistics mode says, or, with `by_batch`, by the batch; by this process's in any case, for
+    the others may be elsewhere. Yields a function that puts the running statistics back, or None if there is no
+    BatchNorm; at the end everything is as it was.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    ours = [norm for norm in norms if isinstance(norm, Insertable)]
+    settings = [(norm.statistics, norm.process_group) for norm in ours]
     saved = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for norm, buffers in zip(norms, saved, strict=True):
+            for name, value in buffers.items():
+                getattr(norm, name).copy_(value)
+
     try:
         with observing(model):
             for norm in norms:
                 norm.train()
-            yield norms
+            for norm in ours:
+                norm.process_group = ""
+                norm.statistics = "batch" if by_batch else norm.statistics
+            yield restore if norms else None
     finally:
-        with torch.no_grad():
-            for norm, buffers in zip(norms, saved, strict=True):
-                for name, value in buffers.items():
-                    getattr(norm, name).copy_(value)
+        for norm, (statistics, process_group) in zip(ours, settings, strict=True):
+            norm.statistics, norm.process_group = statistics, process_group
+        restore()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .batches import inputs, outputs, run
 from .errors import CalibrationError
-from .modes import normalizing_by_batch, observing
+from .modes import observing, training_norms
 
 # Groups of samples averaged for one drift figure; the figure settles within a few per cent, the cost stays bounded.
 _DRIFT_GROUPS = 4
@@ -26,7 +26,8 @@ class EquivalenceReport:
         max_rel: `max_abs` divided by the largest |reference|.
         top1_agreement: share of samples with the same argmax, 0 to 1; None where outputs are not of shape (N, classes).
         train_drift: by batch size, ‖train − reference‖₂/‖reference‖₂ over the outputs when the candidate's BatchNorm
-            layers normalize by the batch (dropout off); sizes beyond the number of samples are left out.
+            layers are in train mode, by this process's batch or as `set_statistics_` has it (dropout off); sizes beyond
+            the number of samples are left out.
     """
 
     samples: int
@@ -150,10 +151,13 @@ def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> dic
     samples = torch.cat([batch for batch, _ in compared.kept])
     expected = [torch.cat(parts) for parts in zip(*(outputs for _, outputs in compared.kept), strict=True)]
     drift: dict[int, float] = {}
-    with normalizing_by_batch(candidate) as norms:
-        for size in sizes if norms else ():
+    with training_norms(candidate, by_batch=False) as restore:
+        if restore is None:
+            return {}
+        for size in sizes:
             squares = [0.0, 0.0]
             for start in range(0, min(len(samples) - size + 1, _DRIFT_GROUPS * size), size):
+                restore()  # every group as the first step
                 group = slice(start, start + size)
                 got = [tensor.cpu().double() for tensor in outputs(run("verify", candidate, samples[group]))]
                 for want, have in zip((t[group].double() for t in expected), got, strict=True):

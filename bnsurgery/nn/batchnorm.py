@@ -80,6 +80,15 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         if self.renorm_start and not self.num_batches_tracked.is_meta:  # a schedule never starts in the future
             self.renorm_start = min(self.renorm_start, int(self.num_batches_tracked))
 
+    def reset_running_stats(self) -> None:
+        """Torch's, refused where train mode needs these statistics: `torch.optim.swa_utils.update_bn` begins with it."""
+        if self.statistics != "batch":
+            raise BNSurgeryError(
+                f"reset_running_stats: with statistics={self.statistics!r} train mode needs the running statistics "
+                "and would not find them again: use bnsurgery.recalibrate_, or set_statistics_(model, 'batch') first"
+            )
+        super().reset_running_stats()
+
     def extra_repr(self) -> str:
         """Torch's text, with what differs from torch's behaviour."""
         extra = {
@@ -95,10 +104,12 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         It builds a plain SyncBatchNorm from the attributes that torch's classes have and then asks for the children.
         """
         converting = sys._getframe(1).f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__code__
-        if converting and (self.activation is not None or self.statistics != "batch"):
+        lost = [f"activation={self.activation!r}"] if self.activation else []
+        lost += [f"statistics={self.statistics!r}"] if self.statistics != "batch" else []
+        if converting and lost:
             raise BNSurgeryError(
-                f"convert_sync_batchnorm would drop activation={self.activation!r} and statistics={self.statistics!r} "
-                f"of {type(self).__name__}: use bnsurgery.set_process_group_(model, torch.distributed.group.WORLD)"
+                f"convert_sync_batchnorm would drop {' and '.join(lost)} of {type(self).__name__}: use "
+                "bnsurgery.set_process_group_(model, torch.distributed.group.WORLD) instead"
             )
         return super().named_children()
 
@@ -145,6 +156,10 @@ class BatchNorm1d(Insertable, nn.BatchNorm1d):
     as are the constructor's other arguments; they stay float32 under `.half()` and `.bfloat16()`. With momentum=None
     the cumulative average is kept on the device.
 
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in `torch.nn.BatchNorm1d`.
+        activation: None, or "relu" to apply ReLU to the output in the same pass; also an attribute.
+
     Raises:
         ValueError: `activation` is neither None nor "relu", the input has the wrong number of dimensions, or train mode
             gets one value per channel.
@@ -154,8 +169,8 @@ class BatchNorm1d(Insertable, nn.BatchNorm1d):
 
 
 class BatchNorm2d(Insertable, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` for inputs (N, C, H, W), with an optional fused ReLU; see `BatchNorm1d`."""
+    """`torch.nn.BatchNorm2d`, for (N, C, H, W), with an optional ReLU, `activation="relu"`: see `BatchNorm1d`."""
 
 
 class BatchNorm3d(Insertable, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` for inputs (N, C, D, H, W), with an optional fused ReLU; see `BatchNorm1d`."""
+    """`torch.nn.BatchNorm3d`, for (N, C, D, H, W), with an optional ReLU, `activation="relu"`: see `BatchNorm1d`."""

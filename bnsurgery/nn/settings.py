@@ -19,7 +19,8 @@ def set_statistics_(bn_model: nn.Module, mode: Statistics, *, renorm_steps: int 
 
     Eval mode always uses the running ones. Copies and pickles keep the mode; `save` does not store it. Gradient
     checkpointing runs a layer twice, and so moves running statistics twice as in torch; with "renorm" the second run
-    differs from the first, so do not put the two together.
+    differs from the first and the gradients are wrong, so do not put the two together. A schedule is resumed by setting
+    the mode on the network as it was, before `load_state_dict` restores the steps done (num_batches_tracked).
 
     Args:
         bn_model: a network with layers of `bnsurgery.nn`; other norms in it are left alone.

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from .tiles import channels_of, in_memory_order, tiles
 
-# Elements of a tile of the backward, whose buffers are new at every call and so cost page faults themselves.
+# Bytes up to which malloc hands out memory that has been touched before (glibc's largest mmap threshold): temporaries
+# of that size cost no page faults, and the backward does without tiles.
+AT_ONCE = 32 << 20
+# Elements of a tile for larger tensors.
 _TILE = 1 << 18
 
 
@@ -133,7 +136,7 @@ def gradient_input(
         torch.ones_like(scale),
         torch.empty(2, 0, dtype=dtype, device=x.device),
     )
-    buffer = torch.empty(min(_TILE, x.numel()), dtype=dtype, device=x.device)
+    buffer = torch.empty(_tile_size(x), dtype=dtype, device=x.device)
     for g, part, channels, out in _gradient_and_input(grad, x, y if relu else None, dx):
         line = buffer[: part.numel()].view(part.shape)
         torch.native_batch_norm(  # with mean 0 and variance 1 ATen's eval kernel computes slope·x + level
@@ -151,13 +154,22 @@ def gradient_input(
 def _gradient_and_input(grad: Tensor, x: Tensor, y: Tensor | None, *more: Tensor) -> Iterator[tuple[Any, ...]]:
     """Tile by tile, with channels in dim 1: the gradient, zero where `y` is not positive; x; the channels; `more`."""
     views, axis = in_memory_order(x, grad, x if y is None else y, *more)
-    buffer = torch.empty(0 if y is None else min(_TILE, x.numel()), dtype=grad.dtype, device=x.device)
-    for tile in tiles(views[0].shape, _TILE):
+    buffer = torch.empty(0 if y is None else _tile_size(x), dtype=grad.dtype, device=x.device)
+    for tile in tiles(views[0].shape, max(_tile_size(x), 1)):
         part, g, output, *others = (view[tile].movedim(axis, 1) for view in views)
         if y is not None:
             masked = buffer[: part.numel()].view(part.shape)
             g = torch.ops.aten.threshold_backward.grad_input(g, output, 0, grad_input=masked)
         yield g, part, channels_of(tile, axis), *others
+
+
+def at_once(x: Tensor) -> bool:
+    """Whether a temporary as large as `x` is cheaper than working in tiles."""
+    return x.numel() * x.itemsize <= AT_ONCE
+
+
+def _tile_size(x: Tensor) -> int:
+    return x.numel() if at_once(x) else min(_TILE, x.numel())
 
 
 def _along_channels(vector: Tensor, x: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def batch_statistics(input: Tensor, group: str) -> tuple[Tensor, Tensor, int | T
         return mean, m2 / total.clamp_min(1), total
     if count == 1:
         raise ValueError(
-            f"batch_norm: expected more than 1 value per channel when training, got input of shape {tuple(input.shape)}"
+            f"batch_norm: expected more than 1 value per channel when training, got shape {tuple(input.shape)}: use "
+            "larger batches, eval mode or frozen statistics (bnsurgery.set_statistics_(model, 'running'))"
         )
     return mean, m2 / max(count, 1), count
 

@@ -125,11 +125,6 @@ def _(grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, eps, r
     return torch.empty_like(input)
 
 
-# Bytes up to which malloc hands out memory that has been touched before (glibc's largest mmap threshold): there one
-# more tensor costs less than masking the gradient twice, tile by tile.
-_MASKED_AT_ONCE = 32 << 20
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, mean, var, weight, bias, count, ctx.eps, ctx.batch, ctx.relu, ctx.group = inputs
     if not ctx.batch:  # running statistics, which the next training step will change in place
@@ -143,7 +138,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, grad)
     relu = ctx.relu
-    if output is not None and output.numel() * output.itemsize <= _MASKED_AT_ONCE:
+    if output is not None and aten.at_once(output):  # cheaper than once for the sums and once for dx
         grad, output, relu = torch.ops.aten.threshold_backward(grad, output, 0), None, False
     wants_input, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
     d_input = d_weight = d_bias = mean_dy = mean_dy_xmu = None

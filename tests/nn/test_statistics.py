@@ -149,6 +149,43 @@ def test_limits_open_at_first_and_close_at_last():
     assert all(earlier > later for earlier, later in itertools.pairwise(values))
 
 
+@pytest.mark.parametrize("mode", ["batch", "running", "renorm"])
+def test_recalibration_goes_by_the_batch_in_every_mode(inserted, images, mode):
+    with torch.no_grad():
+        for parameter in inserted.parameters():
+            parameter.mul_(1.3)
+    plain = copy.deepcopy(inserted)
+    bnsurgery.set_statistics_(inserted, mode)
+    for model in (plain, inserted):
+        bnsurgery.recalibrate_(model, [images(16, 32, seed=2)])
+    assert {norm.statistics for norm in norms(inserted)} == {mode}
+    torch.testing.assert_close(buffers(inserted), buffers(plain), rtol=0, atol=0)
+
+
+def test_drift_is_that_of_the_mode_and_leaves_no_trace(custom, inserted, images):
+    """Frozen: none. Renorm: none at the first step, which every group is; so no figure depends on the others."""
+    x = images(32, 32, seed=2)
+    for mode in ("running", "renorm"):
+        bnsurgery.set_statistics_(inserted, mode)
+        before = buffers(inserted)
+        drift = bnsurgery.verify(custom, inserted, [x]).train_drift
+        assert set(drift) == {2, 8, 32} and max(drift.values()) < 1e-5
+        torch.testing.assert_close(buffers(inserted), before, rtol=0, atol=0)
+        assert {norm.statistics for norm in norms(inserted)} == {mode}
+
+
+def test_torchs_update_bn_is_refused_where_it_would_lose_the_statistics(inserted, images):
+    batches = [images(4, 32)]
+    for mode in ("running", "renorm"):
+        bnsurgery.set_statistics_(inserted, mode)
+        before = buffers(inserted)
+        with pytest.raises(BNSurgeryError, match=f"statistics='{mode}'.*use bnsurgery.recalibrate_"):
+            torch.optim.swa_utils.update_bn(batches, inserted)
+        torch.testing.assert_close(buffers(inserted), before, rtol=0, atol=0)
+    bnsurgery.set_statistics_(inserted, "batch")
+    torch.optim.swa_utils.update_bn(batches, inserted)
+
+
 def test_copies_and_pickles_keep_the_mode(inserted):
     bnsurgery.set_statistics_(inserted, "renorm", renorm_steps=7)
     file = io.BytesIO()

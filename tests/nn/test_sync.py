@@ -80,9 +80,10 @@ def network():
 def _data_parallel(rank, directory):
     model = network()
     bnsurgery.set_process_group_(model, dist.group.WORLD)
-    parallel = DistributedDataParallel(model)
+    if directory.endswith("compiled"):
+        model.compile(fullgraph=True, backend="aot_eager")
+    run = DistributedDataParallel(model)
     x, _ = data()
-    run = torch.compile(parallel, backend="aot_eager") if directory.endswith("compiled") else parallel
     # DDP averages over ranks, so each weighs its sum by their number.
     (run(part(x, rank)).square().sum() * dist.get_world_size()).backward()
     torch.save([p.grad for p in model.parameters()] + list(model.buffers()), f"{directory}/{rank}.pt")
