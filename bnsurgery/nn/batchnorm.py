@@ -81,7 +81,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
             self.renorm_start = min(self.renorm_start, int(self.num_batches_tracked))
 
     def reset_running_stats(self) -> None:
-        """Torch's, refused where train mode needs these statistics: `torch.optim.swa_utils.update_bn` begins with it."""
+        """Torch's; refused where train mode needs them: `torch.optim.swa_utils.update_bn` begins with it."""
         if self.statistics != "batch":
             raise BNSurgeryError(
                 f"reset_running_stats: with statistics={self.statistics!r} train mode needs the running statistics "

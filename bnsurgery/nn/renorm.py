@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from bnsurgery.ops.library import define
+
 
 def limits(step: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """(r_max, d_max) at a training step: (∞, ∞) at step 0, (3, 5) half way, (1, 0) from `steps` on.
@@ -23,10 +25,7 @@ def limits(step: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return (math.log(3) * openness).exp(), 5 * openness
 
 
-# A custom op, so that no compiler computes it again in the backward, from running statistics that have moved on since:
-# torch 2.15's partitioner does that to plain ops, and gets another r and d.
-@torch.library.custom_op("bnsurgery::renorm_r_d", mutates_args=())
-def r_and_d(
+def _r_and_d(
     mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, r_max: Tensor, d_max: Tensor
 ) -> tuple[Tensor, Tensor]:
     """R = clip(σ_B/σ, 1/r_max, r_max) and d = clip((μ_B − μ)/σ, −d_max, d_max), constants for the gradient; (C,)."""
@@ -36,11 +35,14 @@ def r_and_d(
     return r.to(running_mean.dtype), d.to(running_mean.dtype)
 
 
-@r_and_d.register_fake
-def _(
-    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, r_max: Tensor, d_max: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(running_mean), torch.empty_like(running_mean)
+# A custom op, so that no compiler computes it again in the backward, from running statistics that have moved on since:
+# torch 2.15's partitioner does that to plain ops, and gets another r and d.
+r_and_d = define(
+    "renorm_r_d(Tensor mean, Tensor var, Tensor running_mean, Tensor running_var, float eps, Tensor r_max, "
+    "Tensor d_max) -> (Tensor r, Tensor d)",
+    lambda mean, var, running_mean, *_: (torch.empty_like(running_mean), torch.empty_like(running_mean)),
+    CompositeExplicitAutograd=_r_and_d,
+)
 
 
 def correction(

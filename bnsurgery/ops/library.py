@@ -14,6 +14,7 @@ count more, and y is the next layer's input in any case.
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,106 +24,46 @@ from . import aten
 from .cpu_moments import channel_moments_cpu
 from .sync import sum_over_ranks
 
-
-@torch.library.custom_op("bnsurgery::channel_moments", mutates_args=())
-def channel_moments(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2 = Σ(x − mean)² of every channel of (N, C, *): float64 of shape (C,); zeros for an empty input."""
-    return aten.channel_moments(input)
+# Not torch.library.custom_op: that would import torch._dynamo at the first call, a second, and costs more in every one.
+_LIBRARY = torch.library.Library("bnsurgery", "DEF")
 
 
-@channel_moments.register_kernel("cpu")
-def _(input: Tensor) -> tuple[Tensor, Tensor]:
-    return channel_moments_cpu(input)
+def define(schema: str, fake: Callable[..., Any], **kernels: Callable[..., Any]) -> Any:
+    """Define an op with its fake kernel and its kernels by dispatch key; give back what calls it."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"bnsurgery::{name}", fake, lib=_LIBRARY)
+    for key, kernel in kernels.items():
+        _LIBRARY.impl(name, kernel, key)
+    return getattr(torch.ops.bnsurgery, name).default
 
 
-@channel_moments.register_kernel("cuda")
-def channel_moments_cuda(input: Tensor) -> tuple[Tensor, Tensor]:
-    return _on_cuda(input).channel_moments(input)
+def cuda_kernel(name: str, input: int = 0) -> Callable[..., Any]:
+    """Our kernel, imported at the first use; ATen's for float64, for nothing to do, and on platforms without Triton.
 
-
-@channel_moments.register_fake
-def _(input: Tensor) -> tuple[Tensor, Tensor]:
-    return _per_channel(input), _per_channel(input)
-
-
-@torch.library.custom_op("bnsurgery::batch_norm_fwd", mutates_args=())
-def batch_norm_fwd(
-    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, count: Tensor | None,
-    eps: float, batch: bool, relu: bool, group: str,
-) -> Tensor:  # fmt: skip
-    """act((x − mean)/√(var + eps)·weight + bias), laid out like the input.
-
-    Args:
-        input: (N, C, *), floating point.
-        mean, var: the statistics, (C,). No gradient flows to them as such.
-        weight, bias: (C,) or None.
-        count: 0-dim float64, samples per channel behind the statistics; None for the input's own number.
-        eps: added to var.
-        batch: mean and var are those of the batch, so the gradient takes their dependence on the input into account.
-        relu: apply ReLU.
-        group: the process group over which the backward sums, by name; "" for none.
+    `input` is the position of the input among the arguments.
     """
-    return aten.normalize(input, mean, var, weight, bias, eps, batch, relu)
+
+    def kernel(*args: Any) -> Any:
+        if args[input].dtype == torch.float64 or not args[input].numel() or not _has_triton():
+            return getattr(aten, name)(*args)
+        from . import cuda
+
+        return getattr(cuda, name)(*args)
+
+    return kernel
 
 
-@batch_norm_fwd.register_kernel("cpu")
-def _(input, mean, var, weight, bias, count, eps, batch, relu, group):  # type: ignore[no-untyped-def]
-    return aten.normalize_cpu(input, mean, var, weight, bias, eps, batch, relu)
+def forward_kernel(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Leave out what only the backward needs."""
+    return lambda x, mean, var, weight, bias, count, eps, batch, relu, group: normalize(
+        x, mean, var, weight, bias, eps, batch, relu
+    )
 
 
-@batch_norm_fwd.register_kernel("cuda")
-def batch_norm_fwd_cuda(input, mean, var, weight, bias, count, eps, batch, relu, group):  # type: ignore[no-untyped-def]
-    return _on_cuda(input).normalize(input, mean, var, weight, bias, eps, batch, relu)
-
-
-@batch_norm_fwd.register_fake
-def _(input, mean, var, weight, bias, count, eps, batch, relu, group):  # type: ignore[no-untyped-def]
-    return torch.empty_like(input)
-
-
-@torch.library.custom_op("bnsurgery::batch_norm_bwd_sums", mutates_args=())
-def batch_norm_bwd_sums(
-    grad: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None,
-    bias: Tensor | None, eps: float, batch: bool, relu: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Σg and Σg·(x − mean), float64 of shape (C,), where g is `grad` before the activation.
-
-    `output` may be given where reading it is cheaper than computing ReLU's mask; the rest as in `batch_norm_fwd`.
-    """
-    return aten.gradient_sums(grad, input, output, mean, var, weight, bias, eps, batch, relu)
-
-
-@batch_norm_bwd_sums.register_kernel("cuda")
-def batch_norm_bwd_sums_cuda(grad, input, output, mean, var, weight, bias, eps, batch, relu):  # type: ignore[no-untyped-def]
-    return _on_cuda(input).gradient_sums(grad, input, output, mean, var, weight, bias, eps, batch, relu)
-
-
-@batch_norm_bwd_sums.register_fake
-def _(grad, input, output, mean, var, weight, bias, eps, batch, relu):  # type: ignore[no-untyped-def]
-    return _per_channel(input), _per_channel(input)
-
-
-@torch.library.custom_op("bnsurgery::batch_norm_bwd_input", mutates_args=())
-def batch_norm_bwd_input(
-    grad: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None,
-    bias: Tensor | None, mean_dy: Tensor | None, mean_dy_xmu: Tensor | None, eps: float, relu: bool,
-) -> Tensor:  # fmt: skip
-    """weight/√(var + eps)·(g − mean_dy − (x − mean)/(var + eps)·mean_dy_xmu), laid out like the input.
-
-    `mean_dy` and `mean_dy_xmu` are the two sums of `batch_norm_bwd_sums` over the number of samples per channel, or
-    None where the statistics are constants.
-    """
-    return aten.gradient_input(grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, eps, relu)
-
-
-@batch_norm_bwd_input.register_kernel("cuda")
-def batch_norm_bwd_input_cuda(grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, eps, relu):  # type: ignore[no-untyped-def]
-    return _on_cuda(input).gradient_input(grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, eps, relu)
-
-
-@batch_norm_bwd_input.register_fake
-def _(grad, input, output, mean, var, weight, bias, mean_dy, mean_dy_xmu, eps, relu):  # type: ignore[no-untyped-def]
-    return torch.empty_like(input)
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -176,22 +117,51 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     return d_input, None, None, d_weight, d_bias, None, None, None, None, None
 
 
-batch_norm_fwd.register_autograd(_backward, setup_context=_save)
+def _per_channel(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float64 vectors of shape (C,) for a fake kernel."""
+    first, second = (input.new_empty(input.shape[1], dtype=torch.float64) for _ in range(2))
+    return first, second
 
 
-def _per_channel(input: Tensor) -> Tensor:
-    return input.new_empty(input.shape[1], dtype=torch.float64)
+# Mean and m2 = Σ(x − mean)² of every channel of (N, C, *): float64 of shape (C,); zeros for an empty input.
+channel_moments = define(
+    "channel_moments(Tensor input) -> (Tensor mean, Tensor m2)",
+    _per_channel,
+    CompositeExplicitAutograd=aten.channel_moments,
+    CPU=channel_moments_cpu,
+    CUDA=cuda_kernel("channel_moments"),
+)
 
+# act((x − mean)/√(var + eps)·weight + bias), laid out like the input. With `batch`, mean and var are those of the batch
+# and the gradient takes their dependence on the input into account; else they are constants. `count`, 0-dim float64, is
+# the number of samples per channel behind them where that is not the input's own, and `group` the name of the process
+# group over which the backward sums, "" for none.
+batch_norm_fwd = define(
+    "batch_norm_fwd(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? count, float eps, "
+    "bool batch, bool relu, str group) -> Tensor",
+    lambda input, *_: torch.empty_like(input),
+    CompositeExplicitAutograd=forward_kernel(aten.normalize),
+    CPU=forward_kernel(aten.normalize_cpu),
+    CUDA=forward_kernel(cuda_kernel("normalize")),
+)
+torch.library.register_autograd("bnsurgery::batch_norm_fwd", _backward, setup_context=_save, lib=_LIBRARY)
 
-def _on_cuda(input: Tensor) -> Any:
-    """Our kernels, imported at the first use; ATen's for float64, and on platforms without Triton."""
-    if input.dtype == torch.float64 or not _has_triton() or not input.numel():
-        return aten
-    from . import cuda
+# Σg and Σg·(x − mean), float64 of shape (C,), where g is `grad` before the activation. `output` may be given where
+# reading it is cheaper than computing ReLU's mask.
+batch_norm_bwd_sums = define(
+    "batch_norm_bwd_sums(Tensor grad, Tensor input, Tensor? output, Tensor mean, Tensor var, Tensor? weight, "
+    "Tensor? bias, float eps, bool batch, bool relu) -> (Tensor sum_dy, Tensor sum_dy_xmu)",
+    lambda grad, input, *_: _per_channel(input),
+    CompositeExplicitAutograd=aten.gradient_sums,
+    CUDA=cuda_kernel("gradient_sums", input=1),
+)
 
-    return cuda
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# weight/√(var + eps)·(g − mean_dy − (x − mean)/(var + eps)·mean_dy_xmu), laid out like the input. The two means are the
+# sums of `batch_norm_bwd_sums` by the number of samples per channel, or None where the statistics are constants.
+batch_norm_bwd_input = define(
+    "batch_norm_bwd_input(Tensor grad, Tensor input, Tensor? output, Tensor mean, Tensor var, Tensor? weight, "
+    "Tensor? bias, Tensor? mean_dy, Tensor? mean_dy_xmu, float eps, bool relu) -> Tensor",
+    lambda grad, input, *_: torch.empty_like(input),
+    CompositeExplicitAutograd=aten.gradient_input,
+    CUDA=cuda_kernel("gradient_input", input=1),
+)

@@ -14,10 +14,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
     aten.AT_ONCE = -1  # leave ReLU's mask to the kernels
-    library.channel_moments.register_kernel("cpu")(library.channel_moments_cuda)
-    library.batch_norm_fwd.register_kernel("cpu")(library.batch_norm_fwd_cuda)
-    library.batch_norm_bwd_sums.register_kernel("cpu")(library.batch_norm_bwd_sums_cuda)
-    library.batch_norm_bwd_input.register_kernel("cpu")(library.batch_norm_bwd_input_cuda)
+    interpreted = torch.library.Library("bnsurgery", "IMPL")
+    for name, kernel in {
+        "channel_moments": library.cuda_kernel("channel_moments"),
+        "batch_norm_fwd": library.forward_kernel(library.cuda_kernel("normalize")),
+        "batch_norm_bwd_sums": library.cuda_kernel("gradient_sums", input=1),
+        "batch_norm_bwd_input": library.cuda_kernel("gradient_input", input=1),
+    }.items():
+        interpreted.impl(name, kernel, "CPU", allow_override=True)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)][: 1 + torch.cuda.is_available()]
 
