@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from .tiles import channels_of, in_memory_order, tiles
 
-# Bytes up to which malloc hands out memory that has been touched before (glibc's largest mmap threshold): temporaries
-# of that size cost no page faults, and the backward does without tiles.
+# Bytes up to which malloc hands out memory that has been touched before (glibc's largest mmap threshold): one temporary
+# of that size costs less than masking the gradient twice.
 AT_ONCE = 32 << 20
-# Elements of a tile for larger tensors.
+# Elements up to which a tensor is one tile in the backward, and those of a tile of a larger one, whose buffer is new at
+# every call and so costs page faults itself.
+_ONE_TILE = 1 << 20
 _TILE = 1 << 18
 
 
@@ -164,12 +166,12 @@ def _gradient_and_input(grad: Tensor, x: Tensor, y: Tensor | None, *more: Tensor
 
 
 def at_once(x: Tensor) -> bool:
-    """Whether a temporary as large as `x` is cheaper than working in tiles."""
+    """Whether a temporary as large as `x` is cheaper than computing it twice, tile by tile."""
     return x.numel() * x.itemsize <= AT_ONCE
 
 
 def _tile_size(x: Tensor) -> int:
-    return x.numel() if at_once(x) else min(_TILE, x.numel())
+    return x.numel() if x.numel() <= _ONE_TILE else _TILE
 
 
 def _along_channels(vector: Tensor, x: Tensor) -> Tensor:
