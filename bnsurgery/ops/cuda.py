@@ -102,14 +102,14 @@ def grid(geometry: Geometry, programs: int) -> Grid:
     block_c, block_inner = blocks(geometry)
     c_blocks, inner_blocks = _ceil_div(geometry.channels, block_c), _ceil_div(geometry.inner, block_inner)
     items = math.prod(geometry.outer) * inner_blocks
-    per_split = _ceil_div(items, min(_ceil_div(programs, c_blocks), MAX_SPLITS))
+    per_split = _ceil_div(items, _ceil_div(programs, c_blocks))
     return Grid(block_c, block_inner, c_blocks, inner_blocks, items, per_split, _ceil_div(items, per_split))
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and m2 per channel of a tensor that is not empty: float64 of shape (C,)."""
     shape = geometry(x)
-    g = grid(shape, REDUCING * _processors(x.device))
+    g = grid(shape, min(REDUCING * _processors(x.device), MAX_SPLITS))
     counts = torch.empty(g.splits, dtype=torch.float64, device=x.device)
     partial = torch.empty(2, g.splits, shape.channels, dtype=torch.float64, device=x.device)
     mean, m2 = (torch.empty(shape.channels, dtype=torch.float64, device=x.device) for _ in range(2))
@@ -155,7 +155,7 @@ def gradient_sums(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Σg and Σg·(x − mean) per channel, float64 of shape (C,); see `kernels.gradient_sums_partial`."""
     shape = geometry(x, grad)
-    g = grid(shape, REDUCING * _processors(x.device))
+    g = grid(shape, min(REDUCING * _processors(x.device), MAX_SPLITS))
     partial = torch.empty(2, g.splits, shape.channels, dtype=torch.float64, device=x.device)
     with _on(x):
         kernels.gradient_sums_partial[g.programs,](
