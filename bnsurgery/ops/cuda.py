@@ -71,11 +71,14 @@ def blocks(geometry: Geometry) -> tuple[int, int]:
     most_c, most_inner = _power_of_2(geometry.channels), _power_of_2(geometry.inner)
     *_, stride_c, stride_inner = geometry.strides[0]
     if any(strides[-2:] != (stride_c, stride_inner) and 1 in strides[-2:] for strides in geometry.strides[1:]):
-        block_c = min(most_c, 64)  # NCHW beside channels_last: half a cache line and more either way
-    elif stride_c == 1:
+        # NCHW beside channels_last: half a cache line and more either way, and few elements a thread, whose addresses
+        # all differ.
+        block_c = min(most_c, 32)
+        return block_c, min(most_inner, max(TILE // 4 // block_c, 1))
+    if stride_c == 1:
         block_c = min(most_c, 128)
     else:
-        block_c = min(most_c, max(TILE // most_inner, 1))
+        block_c = min(most_c, max(TILE // 4 // most_inner, 1))  # small planes are seldom aligned: again few a thread
     return block_c, min(most_inner, TILE // block_c)
 
 
