@@ -75,10 +75,8 @@ def blocks(geometry: Geometry) -> tuple[int, int]:
         # all differ.
         block_c = min(most_c, 32)
         return block_c, min(most_inner, max(TILE // 4 // block_c, 1))
-    if stride_c == 1:
-        block_c = min(most_c, 128)
-    else:
-        block_c = min(most_c, max(TILE // 4 // most_inner, 1))  # small planes are seldom aligned: again few a thread
+    # Small planes are seldom aligned: again few elements a thread.
+    block_c = min(most_c, 128 if stride_c == 1 else max(TILE // 4 // most_inner, 1))
     return block_c, min(most_inner, TILE // block_c)
 
 
