@@ -58,8 +58,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         if not by_batch:
             tensors = self.running_mean, self.running_var, self.weight, self.bias
             return ops.batch_norm(input, *tensors, eps=self.eps, relu=relu)
-        per_channel = {name: getattr(self, name) for name in ("running_mean", "running_var", "weight", "bias")}
-        check(input, type(self).__name__, **per_channel)  # before anything is updated
+        check(input, type(self).__name__, **self._affine_and_statistics())  # before anything is updated
         group = self.process_group if self.training else ""
         mean, var, count = batch_statistics(input, group)
         weight, bias = self.weight, self.bias

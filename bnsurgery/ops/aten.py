@@ -26,7 +26,7 @@ _TILE = 1 << 18
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and m2 per channel in two passes: float64 of shape (C,)."""
-    count = x.numel() // max(x.shape[1], 1)
+    count = samples_per_channel(x)
     if not count:
         return x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(x.shape[1], dtype=torch.float64)
     dims = [dim for dim in range(x.ndim) if dim != 1]
@@ -163,6 +163,11 @@ def _gradient_and_input(grad: Tensor, x: Tensor, y: Tensor | None, *more: Tensor
             masked = buffer[: part.numel()].view(part.shape)
             g = torch.ops.aten.threshold_backward.grad_input(g, output, 0, grad_input=masked)
         yield g, part, channels_of(tile, axis), *others
+
+
+def samples_per_channel(x: Tensor) -> int:
+    """N·H·W of an input (N, C, H, W)."""
+    return x.numel() // max(x.shape[1], 1)
 
 
 def at_once(x: Tensor) -> bool:

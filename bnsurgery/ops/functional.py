@@ -30,7 +30,7 @@ def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
     """
     check(input, "channel_moments")
     moments = aten.channel_moments if transformed() else library.channel_moments
-    return input.numel() // max(input.shape[1], 1), *moments(input.detach())
+    return aten.samples_per_channel(input), *moments(input.detach())
 
 
 def batch_norm(

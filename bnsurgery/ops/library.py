@@ -91,7 +91,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.batch:
             if ctx.group:
                 sum_dy, sum_dy_xmu = sum_over_ranks((sum_dy, sum_dy_xmu), ctx.group)
-            samples = input.numel() // max(input.shape[1], 1) if count is None else count
+            samples = aten.samples_per_channel(input) if count is None else count
             mean_dy, mean_dy_xmu = sum_dy / samples, sum_dy_xmu / samples
     if wants_input:
         d_input = batch_norm_bwd_input(
