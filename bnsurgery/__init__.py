@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import nn, ops
+    from . import finetune, nn, ops
     from .calibration import calibrate, recalibrate_
     from .checkpoint import load, save
     from .folding import fold
@@ -69,6 +69,7 @@ __all__ = [
     "SurgeryRecord",
     "UntraceableModelError",
     "calibrate",
+    "finetune",
     "fold",
     "insert",
     "load",
@@ -85,7 +86,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("nn", "ops"):
+    if name in ("finetune", "nn", "ops"):
         return import_module(f".{name}", __name__)
     if name in _HOMES:
         value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -15,6 +15,7 @@ from .copies import on_meta
 from .errors import CheckpointError
 from .files import atomic_write
 from .folding import strip_
+from .heads import replace_head_
 from .insertion import Options, edit_
 from .models import identify_model
 from .surgery_record import SurgeryRecord, attach_record, record
@@ -125,6 +126,9 @@ def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) ->
     try:
         if model is not None:
             skeleton = on_meta(model)
+            task = the_record.task
+            if task is not None and task.head is not None:  # the head that was made anew for other classes
+                replace_head_(skeleton, task.head, len(task.classes))
         else:
             assert the_record.architecture is not None
             skeleton = the_record.architecture.build()

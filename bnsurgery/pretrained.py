@@ -124,14 +124,23 @@ def example(preprocess: ImageClassification) -> Tensor:
     return torch.empty(1, 3, size, size, device="meta")
 
 
+def fill_(model: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> None:
+    """Give `model`, which is called `name`, the tensors of `state`, which came from `origin`.
+
+    Raises:
+        CheckpointError: keys or shapes differ, or a value is not finite.
+    """
+    mismatch = describe_mismatch(state_shapes(model), {name: tensor.shape for name, tensor in state.items()})
+    if mismatch:
+        raise CheckpointError(f"weights '{origin}' are not those of {name}: {mismatch}")
+    check_finite(state, origin)
+    model.load_state_dict(state, assign=True)
+
+
 def _fill(architecture: Architecture, state: dict[str, Tensor], origin: str) -> nn.Module:
     """Build on the meta device and assign the tensors; half precision becomes float32, which CPUs compute in."""
     model = architecture.build("meta")
-    mismatch = describe_mismatch(state_shapes(model), {name: tensor.shape for name, tensor in state.items()})
-    if mismatch:
-        raise CheckpointError(f"weights '{origin}' are not those of {architecture.name}: {mismatch}")
-    check_finite(state, origin)
-    model.load_state_dict(state, assign=True)
+    fill_(model, state, origin, architecture.name)
     return model.float()
 
 

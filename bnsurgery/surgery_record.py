@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from .errors import BNSurgeryError, CheckpointError
 from .models import Architecture, identify_model
 from .planning import Site
 from .tables import table
+from .task import Task
+from .typed_json import parse
 
 FORMAT_VERSION = 1
 _ATTRIBUTE = "_bnsurgery_record"
@@ -57,6 +58,7 @@ class SurgeryRecord:
         calibration_digest: SHA-256 of the calibration's moments, see `moments.digest`.
         provenance: where weights and images came from, as far as the caller said.
         versions: of the libraries that did it.
+        task: what it was fine-tuned to, if it was.
     """
 
     model: str
@@ -73,6 +75,7 @@ class SurgeryRecord:
     calibration_digest: str
     provenance: dict[str, str | int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    task: Task | None = None
     format_version: int = FORMAT_VERSION
 
     def __str__(self) -> str:
@@ -106,7 +109,7 @@ class SurgeryRecord:
             raise CheckpointError(
                 f"record: written in format version {version}; this bnsurgery reads up to {FORMAT_VERSION}: upgrade it"
             )
-        return typing.cast(SurgeryRecord, _parse(cls, data, "record"))
+        return typing.cast(SurgeryRecord, parse(cls, data, "record"))
 
 
 def record(bn_model: nn.Module) -> SurgeryRecord:
@@ -161,33 +164,3 @@ def state_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
 def library_versions() -> dict[str, str]:
     """Versions of what takes part in the result."""
     return {module.__name__: str(module.__version__) for module in (bnsurgery, torch, torchvision)}
-
-
-def _parse(expected: Any, value: Any, where: str) -> Any:
-    """`value`, checked against the type `expected` and built into dataclasses and tuples."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (types.UnionType, typing.Union):
-        for option in arguments:
-            if (value is None) == (option is type(None)):
-                try:
-                    return _parse(option, value, where)
-                except CheckpointError:
-                    if option is arguments[-1] or type(None) in arguments:
-                        raise
-    elif isinstance(expected, type) and is_dataclass(expected) and isinstance(value, dict):
-        hints = typing.get_type_hints(expected)
-        names = {f.name for f in fields(expected)}
-        if set(value) != names:
-            raise CheckpointError(f"{where}: fields missing or unknown: {sorted(set(value) ^ names)[:5]}")
-        return expected(**{name: _parse(hints[name], value[name], f"{where}.{name}") for name in names})
-    elif origin is tuple and isinstance(value, list):
-        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    elif origin is dict and isinstance(value, dict):
-        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    elif expected is type(None) and value is None:
-        return None
-    elif expected in (str, int, float, bool) and type(value) is expected:
-        return value
-    elif expected is float and type(value) is int and abs(value) < 2**53:
-        return float(value)
-    raise CheckpointError(f"{where}: got {str(value)[:60]!r}, expected {getattr(expected, '__name__', expected)}")

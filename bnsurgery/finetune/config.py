@@ -1,0 +1,161 @@
+"""Everything that a fine-tuning run can be told, with the defaults that the literature on BN asks for."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.typed_json import parse
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "normalize": ("imagenet", "none"),
+    "augment": ("auto", "none", "crop", "crop-flip", "resized-crop", "trivial"),
+    "layers": ("all", "conv", "dense"),
+    "head": ("auto", "new", "keep"),
+    "optimizer": ("sgd", "adamw"),
+    "train": ("all", "bn", "head", "bn+head"),
+    "statistics": ("auto", "batch", "running", "renorm"),
+    "precision": ("auto", "no", "bf16", "fp16"),
+    "arm": ("bn", "plain", "bn-naive"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of `bnsurgery.finetune.run`.
+
+    The network:
+        source: name of an architecture, or a file: plain weights or a bnsurgery checkpoint. May be empty with `model`.
+        model: "package.module:factory" or "file.py:factory", a function without arguments that makes the network.
+        weights: of an architecture: "DEFAULT" or another name in torchvision's enum, "random", or a file.
+        layers: which layers get a BatchNorm: "all", "conv" or "dense".
+        head: "new" replaces the output layer, "keep" keeps it; "auto" keeps it where the checkpoint has the same classes.
+        dropout: probability that every Dropout module is set to; None lowers those above 0.2 to 0.2.
+        arm: "bn", or what `compare` sets beside it: "plain" without BatchNorm, "bn-naive" with a fresh one (weight 1,
+            bias 0), which forgets what the network computed.
+
+    The data:
+        data: a folder (train/ and val/ with one folder a class, or one folder a class), "digits", or a torchvision
+            dataset such as "CIFAR10".
+        root: where torchvision's datasets are kept.
+        download: fetch a torchvision dataset that is not there.
+        val_fraction: share of each class that is held out where the data has no validation split of its own.
+        limit: train on so many images, drawn evenly over the classes; None for all.
+        skip_bad: leave damaged images out; every file is read once beforehand.
+        image_size: side of the input in pixels; None for the weights' own.
+        normalize: "imagenet" for its mean and standard deviation, or "none" for values from 0 to 1.
+        augment: "none"; "crop" (shifts), "crop-flip", "resized-crop" (also flips), "trivial" (also TrivialAugment);
+            "auto" chooses by the data.
+        num_workers: processes that read images; None for one less than the processors, at most 8.
+
+    The recipe:
+        epochs: passes over the training images.
+        batch_size: images a step, over all processes.
+        lr: peak learning rate, None for a default by batch size, or "auto" for a range test.
+        optimizer: "sgd" (Nesterov, momentum 0.9) or "adamw".
+        weight_decay: of weights of convolutions and dense layers; biases and BatchNorm have none. None: 1e-4 (SGD) or
+            0.01 (AdamW).
+        warmup: share of the steps in which the rate rises linearly; it then falls to 0 as a half cosine.
+        clip: largest norm of the gradient; 0 for no limit.
+        label_smoothing: 0 to 1, of the cross entropy.
+        ema: decay a step of an average of the weights, which is then what is validated and kept; 0 for none.
+        train: which parameters: "all", "bn", "head" or "bn+head".
+        statistics: what BatchNorm normalizes by in training, see `bnsurgery.set_statistics_`; "auto" chooses by batch
+            size and measured drift.
+        recalibrate: images whose population statistics replace the running ones before a validation.
+
+    The machine:
+        precision: "bf16" or "fp16" mixed precision, "no"; "auto" is bf16 where a GPU has it.
+        channels_last: memory layout of images and convolutions.
+        compile: use torch.compile.
+        device: "auto", or "cpu".
+        seed: of everything random.
+
+    The run:
+        output: its directory.
+        evaluations: validations an epoch.
+        save_every: seconds between checkpoints within an epoch.
+    """
+
+    source: str = ""
+    data: str = ""
+    output: str = ""
+    model: str | None = None
+    weights: str = "DEFAULT"
+    layers: str = "all"
+    head: str = "auto"
+    dropout: float | None = None
+    arm: str = "bn"
+    root: str = "data"
+    download: bool = False
+    val_fraction: float = 0.2
+    limit: int | None = None
+    skip_bad: bool = False
+    image_size: int | None = None
+    normalize: str = "imagenet"
+    augment: str = "auto"
+    num_workers: int | None = None
+    epochs: int = 10
+    batch_size: int = 64
+    lr: float | str | None = None
+    optimizer: str = "sgd"
+    weight_decay: float | None = None
+    warmup: float = 0.1
+    clip: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    train: str = "all"
+    statistics: str = "auto"
+    recalibrate: int = 1024
+    precision: str = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    device: str = "auto"
+    seed: int = 0
+    evaluations: int = 1
+    save_every: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            _check(getattr(self, name) in allowed, name, getattr(self, name), " | ".join(allowed))
+        for name in ("epochs", "batch_size", "evaluations"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("clip", "save_every"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("warmup", "label_smoothing", "ema", "dropout"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value < 1, name, value, "0 or more, and below 1")
+        _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
+        _check(self.limit is None or self.limit >= 2, "limit", self.limit, "2 or more")
+        _check(self.recalibrate >= 2, "recalibrate", self.recalibrate, "2 or more images")
+        _check(self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        _check(self.weight_decay is None or self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        lr = self.lr
+        _check(lr is None or lr == "auto" or (isinstance(lr, float) and 0 < lr < 1e3), "lr", lr, "above 0, or auto")
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
+        _check(bool(self.output), "output", self.output, "the run's directory")
+
+    def to_json(self) -> str:
+        """Indented, in the order of definition."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> "Config":
+        """Read what `asdict` gave, believing nothing.
+
+        Raises:
+            CheckpointError: a field is missing, unknown or of the wrong type.
+            BNSurgeryError: a value is out of range.
+        """
+        result: Config = parse(cls, data, where)
+        return result
+
+    def difference(self, other: "Config") -> dict[str, tuple[Any, Any]]:
+        """The fields in which `other` differs, with both values."""
+        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _check(sound: bool, name: str, got: Any, expected: str) -> None:
+    if not sound:
+        raise BNSurgeryError(f"finetune: {name}: got {got!r}, expected {expected}")

@@ -1,0 +1,129 @@
+"""Batches in an order, and with an augmentation, that depend on seed, epoch and image alone.
+
+Not on the number of processes or workers, nor on where a resumed epoch starts: that is what makes a resumed run the same
+to the bit, and several processes the same as one.
+"""
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+from bnsurgery.task import Task
+
+from .datasets import Split
+
+Key = tuple[int, int]  # epoch and number of the image
+_CROP_AREA = (0.35, 1.0)  # of the photograph; from-scratch training takes from 0.08, which is harsh on a fine-tune
+_EVALUATED = -1  # stands for the epoch where nothing is random
+
+
+class Prepared(Dataset[tuple[Tensor, int]]):
+    """A split's images as the network takes them, by epoch and number."""
+
+    def __init__(self, split: Split, task: Task, augment: str, seed: int) -> None:
+        self._split = split
+        self._plain = task.preprocess()
+        self._augmented = augmentation(task, augment)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, index = key
+        image, label = self._split.read(index), self._split.labels[index]
+        if epoch == _EVALUATED:
+            return self._plain(image), label
+        state = torch.get_rng_state()
+        try:
+            # Not torch.manual_seed, which seeds GPUs too.
+            torch.default_generator.manual_seed(hash((self._seed, epoch, index)) & (2**63 - 1))
+            return self._augmented(image), label
+        finally:
+            torch.set_rng_state(state)
+
+
+def augmentation(task: Task, kind: str) -> v2.Compose:
+    """The training images' way to the network's input: `Config.augment`."""
+    size = task.image_size
+    resize, flip = v2.Resize([size, size]), v2.RandomHorizontalFlip()
+    shift = v2.RandomCrop(size, padding=max(1, size // 8), padding_mode="edge")
+    zoom = v2.RandomResizedCrop(size, scale=_CROP_AREA)
+    steps: dict[str, list[v2.Transform]] = {
+        "none": [],
+        "crop": [resize, shift],
+        "crop-flip": [resize, shift, flip],
+        "resized-crop": [zoom, flip],
+        "trivial": [zoom, flip, v2.TrivialAugmentWide()],
+    }
+    return task.preprocess(*steps[kind])
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """This rank's share of an epoch's batches, from batch `start` on; the last incomplete batch is left out.
+
+    Every image takes part in an epoch but for those, which are others in every epoch.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+        self._images, self._batch_size, self._seed = images, batch_size, seed
+        self._rank, self._world = rank, world
+        self.epoch = self.start = 0
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in a whole epoch."""
+        return self._images // self._batch_size
+
+    def __len__(self) -> int:
+        return self.per_epoch - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        generator = torch.Generator().manual_seed(hash((self._seed, self.epoch)) & (2**63 - 1))
+        order = torch.randperm(self._images, generator=generator).tolist()
+        for batch in range(self.start, self.per_epoch):
+            whole = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+            yield [(self.epoch, index) for index in whole[self._rank :: self._world]]
+
+
+def train_loader(data: Prepared, batches: TrainBatches, workers: int) -> DataLoader[Any]:
+    """A loader of `batches`."""
+    return _loader(data, batches, workers)
+
+
+def plain_loader(
+    data: Prepared, batch_size: int, workers: int, *, rank: int = 0, world: int = 1, images: int | None = None
+) -> DataLoader[Any]:
+    """This rank's share of the first `images` images (all where None) in order, without augmentation."""
+    count = len(data) if images is None else min(images, len(data))
+    share = [(_EVALUATED, index) for index in range(rank, count, world)]
+    batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+    return _loader(data, batches, workers)
+
+
+def _loader(data: Prepared, batches: Iterable[list[Key]], workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+
+
+def default_workers() -> int:
+    """Processes that read images: one less than the processors, which the network needs too, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) - 1)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole process group: the parent finishes its step and saves, and needs its workers for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

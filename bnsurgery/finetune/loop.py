@@ -1,0 +1,309 @@
+"""The training loop, whole: steps, validations, checkpoints, and what happens on a signal or a NaN."""
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from bnsurgery.calibration import recalibrate_
+from bnsurgery.errors import BNSurgeryError, CalibrationError, CheckpointError
+from bnsurgery.modes import evaluating
+
+from . import recipe
+from .run_directory import Row, RunDirectory
+from .setup import Setup
+from .stopping import Interrupted, StopRequest
+
+_LOOK_EVERY = 10  # steps between two looks at the loss, where a look makes the device or other processes wait
+
+
+class DivergedError(BNSurgeryError):
+    """The loss, a weight or a statistic became NaN or infinite."""
+
+
+class Objective(nn.Module):
+    """Network and loss in one module: what is compiled, distributed and cast together."""
+
+    def __init__(self, network: nn.Module, label_smoothing: float) -> None:
+        super().__init__()
+        self.network = network
+        self.label_smoothing = label_smoothing
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss and the share of right answers."""
+        logits = self.network(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return loss, (logits.detach().argmax(1) == labels).float().mean()
+
+
+class Trainer:
+    """One run, from wherever it stands to its end.
+
+    Args:
+        setup: the run.
+        directory: where to save; None for nowhere.
+        show: print progress.
+    """
+
+    def __init__(self, setup: Setup, directory: RunDirectory | None, show: bool) -> None:
+        self.setup, self.directory = setup, directory
+        self.config, self.accelerator, self.network = setup.config, setup.accelerator, setup.network
+        self.show = show and self.accelerator.is_main_process
+        self.objective = self.accelerator.prepare_model(Objective(self.network, self.config.label_smoothing))
+        self.optimizer = self.accelerator.prepare_optimizer(
+            recipe.optimizer(self.config, self.network, setup.resolved.lr)
+        )
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.trained] if self.config.ema else []
+        self.steps_per_epoch = setup.batches.per_epoch
+        self.steps = self.config.epochs * self.steps_per_epoch
+        self.step = 0
+        self.rows: list[Row] = []
+        self.losses: list[float] = []  # since the last validation, as the accuracies
+        self.accuracies: list[float] = []
+        self._unread: list[tuple[Tensor, Tensor]] = []  # of the last steps, still on the device
+        alone_on_cpu = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
+        self._look_every = 1 if alone_on_cpu else _LOOK_EVERY
+        self._saved = time.monotonic()
+        self._restart_clock()
+
+    def fit(self, stop: StopRequest) -> None:
+        """Train from the current step to the last, validating and saving on the way.
+
+        Raises:
+            Interrupted: `stop` was asked for; the run is saved.
+            DivergedError: see there; nothing is saved any more, so what was saved before stays.
+        """
+        self.objective.train()
+        while self.step < self.steps:
+            epoch, self.setup.batches.start = divmod(self.step, self.steps_per_epoch)
+            self.setup.batches.epoch = epoch
+            with self._bar(epoch) as bar:
+                for images, labels in self.setup.train:
+                    self.train_step(images, labels)
+                    validate = self._validation_is_due()
+                    if validate or self.step % self._look_every == 0:
+                        self._look(bar)
+                        if validate:
+                            self._validate()
+                        self._save_if_due(stop, validate)
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One step of the optimizer on this rank's share of a batch."""
+        device = self.accelerator.device
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        images = images.to(device, memory_format=layout, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        factor = recipe.rate_factor(self.step, self.steps, self.config.warmup)
+        recipe.set_rate_(self.optimizer, self.setup.resolved.lr * factor)
+        loss, accuracy = self.objective(images, labels)
+        self.accelerator.backward(loss)
+        if self.config.clip:
+            self.accelerator.clip_grad_norm_(self.trained, self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            recipe.average_(self.average, self.trained, self.config.ema)
+        self._unread.append((loss.detach(), accuracy))
+        self.step += 1
+        self._timed += 1
+
+    def _validation_is_due(self) -> bool:
+        """Whether one of the epoch's even parts, `Config.evaluations` of them, ends with the step just done."""
+        parts, length = self.config.evaluations, self.steps_per_epoch
+        done = self.step % length or length
+        return done * parts // length > (done - 1) * parts // length
+
+    def _bar(self, epoch: int) -> Any:
+        return tqdm(
+            desc=f"epoch {epoch + 1}/{self.config.epochs}",
+            total=self.steps_per_epoch * self.config.batch_size,
+            initial=self.setup.batches.start * self.config.batch_size,
+            unit="img",
+            disable=not self.show,
+            leave=False,
+        )
+
+    def _look(self, bar: Any) -> None:
+        """Read the losses of the steps since the last look, over all ranks; stop at the first that is no number."""
+        if not self._unread:
+            return
+        values = torch.stack([torch.stack(pair).double() for pair in self._unread])
+        values = self.accelerator.reduce(values, "mean").cpu()
+        first = self.step - len(self._unread) + 1
+        self._unread.clear()
+        finite = values[:, 0].isfinite()
+        if not finite.all():
+            raise self._diverged(first + int(finite.logical_not().nonzero()[0]), "the loss is no finite number")
+        self.losses += values[:, 0].tolist()
+        self.accuracies += values[:, 1].tolist()
+        bar.set_postfix(loss=f"{_recent(self.losses):.3f}", acc=f"{100 * _recent(self.accuracies):.1f}%", refresh=False)
+        bar.update(len(values) * self.config.batch_size)
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Measure the network as it would be kept, note it, and keep it where it is the best so far."""
+        seconds = time.perf_counter() - self._clock
+        with self._as_kept():
+            loss, accuracy = self.evaluate()
+            row = Row(
+                epoch=self.step / self.steps_per_epoch,
+                step=self.step,
+                lr=self.optimizer.param_groups[0]["lr"],
+                train_loss=statistics.fmean(self.losses),
+                train_accuracy=statistics.fmean(self.accuracies),
+                val_loss=loss,
+                val_accuracy=accuracy,
+                images_per_second=self.config.batch_size * self._timed / seconds,
+            )
+            is_best = all(accuracy > earlier.val_accuracy for earlier in self.rows)
+            self.rows.append(row)
+            if self.directory is not None and self.accelerator.is_main_process:
+                self.directory.log(self.rows, self.network if is_best else None)
+        if self.show:
+            tqdm.write(str(row))
+        self.losses.clear()
+        self.accuracies.clear()
+        self._restart_clock()
+
+    @contextmanager
+    def _as_kept(self) -> Iterator[None]:
+        """Inside, the network is what would be kept: averaged weights, population statistics, eval mode."""
+        replaced = self.trained if self.average else []
+        changed = [(tensor, tensor.detach().clone()) for tensor in [*replaced, *self.network.buffers()]]
+        try:
+            for parameter, average in zip(replaced, self.average, strict=True):
+                parameter.copy_(average)
+            if self.setup.recalibrates:
+                with self.accelerator.autocast():
+                    recalibrate_(self.network, self.setup.calibration)
+            yield
+        except CalibrationError as error:
+            raise self._diverged(self.step, str(error)) from error
+        finally:
+            for tensor, trained in changed:
+                tensor.copy_(trained)
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Mean loss and accuracy over the validation images of all ranks, in eval mode; mean loss without smoothing."""
+        device = self.accelerator.device
+        totals = torch.zeros(3, dtype=torch.float64, device=device)
+        with evaluating(self.network), self.accelerator.autocast():
+            for images, labels in self.setup.val:
+                logits = self.network(images.to(device, non_blocking=True)).float()
+                labels = labels.to(device, non_blocking=True)
+                right = (logits.argmax(1) == labels).sum()
+                totals += torch.stack(
+                    [F.cross_entropy(logits, labels, reduction="sum"), right, right.new_tensor(len(labels))]
+                )
+        loss, right, count = self.accelerator.reduce(totals, "sum").tolist()
+        if not math.isfinite(loss):
+            raise self._diverged(self.step, "the validation loss is no finite number")
+        return loss / count, right / count
+
+    def _save_if_due(self, stop: StopRequest, validated: bool) -> None:
+        """Save after a validation, when it is time, and when the run shall stop."""
+        wanted = torch.tensor([stop.signum, time.monotonic() - self._saved > self.config.save_every])
+        if self.accelerator.num_processes > 1:  # all ranks must do the same: what one wants
+            wanted = self.accelerator.gather(wanted.to(self.accelerator.device)).view(-1, 2).amax(0)
+        signum, due = wanted.tolist()
+        if validated or due or signum:
+            self.save()
+        if signum and self.step < self.steps:
+            where = f"at step {self.step} of {self.steps}"
+            advice = (
+                f"saved. Go on with: bnsurgery finetune --resume {self.directory.path}"
+                if self.directory
+                else "not saved"
+            )
+            raise Interrupted(f"finetune: stopped by {signal.Signals(signum).name} {where}; {advice}", signum)
+
+    def save(self) -> None:
+        """Write everything that is needed to go on from here."""
+        if self.directory is None:
+            return
+        if not all(p.detach().isfinite().all() for p in self.trained):
+            raise self._diverged(self.step, "a weight is no finite number")
+        states = gather_object([_random_state(self.accelerator.device)])
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            self.directory.save_state(
+                {
+                    "step": self.step,
+                    "resolved": asdict(self.setup.resolved),
+                    "rows": [asdict(row) for row in self.rows],
+                    "losses": self.losses,
+                    "accuracies": self.accuracies,
+                    "network": self.network.state_dict(),
+                    "optimizer": self.optimizer.optimizer.state_dict(),
+                    "average": self.average,
+                    "scaler": scaler.state_dict() if scaler is not None else {},
+                    "random": states,
+                }
+            )
+        self.accelerator.wait_for_everyone()
+        self._saved = time.monotonic()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where `save` was called.
+
+        Raises:
+            CheckpointError: the state is not this run's.
+        """
+        try:
+            self.step = int(state["step"])
+            self.rows = [Row(**row) for row in state["rows"]]
+            self.losses, self.accuracies = list(state["losses"]), list(state["accuracies"])
+            self.network.load_state_dict(state["network"])
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+            with torch.no_grad():
+                for average, saved in zip(self.average, state["average"], strict=True):
+                    average.copy_(saved)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            _set_random_state(state["random"][self.accelerator.process_index], self.accelerator.device)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"resume: the saved state does not fit this run: {error}") from error
+
+    def _diverged(self, step: int, what: str) -> DivergedError:
+        kept = ""
+        if self.directory is not None:
+            kept = f" Kept: {self.directory.last}" + (f" and {self.directory.best}" if self.rows else "") + "."
+            kept = kept if self.directory.last.exists() else ""
+        rate = self.setup.resolved.lr
+        return DivergedError(
+            f"finetune: diverged at step {step} (epoch {math.ceil(step / self.steps_per_epoch)}), peak learning rate "
+            f"{rate:.3g}: {what}.{kept} Try --lr {rate / 3:.1g}, or --clip 1."
+        )
+
+    def _restart_clock(self) -> None:
+        self._clock, self._timed = time.perf_counter(), 0
+
+
+def _recent(values: list[float]) -> float:
+    return statistics.fmean(values[-_LOOK_EVERY:])
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

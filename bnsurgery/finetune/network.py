@@ -1,0 +1,188 @@
+"""The network to fine-tune: found, given a head for the classes, inserted into, and set up as the recipe says."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import bnsurgery
+from bnsurgery import factories, models, pretrained
+from bnsurgery.checkpoint import read_record
+from bnsurgery.copies import on_meta
+from bnsurgery.errors import ArchitectureError, BNSurgeryError
+from bnsurgery.folding import strip_
+from bnsurgery.heads import find_head, outputs_of, replace_head_
+from bnsurgery.surgery_record import attach_record, carries_record, record
+from bnsurgery.task import Task
+from bnsurgery.tracing import LAYERS, Trace, is_layer
+from bnsurgery.weights import read_state_dict
+
+from .config import Config
+from .datasets import Data
+
+_UNIT = (0.0,), (1.0,)
+_RESIZE = 256 / 224  # of a photograph's shorter side to the input, as torchvision evaluates
+_TINY, _SMALL = 4, 32  # batch sizes below which statistics are hopeless, and poor
+_DRIFT = 0.2  # relative; above, a small batch's statistics change what the network computes too much
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network as found, and what is known of it.
+
+    Attributes:
+        description: where it came from, in words.
+        preprocess: what its images go through, where that is known.
+        task: what it was fine-tuned to before, if it was.
+    """
+
+    model: nn.Module
+    description: str
+    preprocess: Any = None
+    task: Task | None = None
+
+
+def find(config: Config) -> Source:
+    """The network that `config` names, inserted into or not.
+
+    Raises:
+        ArchitectureError, CheckpointError: there is none of that name, or the file is not one.
+    """
+    if not config.source and not config.model:
+        raise ArchitectureError("finetune: no network: name an architecture or a file, or pass --model")
+    path = Path(config.source)
+    is_file = bool(config.source) and path.is_file() and config.source not in models.names()
+    if is_file and read_record(path) is not None:
+        custom = factories.build(config.model) if config.model else None
+        model = bnsurgery.load(path, model=custom)
+        done = record(model)
+        preprocess = (
+            pretrained.preprocessing(done.architecture, str(done.provenance.get("weights", "")))
+            if done.architecture
+            else None
+        )
+        return Source(model, f"checkpoint {path.name}", preprocess, done.task)
+    if config.model:
+        model = factories.build(config.model)
+        if config.source:
+            if not path.exists():
+                raise ArchitectureError(f"'{config.source}': no such file; with --model it must be one with weights")
+            pretrained.fill_(model, read_state_dict(path), config.source, config.model)
+        return Source(model, config.model + (f" with {path.name}" if config.source else ""))
+    if is_file:
+        architecture, weights = pretrained.recognise(path), config.source
+    else:
+        architecture, weights = models.architecture(config.source), config.weights
+    found = pretrained.load(architecture, weights, image_size=config.image_size, seed=config.seed)
+    return Source(found.model, f"{found.architecture.name}, {found.weights}", found.preprocess)
+
+
+def task_of(source: Source, data: Data, config: Config) -> Task:
+    """What goes in and what shall come out: sizes and colours from the network, classes from the data.
+
+    Raises:
+        BNSurgeryError: the image size is not known, the network takes neither 1 nor 3 channels, or the head does not
+            fit though it shall be kept.
+    """
+    channels = _channels(source.model)
+    size = config.image_size
+    if size is None and source.task is not None:
+        size = source.task.image_size
+    if size is None and source.preprocess is not None:
+        (size,) = set(source.preprocess.crop_size)
+    if size is None:
+        raise BNSurgeryError("finetune: the image size of a network of your own is not known: pass --image-size")
+    if source.task is not None:
+        mean, std = source.task.mean, source.task.std
+    elif config.normalize == "none":
+        mean, std = (part * channels for part in _UNIT)
+    elif channels == 1:
+        raise BNSurgeryError("finetune: the network takes grey images, and ImageNet's are not: pass --normalize none")
+    else:
+        normalization = source.preprocess or pretrained.preprocessing(models.architecture("vgg16"))
+        mean, std = tuple(normalization.mean), tuple(normalization.std)
+    resize = round(size * _RESIZE) if data.photographs else size
+    if not keeps_head(source, data.classes, config):
+        return Task(data.classes, find_head(_original(source.model)), size, resize, mean, std)
+    outputs = outputs_of(source.model.get_submodule(find_head(source.model)))
+    if outputs != len(data.classes):
+        raise BNSurgeryError(
+            f"finetune: the head tells {outputs} classes apart and cannot be kept for {len(data.classes)}: use --head new"
+        )
+    return Task(data.classes, source.task.head if source.task else None, size, resize, mean, std)
+
+
+def keeps_head(source: Source, classes: tuple[str, ...], config: Config) -> bool:
+    """Whether the network goes on with the output layer that it has: where asked, or where it knows these classes."""
+    known = source.task is not None and source.task.classes == classes
+    return config.head == "keep" or (config.head == "auto" and known)
+
+
+def prepare(
+    source: Source, task: Task, config: Config, batches: Iterable[Any], show: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """The network to train, and its head: new where the task says so, BatchNorm inserted as `config.arm` says.
+
+    Args:
+        source: its model is used up.
+        batches: images of the training data, to calibrate on.
+
+    Raises:
+        BNSurgeryError: as `bnsurgery.insert` does.
+    """
+    model = source.model
+    head = find_head(model)
+    if not keeps_head(source, task.classes, config):
+        replace_head_(model, head, len(task.classes), config.seed)
+    if config.arm != "plain" and not carries_record(model):
+        model = bnsurgery.insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
+    if config.arm == "bn-naive":
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.reset_parameters()
+    if carries_record(model):
+        provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
+        attach_record(model, replace(record(model), task=task, provenance=provenance))
+    return model, model.get_submodule(find_head(model))
+
+
+def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, str]:
+    """The statistics mode for `config`, and why.
+
+    Args:
+        drift: measures ‖train − eval‖/‖eval‖ of the outputs at the run's batch size; called only where it matters.
+    """
+    if config.statistics != "auto":
+        return config.statistics, "as asked"
+    if config.arm == "bn-naive":
+        return "batch", "a fresh BatchNorm has no running statistics to go by"
+    if config.train == "head":
+        return "running", "only the head is trained, so the features shall stay as they are"
+    size = config.batch_size
+    if size < _TINY:
+        return "running", f"a batch of {size} has no statistics worth the name"
+    if size >= _SMALL:
+        return "batch", f"a batch of {size} is large enough"
+    measured = drift()
+    text = f"batches of {size} drift by {100 * measured:.3g} %"
+    return ("renorm", f"{text}, above {100 * _DRIFT:g} %") if measured > _DRIFT else ("batch", text)
+
+
+def _original(model: nn.Module) -> nn.Module:
+    """The network as it was before an insertion, on the meta device."""
+    skeleton = on_meta(model)
+    if carries_record(model):
+        strip_(skeleton, record(model).sites)
+    return skeleton
+
+
+def _channels(model: nn.Module) -> int:
+    """Colour channels that the first layer takes."""
+    first = next((node.meta.get("module") for node in Trace(model).graph.nodes if is_layer(node)), None)
+    channels = first.in_channels if isinstance(first, LAYERS) and not isinstance(first, nn.Linear) else 3
+    if channels not in (1, 3):
+        raise BNSurgeryError(f"finetune: {type(model).__name__} takes {channels} channels, expected 1 or 3 (images)")
+    return channels

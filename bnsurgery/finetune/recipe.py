@@ -1,0 +1,81 @@
+"""The parts of the recipe: what is trained, how much it decays, the rate at every step."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from .config import Config
+
+_MOMENTUM = 0.9
+_DROPOUT = 0.2
+_RATE_AT_64 = {"sgd": 0.03, "adamw": 1e-3}
+_LARGEST_RATE = {"sgd": 0.1, "adamw": 3e-3}
+_DECAY = {"sgd": 1e-4, "adamw": 0.01}
+
+
+def default_rate(config: Config) -> float:
+    """The peak rate where none is given: in proportion to the batch, up to a limit."""
+    return min(_RATE_AT_64[config.optimizer] * config.batch_size / 64, _LARGEST_RATE[config.optimizer])
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """The rate of step 0, 1, ..., steps − 1 as a share of the peak: a linear rise, then a half cosine to 0.
+
+    References: Loshchilov & Hutter 2017, arXiv:1608.03983 (cosine); Goyal et al. 2017, arXiv:1706.02677 (warm-up).
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def set_dropout_(model: nn.Module, probability: float | None) -> None:
+    """Set every Dropout module; None lowers those above 0.2: BN regularizes too (Ioffe & Szegedy 2015, section 4.2.1)."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = min(module.p, _DROPOUT) if probability is None else probability
+
+
+def choose_parameters_(model: nn.Module, train: str, head: nn.Module) -> None:
+    """Let only those parameters take a gradient that `Config.train` names."""
+    norms = [p for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters()]
+    chosen = {id(p) for p in (model.parameters() if train == "all" else [])}
+    chosen |= {id(p) for p in (norms if "bn" in train else [])}
+    chosen |= {id(p) for p in (head.parameters() if "head" in train else [])}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def optimizer(config: Config, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """SGD or AdamW over what takes a gradient, in two groups: weights decay; biases and BatchNorm do not.
+
+    Behind a BatchNorm the scale of a weight does not matter and decay only raises its effective rate, while decaying
+    weight and bias of the norm itself pulls the function towards zero (He et al. 2019, arXiv:1812.01187, section 3.1).
+    """
+    norms = {id(p) for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decaying = [p for p in trained if id(p) not in norms and p.ndim > 1]
+    other = [p for p in trained if id(p) in norms or p.ndim <= 1]
+    decay = _DECAY[config.optimizer] if config.weight_decay is None else config.weight_decay
+    groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": decay}, {"params": other, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate)
+    return torch.optim.SGD(groups, lr=rate, momentum=_MOMENTUM, nesterov=True)
+
+
+def set_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def average_(average: Iterable[Tensor], parameters: Iterable[Tensor], decay: float) -> None:
+    """Average ← decay·average + (1 − decay)·parameter, in place."""
+    torch._foreach_lerp_(list(average), [p.detach() for p in parameters], 1 - decay)

@@ -1,0 +1,171 @@
+"""A run's directory: what it was told, what it measured, and what it needs to go on."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnsurgery import checkpoint
+from bnsurgery.errors import BNSurgeryError, CheckpointError
+from bnsurgery.files import atomic_write
+from bnsurgery.typed_json import parse
+
+from .config import Config
+from .datasets import Fingerprint
+from .figures import curves
+from .figures import write as write_figure
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of metrics.csv, written at each validation.
+
+    Attributes:
+        epoch: passes over the training images done, as a fraction.
+        step: training steps done.
+        lr: learning rate of the last step.
+        train_loss, train_accuracy: means over the steps since the last validation; accuracies are 0 to 1.
+        val_loss, val_accuracy: of the network as it would be kept.
+        images_per_second: in training, over all processes.
+    """
+
+    epoch: float
+    step: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    images_per_second: float
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {100 * self.train_accuracy:.2f} %   "
+            f"validation loss {self.val_loss:.4f}, {100 * self.val_accuracy:.2f} %   {self.images_per_second:.3g} images/s"
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What "auto" and the defaults came to: found once, at the start of a run, and kept when it is resumed."""
+
+    lr: float
+    statistics: str
+    reason: str
+
+
+class RunDirectory:
+    """Every file in it is written to a temporary name and renamed, so it is whole whenever the power fails."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def best(self) -> Path:
+        """The network with the highest validation accuracy, for `bnsurgery.load`."""
+        return self.path / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """Everything that is needed to go on."""
+        return self.path / "last" / "state.pt"
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            BNSurgeryError: a run is in it already, or it cannot be made.
+        """
+        if (self.path / "config.json").exists():
+            raise BNSurgeryError(
+                f"run '{self.path}': a run is there already. Go on with it: --resume {self.path}, or name another --output."
+            )
+        try:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BNSurgeryError(f"run '{self.path}': {error.strerror}: name another --output.") from error
+
+    def write_config(self, config: Config, data: Fingerprint) -> None:
+        """config.json: the configuration, and what the data is known by."""
+        self._write_text("config.json", json.dumps({"config": asdict(config), "data": asdict(data)}, indent=1) + "\n")
+
+    def read_config(self) -> tuple[Config, Fingerprint]:
+        """What `write_config` wrote.
+
+        Raises:
+            CheckpointError: there is no run, or the file is damaged.
+        """
+        path = self.path / "config.json"
+        try:
+            content = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"run '{self.path}': no config.json: there is no run to resume") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"run '{self.path}': config.json cannot be read: {error}") from error
+        if not isinstance(content, dict) or set(content) != {"config", "data"}:
+            raise CheckpointError(f"run '{self.path}': config.json holds something else than config and data")
+        return Config.from_dict(content["config"], "config"), parse(Fingerprint, content["data"], "data")
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """last/state.pt: tensors, numbers and text in one file, so that it is always of one moment."""
+        with atomic_write(self.last, overwrite=True) as temporary:
+            try:
+                torch.save({**state, "version": _VERSION}, temporary)
+            except RuntimeError as error:  # how torch reports a full disk
+                raise CheckpointError(
+                    f"write: '{self.last}': {str(error).splitlines()[0]}. Is the disk full? The checkpoint before is intact."
+                ) from error
+
+    def load_state(self) -> dict[str, Any] | None:
+        """What `save_state` wrote last; None where the run did not get that far.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another version.
+        """
+        if not self.last.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
+            version = state["version"]
+        except Exception as error:  # damage makes the unpickler raise just about anything
+            raise CheckpointError(f"'{self.last}': damaged: {str(error).splitlines()[0][:100]}") from error
+        if version != _VERSION:
+            raise CheckpointError(f"'{self.last}': of version {version}, expected {_VERSION}")
+        return state
+
+    def log(self, rows: Sequence[Row], best: nn.Module | None) -> None:
+        """Write what a validation found: metrics.csv, curves.png, TensorBoard's events; `best` to best.safetensors."""
+        if best is not None:
+            checkpoint.save(best, self.best, overwrite=True)
+        self._write_metrics(rows)
+        write_figure(curves(rows), self.path / "curves.png")
+        self._write_events(rows)
+
+    def _write_events(self, rows: Sequence[Row]) -> None:
+        """One new file of events with the last row; what a killed run wrote beyond its checkpoint is purged."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        row = rows[-1]
+        with SummaryWriter(str(self.path / "tensorboard"), purge_step=row.step) as writer:
+            for name, value in asdict(row).items():
+                if name not in ("epoch", "step"):
+                    writer.add_scalar(name.replace("_", "/", 1), value, row.step)
+
+    def _write_metrics(self, rows: Sequence[Row]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+        self._write_text("metrics.csv", text.getvalue())
+
+    def _write_text(self, name: str, text: str) -> None:
+        with atomic_write(self.path / name, overwrite=True) as temporary:
+            temporary.write_text(text)

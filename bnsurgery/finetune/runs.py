@@ -1,0 +1,158 @@
+"""Start a run, or go on with one."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnsurgery.errors import DataError
+from bnsurgery.typed_json import parse
+
+from . import figures
+from .config import Config
+from .datasets import Data, Fingerprint
+from .run_directory import Resolved, Row, RunDirectory
+from .setup import build, load_data, processes
+from .stopping import listening
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        directory: where it was written, None where nothing was.
+        rows: what was measured, one a validation.
+        resolved: the learning rate and statistics mode it ran with.
+    """
+
+    directory: Path | None
+    rows: tuple[Row, ...]
+    resolved: Resolved
+
+    @property
+    def best(self) -> Row:
+        """The first validation with the highest accuracy: what best.safetensors holds."""
+        return max(self.rows, key=lambda row: row.val_accuracy)
+
+    @property
+    def final(self) -> Row:
+        """The last validation."""
+        return self.rows[-1]
+
+    def __str__(self) -> str:
+        best = self.best
+        return (
+            f"best         {100 * best.val_accuracy:.2f} % of the validation images right, in epoch {best.epoch:.4g}\n"
+            f"last         {100 * self.final.val_accuracy:.2f} %, after {self.final.step} steps"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        rows = [asdict(row) for row in self.rows]
+        return {"directory": str(self.directory or ""), "resolved": asdict(self.resolved), "rows": rows}
+
+
+def run(
+    config: Config, *, model: nn.Module | None = None, data: Data | None = None, save: bool = True, show: bool = False
+) -> Result:
+    """Fine-tune as `config` says, into the directory `config.output`.
+
+    Under `torchrun` or `accelerate launch` every process calls this; each takes its share of every batch, statistics
+    are those of the whole batch, and process 0 writes.
+
+    Args:
+        model: the network, instead of `config.source`; it is copied.
+        data: the images, instead of `config.data`.
+        save: whether to write anything.
+        show: print what happens, with progress bars on stderr.
+
+    Raises:
+        DataError: the images cannot be used.
+        DivergedError: the loss is no number any more; what was saved before is kept.
+        Interrupted: SIGINT or SIGTERM; everything was saved for `resume`.
+        BNSurgeryError: anything else that is refused: see `bnsurgery.insert`.
+    """
+    directory = RunDirectory(config.output) if save else None
+    return _train(config, directory, model, data, None, show)
+
+
+def resume(
+    directory: str | Path, *, model: nn.Module | None = None, data: Data | None = None, show: bool = False
+) -> Result:
+    """Go on with a run that was stopped or killed; its result is what it would have been, on the CPU bit for bit.
+
+    Args:
+        directory: of the run.
+        model, data: as they were passed to `run`, if they were.
+
+    Raises:
+        CheckpointError: there is no run, or its files are damaged.
+        DataError: the data is not what it was.
+        BNSurgeryError: as `run`.
+    """
+    place = RunDirectory(directory)
+    config, fingerprint = place.read_config()
+    return _train(replace(config, output=str(directory)), place, model, data, fingerprint, show)
+
+
+def _train(
+    config: Config,
+    directory: RunDirectory | None,
+    model: nn.Module | None,
+    data: Data | None,
+    before: Fingerprint | None,
+    show: bool,
+) -> Result:
+    accelerator = processes(config)
+    from .loop import Trainer  # these two need accelerate, whose absence has been reported by now
+    from .rate_range import find_rate
+
+    show = show and accelerator.is_main_process
+    state = None
+    if directory is not None and before is None and accelerator.is_main_process:
+        directory.create()
+    data = data or load_data(config, show)
+    if before is not None:
+        _refuse_other_data(before, data.fingerprint)
+        assert directory is not None
+        state = directory.load_state()
+    elif directory is not None and accelerator.is_main_process:
+        directory.write_config(config, data.fingerprint)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed + accelerator.process_index)
+        resolved = parse(Resolved, state.get("resolved"), "last/state.pt: resolved") if state is not None else None
+        setup = build(config, accelerator, model, data, resolved, show)
+        if config.lr == "auto" and resolved is None:
+            found = find_rate(setup)
+            setup.resolved = replace(setup.resolved, lr=found.chosen)
+            if directory is not None and accelerator.is_main_process:
+                figures.write(
+                    figures.rate_range(found.rates, found.losses, found.chosen), directory.path / "lr_range.png"
+                )
+        trainer = Trainer(setup, directory, show)
+        if state is not None:
+            trainer.restore(state)
+        if show:
+            how = " (range test)" if config.lr == "auto" else ""
+            print("\n".join([*setup.facts, f"peak rate    {setup.resolved.lr:.3g}{how}"]), flush=True)
+        with listening() as stop:
+            trainer.fit(stop)
+    return Result(directory.path if directory else None, tuple(trainer.rows), setup.resolved)
+
+
+def _refuse_other_data(before: Fingerprint, now: Fingerprint) -> None:
+    old, new = asdict(before), asdict(now)
+    changed = [f"{name}: {_short(old[name])} then, {_short(new[name])} now" for name in old if old[name] != new[name]]
+    if changed:
+        raise DataError(
+            "resume: the data is not what the run was started with: " + "; ".join(changed) + ". Put it back, or start "
+            "a new run from last or best weights with another --output."
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,212 @@
+"""What has to be there before the first step: processes, data, network, and what "auto" comes to."""
+
+import copy
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed import group
+from torch.utils.data import DataLoader
+
+from bnsurgery.errors import BNSurgeryError, DataError
+from bnsurgery.nn import set_process_group_, set_statistics_
+from bnsurgery.verification import verify
+
+from . import recipe
+from .config import Config
+from .datasets import Data, open_data
+from .loading import Prepared, TrainBatches, default_workers, plain_loader, train_loader
+from .network import Source, choose_statistics, find, prepare, task_of
+from .run_directory import Resolved
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_EVALUATED_TOGETHER = 32  # at least: without gradients there is room, and statistics want more than a few images
+
+
+@dataclass
+class Setup:
+    """A run, ready to start.
+
+    Attributes:
+        network: on its device, without wrappers; what is trained takes a gradient.
+        facts: lines that say what was found and chosen.
+        batches, train: this rank's share of the augmented training batches, and the loader that follows it.
+        calibration: this rank's share of training images, without augmentation.
+        val: this rank's share of the validation images.
+    """
+
+    config: Config
+    accelerator: "Accelerator"
+    network: nn.Module
+    resolved: Resolved
+    facts: list[str]
+    prepared: Prepared
+    batches: TrainBatches
+    train: DataLoader[Any]
+    calibration: DataLoader[Any]
+    val: DataLoader[Any]
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether the network to keep gets population statistics; frozen ones are what was trained with."""
+        return self.config.arm != "plain" and self.resolved.statistics != "running"
+
+
+def processes(config: Config) -> "Accelerator":
+    """Hugging Face's Accelerate: one process, or those that torchrun or accelerate launch started.
+
+    Raises:
+        BNSurgeryError: it is not installed, or this process was set up for another precision before.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise BNSurgeryError("finetune: needs accelerate, which is not installed: pip install 'bnsurgery[finetune]'")
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    try:
+        return Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision=_precision(config),
+            dynamo_backend="inductor" if config.compile else "no",
+            # Every rank computes the same statistics: there is nothing to send.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise BNSurgeryError(f"finetune: {str(error).splitlines()[0]}") from error
+
+
+def load_data(config: Config, show: bool = False) -> Data:
+    """The images that `config` names.
+
+    Raises:
+        DataError: see `open_data`.
+    """
+    data = open_data(
+        config.data,
+        root=config.root,
+        download=config.download,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        skip_bad=config.skip_bad,
+        show=show,
+    )
+    return data.limited(config.limit, config.seed)
+
+
+def build(
+    config: Config,
+    accelerator: "Accelerator",
+    model: nn.Module | None,
+    data: Data,
+    resolved: Resolved | None,
+    show: bool,
+) -> Setup:
+    """Everything up to the first step.
+
+    Args:
+        model: instead of the one that `config` names; copied.
+        resolved: what "auto" came to, where a run is resumed.
+        show: print what happens.
+
+    Raises:
+        BNSurgeryError: see `run`.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    _check_sizes(config, len(data.train), world)
+    source = find(config) if model is None else Source(copy.deepcopy(model).eval(), type(model).__name__)
+    task = task_of(source, data, config)
+    source.model.to(accelerator.device)
+
+    workers = default_workers() if config.num_workers is None else config.num_workers
+    augment = data.augment if config.augment == "auto" else config.augment
+    prepared = Prepared(data.train, task, augment, config.seed)
+    batches = TrainBatches(len(prepared), config.batch_size, config.seed, rank, world)
+    share = {
+        "rank": rank,
+        "world": world,
+        "workers": workers,
+        "batch_size": max(_EVALUATED_TOGETHER, config.batch_size // world),
+    }
+    calibration = plain_loader(prepared, images=config.recalibrate, **share)
+    val = plain_loader(Prepared(data.val, task, "none", 0), **share)
+
+    network, head = prepare(source, task, config, calibration, show)
+    recipe.set_dropout_(network, config.dropout)
+    recipe.choose_parameters_(network, config.train, head)
+    if resolved is None:
+        resolved = _resolve(config, network, prepared)
+    if config.arm != "plain":
+        # The schedule ends with the run: the network has come to live with plain BN by then, where batches allow it.
+        set_statistics_(network, resolved.statistics, renorm_steps=config.epochs * batches.per_epoch)  # type: ignore[arg-type]
+        if world > 1 and group.WORLD is not None:
+            set_process_group_(network, group.WORLD)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Setup(
+        config=config,
+        accelerator=accelerator,
+        network=network,
+        resolved=resolved,
+        facts=_facts(config, source, data, resolved),
+        prepared=prepared,
+        batches=batches,
+        train=train_loader(prepared, batches, workers),
+        calibration=calibration,
+        val=val,
+    )
+
+
+def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved:
+    size = config.batch_size
+
+    def drift() -> float:
+        loader = plain_loader(prepared, size, 0, images=4 * size)
+        return verify(network, network, loader, drift_batch_sizes=(size,)).train_drift[size]
+
+    statistics, reason = choose_statistics(config, drift)
+    lr = config.lr if isinstance(config.lr, float) else recipe.default_rate(config)
+    return Resolved(lr, statistics, reason)
+
+
+def _facts(config: Config, source: Source, data: Data, resolved: Resolved) -> list[str]:
+    facts = [
+        f"network      {source.description}",
+        f"data         {data.description}: {len(data.train)} training and {len(data.val)} validation images, "
+        f"{len(data.classes)} classes",
+    ]
+    if data.skipped:
+        facts.append(f"left out     {len(data.skipped)} damaged images, the first: {data.skipped[0]}")
+    if config.arm != "plain":
+        facts.append(f"statistics   {resolved.statistics}: {resolved.reason}")
+    return facts
+
+
+def _check_sizes(config: Config, images: int, world: int) -> None:
+    if config.batch_size > images:
+        raise DataError(
+            f"finetune: a batch of {config.batch_size} is more than the {images} training images: "
+            f"pass --batch-size {images} or less"
+        )
+    if config.batch_size % world:
+        raise BNSurgeryError(
+            f"finetune: a batch of {config.batch_size} cannot be shared evenly by {world} processes: "
+            f"pass --batch-size {world * max(1, config.batch_size // world)}"
+        )
+    if config.batch_size == 1 and config.arm != "plain" and config.statistics not in ("auto", "running"):
+        raise BNSurgeryError(
+            f"finetune: a batch of 1 has no statistics: with --statistics {config.statistics} use --batch-size 2 or more, "
+            "or --statistics running"
+        )
+
+
+def _precision(config: Config) -> str | None:
+    if config.precision != "auto":
+        return config.precision
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None  # as accelerate launch was told
+    gpu = config.device != "cpu" and torch.cuda.is_available()
+    return "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"

@@ -1,0 +1,47 @@
+"""Read JSON into frozen dataclasses, believing nothing."""
+
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from .errors import CheckpointError
+
+
+def parse(expected: Any, value: Any, where: str) -> Any:
+    """`value`, checked against the type `expected` and built into dataclasses and tuples.
+
+    Args:
+        expected: a dataclass, str, int, float, bool, None, a union, or a tuple or dict of these.
+        value: what `json.loads` gave.
+        where: how to call it in messages.
+
+    Raises:
+        CheckpointError: a field is missing, unknown or of the wrong type.
+    """
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            if (value is None) == (option is type(None)):
+                try:
+                    return parse(option, value, where)
+                except CheckpointError:
+                    if option is arguments[-1] or (type(None) in arguments and len(arguments) == 2):
+                        raise
+    elif isinstance(expected, type) and is_dataclass(expected) and isinstance(value, dict):
+        hints = typing.get_type_hints(expected)
+        names = {f.name for f in fields(expected)}
+        if set(value) != names:
+            raise CheckpointError(f"{where}: fields missing or unknown: {sorted(set(value) ^ names)[:5]}")
+        return expected(**{name: parse(hints[name], value[name], f"{where}.{name}") for name in names})
+    elif origin is tuple and isinstance(value, list):
+        return tuple(parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict):
+        return {key: parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif expected is type(None) and value is None:
+        return None
+    elif expected in (str, int, float, bool) and type(value) is expected:
+        return value
+    elif expected is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    raise CheckpointError(f"{where}: got {str(value)[:60]!r}, expected {getattr(expected, '__name__', expected)}")
