@@ -72,14 +72,32 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
     }
     if not norms:
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
-    with _watching(norms, output=False) as measured, training_norms(bn_model, by_batch=True):
-        _feed("recalibrate_", bn_model, batches, progress)
-    moments = _gather(measured, norms)
-    _check("recalibrate_", moments, norms)
+    moments = input_moments(bn_model, norms, batches, operation="recalibrate_", progress=progress)
     with torch.no_grad():
         for name in norms:
             bn_model.get_buffer(f"{name}.running_mean").copy_(moments[name].mean)
             bn_model.get_buffer(f"{name}.running_var").copy_(moments[name].variance)
+
+
+def input_moments(
+    model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[Any], *, operation: str, progress: bool = False
+) -> dict[str, ChannelMoments]:
+    """Measure what reaches each of `modules` while every BatchNorm normalizes by the batch, as in training.
+
+    Dropout is off. As `calibrate`, it merges over the ranks of `torch.distributed`.
+
+    Args:
+        modules: submodules of `model`, by name.
+        operation: how messages call it.
+
+    Raises:
+        CalibrationError: as `calibrate`.
+    """
+    with _watching(modules, output=False) as measured, training_norms(model, by_batch=True):
+        _feed(operation, model, batches, progress)
+    moments = _gather(measured, modules)
+    _check(operation, moments, modules)
+    return moments
 
 
 def warn_of_dead_channels(moments: dict[str, ChannelMoments], eps: float) -> None:

@@ -59,5 +59,6 @@ def _like(old: Layer, classes: int) -> Layer:
     with torch.random.fork_rng(devices=[]):  # torch initializes what is overwritten at once
         if isinstance(old, nn.Linear):
             return nn.Linear(old.in_features, classes, **kind)
-        shape: Any = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
-        return type(old)(old.in_channels, classes, *shape, padding_mode=old.padding_mode, **kind)
+        conv: Any = type(old)
+        shape = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
+        return conv(old.in_channels, classes, *shape, padding_mode=old.padding_mode, **kind)

@@ -13,7 +13,7 @@ import click
 from bnsurgery import __version__
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 
-_COMMANDS = ("insert", "plan", "verify", "fold", "archs")
+_COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "predict", "fold", "archs")
 
 
 class _LazyGroup(click.Group):
@@ -37,6 +37,8 @@ def cli() -> None:
     \b
       bnsurgery insert vgg16                  the same function, with BatchNorm
       bnsurgery verify vgg16-bn.safetensors   prove it
+      bnsurgery finetune vgg16 --data DIR     train it on your images
+      bnsurgery compare vgg16 --data DIR      does BatchNorm help on them?
       bnsurgery fold vgg16-bn.safetensors     back to the original architecture
 
     Every command has its own --help.
@@ -63,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         code = _fail("interrupted; nothing was written.", 130)
     except BNSurgeryError as error:
-        code = _fail(str(error))
+        code = _fail(str(error), 128 + getattr(error, "signum", 1 - 128))
     except BrokenPipeError:  # the reader has gone, as in `bnsurgery archs | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

@@ -29,7 +29,7 @@ class Config:
         model: "package.module:factory" or "file.py:factory", a function without arguments that makes the network.
         weights: of an architecture: "DEFAULT" or another name in torchvision's enum, "random", or a file.
         layers: which layers get a BatchNorm: "all", "conv" or "dense".
-        head: "new" replaces the output layer, "keep" keeps it; "auto" keeps it where the checkpoint has the same classes.
+        head: "new" replaces the output layer, "keep" keeps it; "auto" keeps it where a checkpoint has these classes.
         dropout: probability that every Dropout module is set to; None lowers those above 0.2 to 0.2.
         arm: "bn", or what `compare` sets beside it: "plain" without BatchNorm, "bn-naive" with a fresh one (weight 1,
             bias 0), which forgets what the network computed.

@@ -116,7 +116,7 @@ class Data:
         order = list(range(len(self.train)))
         random.Random(seed).shuffle(order)
         seen: dict[int, int] = {}
-        ranked = []
+        ranked: list[tuple[int, int, int]] = []
         for index in order:
             label = self.train.labels[index]
             seen[label] = seen.get(label, 0) + 1
@@ -303,7 +303,7 @@ def _checked(data: Data) -> Data:
         if missing:
             listed = ", ".join(f"'{data.classes[label]}'" for label in missing[:5])
             raise DataError(
-                f"data: {data.description}: no {part} image of {len(missing)} of {len(data.classes)} classes ({listed}). "
-                "Add images (two a class at least), or remove the class."
+                f"data: {data.description}: no {part} image of {len(missing)} of {len(data.classes)} classes "
+                f"({listed}). Add images (two a class at least), or remove the class."
             )
     return data

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bnsurgery.files import atomic_write
 
 if TYPE_CHECKING:
+    from .comparison import Comparison
     from .run_directory import Row
 
 _TRAIN, _VAL = "#0072b2", "#d55e00"  # Okabe and Ito's palette, which the colour-blind can tell apart
@@ -52,4 +53,31 @@ def rate_range(rates: Sequence[float], losses: Sequence[float], chosen: float) -
     axis.axvline(chosen, color=_VAL, linestyle="--", label=f"chosen: {chosen:.3g}")
     axis.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)")
     axis.legend(frameon=False)
+    return figure
+
+
+_ARMS = {"plain": "#000000", "bn": "#d55e00", "bn-naive": "#0072b2", "bn-half": "#cc79a7"}
+
+
+def comparison(result: "Comparison") -> Any:
+    """Accuracy by step, each arm at its best rate; final accuracy by learning rate, divergence marked."""
+    figure, (steps, rates) = new_figure(2)
+    for summary in result.summary():
+        colour = _ARMS[summary.arm]
+        if summary.lr is not None:
+            points = result.curve(summary.arm, summary.lr)
+            at, mean, low, high = zip(*points, strict=True)
+            label = f"{summary.arm} at {summary.lr:g}"
+            steps.plot(at, [100 * v for v in mean], color=colour, label=label, marker="o", markersize=3)
+            steps.fill_between(
+                at, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, linewidth=0
+            )
+        ended = {lr: 100 * value for lr, value in summary.by_rate.items() if value is not None}
+        rates.plot(list(ended), list(ended.values()), color=colour, marker="o", markersize=4, label=summary.arm)
+        diverged = [lr for lr, value in summary.by_rate.items() if value is None]
+        rates.plot(diverged, [0.0] * len(diverged), color=colour, marker="x", linestyle="none", clip_on=False)
+    steps.set(xlabel="step", ylabel="validation accuracy (%)", title="each arm at its best rate")
+    rates.set(xscale="log", xlabel="learning rate", title="at the end (×: diverged)", ylim=(0, None))
+    for axis in (steps, rates):
+        axis.legend(frameon=False)
     return figure

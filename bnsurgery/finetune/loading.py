@@ -1,7 +1,7 @@
 """Batches in an order, and with an augmentation, that depend on seed, epoch and image alone.
 
-Not on the number of processes or workers, nor on where a resumed epoch starts: that is what makes a resumed run the same
-to the bit, and several processes the same as one.
+Not on the number of processes or workers, nor on where a resumed epoch starts: that is what makes a resumed run the
+same to the bit, and several processes the same as one.
 """
 
 import os
@@ -124,6 +124,6 @@ def default_workers() -> int:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the parent finishes its step and saves, and needs its workers for that."""
+    """Ctrl-C reaches the whole process group: the parent finishes its step and saves, and needs workers for that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

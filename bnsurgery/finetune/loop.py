@@ -108,6 +108,8 @@ class Trainer:
         recipe.set_rate_(self.optimizer, self.setup.resolved.lr * factor)
         loss, accuracy = self.objective(images, labels)
         self.accelerator.backward(loss)
+        if self.setup.conditioner is not None:
+            self.setup.conditioner.apply_()
         if self.config.clip:
             self.accelerator.clip_grad_norm_(self.trained, self.config.clip)
         self.optimizer.step()
@@ -237,7 +239,7 @@ class Trainer:
             raise self._diverged(self.step, "a weight is no finite number")
         states = gather_object([_random_state(self.accelerator.device)])
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
+            scaler, conditioner = self.accelerator.scaler, self.setup.conditioner
             self.directory.save_state(
                 {
                     "step": self.step,
@@ -249,6 +251,7 @@ class Trainer:
                     "optimizer": self.optimizer.optimizer.state_dict(),
                     "average": self.average,
                     "scaler": scaler.state_dict() if scaler is not None else {},
+                    "conditioner": conditioner and [conditioner.mean, conditioner.variance],
                     "random": states,
                 }
             )
@@ -270,6 +273,10 @@ class Trainer:
             with torch.no_grad():
                 for average, saved in zip(self.average, state["average"], strict=True):
                     average.copy_(saved)
+            if self.setup.conditioner is not None:
+                conditioner = self.setup.conditioner
+                for current, saved in zip((conditioner.mean, conditioner.variance), state["conditioner"], strict=True):
+                    current.copy_(saved)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             _set_random_state(state["random"][self.accelerator.process_index], self.accelerator.device)

@@ -110,7 +110,8 @@ def task_of(source: Source, data: Data, config: Config) -> Task:
     outputs = outputs_of(source.model.get_submodule(find_head(source.model)))
     if outputs != len(data.classes):
         raise BNSurgeryError(
-            f"finetune: the head tells {outputs} classes apart and cannot be kept for {len(data.classes)}: use --head new"
+            f"finetune: the head tells {outputs} classes apart and cannot be kept for {len(data.classes)}: "
+            "use --head new"
         )
     return Task(data.classes, source.task.head if source.task else None, size, resize, mean, std)
 

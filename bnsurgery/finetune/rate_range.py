@@ -53,7 +53,8 @@ def find_rate(setup: Setup) -> RateRange:
 
 def _test(setup: Setup) -> RateRange:
     config, accelerator = setup.config, setup.accelerator
-    network = copy.deepcopy(setup.network).train()
+    network, conditioner = copy.deepcopy((setup.network, setup.conditioner))  # the copies belong together
+    network.train()
     for module in network.modules():
         if isinstance(module, Insertable):
             module.process_group = ""  # the other processes wait
@@ -78,6 +79,8 @@ def _test(setup: Setup) -> RateRange:
         rates.append(rate)
         losses.append(smoothed)
         loss.backward()
+        if conditioner is not None:
+            conditioner.apply_()
         optimizer.step()
         optimizer.zero_grad()
     if not losses:

@@ -15,6 +15,7 @@ _MOMENTUM = 0.9
 _DROPOUT = 0.2
 _RATE_AT_64 = {"sgd": 0.03, "adamw": 1e-3}
 _LARGEST_RATE = {"sgd": 0.1, "adamw": 3e-3}
+_TINY = 1e-6
 _DECAY = {"sgd": 1e-4, "adamw": 0.01}
 
 
@@ -35,7 +36,7 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def set_dropout_(model: nn.Module, probability: float | None) -> None:
-    """Set every Dropout module; None lowers those above 0.2: BN regularizes too (Ioffe & Szegedy 2015, section 4.2.1)."""
+    """Set every Dropout module; None lowers those above 0.2, for BN regularizes too (Ioffe & Szegedy 2015, 4.2.1)."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = min(module.p, _DROPOUT) if probability is None else probability
@@ -73,6 +74,48 @@ def set_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+class HeadConditioner:
+    """Lets SGD train a head as if its input were standardized, without changing the head.
+
+    Every layer but the head has a BatchNorm behind it, so that neither mean nor scale of its input matter. The head's
+    input has those of the pretrained network, such as a mean of 5 and a deviation of 2 in every feature, and that sets
+    the largest rate at which the whole network trains. With x̂ = (x − m)/s the head computes V·x̂ + c, where V = W·s
+    and c = b + W·m. A step of SGD on V and c is one on W and b with the gradients
+
+        G_W' = (G_W − g_b·mᵀ)/s²    and    g_b' = g_b − G_W'·m,
+
+    which is a fixed linear map, so momentum carries over, too. s² is the mean variance over the features.
+
+    Args:
+        head: a dense or conv layer; for a conv, m is per input channel.
+        mean: m, of the head's input on the training data, shape (features,).
+        variance: s², 0-dim.
+    """
+
+    def __init__(self, head: nn.Linear | nn.modules.conv._ConvNd, mean: Tensor, variance: Tensor) -> None:
+        self._head = head
+        self._shape = (1, -1, *[1] * (head.weight.ndim - 2))
+        smallest = _TINY * (variance + mean.square().mean())  # where the features hardly vary
+        self.mean, self.variance = (t.to(head.weight) for t in (mean, variance.maximum(smallest)))
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Change the gradients, between backward pass and step."""
+        assert self._head.bias is not None
+        weight, bias = self._head.weight.grad, self._head.bias.grad
+        assert weight is not None and bias is not None
+        mean = self.mean.view(self._shape)
+        weight.sub_(bias.view(-1, *[1] * (weight.ndim - 1)) * mean).div_(self.variance)
+        bias.sub_((weight * mean).flatten(1).sum(1))
+
+    @staticmethod
+    def suits(config: Config, head: nn.Module) -> bool:
+        """Whether it applies: SGD (Adam scales by itself), and a head in training that has a bias."""
+        bias = getattr(head, "bias", None)
+        trained = isinstance(bias, nn.Parameter) and bias.requires_grad and getattr(head, "groups", 1) == 1
+        return config.optimizer == "sgd" and trained
 
 
 @torch.no_grad()

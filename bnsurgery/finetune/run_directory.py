@@ -49,7 +49,7 @@ class Row:
     def __str__(self) -> str:
         return (
             f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {100 * self.train_accuracy:.2f} %   "
-            f"validation loss {self.val_loss:.4f}, {100 * self.val_accuracy:.2f} %   {self.images_per_second:.3g} images/s"
+            f"validation loss {self.val_loss:.4f}, {100 * self.val_accuracy:.2f} %   {self.images_per_second:.0f} img/s"
         )
 
 
@@ -86,7 +86,8 @@ class RunDirectory:
         """
         if (self.path / "config.json").exists():
             raise BNSurgeryError(
-                f"run '{self.path}': a run is there already. Go on with it: --resume {self.path}, or name another --output."
+                f"run '{self.path}': a run is there already. Go on with it (--resume {self.path}) "
+                "or name another --output."
             )
         try:
             self.last.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,8 @@ class RunDirectory:
                 torch.save({**state, "version": _VERSION}, temporary)
             except RuntimeError as error:  # how torch reports a full disk
                 raise CheckpointError(
-                    f"write: '{self.last}': {str(error).splitlines()[0]}. Is the disk full? The checkpoint before is intact."
+                    f"write: '{self.last}': {str(error).splitlines()[0]}. Is the disk full? "
+                    "The checkpoint before is intact."
                 ) from error
 
     def load_state(self) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed import group
 from torch.utils.data import DataLoader
 
+from bnsurgery.calibration import input_moments
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.nn import set_process_group_, set_statistics_
 from bnsurgery.verification import verify
@@ -34,6 +35,7 @@ class Setup:
 
     Attributes:
         network: on its device, without wrappers; what is trained takes a gradient.
+        conditioner: of the head's gradients.
         facts: lines that say what was found and chosen.
         batches, train: this rank's share of the augmented training batches, and the loader that follows it.
         calibration: this rank's share of training images, without augmentation.
@@ -43,6 +45,7 @@ class Setup:
     config: Config
     accelerator: "Accelerator"
     network: nn.Module
+    conditioner: recipe.HeadConditioner | None
     resolved: Resolved
     facts: list[str]
     prepared: Prepared
@@ -137,6 +140,10 @@ def build(
     network, head = prepare(source, task, config, calibration, show)
     recipe.set_dropout_(network, config.dropout)
     recipe.choose_parameters_(network, config.train, head)
+    conditioner = None
+    if recipe.HeadConditioner.suits(config, head):
+        seen = input_moments(network, {"head": head}, calibration, operation="finetune")["head"]
+        conditioner = recipe.HeadConditioner(head, seen.mean, seen.variance.mean())  # type: ignore[arg-type]
     if resolved is None:
         resolved = _resolve(config, network, prepared)
     if config.arm != "plain":
@@ -145,11 +152,12 @@ def build(
         if world > 1 and group.WORLD is not None:
             set_process_group_(network, group.WORLD)
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     return Setup(
         config=config,
         accelerator=accelerator,
         network=network,
+        conditioner=conditioner,
         resolved=resolved,
         facts=_facts(config, source, data, resolved),
         prepared=prepared,
@@ -198,8 +206,8 @@ def _check_sizes(config: Config, images: int, world: int) -> None:
         )
     if config.batch_size == 1 and config.arm != "plain" and config.statistics not in ("auto", "running"):
         raise BNSurgeryError(
-            f"finetune: a batch of 1 has no statistics: with --statistics {config.statistics} use --batch-size 2 or more, "
-            "or --statistics running"
+            f"finetune: a batch of 1 has no statistics: with --statistics {config.statistics} use "
+            "--batch-size 2 or more, or --statistics running"
         )
 
 

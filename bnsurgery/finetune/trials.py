@@ -1,0 +1,218 @@
+"""Run the trials of a comparison, one after the other or several at once; those that are finished are not run again."""
+
+import json
+import math
+import multiprocessing
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bnsurgery.errors import BNSurgeryError, CheckpointError
+from bnsurgery.files import atomic_write
+from bnsurgery.typed_json import parse
+
+from . import figures
+from .comparison import ARMS, Comparison, Trial
+from .config import Config
+from .datasets import Data
+from .runs import run
+from .setup import load_data, processes
+from .stopping import Interrupted, listening
+
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+
+
+def compare(
+    config: Config,
+    *,
+    arms: Sequence[str] = ("plain", "bn", "bn-naive"),
+    rates: Sequence[float] = RATES,
+    seeds: int = 1,
+    jobs: int | None = 1,
+    model: nn.Module | None = None,
+    data: Data | None = None,
+    show: bool = False,
+) -> Comparison:
+    """Fine-tune with every arm at every rate with every seed: same images in the same order, same budget, same head.
+
+    Writes into `config.output`: one JSON file a trial in trials/, comparison.json and comparison.png. The same call
+    again goes on where it was stopped.
+
+    Args:
+        config: what all trials share; `arm`, `lr` and `seed` are set here.
+        arms: "plain"; "bn", the exact insertion; "bn-naive", a fresh BatchNorm; "bn-half", bn with half the epochs.
+        rates: peak learning rates.
+        seeds: how many: 0, 1, ... They decide on the data order, the head's first weights, dropout and augmentation.
+        jobs: trials at a time, each in a process with its share of the processors; None for as many as memory and
+            processors allow. More than one needs `model` and `data` to be picklable, and a main module that can be
+            imported.
+        model, data: see `run`.
+        show: print what happens.
+
+    Raises:
+        BNSurgeryError: see `run`; or the directory holds another comparison.
+        Interrupted: SIGINT or SIGTERM; finished trials are kept.
+    """
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms or not rates or seeds < 1:
+        raise BNSurgeryError(
+            f"compare: got arms {', '.join(arms)}, {len(rates)} rates, {seeds} seeds; arms: {', '.join(ARMS)}"
+        )
+    processes(config)  # says so where accelerate is missing
+    data = data or load_data(config, show)
+    directory = Path(config.output)
+    _claim(directory, config, asdict(data.fingerprint))
+    wanted = [(arm, lr, seed) for seed in range(seeds) for lr in rates for arm in arms]
+    finished: dict[tuple[str, float, int], Trial] = {}
+    pending = []
+    for key in wanted:
+        path = _path(directory, key)
+        if path.exists():
+            finished[key] = _read(path)
+        else:
+            pending.append((key, trial_config(config, *key)))
+    with tqdm(total=len(wanted), initial=len(finished), desc="compare", unit="trial", disable=not show) as bar:
+        for key, trial in _run_all(pending, model, data, jobs):
+            _write(_path(directory, key), json.dumps(asdict(trial)))
+            finished[key] = trial
+            if show:
+                end = f"{100 * trial.rows[-1].val_accuracy:.2f} %" if not trial.diverged else "diverged"
+                tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
+            bar.update()
+    name = config.source or config.model or type(model).__name__
+    result = Comparison(f"{name} on {data.description}", tuple(finished[key] for key in wanted))
+    _write(directory / "comparison.json", json.dumps(result.to_dict(), indent=1))
+    figures.write(figures.comparison(result), directory / "comparison.png")
+    return result
+
+
+Key = tuple[str, float, int]  # arm, rate, seed
+_VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every")
+_USABLE = 0.7  # of the memory that is free
+
+
+def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:
+    """The configuration of one trial."""
+    epochs = math.ceil(config.epochs / 2) if arm == "bn-half" else config.epochs
+    return replace(config, **ARMS[arm], lr=lr, seed=seed, epochs=epochs)
+
+
+def run_trial(key: tuple[str, float, int], config: Config, model: nn.Module | None, data: Data) -> Trial:
+    """One trial; a divergence is a result."""
+    from .loop import DivergedError
+
+    start = time.perf_counter()
+    try:
+        result = run(config, model=model, data=data, save=False)
+    except DivergedError as error:
+        return Trial(*key, "", str(error), (), time.perf_counter() - start)
+    return Trial(*key, result.resolved.statistics, None, result.rows, time.perf_counter() - start)
+
+
+def _run_all(
+    pending: list[tuple[Key, Config]], model: nn.Module | None, data: Data, jobs: int | None
+) -> Iterator[tuple[Key, Trial]]:
+    if jobs is None and len(pending) > 1:
+        key, config = pending[0]
+        alone = torch.cuda.is_available() and config.device != "cpu"  # one trial fills a GPU
+        for (key, trial), peak in _in_processes(pending[:1], model, data, 1):
+            yield key, trial
+            affordable = int(_USABLE * psutil.virtual_memory().available / peak)
+            jobs = 1 if alone else max(1, min(_processors(), affordable))
+        pending = pending[1:]
+    if jobs == 1 or len(pending) < 2:
+        for key, config in pending:
+            yield key, run_trial(key, config, model, data)
+    else:
+        for found, _ in _in_processes(pending, model, data, jobs or 1):
+            yield found
+
+
+def _in_processes(
+    pending: list[tuple[Key, Config]], model: nn.Module | None, data: Data, jobs: int
+) -> Iterator[tuple[tuple[Key, Trial], int]]:
+    """The trials as they end, and the peak memory in bytes of the process that each ran in."""
+    others = set(multiprocessing.active_children())
+    threads = max(1, _processors() // jobs)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,))
+    waiting = {pool.submit(_measured_trial, key, config, model, data): key for key, config in pending}
+    try:
+        with listening() as stop:
+            while waiting:
+                done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                if stop.signum:
+                    raise Interrupted("compare: stopped", stop.signum)
+                for future in done:
+                    trial, peak = future.result()
+                    yield (waiting.pop(future), trial), peak
+    except BrokenProcessPool as error:
+        raise BNSurgeryError("compare: a trial's process died, perhaps for want of memory: use --jobs 1") from error
+    finally:
+        if waiting:
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def _measured_trial(key: Key, config: Config, model: nn.Module | None, data: Data) -> tuple[Trial, int]:
+    trial = run_trial(key, config, model, data)
+    return trial, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _processors() -> int:
+    return len(psutil.Process().cpu_affinity())
+
+
+def _claim(directory: Path, config: Config, data: dict[str, Any]) -> None:
+    """Make the directory, or make sure that it holds this very comparison."""
+    shared = {name: value for name, value in asdict(config).items() if name not in _VARIED}
+    mine = json.loads(json.dumps({"config": shared, "data": data}))
+    path = directory / "shared.json"
+    try:
+        (directory / "trials").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BNSurgeryError(f"compare: '{directory}': {error.strerror}: name another --output") from error
+    if not path.exists():
+        return _write(path, json.dumps(mine, indent=1))
+    theirs = _load(path)
+    for part in mine:
+        for name, value in mine[part].items():
+            before = theirs.get(part, {}).get(name)
+            if before != value:
+                raise BNSurgeryError(
+                    f"compare: '{directory}' holds another comparison, with {name} {str(before)[:60]!r} instead of "
+                    f"{str(value)[:60]!r}: name another --output"
+                )
+
+
+def _path(directory: Path, key: Key) -> Path:
+    arm, lr, seed = key
+    return directory / "trials" / f"{arm}-{lr:g}-{seed}.json"
+
+
+def _read(path: Path) -> Trial:
+    trial: Trial = parse(Trial, _load(path), path.name)
+    return trial
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{path}': cannot be read: {error}. Remove it to have it made again.") from error
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path, overwrite=True) as temporary:
+        temporary.write_text(text + "\n")

@@ -1,0 +1,65 @@
+"""What a classifier says of images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import pretrained
+from .data import load_image
+from .errors import BNSurgeryError
+from .modes import observing
+from .surgery_record import record
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of an image, with their probabilities (softmax), in falling order."""
+
+    image: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    def __str__(self) -> str:
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        return "\n".join([self.image, *(f"  {100 * share:5.1f} %  {name}" for name, share in pairs)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def predict(model: nn.Module, images: Sequence[str | Path], *, top: int = 5) -> Iterator[Prediction]:
+    """Classify image files, one after the other, in eval mode.
+
+    Args:
+        model: from `finetune`, `insert` or `load`; its record says what goes in and what the classes are called.
+        top: how many classes to name.
+
+    Raises:
+        DataError: an image cannot be read.
+        BNSurgeryError: the model carries no record, or one that does not tell its input.
+    """
+    preprocess, names = _input_and_classes(model)
+    device = next(model.parameters()).device
+    for path in images:
+        tensor = preprocess(load_image(path))
+        with observing(model):
+            logits = model(tensor[None].to(device))[0].float()
+        probabilities, indices = logits.softmax(0).topk(min(top, len(logits)))
+        labels = tuple(names[i] if i < len(names) else str(i) for i in indices.tolist())
+        yield Prediction(str(path), labels, tuple(probabilities.tolist()))
+
+
+def _input_and_classes(model: nn.Module) -> tuple[Callable[[Any], Tensor], tuple[str, ...]]:
+    done = record(model)
+    if done.task is not None:
+        return done.task.preprocess(), done.task.classes
+    if done.architecture is None:
+        raise BNSurgeryError(f"predict: it is not known what a {done.model} takes: fine-tune it with bnsurgery first")
+    origin = str(done.provenance.get("weights", ""))
+    member = next((w for w in done.architecture.weights if str(w) == origin), None)
+    names = tuple(member.meta["categories"]) if member is not None else ()
+    return pretrained.preprocessing(done.architecture, origin), names

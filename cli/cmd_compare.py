@@ -1,0 +1,81 @@
+"""bnsurgery compare."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import print_options, report
+from .recipe_options import recipe_options
+
+
+class _List(click.ParamType):
+    """Values separated by commas."""
+
+    name = "list"
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._kind(part.strip()) for part in value.split(",") if part.strip())
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command("compare")
+@click.argument("source", required=False, metavar="ARCH|FILE")
+@click.option("--data", required=True, metavar="DIR|NAME", help="As for finetune.")
+@click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: runs/compare-ARCH-DATA]")
+@click.option(
+    "--arms",
+    type=_List(str),
+    default="plain,bn,bn-naive",
+    show_default=True,
+    metavar="A,B,...",
+    help=(
+        "plain: no BatchNorm. bn: inserted. bn-naive: inserted with weight 1, bias 0. bn-half: bn in half the epochs."
+    ),
+)
+@click.option(
+    "--rates",
+    type=_List(float),
+    default="0.003,0.01,0.03,0.1,0.3",
+    show_default=True,
+    metavar="R,S,...",
+    help="Peak learning rates, tried with every arm.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat with so many seeds.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Trials at a time.  [default: as memory and processors allow]")
+@recipe_options(leave_out=("lr", "save_every"))
+@print_options
+def command(
+    source: str | None,
+    data: str,
+    output: str | None,
+    arms: tuple[str, ...],
+    rates: tuple[float, ...],
+    seeds: int,
+    jobs: int | None,
+    as_json: bool,
+    quiet: bool,
+    **recipe: Any,
+) -> None:
+    """Find out whether BatchNorm helps on your data.
+
+    Fine-tunes the network without BatchNorm, with BatchNorm inserted, and with a fresh BatchNorm that forgets what
+    the network computed, at every learning rate, on the same images in the same order. Each arm is judged at its own
+    best rate. Stopped, the same command again goes on.
+    """
+    from bnsurgery.finetune.config import Config
+    from bnsurgery.finetune.trials import compare
+
+    name = Path(source or str(recipe["model"])).stem.replace(":", "-")
+    output = output or f"runs/compare-{name}-{Path(data).name}"
+    config = Config(source=source or "", data=data, output=output, **recipe)
+    result = compare(config, arms=arms, rates=rates, seeds=seeds, jobs=jobs, show=not (quiet or as_json))
+    text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json."
+    report(text, {**result.to_dict(), "output": output}, as_json, quiet)

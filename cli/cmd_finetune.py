@@ -1,0 +1,84 @@
+"""bnsurgery finetune."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from .options import print_options, report
+from .recipe_options import recipe_options
+
+
+@click.command("finetune")
+@click.argument("source", required=False, metavar="ARCH|FILE")
+@click.option("--data", metavar="DIR|NAME", help="Folder with one folder a class (or train/ and val/), or a dataset.")
+@click.option("--output", "-o", metavar="RUN", help="The run's directory.  [default: runs/ARCH-DATA]")
+@click.option("--resume", metavar="RUN", type=click.Path(path_type=Path), help="Go on with a run that was stopped.")
+@recipe_options()
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything random.")
+@print_options
+@click.pass_context
+def command(
+    context: click.Context,
+    source: str | None,
+    data: str | None,
+    output: str | None,
+    resume: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **recipe: Any,
+) -> None:
+    """Fine-tune a network with BatchNorm put in.
+
+    ARCH is one of `bnsurgery archs`, FILE holds its weights or comes from `bnsurgery insert`. What has no BatchNorm
+    yet gets it first, calibrated on the training images, and a head for the data's classes. DATA is a folder, digits
+    (built in), or a torchvision dataset such as CIFAR10.
+
+    Start it with torchrun or accelerate launch for several GPUs or machines.
+    """
+    from bnsurgery.finetune.config import Config
+    from bnsurgery.finetune.run_directory import RunDirectory
+    from bnsurgery.finetune.runs import resume as resume_run
+    from bnsurgery.finetune.runs import run
+
+    show = not (quiet or as_json)
+    if resume is not None:
+        before, _ = RunDirectory(resume).read_config()
+        named = {"source": source, "data": data, "output": output}
+        given = {name: value for name, value in named.items() if value is not None}
+        given |= {name: value for name, value in recipe.items() if _was_given(context, name)}
+        changed = [
+            f"{name} {getattr(before, name)!r}, not {new!r}"
+            for name, new in given.items()
+            if getattr(before, name) != new
+        ]
+        if changed:
+            raise click.UsageError(f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave that out.")
+        result = resume_run(resume, show=show)
+    else:
+        if data is None:
+            raise click.UsageError("Missing option '--data': a folder of images, digits, or a torchvision dataset.")
+        name = Path(source or str(recipe["model"])).stem.replace(":", "-")
+        output = output or f"runs/{name}-{Path(data).name}"
+        result = run(Config(source=source or "", data=data, output=output, **recipe), show=show)
+    if _is_main_process():
+        best = f"{result.directory}/best.safetensors"
+        custom = f" --model {recipe['model']}" if recipe["model"] else ""
+        text = (
+            f"\n{result}\n\nWrote {best} and, beside it, metrics.csv, curves.png and tensorboard/.\n"
+            f"Next: bnsurgery predict {best}{custom} IMAGE...\n"
+            f"      bnsurgery fold {best}\n"
+            f'      bnsurgery.load("{best}")'
+        )
+        report(text, {**result.to_dict(), "best": best}, as_json, quiet)
+
+
+def _was_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+def _is_main_process() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,84 @@
+"""The options of fine-tuning, one for every field of `bnsurgery.finetune.Config`."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import click
+
+from bnsurgery.finetune.config import CHOICES, Config
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Rate(click.ParamType):
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value == "auto" or isinstance(value, float):
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
+_COUNT, _SHARE = click.IntRange(min=1), click.FloatRange(0, 1, max_open=True)
+_DEFAULTS = {field.name: field.default for field in fields(Config)}
+
+# In the order of --help: name of the field, type (None: its CHOICES), help text.
+_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("model", str, "package.module:function or file.py:function that makes a network of your own."),
+    ("weights", str, "Of ARCH: DEFAULT or another name of torchvision's, random, or a file."),
+    ("layers", None, "Which layers get a BatchNorm."),
+    ("head", None, "Replace the output layer, or keep it; auto keeps it for the classes that it knows."),
+    ("dropout", _SHARE, "Of every Dropout layer.  [default: 0.2 where it is above]"),
+    ("root", str, "Where torchvision's datasets are."),
+    ("download", bool, "Download a torchvision dataset that is not there."),
+    ("val_fraction", click.FloatRange(0, 1, min_open=True, max_open=True), "Held out where there is no val/."),
+    ("limit", click.IntRange(min=2), "Train on so many images, evenly over the classes."),
+    ("skip_bad", bool, "Leave out damaged images, and count them; reads every image once first."),
+    ("image_size", click.IntRange(1, 4096), "Side of the input in pixels.  [default: the weights' own]"),
+    ("normalize", None, "By ImageNet's mean and deviation, or leave values between 0 and 1."),
+    ("augment", None, "Random shifts, flips, zooms; auto chooses by the data."),
+    ("num_workers", click.IntRange(min=0), "Processes that read images.  [default: processors - 1, at most 8]"),
+    ("epochs", _COUNT, "Passes over the training images."),
+    ("batch_size", _COUNT, "Images a step, over all processes."),
+    ("lr", _Rate(), "Peak learning rate; auto finds one by a range test.  [default: by batch size]"),
+    ("optimizer", None, "SGD (Nesterov, momentum 0.9) or AdamW."),
+    ("weight_decay", click.FloatRange(min=0), "Not of biases and BatchNorm.  [default: 1e-4, AdamW 0.01]"),
+    ("warmup", _SHARE, "Share of the steps in which the rate rises; then it falls as a cosine."),
+    ("clip", click.FloatRange(min=0), "Largest norm of the gradient; 0: any."),
+    ("label_smoothing", _SHARE, "Of the loss."),
+    ("ema", _SHARE, "Keep an average of the weights, with this decay a step, such as 0.99."),
+    ("train", None, "Which parameters to train."),
+    ("statistics", None, "What BatchNorm normalizes by; auto chooses by batch size and drift."),
+    ("recalibrate", click.IntRange(min=2), "Images for the population statistics."),
+    ("precision", None, "Mixed precision; auto: bf16 on a GPU."),
+    ("channels_last", bool, "Memory layout of images and convolutions."),
+    ("compile", bool, "Use torch.compile."),
+    ("device", str, "auto or cpu."),
+    ("evaluations", _COUNT, "Validations an epoch."),
+    ("save_every", click.FloatRange(min=0), "Seconds between checkpoints within an epoch."),
+)
+
+
+def recipe_options(*, leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """One option for every field of Config but for source, data, output, seed and arm, and those in `leave_out`."""
+
+    def decorate(function: F) -> F:
+        for name, kind, text in reversed(_OPTIONS):
+            if name not in leave_out:
+                function = _option(name, kind, text)(function)
+        return function
+
+    return decorate
+
+
+def _option(name: str, kind: Any, text: str) -> Callable[[F], F]:
+    flag, default = "--" + name.replace("_", "-"), _DEFAULTS[name]
+    if kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}" if default else flag
+        return click.option(flag, name, is_flag=True, default=default, show_default=bool(default), help=text)
+    kind = click.Choice(CHOICES[name]) if kind is None else kind
+    return click.option(flag, name, type=kind, default=default, show_default=default is not None, help=text)
