@@ -44,15 +44,12 @@ def command(
 
     show = not (quiet or as_json)
     if resume is not None:
-        before, _ = RunDirectory(resume).read_config()
+        config, _ = RunDirectory(resume).read_config()
         named = {"source": source, "data": data, "output": output}
         given = {name: value for name, value in named.items() if value is not None}
         given |= {name: value for name, value in recipe.items() if _was_given(context, name)}
-        changed = [
-            f"{name} {getattr(before, name)!r}, not {new!r}"
-            for name, new in given.items()
-            if getattr(before, name) != new
-        ]
+        pairs = {name: (getattr(config, name), new) for name, new in given.items()}
+        changed = [f"{name} {old!r}, not {new!r}" for name, (old, new) in pairs.items() if old != new]
         if changed:
             raise click.UsageError(f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave that out.")
         result = resume_run(resume, show=show)
@@ -61,16 +58,16 @@ def command(
             raise click.UsageError("Missing option '--data': a folder of images, digits, or a torchvision dataset.")
         name = Path(source or str(recipe["model"])).stem.replace(":", "-")
         output = output or f"runs/{name}-{Path(data).name}"
-        result = run(Config(source=source or "", data=data, output=output, **recipe), show=show)
+        config = Config(source=source or "", data=data, output=output, **recipe)
+        result = run(config, show=show)
     if _is_main_process():
         best = f"{result.directory}/best.safetensors"
-        custom = f" --model {recipe['model']}" if recipe["model"] else ""
+        custom = f" --model {config.model}" if config.model else ""
         text = (
             f"\n{result}\n\nWrote {best} and, beside it, metrics.csv, curves.png and tensorboard/.\n"
             f"Next: bnsurgery predict {best}{custom} IMAGE...\n"
-            f"      bnsurgery fold {best}\n"
-            f'      bnsurgery.load("{best}")'
         )
+        text += f'      bnsurgery.load("{best}", model=...)' if custom else f"      bnsurgery fold {best}"
         report(text, {**result.to_dict(), "best": best}, as_json, quiet)
 
 

@@ -149,9 +149,8 @@ def open_data(
     if name.lower() in known:
         return _checked(_torchvision(known[name.lower()], root, download, val_fraction, seed))
     got = "a file" if Path(name).exists() else "no such folder, nor a dataset of that name"
-    raise DataError(
-        f"data '{name}': {got}. Pass a folder with one folder a class, digits, or {', '.join(_TORCHVISION)}."
-    )
+    others = ", ".join(_TORCHVISION)
+    raise DataError(f"data '{name}': {got}. Pass a folder with one folder a class, digits, or one of {others}.")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from bnsurgery.errors import DataError
 from bnsurgery.task import Task
 
 from .datasets import Split
@@ -92,30 +93,50 @@ class TrainBatches(Sampler[list[Key]]):
             yield [(self.epoch, index) for index in whole[self._rank :: self._world]]
 
 
-def train_loader(data: Prepared, batches: TrainBatches, workers: int) -> DataLoader[Any]:
-    """A loader of `batches`."""
-    return _loader(data, batches, workers)
+class Loader:
+    """The batches that a sampler names, read by worker processes, which stay alive from pass to pass."""
+
+    def __init__(self, data: Prepared, batches: Iterable[list[Key]], workers: int) -> None:
+        self.workers = workers
+        self._loader: DataLoader[Any] = DataLoader(
+            data,
+            batch_sampler=batches,  # any iterable of lists will do
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # from which it draws at every pass: not from the one of dropout
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass.
+
+        Raises:
+            DataError: an image is damaged, or a worker died.
+        """
+        try:
+            yield from self._loader
+        except DataError as error:  # from a worker it comes with the worker's traceback
+            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"images: a process that reads them died ({str(error).splitlines()[0]}). If memory ran out, use "
+                "--num-workers 0 or a smaller --batch-size."
+            ) from error
 
 
 def plain_loader(
     data: Prepared, batch_size: int, workers: int, *, rank: int = 0, world: int = 1, images: int | None = None
-) -> DataLoader[Any]:
+) -> Loader:
     """This rank's share of the first `images` images (all where None) in order, without augmentation."""
     count = len(data) if images is None else min(images, len(data))
     share = [(_EVALUATED, index) for index in range(rank, count, world)]
-    batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
-    return _loader(data, batches, workers)
-
-
-def _loader(data: Prepared, batches: Iterable[list[Key]], workers: int) -> DataLoader[Any]:
-    return DataLoader(
-        data,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
+    return Loader(data, [share[i : i + batch_size] for i in range(0, len(share), batch_size)], workers)
 
 
 def default_workers() -> int:

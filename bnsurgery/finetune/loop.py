@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bnsurgery.calibration import recalibrate_
-from bnsurgery.errors import BNSurgeryError, CalibrationError, CheckpointError
+from bnsurgery.errors import BNSurgeryError, CalibrationError, CheckpointError, DataError
 from bnsurgery.modes import evaluating
 
 from . import recipe
@@ -89,14 +89,23 @@ class Trainer:
             epoch, self.setup.batches.start = divmod(self.step, self.steps_per_epoch)
             self.setup.batches.epoch = epoch
             with self._bar(epoch) as bar:
-                for images, labels in self.setup.train:
-                    self.train_step(images, labels)
-                    validate = self._validation_is_due()
-                    if validate or self.step % self._look_every == 0:
+                try:
+                    self._train_epoch(bar, stop)
+                except DataError:
+                    if stop.signum:  # it killed the processes that read images, too
                         self._look(bar)
-                        if validate:
-                            self._validate()
-                        self._save_if_due(stop, validate)
+                        self._save_if_due(stop, validated=False)
+                    raise
+
+    def _train_epoch(self, bar: Any, stop: StopRequest) -> None:
+        for images, labels in self.setup.train:
+            self.train_step(images, labels)
+            validate = self._validation_is_due()
+            if validate or self.step % self._look_every == 0:
+                self._look(bar)
+                if validate:
+                    self._validate()
+                self._save_if_due(stop, validate)
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """One step of the optimizer on this rank's share of a batch."""

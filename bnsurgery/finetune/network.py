@@ -1,5 +1,6 @@
 """The network to fine-tune: found, given a head for the classes, inserted into, and set up as the recipe says."""
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +81,12 @@ def find(config: Config) -> Source:
     return Source(found.model, f"{found.architecture.name}, {found.weights}", found.preprocess)
 
 
+def given(model: nn.Module) -> Source:
+    """A network at hand; a copy of it."""
+    task = record(model).task if carries_record(model) else None
+    return Source(copy.deepcopy(model).eval(), type(model).__name__, task=task)
+
+
 def task_of(source: Source, data: Data, config: Config) -> Task:
     """What goes in and what shall come out: sizes and colours from the network, classes from the data.
 
@@ -156,6 +163,8 @@ def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, 
     Args:
         drift: measures ‖train − eval‖/‖eval‖ of the outputs at the run's batch size; called only where it matters.
     """
+    if config.arm == "plain":
+        return "none", "there is no BatchNorm"
     if config.statistics != "auto":
         return config.statistics, "as asked"
     if config.arm == "bn-naive":

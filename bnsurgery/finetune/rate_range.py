@@ -5,16 +5,15 @@ import itertools
 import math
 from dataclasses import dataclass
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.nn.batchnorm import Insertable
 
 from . import recipe
-from .loading import TrainBatches, train_loader
+from .loading import Loader, TrainBatches
 from .loop import Objective
-from .setup import Setup
+from .setup import Setup, forked_random
 
 _FROM, _TO, _STEPS = 1e-5, 10.0, 100
 _SMOOTHING = 0.9
@@ -44,7 +43,7 @@ def find_rate(setup: Setup) -> RateRange:
     """
     found: list[RateRange | None] = [None]
     if setup.accelerator.is_main_process:
-        with torch.random.fork_rng():
+        with forked_random(setup.accelerator):
             found = [_test(setup)]
     broadcast_object_list(found)
     assert found[0] is not None
@@ -62,7 +61,7 @@ def _test(setup: Setup) -> RateRange:
     optimizer = recipe.optimizer(config, network, _FROM)
     batches = TrainBatches(len(setup.prepared), config.batch_size, config.seed, 0, 1)
     batches.epoch = config.epochs  # an order that training does not come to
-    loader = train_loader(setup.prepared, batches, setup.train.num_workers)
+    loader = Loader(setup.prepared, batches, setup.train.workers)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
     rates: list[float] = []
     losses: list[float] = []

@@ -15,7 +15,6 @@ _MOMENTUM = 0.9
 _DROPOUT = 0.2
 _RATE_AT_64 = {"sgd": 0.03, "adamw": 1e-3}
 _LARGEST_RATE = {"sgd": 0.1, "adamw": 3e-3}
-_TINY = 1e-6
 _DECAY = {"sgd": 1e-4, "adamw": 0.01}
 
 
@@ -86,19 +85,19 @@ class HeadConditioner:
 
         G_W' = (G_W − g_b·mᵀ)/s²    and    g_b' = g_b − G_W'·m,
 
-    which is a fixed linear map, so momentum carries over, too. s² is the mean variance over the features.
+    which is a fixed linear map, so momentum carries over, too. s² is the mean variance over the features, but at
+    least 1: the rate is only ever lowered, since features that hardly vary at first may grow in training.
 
     Args:
         head: a dense or conv layer; for a conv, m is per input channel.
         mean: m, of the head's input on the training data, shape (features,).
-        variance: s², 0-dim.
+        variance: of the head's input, mean over the features, 0-dim.
     """
 
     def __init__(self, head: nn.Linear | nn.modules.conv._ConvNd, mean: Tensor, variance: Tensor) -> None:
         self._head = head
         self._shape = (1, -1, *[1] * (head.weight.ndim - 2))
-        smallest = _TINY * (variance + mean.square().mean())  # where the features hardly vary
-        self.mean, self.variance = (t.to(head.weight) for t in (mean, variance.maximum(smallest)))
+        self.mean, self.variance = (tensor.to(head.weight) for tensor in (mean, variance.clamp_min(1.0)))
 
     @torch.no_grad()
     def apply_(self) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from bnsurgery import checkpoint
 from bnsurgery.errors import BNSurgeryError, CheckpointError
 from bnsurgery.files import atomic_write
+from bnsurgery.surgery_record import carries_record
 from bnsurgery.typed_json import parse
 
 from .config import Config
@@ -67,6 +68,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._events: Any = None  # TensorBoard's writer, from the first event on
 
     @property
     def best(self) -> Path:
@@ -145,21 +147,28 @@ class RunDirectory:
 
     def log(self, rows: Sequence[Row], best: nn.Module | None) -> None:
         """Write what a validation found: metrics.csv, curves.png, TensorBoard's events; `best` to best.safetensors."""
-        if best is not None:
+        if best is not None and carries_record(best):
             checkpoint.save(best, self.best, overwrite=True)
         self._write_metrics(rows)
         write_figure(curves(rows), self.path / "curves.png")
         self._write_events(rows)
 
     def _write_events(self, rows: Sequence[Row]) -> None:
-        """One new file of events with the last row; what a killed run wrote beyond its checkpoint is purged."""
+        """The last row as TensorBoard's events; what a killed run wrote beyond its checkpoint is purged."""
         from torch.utils.tensorboard import SummaryWriter
 
         row = rows[-1]
-        with SummaryWriter(str(self.path / "tensorboard"), purge_step=row.step) as writer:
-            for name, value in asdict(row).items():
-                if name not in ("epoch", "step"):
-                    writer.add_scalar(name.replace("_", "/", 1), value, row.step)
+        if self._events is None:
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=row.step)
+        for name, value in asdict(row).items():
+            if name not in ("epoch", "step"):
+                self._events.add_scalar(name.replace("_", "/", 1), value, row.step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Nothing more is logged."""
+        if self._events is not None:
+            self._events.close()
 
     def _write_metrics(self, rows: Sequence[Row]) -> None:
         text = io.StringIO()

@@ -14,7 +14,7 @@ from . import figures
 from .config import Config
 from .datasets import Data, Fingerprint
 from .run_directory import Resolved, Row, RunDirectory
-from .setup import build, load_data, processes
+from .setup import build, forked_random, load_data, processes
 from .stopping import listening
 
 
@@ -121,7 +121,7 @@ def _train(
         state = directory.load_state()
     elif directory is not None and accelerator.is_main_process:
         directory.write_config(config, data.fingerprint)
-    with torch.random.fork_rng():
+    with forked_random(accelerator):
         torch.manual_seed(config.seed + accelerator.process_index)
         resolved = parse(Resolved, state.get("resolved"), "last/state.pt: resolved") if state is not None else None
         setup = build(config, accelerator, model, data, resolved, show)
@@ -138,8 +138,12 @@ def _train(
         if show:
             how = " (range test)" if config.lr == "auto" else ""
             print("\n".join([*setup.facts, f"peak rate    {setup.resolved.lr:.3g}{how}"]), flush=True)
-        with listening() as stop:
-            trainer.fit(stop)
+        try:
+            with listening() as stop:
+                trainer.fit(stop)
+        finally:
+            if directory is not None:
+                directory.close()
     return Result(directory.path if directory else None, tuple(trainer.rows), setup.resolved)
 
 

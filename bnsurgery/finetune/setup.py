@@ -1,15 +1,14 @@
 """What has to be there before the first step: processes, data, network, and what "auto" comes to."""
 
-import copy
 import importlib.util
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.distributed import group
-from torch.utils.data import DataLoader
 
 from bnsurgery.calibration import input_moments
 from bnsurgery.errors import BNSurgeryError, DataError
@@ -19,8 +18,8 @@ from bnsurgery.verification import verify
 from . import recipe
 from .config import Config
 from .datasets import Data, open_data
-from .loading import Prepared, TrainBatches, default_workers, plain_loader, train_loader
-from .network import Source, choose_statistics, find, prepare, task_of
+from .loading import Loader, Prepared, TrainBatches, default_workers, plain_loader
+from .network import Source, choose_statistics, find, given, prepare, task_of
 from .run_directory import Resolved
 
 if TYPE_CHECKING:
@@ -50,9 +49,9 @@ class Setup:
     facts: list[str]
     prepared: Prepared
     batches: TrainBatches
-    train: DataLoader[Any]
-    calibration: DataLoader[Any]
-    val: DataLoader[Any]
+    train: Loader
+    calibration: Loader
+    val: Loader
 
     @property
     def recalibrates(self) -> bool:
@@ -80,6 +79,11 @@ def processes(config: Config) -> "Accelerator":
         )
     except ValueError as error:
         raise BNSurgeryError(f"finetune: {str(error).splitlines()[0]}") from error
+
+
+def forked_random(accelerator: "Accelerator") -> AbstractContextManager[None]:
+    """Torch's random numbers, on the CPU and the run's device, are afterwards what they were."""
+    return torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else [])
 
 
 def load_data(config: Config, show: bool = False) -> Data:
@@ -120,7 +124,7 @@ def build(
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     _check_sizes(config, len(data.train), world)
-    source = find(config) if model is None else Source(copy.deepcopy(model).eval(), type(model).__name__)
+    source = find(config) if model is None else given(model)
     task = task_of(source, data, config)
     source.model.to(accelerator.device)
 
@@ -152,7 +156,7 @@ def build(
         if world > 1 and group.WORLD is not None:
             set_process_group_(network, group.WORLD)
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # of conv weights
     return Setup(
         config=config,
         accelerator=accelerator,
@@ -162,7 +166,7 @@ def build(
         facts=_facts(config, source, data, resolved),
         prepared=prepared,
         batches=batches,
-        train=train_loader(prepared, batches, workers),
+        train=Loader(prepared, batches, workers),
         calibration=calibration,
         val=val,
     )

@@ -1,0 +1,44 @@
+"""Fixtures of a tiny run."""
+
+from dataclasses import replace
+
+import pytest
+from accelerate.state import AcceleratorState
+from tiny_task import patterns, tiny
+
+from bnsurgery import finetune
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate remembers the first precision of a process."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def model():
+    return tiny()
+
+
+@pytest.fixture
+def data():
+    return finetune.from_tensors(patterns(96, 1), patterns(40, 2), ["nw", "ne", "sw", "se"])
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run of 3 epochs of 6 steps; keyword arguments change it."""
+    base = finetune.Config(
+        data="patterns",
+        output=str(tmp_path / "run"),
+        image_size=8,
+        normalize="none",
+        augment="crop",
+        epochs=3,
+        batch_size=16,
+        lr=0.05,
+        num_workers=0,
+        device="cpu",
+    )
+    return lambda **changes: replace(base, **changes)

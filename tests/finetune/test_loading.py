@@ -1,0 +1,116 @@
+"""Order and augmentation depend on seed, epoch and image alone."""
+
+import pytest
+import torch
+from PIL import Image
+from tiny_task import patterns
+
+from bnsurgery.errors import DataError
+from bnsurgery.finetune import from_tensors
+from bnsurgery.finetune.datasets import Split
+from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches, plain_loader
+from bnsurgery.task import Task
+
+TASK = Task(("a", "b", "c", "d"), None, 8, 8, (0.0,), (1.0,))
+
+
+def prepared(augment="crop", seed=0):
+    return Prepared(from_tensors(patterns(50, 1), patterns(8, 2), "abcd").train, TASK, augment, seed)
+
+
+def everything(loader):
+    return [(images.clone(), labels.clone()) for images, labels in loader]
+
+
+def same(first, second):
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(first, second, strict=True))
+
+
+def test_ranks_share_out_what_one_process_takes():
+    whole = list(TrainBatches(50, 12, 7, 0, 1))
+    shares = [list(TrainBatches(50, 12, 7, rank, 3)) for rank in range(3)]
+    assert len(whole) == 4
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(batch) == sorted(key for part in parts for key in part)
+        assert {len(part) for part in parts} == {4}
+
+
+def test_an_epoch_takes_every_image_once_but_for_the_last_incomplete_batch():
+    batches = TrainBatches(50, 12, 7, 0, 1)
+    first = [index for batch in batches for _, index in batch]
+    batches.epoch = 1
+    second = [index for batch in batches for _, index in batch]
+    assert len(set(first)) == len(first) == 48
+    assert first != second
+    assert set(first) != set(second)  # others are left out
+
+
+def test_an_epoch_resumed_in_the_middle_goes_on_as_it_would_have():
+    batches = TrainBatches(50, 12, 7, 0, 1)
+    whole = list(batches)
+    batches.start = 2
+    assert list(batches) == whole[2:]
+    assert len(batches) == 2
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "crop-flip", "resized-crop", "trivial"])
+def test_workers_and_other_random_numbers_change_nothing(augment):
+    data, batches = prepared(augment), TrainBatches(50, 12, 7, 0, 1)
+    one = everything(Loader(data, batches, 0))
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    assert same(one, everything(Loader(data, batches, 0)))
+    assert torch.equal(torch.get_rng_state(), before)
+    if augment == "trivial":
+        assert same(one, everything(Loader(data, batches, 1)))
+
+
+def test_augmentation_differs_by_epoch_image_and_seed():
+    data = prepared("crop")
+    assert not torch.equal(data[0, 4][0], data[1, 4][0])
+    assert not torch.equal(data[0, 4][0], prepared("crop", seed=1)[0, 4][0])
+    assert torch.equal(data[0, 4][0], data[0, 4][0])
+
+
+def test_reading_leaves_the_global_random_state_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    prepared("trivial")[0, 3]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_plain_loader_gives_the_images_themselves():
+    images, labels = patterns(50, 1)
+    got = everything(plain_loader(prepared(), 16, 0, images=40))
+    torch.testing.assert_close(torch.cat([x for x, _ in got]), images[:40].float() / 255)
+    assert torch.equal(torch.cat([y for _, y in got]), labels[:40])
+    shares = [everything(plain_loader(prepared(), 16, 0, rank=rank, world=3)) for rank in range(3)]
+    assert sum(len(y) for share in shares for _, y in share) == 50
+
+
+class _Broken:
+    def __call__(self, index):
+        if index == 3:
+            raise DataError("image 'third.png': cannot be decoded")
+        return Image.new("L", (8, 8))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_without_a_traceback(workers):
+    data = Prepared(Split(_Broken(), (0, 1, 2, 3)), TASK, "none", 0)
+    with pytest.raises(DataError) as error:
+        everything(plain_loader(data, 2, workers))
+    assert str(error.value) == "image 'third.png': cannot be decoded"
+
+
+class _Dying:
+    def __call__(self, index):
+        import os
+
+        os._exit(9)
+
+
+def test_a_worker_that_dies_says_so():
+    data = Prepared(Split(_Dying(), (0, 1)), TASK, "none", 0)
+    with pytest.raises(DataError, match="--num-workers 0"):
+        everything(plain_loader(data, 2, 1))

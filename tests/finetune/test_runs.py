@@ -1,0 +1,280 @@
+"""Runs, against a loop written by hand, and against what a run says of itself."""
+
+import csv
+import json
+
+import pytest
+import torch
+from tiny_task import patterns, tiny
+from torch import nn
+from torch.nn import functional as F
+
+import bnsurgery
+from bnsurgery import finetune
+from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
+from bnsurgery.finetune import recipe
+from bnsurgery.finetune.loading import Prepared, TrainBatches
+from bnsurgery.finetune.run_directory import RunDirectory
+from bnsurgery.task import Task
+
+CLASSES = ("nw", "ne", "sw", "se")
+TASK = Task(CLASSES, "9", 8, 8, (0.0,), (1.0,))
+
+
+def by_hand(model, data, config, steps):
+    """The recipe again, from its description: plain SGD by hand on the same batches; returns losses."""
+    prepared = Prepared(data.train, TASK, config.augment, config.seed)
+    batches = TrainBatches(len(data.train), config.batch_size, config.seed, 0, 1)
+    buffers = {p: torch.zeros_like(p) for p in model.parameters()}
+    norms = {p for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+    losses = []
+    model.train()
+    total = config.epochs * batches.per_epoch
+    for epoch in range(config.epochs):
+        batches.epoch = epoch
+        for keys in batches:
+            images = torch.stack([prepared[key][0] for key in keys])
+            labels = torch.tensor([prepared[key][1] for key in keys])
+            loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
+            model.zero_grad()
+            loss.backward()
+            rate = config.lr * recipe.rate_factor(len(losses), total, config.warmup)
+            with torch.no_grad():
+                for p, v in buffers.items():
+                    decays = p not in norms and p.ndim > 1
+                    gradient = p.grad + (1e-4 * p if decays else 0)
+                    v.copy_(gradient if not losses else 0.9 * v + gradient)
+                    p -= rate * (gradient + 0.9 * v)
+            losses.append(loss.item())
+            if len(losses) == steps:
+                return losses
+    return losses
+
+
+def test_a_run_is_the_loop_that_one_would_write(model, data, config):
+    """bn+features without dropout; the head has no bias here, which leaves the conditioner out."""
+    model[-1] = nn.Linear(16, 4, bias=False)
+    chosen = config(dropout=0.0, label_smoothing=0.1, head="keep", evaluations=6)
+    result = finetune.run(chosen, model=model, data=data)
+    images = data.train.read.images.float() / 255
+    reference = bnsurgery.insert(model, images.split(32))
+    for module in reference.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    losses = by_hand(reference, data, chosen, 18)
+    # One row a step. Float32 sums in another order: 1e-4 is a thousand roundings, grown over 18 steps.
+    assert [row.train_loss for row in result.rows] == pytest.approx(losses, rel=1e-4)
+    trained = bnsurgery.load(result.directory / "best.safetensors", model=model)
+    last = torch.load(result.directory / "last" / "state.pt", weights_only=True)["network"]
+    for name, value in reference.state_dict().items():
+        if name in dict(reference.named_parameters()):
+            torch.testing.assert_close(last[name], value, rtol=1e-3, atol=1e-4)
+    assert set(trained.state_dict()) == set(reference.state_dict())
+
+
+def test_what_is_kept_is_what_was_measured(model, data, config):
+    result = finetune.run(config(ema=0.8, evaluations=2), model=model, data=data)
+    kept = bnsurgery.load(result.directory / "best.safetensors", model=model)
+    images, labels = data.val.read.images.float() / 255, torch.tensor(data.val.labels)
+    with torch.inference_mode():
+        logits = kept(images)
+    assert (logits.argmax(1) == labels).double().mean().item() == pytest.approx(result.best.val_accuracy)
+    assert F.cross_entropy(logits, labels).item() == pytest.approx(result.best.val_loss, rel=1e-5)
+    # Its statistics are the population's: recalibrating changes nothing but roundings.
+    before = {name: value.clone() for name, value in kept.state_dict().items() if "running_" in name}
+    bnsurgery.recalibrate_(kept, (data.train.read.images.float() / 255).split(32))
+    for name, value in before.items():
+        torch.testing.assert_close(kept.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    # The record says what it was trained on, and it folds.
+    task = bnsurgery.record(kept).task
+    assert (task.classes, task.head, task.image_size) == (CLASSES, "9", 8)
+    torch.testing.assert_close(bnsurgery.fold(kept)(images), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_it_learns(model, data, config):
+    result = finetune.run(config(epochs=6, lr=0.3), model=model, data=data)
+    assert result.final.val_accuracy > 0.9  # 0.25 by chance
+    assert [row.epoch for row in result.rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_run_directory_holds_what_it_should(model, data, config):
+    result = finetune.run(config(lr="auto"), model=model, data=data)
+    files = {path.name for path in result.directory.iterdir()}
+    assert files == {
+        "best.safetensors", "config.json", "curves.png", "last", "lr_range.png", "metrics.csv", "tensorboard",
+    }  # fmt: skip
+    with (result.directory / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val_accuracy"]) for row in rows] == [row.val_accuracy for row in result.rows]
+    stored = json.loads((result.directory / "config.json").read_text())
+    assert stored["config"]["lr"] == "auto"
+    assert stored["data"]["train_images"] == 96
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(result.directory / "tensorboard")).Reload()
+    values = [event.value for event in events.Scalars("val/accuracy")]
+    assert values == pytest.approx([row.val_accuracy for row in result.rows])
+    assert (result.directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_gives_the_same_bits_and_leaves_random_numbers_alone(model, data, config, tmp_path):
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    states = []
+    for name in "ab":
+        result = finetune.run(config(output=str(tmp_path / name)), model=model, data=data)
+        states.append((result.directory / "best.safetensors").read_bytes())
+    assert states[0] == states[1]
+    assert torch.equal(torch.get_rng_state(), before)
+    other = finetune.run(config(output=str(tmp_path / "c"), seed=1), model=model, data=data)
+    assert (other.directory / "best.safetensors").read_bytes() != states[0]
+
+
+def test_a_head_is_replaced_for_other_classes_and_kept_for_the_same(model, data, config, tmp_path):
+    three = finetune.from_tensors(
+        tuple(t[patterns(96, 1)[1] < 3] for t in patterns(96, 1)),
+        tuple(t[patterns(40, 2)[1] < 3] for t in patterns(40, 2)),
+        ["nw", "ne", "sw"],
+    )
+    first = finetune.run(config(), model=model, data=three)
+    kept = bnsurgery.load(first.directory / "best.safetensors", model=model)
+    assert kept[-1].out_features == 3
+    again = finetune.run(config(output=str(tmp_path / "again"), lr=1e-9), model=kept, data=three)
+    assert again.final.val_accuracy == pytest.approx(first.best.val_accuracy, abs=0.05)
+    other = finetune.run(config(output=str(tmp_path / "other")), model=kept, data=data)
+    assert bnsurgery.load(other.directory / "best.safetensors", model=model)[-1].out_features == 4
+    with pytest.raises(BNSurgeryError, match="tells 3 classes apart and cannot be kept for 4"):
+        finetune.run(config(output=str(tmp_path / "x"), head="keep"), model=kept, data=data)
+
+
+@pytest.mark.parametrize("train", ["bn", "head", "bn+head"])
+def test_what_is_not_trained_keeps_its_bits(model, data, config, train):
+    result = finetune.run(config(train=train, head="keep"), model=model, data=data)
+    trained = bnsurgery.load(result.directory / "best.safetensors", model=model)
+    original = dict(model.named_parameters())
+    head_changed = not torch.equal(trained[-1].weight, original["9.weight"])
+    assert head_changed == ("head" in train)
+    assert torch.equal(trained[0].weight, original["0.weight"])
+    assert result.resolved.statistics == ("running" if train == "head" else "batch")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "mode"), [(2, "running"), (32, "batch")]
+)  # between, it depends on the drift: test_network.py
+def test_auto_statistics_go_by_the_batch_size(model, data, config, batch_size, mode):
+    result = finetune.run(config(batch_size=batch_size, epochs=1), model=model, data=data, save=False)
+    assert result.resolved.statistics == mode
+    assert str(batch_size) in result.resolved.reason
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("arm", ["plain", "bn-naive"])
+def test_the_other_arms_and_optimizers_train(model, data, config, arm, optimizer):
+    rate = 0.05 if optimizer == "sgd" else 0.01
+    result = finetune.run(config(arm=arm, optimizer=optimizer, lr=rate, clip=5.0), model=model, data=data, save=False)
+    assert result.final.train_loss < result.rows[0].train_loss
+    assert result.directory is None
+
+
+def test_bf16_trains(model, data, config):
+    result = finetune.run(config(precision="bf16", epochs=6, lr=0.3), model=model, data=data)
+    assert result.final.val_accuracy > 0.8
+    assert bnsurgery.load(result.directory / "best.safetensors", model=model)[0].weight.dtype == torch.float32
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(model, data, config):
+    with pytest.raises(finetune.DivergedError) as error:
+        finetune.run(config(lr=900.0, warmup=0.9, epochs=30, arm="plain"), model=model, data=data)
+    text = str(error.value)
+    assert "diverged at step" in text and "--lr 3e+02" in text
+    directory = RunDirectory(config().output)
+    state = directory.load_state()
+    if state is not None:
+        assert all(value.isfinite().all() for value in state["network"].values())
+
+
+def test_sizes_that_cannot_work_are_refused_before_anything_is_done(model, data, config):
+    with pytest.raises(DataError, match="more than the 96 training images: pass --batch-size 96"):
+        finetune.run(config(batch_size=97), model=model, data=data, save=False)
+    with pytest.raises(BNSurgeryError, match="a batch of 1 has no statistics"):
+        finetune.run(config(batch_size=1, statistics="batch"), model=model, data=data, save=False)
+    with pytest.raises(BNSurgeryError, match="image size.*--image-size"):
+        finetune.run(config(image_size=None), model=model, data=data, save=False)
+    with pytest.raises(BNSurgeryError, match="--normalize none"):
+        finetune.run(config(normalize="imagenet"), model=model, data=data, save=False)
+
+
+def test_a_run_is_not_overwritten(model, data, config):
+    finetune.run(config(epochs=1), model=model, data=data)
+    with pytest.raises(BNSurgeryError, match="a run is there already.*--resume"):
+        finetune.run(config(epochs=1), model=model, data=data)
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(model, data, config, tmp_path, monkeypatch, ema):
+    """Dropout, momentum, average, running statistics, and the curves: nothing may be lost."""
+    chosen = {"ema": ema, "dropout": 0.3, "save_every": 0.0}
+    whole = finetune.run(config(output=str(tmp_path / "whole"), **chosen), model=model, data=data)
+    save, saves = RunDirectory.save_state, []
+
+    def stop_after_some(self, state):
+        save(self, state)
+        saves.append(state["step"])
+        if len(saves) in (4, 9):
+            raise _Stop
+
+    monkeypatch.setattr(RunDirectory, "save_state", stop_after_some)
+    with pytest.raises(_Stop):
+        finetune.run(config(**chosen), model=model, data=data)
+    with pytest.raises(_Stop):
+        finetune.resume(config().output, model=model, data=data)
+    assert saves[3] % 6 and saves[8] % 6  # both within an epoch
+    result = finetune.resume(config().output, model=model, data=data)
+    for name in ("best.safetensors",):
+        assert (result.directory / name).read_bytes() == (whole.directory / name).read_bytes()
+    states = [torch.load(run.directory / "last" / "state.pt", weights_only=True) for run in (whole, result)]
+    for name, value in states[0]["network"].items():
+        assert torch.equal(value, states[1]["network"][name])
+    for one, two in zip(whole.rows, result.rows, strict=True):
+        assert (one.val_loss, one.train_loss, one.step) == (two.val_loss, two.train_loss, two.step)
+    assert finetune.resume(config().output, model=model, data=data).rows == result.rows  # finished: nothing to do
+
+
+def test_other_data_or_a_damaged_state_is_not_resumed(model, data, config):
+    finetune.run(config(epochs=1), model=model, data=data)
+    other = finetune.from_tensors(patterns(92, 1), patterns(40, 2), CLASSES)
+    with pytest.raises(DataError, match="train_images: 96 then, 92 now"):
+        finetune.resume(config().output, model=model, data=other)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        finetune.resume(config().output, model=_wider(), data=data)
+    directory = RunDirectory(config().output)
+    directory.last.write_bytes(directory.last.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        finetune.resume(config().output, model=model, data=data)
+    with pytest.raises(CheckpointError, match="there is no run to resume"):
+        finetune.resume(directory.path / "nothing")
+
+
+def _wider():
+    model = tiny()
+    model[6], model[9] = nn.Linear(128, 24), nn.Linear(24, 4)
+    return model
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(model, data, config, monkeypatch):
+    finetune.run(config(epochs=1), model=model, data=data)
+    directory = RunDirectory(config().output)
+    before = directory.last.read_bytes()
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="Is the disk full"):
+        directory.save_state({"step": 5})
+    assert directory.last.read_bytes() == before
+    assert len(list(directory.last.parent.iterdir())) == 1
