@@ -101,7 +101,7 @@ class Config:
     optimizer: str = "sgd"
     weight_decay: float | None = None
     warmup: float = 0.1
-    clip: float = 0.0
+    clip: float = 5.0
     label_smoothing: float = 0.0
     ema: float = 0.0
     train: str = "all"

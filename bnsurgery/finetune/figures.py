@@ -79,5 +79,6 @@ def comparison(result: "Comparison") -> Any:
     steps.set(xlabel="step", ylabel="validation accuracy (%)", title="each arm at its best rate")
     rates.set(xscale="log", xlabel="learning rate", title="at the end (×: diverged)", ylim=(0, None))
     for axis in (steps, rates):
-        axis.legend(frameon=False)
+        if axis.get_legend_handles_labels()[0]:  # nothing is drawn where every trial diverged
+            axis.legend(frameon=False)
     return figure

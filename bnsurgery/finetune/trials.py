@@ -27,7 +27,7 @@ from .config import Config
 from .datasets import Data
 from .runs import run
 from .setup import load_data, processes
-from .stopping import Interrupted, listening
+from .stopping import Interrupted, StopRequest, listening
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 
@@ -131,8 +131,10 @@ def _run_all(
             jobs = 1 if alone else max(1, min(_processors(), affordable))
         pending = pending[1:]
     if jobs == 1 or len(pending) < 2:
-        for key, config in pending:
-            yield key, run_trial(key, config, model, data)
+        with listening() as stop:
+            for key, config in pending:
+                yield key, run_trial(key, config, model, data)
+                _heed(stop)
     else:
         for found, _ in _in_processes(pending, model, data, jobs or 1):
             yield found
@@ -151,8 +153,7 @@ def _in_processes(
         with listening() as stop:
             while waiting:
                 done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                if stop.signum:
-                    raise Interrupted("compare: stopped", stop.signum)
+                _heed(stop)
                 for future in done:
                     trial, peak = future.result()
                     yield (waiting.pop(future), trial), peak
@@ -163,6 +164,11 @@ def _in_processes(
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+def _heed(stop: StopRequest) -> None:
+    if stop.signum:
+        raise Interrupted("compare: stopped; finished trials are kept, the same command again goes on", stop.signum)
 
 
 def _measured_trial(key: Key, config: Config, model: nn.Module | None, data: Data) -> tuple[Trial, int]:

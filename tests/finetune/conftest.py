@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from tiny_task import patterns, tiny
 
@@ -11,8 +12,11 @@ from bnsurgery import finetune
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    """Accelerate remembers the first precision of a process."""
+    """Accelerate remembers the first precision of a process; and one thread is enough for a tiny network."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state(True)
 
 

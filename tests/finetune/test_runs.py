@@ -182,15 +182,26 @@ def test_bf16_trains(model, data, config):
     assert bnsurgery.load(result.directory / "best.safetensors", model=model)[0].weight.dtype == torch.float32
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(model, data, config):
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(model, data, config, monkeypatch):
+    apply, factor, steps = recipe.HeadConditioner.apply_, recipe.rate_factor, []
+
+    def overflow_in_step_8(self):
+        apply(self)
+        steps.append(0)
+        if len(steps) == 8:
+            self._head.weight.grad.fill_(float("inf"))
+
+    monkeypatch.setattr(recipe.HeadConditioner, "apply_", overflow_in_step_8)
     with pytest.raises(finetune.DivergedError) as error:
-        finetune.run(config(lr=900.0, warmup=0.9, epochs=30, arm="plain"), model=model, data=data)
-    text = str(error.value)
-    assert "diverged at step" in text and "--lr 3e+02" in text
-    directory = RunDirectory(config().output)
-    state = directory.load_state()
-    if state is not None:
-        assert all(value.isfinite().all() for value in state["network"].values())
+        finetune.run(config(save_every=0.0), model=model, data=data)
+    assert "diverged at step 8 (epoch 2), peak learning rate 0.05: a weight is no finite number" in str(error.value)
+    assert "best.safetensors" in str(error.value) and "--lr 0.02" in str(error.value)
+    state = RunDirectory(config().output).load_state()
+    assert state["step"] == 7
+    assert all(value.isfinite().all() for value in state["network"].values())
+    monkeypatch.setattr(recipe, "rate_factor", lambda step, *rest: 1e18 if step == 7 else factor(step, *rest))
+    with pytest.raises(finetune.DivergedError, match="diverged at step 9 .*: the loss is no finite number"):
+        finetune.run(config(output=config().output + "-2", arm="plain"), model=model, data=data)
 
 
 def test_sizes_that_cannot_work_are_refused_before_anything_is_done(model, data, config):

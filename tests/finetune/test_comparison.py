@@ -1,0 +1,141 @@
+"""The comparison: its arithmetic on made-up trials, and small ones run for real."""
+
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+from tiny_task import tiny
+
+from bnsurgery import finetune
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.finetune import trials
+from bnsurgery.finetune.comparison import Comparison, Trial
+from bnsurgery.finetune.run_directory import Row
+
+
+def trial(arm, lr, seed, *accuracies, diverged=None):
+    rows = [Row(i, 10 * i, lr, 1.0, 0.5, 1.0, value, 100.0) for i, value in enumerate(accuracies, 1)]
+    return Trial(arm, lr, seed, "none" if arm == "plain" else "batch", diverged, tuple(rows), 1.0)
+
+
+MADE_UP = Comparison(
+    "made up",
+    (
+        trial("plain", 0.01, 0, 0.50, 0.70),
+        trial("plain", 0.01, 1, 0.52, 0.74),
+        trial("plain", 0.1, 0, 0.10, 0.66),
+        trial("plain", 0.1, 1, diverged="NaN"),
+        trial("bn", 0.01, 0, 0.40, 0.73),
+        trial("bn", 0.01, 1, 0.40, 0.73),
+        trial("bn", 0.1, 0, 0.71, 0.80),
+        trial("bn", 0.1, 1, 0.75, 0.78),
+        trial("bn", 1.0, 0, 0.2, 0.72),
+        trial("bn", 1.0, 1, 0.2, 0.68),
+    ),
+)
+
+
+def test_each_arm_is_judged_at_its_own_best_rate():
+    plain, ours = MADE_UP.summary()
+    assert (plain.arm, plain.accuracy, plain.lr, plain.largest_lr) == ("plain", pytest.approx(0.72), 0.01, 0.01)
+    assert plain.by_rate[0.1] is None  # one seed diverged
+    assert plain.spread == pytest.approx(0.04)
+    assert (ours.accuracy, ours.lr, ours.largest_lr) == (pytest.approx(0.79), 0.1, 1.0)
+    assert ours.to_plain == 10  # 0.73 on average, above plain's 0.72
+    assert plain.to_plain == 20
+    assert MADE_UP.curve("bn", 0.1) == [(10, pytest.approx(0.73), 0.71, 0.75), (20, pytest.approx(0.79), 0.78, 0.80)]
+
+
+def test_the_verdict_says_who_won_and_whether_it_is_noise():
+    assert "bn is ahead: +7.00 points" in MADE_UP.verdict()
+    assert "after 10 of 20 steps" in MADE_UP.verdict()
+    assert "within the spread" not in MADE_UP.verdict()
+    swapped = (replace(t, arm="bn" if t.arm == "plain" else "plain") for t in MADE_UP.trials)
+    behind = replace(MADE_UP, trials=tuple(swapped))
+    assert "bn is behind: -7.00 points" in behind.verdict()
+    close = Comparison("close", (trial("plain", 0.1, 0, 0.5), trial("plain", 0.1, 1, 0.6), trial("bn", 0.1, 0, 0.57)))
+    assert "+2.00 points" in close.verdict() and "within the spread over seeds (10.00)" in close.verdict()
+    assert "No verdict" in Comparison("half", tuple(MADE_UP.of("bn"))).verdict()
+
+
+def test_the_table_shows_every_rate_and_divergence():
+    text = str(MADE_UP)
+    assert "diverges" in text and "72.00%" in text and "79.00%" in text
+    assert all(len(line) <= 100 for line in text.splitlines()[:-1])
+
+
+def compared(config, model, data, **options):
+    options = {"arms": ("plain", "bn", "bn-naive", "bn-half"), "rates": (0.03, 0.3), **options}
+    return finetune.compare(config(epochs=2), model=model, data=data, **options)
+
+
+def test_a_comparison_runs_every_arm_on_the_same_batches(model, data, config):
+    result = compared(config, model, data, arms=("bn", "bn-half"), rates=(0.3,), seeds=2)
+    assert len(result.trials) == 4
+    assert {t.rows[-1].step for t in result.of("bn-half")} == {6}
+    assert {t.rows[-1].step for t in result.of("bn")} == {12}
+    # The same trial by itself: nothing depends on what ran before.
+    alone = finetune.run(replace(config(epochs=2), arm="bn", lr=0.3, seed=1), model=model, data=data, save=False).final
+    (there,) = (t.rows[-1] for t in result.of("bn", 0.3) if t.seed == 1)
+    assert (alone.val_loss, alone.train_loss) == (there.val_loss, there.train_loss)
+    stored = json.loads((trials.Path(config().output) / "comparison.json").read_text())
+    assert stored["arms"][0]["accuracy"] == result.summary()[0].accuracy
+    assert (trials.Path(config().output) / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_trials_are_not_run_again(model, data, config, monkeypatch):
+    first = compared(config, model, data, arms=("bn",))
+    path = next((trials.Path(config().output) / "trials").glob("bn-0.3-0.json"))
+    path.unlink()
+    ran = []
+    run_trial = trials.run_trial
+    monkeypatch.setattr(trials, "run_trial", lambda key, *rest: ran.append(key) or run_trial(key, *rest))
+    second = compared(config, model, data, arms=("bn",))
+    assert ran == [("bn", 0.3, 0)]
+    one, two = ([replace(t, seconds=0, rows=tuple(replace(r, images_per_second=0) for r in t.rows)) for t in c.trials]
+                for c in (first, second))  # fmt: skip
+    assert one == two
+
+
+def test_a_divergence_is_a_result(model, data, config, monkeypatch):
+    monkeypatch.setattr(trials, "run", _diverge)
+    result = compared(config, model, data, arms=("plain",))
+    assert [t.diverged for t in result.trials] == ["no number"] * 2
+    assert result.summary()[0].accuracy is None
+
+
+def _diverge(*args, **kwargs):
+    raise finetune.DivergedError("no number")
+
+
+def test_trials_in_processes_of_their_own_give_the_same(model, data, config, tmp_path):
+    """Two processes with a thread each; compared with one thread here."""
+    result = compared(config, model, data, arms=("bn", "plain"), rates=(0.1,), jobs=2)
+    for t in result.trials:
+        assert 0 < t.rows[-1].val_accuracy <= 1 and t.diverged is None
+    assert [t.arm for t in result.trials] == ["bn", "plain"]
+
+
+def test_another_comparison_is_not_mixed_in(model, data, config):
+    compared(config, model, data, arms=("plain",), rates=(0.1,))
+    with pytest.raises(BNSurgeryError, match="holds another comparison, with batch_size '16' instead of '8'"):
+        finetune.compare(config(epochs=2, batch_size=8), arms=("plain",), rates=(0.1,), model=model, data=data)
+    with pytest.raises(BNSurgeryError, match="got arms nonsense"):
+        compared(config, model, data, arms=("nonsense",))
+
+
+def test_a_signal_ends_it_and_keeps_what_is_finished(data, config, monkeypatch):
+    run_trial, ran = trials.run_trial, []
+
+    def interrupt_the_second(key, *rest):
+        ran.append(key)
+        if len(ran) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return run_trial(key, *rest)
+
+    monkeypatch.setattr(trials, "run_trial", interrupt_the_second)
+    with pytest.raises(finetune.Interrupted) as error:
+        compared(config, tiny(), data, arms=("plain",), rates=(0.03, 0.1, 0.3))
+    assert error.value.signum == signal.SIGTERM
+    assert 1 <= len(list((trials.Path(config().output) / "trials").iterdir())) <= 2
