@@ -72,7 +72,7 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
     }
     if not norms:
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
-    moments = input_moments(bn_model, norms, batches, operation="recalibrate_", progress=progress)
+    moments = input_moments("recalibrate_", bn_model, norms, batches, by_batch=True, progress=progress)
     with torch.no_grad():
         for name in norms:
             bn_model.get_buffer(f"{name}.running_mean").copy_(moments[name].mean)
@@ -80,20 +80,26 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
 
 
 def input_moments(
-    model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[Any], *, operation: str, progress: bool = False
+    operation: str,
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    by_batch: bool,
+    progress: bool = False,
 ) -> dict[str, ChannelMoments]:
-    """Measure what reaches each of `modules` while every BatchNorm normalizes by the batch, as in training.
-
-    Dropout is off. As `calibrate`, it merges over the ranks of `torch.distributed`.
+    """Measure what reaches each of `modules` in eval mode; as `calibrate`, it merges over `torch.distributed`'s ranks.
 
     Args:
-        modules: submodules of `model`, by name.
         operation: how messages call it.
+        modules: submodules of `model`, by name.
+        by_batch: let every BatchNorm normalize by the batch meanwhile.
 
     Raises:
         CalibrationError: as `calibrate`.
     """
-    with _watching(modules, output=False) as measured, training_norms(model, by_batch=True):
+    mode = training_norms(model, by_batch=True) if by_batch else observing(model)
+    with _watching(modules, output=False) as measured, mode:
         _feed(operation, model, batches, progress)
     moments = _gather(measured, modules)
     _check(operation, moments, modules)

@@ -146,7 +146,8 @@ def build(
     recipe.choose_parameters_(network, config.train, head)
     conditioner = None
     if recipe.HeadConditioner.suits(config, head):
-        seen = input_moments(network, {"head": head}, calibration, operation="finetune")["head"]
+        fresh = config.arm == "bn-naive"  # has no running statistics to go by
+        seen = input_moments("finetune", network, {"head": head}, calibration, by_batch=fresh)["head"]
         conditioner = recipe.HeadConditioner(head, seen.mean, seen.variance.mean())  # type: ignore[arg-type]
     if resolved is None:
         resolved = _resolve(config, network, prepared)

@@ -1,0 +1,223 @@
+"""Fine-tuning from the command line, killed and stopped as a user's machine would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import bnsurgery
+from bnsurgery.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORK = "from tiny_task import tiny\n"
+TASK = ["--model", "net.py:tiny", "--data", "images", "--image-size", "8", "--normalize", "none", "--augment", "crop"]
+FAST = [*TASK, "--epochs", "3", "--batch-size", "8", "--num-workers", "0", "--lr", "0.1", "--device", "cpu"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a network and grey images of two classes, bright and dark; the working directory."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(("bright", "dark")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(30):
+            pixels = torch.randint(0, 100, (8, 8), generator=generator) + 120 * (1 - label)
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / "images" / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(folder, capfd):
+    """Run a command in that folder; returns (exit code, stdout, stderr)."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return exit_.value.code, out, err
+
+    return run
+
+
+def start(folder, *args, launcher=(), **environment):
+    """The command in a process of its own, as a user's shell would start it."""
+    command = [sys.executable, *launcher, "-m", "cli", *args]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def test_finetune_predict_and_resume(cli, folder):
+    code, out, err = cli("finetune", *FAST)
+    assert code == 0, err
+    best = "runs/net-images/best.safetensors"
+    assert f"Next: bnsurgery predict {best} --model net.py:tiny IMAGE..." in out
+    assert "statistics   " in out and "48 training and 12 validation images, 2 classes" in out
+    assert "epoch 3/3" in err  # the bar
+    code, out, _ = cli("predict", best, "--model", "net.py:tiny", "--json", "images/dark/3.png", "images/bright/3.png")
+    found = json.loads(out)["predictions"]
+    assert [p["classes"][0] for p in found] == ["dark", "bright"]
+    assert all(sum(p["probabilities"]) == pytest.approx(1) for p in found)
+    code, out, _ = cli("finetune", "--resume", "runs/net-images")
+    assert code == 0 and "after 18 steps" in out
+    code, _, err = cli("finetune", "--resume", "runs/net-images", "--epochs", 5)
+    assert code == 2 and "epochs 3, not 5" in err
+    code, _, err = cli("finetune", *FAST)
+    assert code == 1 and "--resume runs/net-images" in err
+
+
+def test_an_architecture_is_inserted_calibrated_and_folds(cli, folder):
+    options = ["--image-size", "32", "--epochs", "1", "--batch-size", "16", "--num-workers", "0", "--device", "cpu"]
+    code, out, err = cli("finetune", "squeezenet1_1", "--weights", "random", "--data", "images", *options, "--quiet")
+    assert (code, out) == (0, ""), err
+    best = folder / "runs" / "squeezenet1_1-images" / "best.safetensors"
+    model = bnsurgery.load(best)
+    assert bnsurgery.record(model).architecture.num_classes == 2
+    assert bnsurgery.record(model).task.classes == ("bright", "dark")
+    code, out, _ = cli("fold", best, "-o", "plain.safetensors")
+    assert code == 0
+    assert load_file(folder / "plain.safetensors")["classifier.1.weight"].shape[0] == 2
+    code, out, _ = cli("predict", best, "images/dark/0.png", "--top", 2)
+    assert code == 0 and "%" in out
+
+
+def test_a_network_inserted_before_tells_what_its_classes_are(cli, folder):
+    code, out, err = cli("predict", "missing.safetensors", "images/dark/0.png")
+    assert code == 1 and "no such file" in err
+    code, _, err = cli("insert", "squeezenet1_1", "--weights", "random", "--image-size", 64, "--num-images", 4, "-q")
+    assert code == 0, err
+    code, out, _ = cli("predict", "squeezenet1_1-bn.safetensors", "images/dark/0.png", "--top", 1)
+    assert code == 0 and out.count("%") == 1
+    code, _, err = cli("predict", "squeezenet1_1-bn.safetensors", "images/none.png")
+    assert code == 1 and "images/none.png" in err
+
+
+def test_compare_says_what_it_found_and_goes_on(cli, folder):
+    args = ["compare", *FAST[:-4], "--device", "cpu", "--arms", "plain,bn", "--rates", "0.03,0.3", "--jobs", "1"]
+    code, out, err = cli(*args)
+    assert code == 0, err
+    assert "bn is " in out and "by rate" in out
+    code, out, _ = cli(*args, "--json")
+    result = json.loads(out)
+    assert [arm["arm"] for arm in result["arms"]] == ["plain", "bn"]
+    assert Path(result["output"], "comparison.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (["finetune", "vgg11"], 2, "--data"),
+        (["finetune", *FAST[2:]], 1, "name an architecture or a file, or pass --model"),
+        (["finetune", "vgg99", *FAST[2:]], 1, "vgg99"),
+        (["finetune", *FAST, "--lr", "fast"], 2, "neither a number nor auto"),
+        (["finetune", *FAST, "--lr", "-1"], 1, "lr: got -1.0, expected above 0, or auto"),
+        (["finetune", *FAST, "--model", "net.py:missing"], 1, "'net.py' has no 'missing'"),
+        (["finetune", *FAST, "--model", "missing.py:net"], 1, "'missing.py': no such file"),
+        (["finetune", *FAST, "--model", "net"], 1, "expected package.module:factory"),
+        (["finetune", *FAST, "--batch-size", "500"], 1, "pass --batch-size 48 or less"),
+        (["finetune", "--resume", "nowhere"], 1, "there is no run to resume"),
+        (["compare", *FAST[:-4], "--arms", "plain,best"], 1, "arms: plain, bn, bn-naive, bn-half"),
+        (["compare", *FAST[:-4], "--rates", "0.1,x"], 2, "could not convert"),
+    ],
+)
+def test_wrong_use_is_explained(cli, folder, args, code, text):
+    got, _, err = cli(*args)
+    assert (got, text in err) == (code, True), err
+    assert not (folder / "runs" / "net-images" / "best.safetensors").exists()
+
+
+def test_a_damaged_image_is_named_or_left_out(cli, folder):
+    (folder / "images" / "dark" / "5.png").write_bytes(b"\x89PNG broken")
+    code, _, err = cli("finetune", *FAST)
+    assert code == 1 and "images/dark/5.png" in err and "--skip-bad" in err
+    code, out, _ = cli("finetune", *FAST, "--skip-bad", "-o", "run2")
+    assert code == 0 and "left out     1 damaged images, the first: images/dark/5.png" in out
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(folder):
+    """Twice, within an epoch, somewhere between two writes; in the end every tensor is the unkilled run's."""
+    args = [*FAST, "--save-every", "0", "--dropout", "0.3", "--epochs", "12"]
+    whole = start(folder, "finetune", *args, "-o", "whole")
+    killed = start(folder, "finetune", *args, "-o", "killed")
+    state = folder / "killed" / "last" / "state.pt"
+    wait_for(state.exists, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    first = torch.load(state, weights_only=True)["step"]
+    again = start(folder, "finetune", "--resume", "killed", "-q")
+    wait_for(lambda: torch.load(state, weights_only=True)["step"] > first + 2, again)
+    again.send_signal(signal.SIGKILL)
+    again.communicate()
+    assert torch.load(state, weights_only=True)["step"] < 72
+    out, err = (last := start(folder, "finetune", "--resume", "killed", "-q")).communicate()
+    assert (last.returncode, out) == (0, ""), err
+    assert whole.communicate() and whole.returncode == 0
+    assert (folder / "killed/best.safetensors").read_bytes() == (folder / "whole/best.safetensors").read_bytes()
+    states = [torch.load(folder / run / "last" / "state.pt", weights_only=True) for run in ("whole", "killed")]
+    assert all(torch.equal(value, states[1]["network"][name]) for name, value in states[0]["network"].items())
+    assert not [path for path in (folder / "killed").rglob("*.tmp") if not path.name.startswith(".bnsurgery-")]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_it(folder, signum, code):
+    run = start(folder, "finetune", *FAST, "--epochs", "2000", "--num-workers", "1")
+    wait_for((folder / "runs/net-images/metrics.csv").exists, run)
+    run.send_signal(signum)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == code, err
+    assert f"stopped by {signum.name}" in err and "--resume runs/net-images" in err
+    assert "Traceback" not in err
+    state = torch.load(folder / "runs/net-images/last/state.pt", weights_only=True)
+    assert f"at step {state['step']} of" in err
+
+
+def test_several_processes_give_what_one_gives(folder):
+    """Same global batches, synchronized statistics: the loss agrees to 1e-5 over 20 steps."""
+    args = [*FAST[:-6], "--num-workers", "0", "--lr", "0.05", "--device", "cpu", "--epochs", "4", "--batch-size", "8"]
+    args += ["--dropout", "0", "--evaluations", "6"]
+    port = str(20000 + os.getpid() % 20000)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--no-python"]
+    two = start(folder, "finetune", *args, "-o", "two", launcher=[*launcher, sys.executable])
+    one = start(folder, "finetune", *args, "-o", "one")
+    for process in (one, two):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    rows = [_rows(folder / run) for run in ("one", "two")]
+    assert len(rows[0]) == 24
+    for alone, together in zip(*rows, strict=True):
+        assert together["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-5)
+        assert together["step"] == alone["step"]
+
+
+def _rows(run):
+    import csv
+
+    with (run / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
