@@ -30,7 +30,7 @@ class Prepared(Dataset[tuple[Tensor, int]]):
     def __init__(self, split: Split, task: Task, augment: str, seed: int) -> None:
         self._split = split
         self._plain = task.preprocess()
-        self._augmented = augmentation(task, augment)
+        self.augmented = augmentation(task, augment)
         self._seed = seed
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Prepared(Dataset[tuple[Tensor, int]]):
         try:
             # Not torch.manual_seed, which seeds GPUs too.
             torch.default_generator.manual_seed(hash((self._seed, epoch, index)) & (2**63 - 1))
-            return self._augmented(image), label
+            return self.augmented(image), label
         finally:
             torch.set_rng_state(state)
 

@@ -1,0 +1,161 @@
+"""The network on its way in: sources, heads, tasks, and what "auto" chooses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_task import patterns, tiny
+from torch import nn
+from torchvision import models
+
+import bnsurgery
+from bnsurgery import factories, finetune
+from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
+from bnsurgery.finetune import network
+from bnsurgery.finetune.recipe import set_dropout_
+from bnsurgery.heads import find_head, outputs_of, replace_head_
+
+CONFIG = finetune.Config(source="x", data="x", output="x", image_size=8, normalize="none")
+DATA = finetune.from_tensors(patterns(16, 1), patterns(8, 2), ["nw", "ne", "sw", "se"])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A squeezenet1_1 for 7 classes as a plain file."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("plain") / "mine.pth"
+    torch.save(models.squeezenet1_1(weights=None, num_classes=7).state_dict(), path)
+    return path
+
+
+def batches(size=32):
+    return [torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["architecture", "plain file", "inserted file"])
+def test_every_source_ends_as_an_inserted_network_with_a_new_head(plain, tmp_path, kind):
+    config = replace(CONFIG, image_size=32, normalize="imagenet", weights="random")
+    if kind == "inserted file":
+        original = network.find(replace(config, source=str(plain))).model
+        bnsurgery.save(bnsurgery.insert(original, batches()), tmp_path / "bn.safetensors")
+        config = replace(config, source=str(tmp_path / "bn.safetensors"))
+    else:
+        config = replace(config, source="squeezenet1_1" if kind == "architecture" else str(plain))
+    source = network.find(config)
+    task = network.task_of(source, DATA, config)
+    assert (task.classes, task.head, task.image_size) == (DATA.classes, "classifier.1", 32)
+    assert task.mean == (0.485, 0.456, 0.406)
+    features = {name: value.clone() for name, value in source.model.named_parameters() if "classifier" not in name}
+    trained, head = network.prepare(source, task, config, batches())
+    assert outputs_of(head) == 4 and trained(batches()[0]).shape == (4, 4)
+    assert bnsurgery.record(trained).task == task
+    originals = bnsurgery.fold(trained).state_dict()
+    inserted_before = kind == "inserted file"
+    assert all(torch.equal(originals[n], v) for n, v in features.items() if not inserted_before)
+    bnsurgery.save(trained, tmp_path / "out.safetensors")
+    again = bnsurgery.load(tmp_path / "out.safetensors")
+    assert torch.equal(again(batches()[0]), trained.eval()(batches()[0]))
+
+
+def test_a_custom_network_gets_its_head_back_on_load(tmp_path):
+    source = network.given(tiny())
+    three = finetune.from_tensors(
+        tuple(t[patterns(16, 1)[1] < 3] for t in patterns(16, 1)),
+        tuple(t[patterns(8, 2)[1] < 3] for t in patterns(8, 2)),
+        "abc",
+    )
+    config = replace(CONFIG, head="new")
+    images = patterns(16, 1)[0].float() / 255
+    trained, _ = network.prepare(source, network.task_of(source, three, config), config, [images])
+    bnsurgery.save(trained, tmp_path / "custom.safetensors")
+    again = bnsurgery.load(tmp_path / "custom.safetensors", model=tiny())
+    assert torch.equal(again(images), trained(images))
+    with pytest.raises(CheckpointError, match="pass model="):
+        bnsurgery.load(tmp_path / "custom.safetensors")
+
+
+def test_the_naive_arm_forgets_and_the_others_do_not():
+    images = patterns(16, 1)[0].float() / 255
+    out = {}
+    for arm in ("plain", "bn", "bn-naive"):
+        config = replace(CONFIG, arm=arm, head="keep")
+        source = network.given(tiny())
+        trained, _ = network.prepare(source, network.task_of(source, DATA, config), config, [images])
+        set_dropout_(trained, 0.0)
+        out[arm] = trained.train()(images)  # the calibration batch
+    torch.testing.assert_close(out["plain"], out["bn"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(out["plain"], out["bn-naive"], rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "drift", "changes", "mode"),
+    [
+        (2, None, {}, "running"),
+        (64, None, {}, "batch"),
+        (8, 0.5, {}, "renorm"),
+        (8, 0.1, {}, "batch"),
+        (8, None, {"statistics": "running"}, "running"),
+        (64, None, {"train": "head"}, "running"),
+        (2, None, {"arm": "bn-naive"}, "batch"),
+        (2, None, {"arm": "plain"}, "none"),
+    ],
+)
+def test_auto_statistics(batch_size, drift, changes, mode):
+    def measured():
+        assert drift is not None, "measured where it does not matter"
+        return drift
+
+    found, reason = network.choose_statistics(replace(CONFIG, batch_size=batch_size, **changes), measured)
+    assert found == mode
+    assert drift is None or f"{100 * drift:.3g} %" in reason
+
+
+class _TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+def test_a_head_is_found_and_replaced():
+    model = models.squeezenet1_1(weights=None, num_classes=5).eval()
+    assert find_head(model) == "classifier.1"
+    replace_head_(model, "classifier.1", 3, seed=1)
+    head = model.classifier[1]
+    assert (head.out_channels, head.kernel_size) == (3, (1, 1))
+    assert not head.bias.any() and head.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    with pytest.raises(BNSurgeryError, match="expected one output layer"):
+        find_head(_TwoHeads())
+    normed = bnsurgery.insert(tiny(), [torch.rand(8, 1, 8, 8)], head=True)
+    with pytest.raises(BNSurgeryError, match="expected one output layer"):
+        find_head(normed)
+
+
+def test_a_factory_is_found_in_a_file_and_in_a_package(tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\n\ndef net():\n    return torch.nn.Linear(2, 2)\n\ndef text():\n"
+                                      "    return 'x'\n\ndef broken():\n    raise ValueError('no')\n")  # fmt: skip
+    assert isinstance(factories.build(f"{tmp_path}/mine.py:net"), nn.Linear)
+    assert isinstance(factories.build("tiny_task:tiny"), nn.Sequential)
+    for name, text in (
+        (f"{tmp_path}/mine.py:text", "returned a str"),
+        (f"{tmp_path}/mine.py:broken", "ValueError: no"),
+        (f"{tmp_path}/mine.py:other", "has no 'other'"),
+        ("no_such_package:net", "No module named 'no_such_package'"),
+        ("tiny_task", "expected package.module:factory"),
+    ):
+        with pytest.raises(ArchitectureError, match=text):
+            factories.build(name)
+
+
+def test_channels_and_sizes_follow_the_network(plain):
+    grey = network.task_of(network.given(tiny()), DATA, CONFIG)
+    assert (len(grey.mean), grey.resize_size) == (1, 8)
+    colour = network.task_of(network.find(replace(CONFIG, source=str(plain), image_size=64)), DATA, CONFIG)
+    assert len(colour.mean) == 3
+    photographs = replace(DATA, photographs=True)
+    assert network.task_of(network.given(tiny()), photographs, replace(CONFIG, image_size=224)).resize_size == 256
+    five = nn.Sequential(nn.Conv2d(5, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    with pytest.raises(BNSurgeryError, match="takes 5 channels, expected 1 or 3"):
+        network.task_of(network.given(five), DATA, CONFIG)
