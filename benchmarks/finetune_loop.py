@@ -84,14 +84,12 @@ def main() -> None:
     ours.objective.train()
     by_hand = ByHand(copy.deepcopy(setup.network), Images(images, labels, setup.prepared.augmented), args.batch)
     times = interleave({"finetune": ours.epoch, "by hand": by_hand.epoch}, args.rounds)
-    print(
-        f"batch {args.batch}, {args.steps} steps a round, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    print(f"batch {args.batch}, {args.steps} steps a round, {threads} threads, torch {torch.__version__}")
     rows = [(name, median(t) / args.steps, ratio(times, name, "by hand")) for name, t in times.items()]
     print(table(("loop", "seconds a step", "÷ by hand"), rows))
-    print(
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, two networks with momentum"
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory {peak:.2f} GiB, for two networks with momentum")
 
 
 if __name__ == "__main__":
