@@ -165,6 +165,9 @@ class Comparison:
             text += f", which is within the spread over seeds ({noise:.2f})"
         if ours.to_plain is not None:
             text += f". It reaches plain's accuracy after {ours.to_plain} of {ours.steps} steps"
+        naive = found.get("bn-naive")
+        if naive is not None and naive.accuracy is not None and naive.accuracy > ours.accuracy:
+            text += f". But bn-naive is best: {100 * (naive.accuracy - ours.accuracy):+.2f} points over bn"
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:
