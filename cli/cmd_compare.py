@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from bnsurgery.finetune.config import RATES
+
 from .options import print_options, report
 from .recipe_options import recipe_options
 
@@ -43,7 +45,7 @@ class _List(click.ParamType):
 @click.option(
     "--rates",
     type=_List(float),
-    default="0.003,0.01,0.03,0.1,0.3",
+    default=",".join(f"{rate:g}" for rate in RATES),
     show_default=True,
     metavar="R,S,...",
     help="Peak learning rates, tried with every arm.",

@@ -7,6 +7,7 @@ from typing import Any
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.typed_json import parse
 
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # what `compare` tries
 CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": ("imagenet", "none"),
     "augment": ("auto", "none", "crop", "crop-flip", "resized-crop", "trivial"),

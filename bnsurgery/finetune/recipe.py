@@ -13,8 +13,8 @@ from .config import Config
 
 _MOMENTUM = 0.9
 _DROPOUT = 0.2
-_RATE_AT_64 = {"sgd": 0.03, "adamw": 1e-3}
-_LARGEST_RATE = {"sgd": 0.1, "adamw": 3e-3}
+_RATE_AT_64 = {"sgd": 0.05, "adamw": 1e-3}
+_LARGEST_RATE = {"sgd": 0.2, "adamw": 3e-3}
 _DECAY = {"sgd": 1e-4, "adamw": 0.01}
 
 

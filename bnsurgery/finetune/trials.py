@@ -23,13 +23,11 @@ from bnsurgery.typed_json import parse
 
 from . import figures
 from .comparison import ARMS, Comparison, Trial
-from .config import Config
+from .config import RATES, Config
 from .datasets import Data
 from .runs import run
 from .setup import load_data, processes
 from .stopping import Interrupted, StopRequest, listening
-
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def compare(
