@@ -57,7 +57,7 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("precision", None, "Mixed precision; auto: bf16 on a GPU."),
     ("channels_last", bool, "Memory layout of images and convolutions."),
     ("compile", bool, "Use torch.compile."),
-    ("device", str, "auto or cpu."),
+    ("device", None, "auto: a GPU where there is one."),
     ("evaluations", _COUNT, "Validations an epoch."),
     ("save_every", click.FloatRange(min=0), "Seconds between checkpoints within an epoch."),
 )

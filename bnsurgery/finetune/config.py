@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adamw"),
     "train": ("all", "bn", "head", "bn+head"),
     "statistics": ("auto", "batch", "running", "renorm"),
+    "device": ("auto", "cpu"),
     "precision": ("auto", "no", "bf16", "fp16"),
     "arm": ("bn", "plain", "bn-naive"),
 }
@@ -69,7 +70,7 @@ class Config:
         precision: "bf16" or "fp16" mixed precision, "no"; "auto" is bf16 where a GPU has it.
         channels_last: memory layout of images and convolutions.
         compile: use torch.compile.
-        device: "auto", or "cpu".
+        device: "auto" for a GPU where there is one, or "cpu".
         seed: of everything random.
 
     The run:

@@ -128,7 +128,17 @@ class Data:
 def from_tensors(
     train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: Sequence[str], *, description: str = "tensors"
 ) -> Data:
-    """Data from images in memory: pairs of uint8 images (N, C, H, W) and integer labels (N,)."""
+    """Data from images in memory: pairs of uint8 images (N, C, H, W) and integer labels (N,).
+
+    Raises:
+        DataError: other types or shapes, or a class has no image.
+    """
+    for images, labels in (train, val):
+        if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"data: got images of {images.dtype} and shape {tuple(images.shape)} with labels of shape "
+                f"{tuple(labels.shape)}, expected uint8, (N, C, H, W) and (N,)"
+            )
     first, second = (Split(_InMemory(images), tuple(labels.tolist())) for images, labels in (train, val))
     return _checked(Data(first, second, tuple(classes), description))
 
