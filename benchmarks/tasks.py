@@ -123,14 +123,14 @@ TASKS = {
         "mnist_cnn, to MNIST turned by 90 degrees, its own head",
         _mnist_cnn,
         lambda: _mnist(1000, 2000, 1),
-        replace(_BASE, image_size=28, head="keep", epochs=5),
+        replace(_BASE, image_size=28, head="keep", epochs=6),
         3,
     ),
     "mnist-new-head": Task(
         "mnist_cnn, to MNIST turned by 90 degrees with a new head",
         _mnist_cnn,
         lambda: _mnist(1000, 2000, 1),
-        replace(_BASE, image_size=28, head="new", epochs=5),
+        replace(_BASE, image_size=28, head="new", epochs=6),
         3,
     ),
     "vgg19-quarter": Task(

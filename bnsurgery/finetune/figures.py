@@ -72,13 +72,14 @@ def comparison(result: "Comparison") -> Any:
             steps.fill_between(
                 at, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, linewidth=0
             )
+        else:
+            steps.plot([], [], color=colour, label=f"{summary.arm}: diverged at every rate")
         ended = {lr: 100 * value for lr, value in summary.by_rate.items() if value is not None}
-        rates.plot(list(ended), list(ended.values()), color=colour, marker="o", markersize=4, label=summary.arm)
+        rates.plot(list(ended), list(ended.values()), color=colour, marker="o", markersize=4)
         diverged = [lr for lr, value in summary.by_rate.items() if value is None]
-        rates.plot(diverged, [0.0] * len(diverged), color=colour, marker="x", linestyle="none", clip_on=False)
+        if diverged:
+            rates.plot(diverged, [0.0] * len(diverged), color=colour, marker="x", linestyle="none", clip_on=False)
     steps.set(xlabel="step", ylabel="validation accuracy (%)", title="each arm at its best rate")
     rates.set(xscale="log", xlabel="learning rate", title="at the end (×: diverged)", ylim=(0, None))
-    for axis in (steps, rates):
-        if axis.get_legend_handles_labels()[0]:  # nothing is drawn where every trial diverged
-            axis.legend(frameon=False)
+    steps.legend(frameon=False)  # the colours are the same in both
     return figure
