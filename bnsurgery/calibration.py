@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .batches import inputs, run
-from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError
+from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError, NonFiniteError
 from .modes import observing, training_norms
 from .moments import ChannelMoments
 from .ops import channel_moments
@@ -72,38 +72,28 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
     }
     if not norms:
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
-    moments = input_moments("recalibrate_", bn_model, norms, batches, by_batch=True, progress=progress)
+    with _watching(norms, output=False) as measured, training_norms(bn_model, by_batch=True):
+        _feed("recalibrate_", bn_model, batches, progress)
+    moments = _gather(measured, norms)
+    _check("recalibrate_", moments, norms)
     with torch.no_grad():
         for name in norms:
             bn_model.get_buffer(f"{name}.running_mean").copy_(moments[name].mean)
             bn_model.get_buffer(f"{name}.running_var").copy_(moments[name].variance)
 
 
-def input_moments(
-    operation: str,
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    batches: Iterable[Any],
-    *,
-    by_batch: bool,
-    progress: bool = False,
-) -> dict[str, ChannelMoments]:
-    """Measure what reaches each of `modules` in eval mode; as `calibrate`, it merges over `torch.distributed`'s ranks.
-
-    Args:
-        operation: how messages call it.
-        modules: submodules of `model`, by name.
-        by_batch: let every BatchNorm normalize by the batch meanwhile.
+def input_moments(model: nn.Module, name: str, batches: Iterable[Any]) -> ChannelMoments:
+    """Measure what reaches the submodule `name` in eval mode; as `calibrate`, it merges over the ranks.
 
     Raises:
         CalibrationError: as `calibrate`.
     """
-    mode = training_norms(model, by_batch=True) if by_batch else observing(model)
-    with _watching(modules, output=False) as measured, mode:
-        _feed(operation, model, batches, progress)
+    modules = {name: model.get_submodule(name)}
+    with _watching(modules, output=False) as measured, observing(model):
+        _feed("measure", model, batches, progress=False)
     moments = _gather(measured, modules)
-    _check(operation, moments, modules)
-    return moments
+    _check("measure", moments, modules)
+    return moments[name]
 
 
 def warn_of_dead_channels(moments: dict[str, ChannelMoments], eps: float) -> None:
@@ -180,7 +170,7 @@ def _check(operation: str, moments: dict[str, ChannelMoments], sites: dict[str, 
             raise CalibrationError(f"{where}: saw {site.count} sample per channel, expected 2 or more. Pass more data.")
         bad = int((~(site.mean.isfinite() & site.m2.isfinite())).sum())
         if bad:
-            raise CalibrationError(
+            raise NonFiniteError(
                 f"{where}: NaN or Inf in {bad} of {len(site.mean)} channels. Look for non-finite weights or inputs, "
                 "or activations that overflow."
             )

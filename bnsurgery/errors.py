@@ -21,6 +21,10 @@ class FoldError(BNSurgeryError):
     """A BatchNorm cannot be folded into a neighbouring layer without changing the function."""
 
 
+class NonFiniteError(CalibrationError):
+    """NaN or infinity where statistics were measured."""
+
+
 class CheckpointError(BNSurgeryError):
     """A checkpoint or weights file is damaged, hostile, of another model, or cannot be written."""
 

@@ -98,6 +98,13 @@ def _temporary_beside(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(*directories: Path) -> None:
+    """Delete what `atomic_write` left in these directories when its process was killed; nobody else may be writing."""
+    for directory in directories:
+        for leftover in directory.glob(".bnsurgery-*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

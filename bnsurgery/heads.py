@@ -43,7 +43,10 @@ def outputs_of(layer: nn.Module) -> int:
 def replace_head_(model: nn.Module, name: str, classes: int, seed: int = 0) -> None:
     """Put a new layer of `classes` outputs at `name`: weights normal with a standard deviation of 0.01, bias 0."""
     old = model.get_submodule(name)
-    assert isinstance(old, LAYERS)
+    if not isinstance(old, LAYERS):
+        raise BNSurgeryError(
+            f"head: '{name}' of {type(model).__name__} is a {type(old).__name__}, not the layer expected"
+        )
     new = _like(old, classes)
     if not old.weight.is_meta:
         with torch.no_grad():

@@ -52,7 +52,7 @@ def command(
         changed = [f"{name} {old!r}, not {new!r}" for name, (old, new) in pairs.items() if old != new]
         if changed:
             raise click.UsageError(f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave that out.")
-        result = resume_run(resume, show=show)
+        result = resume_run(resume, model=recipe["model"], show=show)
     else:
         if data is None:
             raise click.UsageError("Missing option '--data': a folder of images, digits, or a torchvision dataset.")

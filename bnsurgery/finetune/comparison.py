@@ -109,7 +109,7 @@ class Comparison:
 
     def _summary(self, arm: str, by_rate: dict[float, float | None], plain: float | None) -> ArmSummary:
         lr, accuracy = _best(by_rate)
-        modes = " or ".join(dict.fromkeys(trial.statistics for trial in self.of(arm)))
+        modes = " or ".join(dict.fromkeys(trial.statistics for trial in self.of(arm) if trial.statistics))
         steps = max((trial.rows[-1].step for trial in self.of(arm) if trial.rows), default=0)
         if lr is None or accuracy is None:
             return ArmSummary(arm, modes, None, None, None, None, steps, None, by_rate)
@@ -161,7 +161,9 @@ class Comparison:
         noise = 100 * max(plain.spread or 0, ours.spread or 0)
         what = "ahead" if gain > 0 else "behind" if gain < 0 else "level"
         text = f"bn is {what}: {gain:+.2f} points over plain, each at its best rate"
-        if abs(gain) <= noise:
+        if len({trial.seed for trial in self.trials}) == 1:
+            text += " (one seed: how much of that is chance is not known)"
+        elif abs(gain) <= noise:
             text += f", which is within the spread over seeds ({noise:.2f})"
         if ours.to_plain is not None:
             text += f". It reaches plain's accuracy after {ours.to_plain} of {ours.steps} steps"

@@ -1,7 +1,6 @@
 """Everything that a fine-tuning run can be told, with the defaults that the literature on BN asks for."""
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from bnsurgery.errors import BNSurgeryError
@@ -133,13 +132,10 @@ class Config:
         _check(self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         _check(self.weight_decay is None or self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         lr = self.lr
-        _check(lr is None or lr == "auto" or (isinstance(lr, float) and 0 < lr < 1e3), "lr", lr, "above 0, or auto")
+        is_rate = isinstance(lr, (int, float)) and 0 < lr < 1e3
+        _check(lr is None or lr == "auto" or is_rate, "lr", lr, "above 0 and below 1000, or auto")
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
         _check(bool(self.output), "output", self.output, "the run's directory")
-
-    def to_json(self) -> str:
-        """Indented, in the order of definition."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> "Config":
@@ -151,11 +147,6 @@ class Config:
         """
         result: Config = parse(cls, data, where)
         return result
-
-    def difference(self, other: "Config") -> dict[str, tuple[Any, Any]]:
-        """The fields in which `other` differs, with both values."""
-        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _check(sound: bool, name: str, got: Any, expected: str) -> None:

@@ -51,7 +51,7 @@ class Split:
     Attributes:
         read: from a number to a PIL image or a uint8 tensor (C, H, W).
         labels: class index of every image.
-        names: what to tell the images apart by, such as paths and sizes; the labels alone where empty.
+        names: what to tell the images apart by: paths and sizes, or a digest; the labels alone where empty.
     """
 
     read: Callable[[int], Image.Image | Tensor]
@@ -122,7 +122,7 @@ class Data:
             seen[label] = seen.get(label, 0) + 1
             ranked.append((seen[label], len(ranked), index))
         chosen = sorted(index for _, _, index in sorted(ranked)[:limit])
-        return replace(self, train=self.train.take(chosen))
+        return _checked(replace(self, train=self.train.take(chosen)))
 
 
 def from_tensors(
@@ -139,7 +139,7 @@ def from_tensors(
                 f"data: got images of {images.dtype} and shape {tuple(images.shape)} with labels of shape "
                 f"{tuple(labels.shape)}, expected uint8, (N, C, H, W) and (N,)"
             )
-    first, second = (Split(_InMemory(images), tuple(labels.tolist())) for images, labels in (train, val))
+    first, second = (_in_memory(*part) for part in (train, val))
     return _checked(Data(first, second, tuple(classes), description))
 
 
@@ -169,6 +169,11 @@ class _InMemory:
 
     def __call__(self, index: int) -> Tensor:
         return self.images[index]
+
+
+def _in_memory(images: Tensor, labels: Tensor) -> Split:
+    names = tuple(hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images.contiguous())
+    return Split(_InMemory(images), tuple(labels.tolist()), names)
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,7 @@ def _digits(val_fraction: float, seed: int) -> Data:
         ) from None
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
-    everything = Split(_InMemory(images), tuple(digits.target.tolist()))
+    everything = _in_memory(images, torch.from_numpy(digits.target))
     train, val = _split(everything, val_fraction, seed)
     return Data(train, val, tuple(map(str, range(10))), "scikit-learn's digits")
 

@@ -133,10 +133,17 @@ class Loader:
 def plain_loader(
     data: Prepared, batch_size: int, workers: int, *, rank: int = 0, world: int = 1, images: int | None = None
 ) -> Loader:
-    """This rank's share of the first `images` images (all where None) in order, without augmentation."""
-    count = len(data) if images is None else min(images, len(data))
-    share = [(_EVALUATED, index) for index in range(rank, count, world)]
-    return Loader(data, [share[i : i + batch_size] for i in range(0, len(share), batch_size)], workers)
+    """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
+
+    Data often comes sorted by class, and statistics of a batch want all classes in it. A last batch of one image, which
+    has no statistics, goes to the batch before.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
+    share = [(_EVALUATED, index) for index in order[rank::world]]
+    batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2] += batches.pop()
+    return Loader(data, batches, workers)
 
 
 def default_workers() -> int:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bnsurgery.calibration import recalibrate_
-from bnsurgery.errors import BNSurgeryError, CalibrationError, CheckpointError, DataError
+from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError
 from bnsurgery.modes import evaluating
+from bnsurgery.surgery_record import carries_record, record
 
 from . import recipe
 from .run_directory import Row, RunDirectory
@@ -115,8 +116,18 @@ class Trainer:
         labels = labels.to(device, non_blocking=True)
         factor = recipe.rate_factor(self.step, self.steps, self.config.warmup)
         recipe.set_rate_(self.optimizer, self.setup.resolved.lr * factor)
-        loss, accuracy = self.objective(images, labels)
-        self.accelerator.backward(loss)
+        try:
+            loss, accuracy = self.objective(images, labels)
+            self.accelerator.backward(loss)
+        except torch.OutOfMemoryError as error:
+            raise BNSurgeryError(
+                f"finetune: out of memory on {len(images)} images: use a smaller --batch-size or --image-size"
+            ) from error
+        except Exception as error:  # a compiler raises what it likes; eager code has run once by now
+            if not self.config.compile:
+                raise
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise BNSurgeryError(f"finetune: --compile: {type(error).__name__}: {reason}. Try without it.") from error
         if self.setup.conditioner is not None:
             self.setup.conditioner.apply_()
         if self.config.clip:
@@ -199,7 +210,7 @@ class Trainer:
                 with self.accelerator.autocast():
                     recalibrate_(self.network, self.setup.calibration)
             yield
-        except CalibrationError as error:
+        except NonFiniteError as error:
             raise self._diverged(self.step, str(error)) from error
         finally:
             for tensor, trained in changed:
@@ -233,11 +244,10 @@ class Trainer:
             self.save()
         if signum and self.step < self.steps:
             where = f"at step {self.step} of {self.steps}"
-            advice = (
-                f"saved. Go on with: bnsurgery finetune --resume {self.directory.path}"
-                if self.directory
-                else "not saved"
-            )
+            advice = "not saved"
+            if self.directory is not None:
+                code = f" --model {self.config.model}" if self.config.model else ""
+                advice = f"saved. Go on with: bnsurgery finetune --resume {self.directory.path}{code}"
             raise Interrupted(f"finetune: stopped by {signal.Signals(signum).name} {where}; {advice}", signum)
 
     def save(self) -> None:
@@ -253,6 +263,7 @@ class Trainer:
                 {
                     "step": self.step,
                     "resolved": asdict(self.setup.resolved),
+                    "started_from": self._started_from(),
                     "rows": [asdict(row) for row in self.rows],
                     "losses": self.losses,
                     "accuracies": self.accuracies,
@@ -274,6 +285,8 @@ class Trainer:
             CheckpointError: the state is not this run's.
         """
         try:
+            if state["started_from"] != self._started_from():
+                raise ValueError("the weights that it started from have changed")
             self.step = int(state["step"])
             self.rows = [Row(**row) for row in state["rows"]]
             self.losses, self.accuracies = list(state["losses"]), list(state["accuracies"])
@@ -292,6 +305,10 @@ class Trainer:
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"resume: the saved state does not fit this run: {error}") from error
 
+    def _started_from(self) -> str:
+        """Digest of the network before the insertion."""
+        return record(self.network).weights_digest if carries_record(self.network) else ""
+
     def _diverged(self, step: int, what: str) -> DivergedError:
         kept = ""
         if self.directory is not None:
@@ -300,7 +317,7 @@ class Trainer:
         rate = self.setup.resolved.lr
         return DivergedError(
             f"finetune: diverged at step {step} (epoch {math.ceil(step / self.steps_per_epoch)}), peak learning rate "
-            f"{rate:.3g}: {what}.{kept} Try --lr {rate / 3:.1g}, or --clip 1."
+            f"{rate:.3g}: {what}.{kept} Try --lr {rate / 3:.1g} or --clip 1, with another --output."
         )
 
     def _restart_clock(self) -> None:

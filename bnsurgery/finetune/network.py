@@ -132,7 +132,7 @@ def keeps_head(source: Source, classes: tuple[str, ...], config: Config) -> bool
 def prepare(
     source: Source, task: Task, config: Config, batches: Iterable[Any], show: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """The network to train, and its head: new where the task says so, BatchNorm inserted as `config.arm` says.
+    """The network to train, and its head: new where the task says so; with BatchNorm, but for the plain arm.
 
     Args:
         source: its model is used up.
@@ -143,18 +143,29 @@ def prepare(
     """
     model = source.model
     head = find_head(model)
+    if config.arm == "plain" and carries_record(model):
+        model = bnsurgery.fold(model)
+        head = find_head(model)
     if not keeps_head(source, task.classes, config):
+        if config.train == "bn":
+            raise BNSurgeryError(
+                "finetune: --train bn would leave the new head as it is, random: use --train bn+head, or --head keep"
+            )
         replace_head_(model, head, len(task.classes), config.seed)
     if config.arm != "plain" and not carries_record(model):
         model = bnsurgery.insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
-    if config.arm == "bn-naive":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.reset_parameters()
     if carries_record(model):
         provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
         attach_record(model, replace(record(model), task=task, provenance=provenance))
     return model, model.get_submodule(find_head(model))
+
+
+def forget_(model: nn.Module) -> None:
+    """The "bn-naive" arm: every BatchNorm gets weight 1 and bias 0, as a new one has; its statistics are right."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, str]:
@@ -167,8 +178,6 @@ def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, 
         return "none", "there is no BatchNorm"
     if config.statistics != "auto":
         return config.statistics, "as asked"
-    if config.arm == "bn-naive":
-        return "batch", "a fresh BatchNorm has no running statistics to go by"
     if config.train == "head":
         return "running", "only the head is trained, so the features shall stay as they are"
     size = config.batch_size

@@ -13,7 +13,7 @@ from torch import nn
 
 from bnsurgery import checkpoint
 from bnsurgery.errors import BNSurgeryError, CheckpointError
-from bnsurgery.files import atomic_write
+from bnsurgery.files import atomic_write, remove_temporaries
 from bnsurgery.surgery_record import carries_record
 from bnsurgery.typed_json import parse
 
@@ -80,19 +80,20 @@ class RunDirectory:
         """Everything that is needed to go on."""
         return self.path / "last" / "state.pt"
 
-    def create(self) -> None:
-        """Make the directory.
+    def prepare(self, *, new: bool) -> None:
+        """Make the directory, or tidy up what a killed run left half-written in it.
 
         Raises:
             BNSurgeryError: a run is in it already, or it cannot be made.
         """
-        if (self.path / "config.json").exists():
+        if new and (self.path / "config.json").exists():
             raise BNSurgeryError(
                 f"run '{self.path}': a run is there already. Go on with it (--resume {self.path}) "
                 "or name another --output."
             )
         try:
             self.last.parent.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(self.path, self.last.parent)
         except OSError as error:
             raise BNSurgeryError(f"run '{self.path}': {error.strerror}: name another --output.") from error
 

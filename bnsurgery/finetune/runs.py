@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnsurgery.errors import DataError
+from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.typed_json import parse
 
 from . import figures
@@ -80,13 +80,15 @@ def run(
 
 
 def resume(
-    directory: str | Path, *, model: nn.Module | None = None, data: Data | None = None, show: bool = False
+    directory: str | Path, *, model: nn.Module | str | None = None, data: Data | None = None, show: bool = False
 ) -> Result:
     """Go on with a run that was stopped or killed; its result is what it would have been, on the CPU bit for bit.
 
     Args:
         directory: of the run.
-        model, data: as they were passed to `run`, if they were.
+        model: the network as it was passed to `run`, if it was; or, where `Config.model` named a function, that name
+            again: no code is run because a file says so.
+        data: as it was passed to `run`, if it was.
 
     Raises:
         CheckpointError: there is no run, or its files are damaged.
@@ -95,6 +97,12 @@ def resume(
     """
     place = RunDirectory(directory)
     config, fingerprint = place.read_config()
+    if config.model and model != config.model and not isinstance(model, nn.Module):
+        raise BNSurgeryError(
+            f"resume: '{directory}': its network is made by running '{config.model}': name it again, with --model / "
+            "model=, if you trust it"
+        )
+    model = None if isinstance(model, str) else model
     return _train(replace(config, output=str(directory)), place, model, data, fingerprint, show)
 
 
@@ -112,17 +120,15 @@ def _train(
 
     show = show and accelerator.is_main_process
     state = None
-    if directory is not None and before is None and accelerator.is_main_process:
-        directory.create()
+    if directory is not None and accelerator.is_main_process:
+        directory.prepare(new=before is None)
     data = data or load_data(config, show)
     if before is not None:
         _refuse_other_data(before, data.fingerprint)
         assert directory is not None
         state = directory.load_state()
-    elif directory is not None and accelerator.is_main_process:
-        directory.write_config(config, data.fingerprint)
     with forked_random(accelerator):
-        torch.manual_seed(config.seed + accelerator.process_index)
+        torch.manual_seed(config.seed)  # all ranks must build the same network
         resolved = parse(Resolved, state.get("resolved"), "last/state.pt: resolved") if state is not None else None
         setup = build(config, accelerator, model, data, resolved, show)
         if config.lr == "auto" and resolved is None:
@@ -132,6 +138,9 @@ def _train(
                 figures.write(
                     figures.rate_range(found.rates, found.losses, found.chosen), directory.path / "lr_range.png"
                 )
+        if directory is not None and before is None and accelerator.is_main_process:
+            directory.write_config(config, data.fingerprint)  # not before: a refused start leaves no run behind
+        torch.manual_seed(config.seed + accelerator.process_index)  # but each draws its own dropout
         trainer = Trainer(setup, directory, show)
         if state is not None:
             trainer.restore(state)

@@ -10,16 +10,20 @@ import torch
 from torch import nn
 from torch.distributed import group
 
+from bnsurgery.batches import run
 from bnsurgery.calibration import input_moments
 from bnsurgery.errors import BNSurgeryError, DataError
+from bnsurgery.heads import find_head
+from bnsurgery.modes import observing
 from bnsurgery.nn import set_process_group_, set_statistics_
+from bnsurgery.task import Task
 from bnsurgery.verification import verify
 
 from . import recipe
 from .config import Config
 from .datasets import Data, open_data
 from .loading import Loader, Prepared, TrainBatches, default_workers, plain_loader
-from .network import Source, choose_statistics, find, given, prepare, task_of
+from .network import Source, choose_statistics, find, forget_, given, keeps_head, prepare, task_of
 from .run_directory import Resolved
 
 if TYPE_CHECKING:
@@ -65,8 +69,9 @@ def processes(config: Config) -> "Accelerator":
     Raises:
         BNSurgeryError: it is not installed, or this process was set up for another precision before.
     """
-    if importlib.util.find_spec("accelerate") is None:
-        raise BNSurgeryError("finetune: needs accelerate, which is not installed: pip install 'bnsurgery[finetune]'")
+    for needed in ("accelerate", "tensorboard", "matplotlib", "psutil"):  # the last three before hours of training
+        if importlib.util.find_spec(needed) is None:
+            raise BNSurgeryError(f"finetune: needs {needed}, which is not installed: pip install 'bnsurgery[finetune]'")
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     try:
@@ -144,13 +149,15 @@ def build(
     network, head = prepare(source, task, config, calibration, show)
     recipe.set_dropout_(network, config.dropout)
     recipe.choose_parameters_(network, config.train, head)
-    conditioner = None
-    if recipe.HeadConditioner.suits(config, head):
-        fresh = config.arm == "bn-naive"  # has no running statistics to go by
-        seen = input_moments("finetune", network, {"head": head}, calibration, by_batch=fresh)["head"]
-        conditioner = recipe.HeadConditioner(head, seen.mean, seen.variance.mean())  # type: ignore[arg-type]
+    _check_network(config, network, task)
     if resolved is None:
         resolved = _resolve(config, network, prepared)
+    if config.arm == "bn-naive":
+        forget_(network)
+    conditioner = None
+    if recipe.HeadConditioner.suits(config, head):
+        seen = input_moments(network, find_head(network), calibration)
+        conditioner = recipe.HeadConditioner(head, seen.mean, seen.variance.mean())  # type: ignore[arg-type]
     if config.arm != "plain":
         # The schedule ends with the run: the network has come to live with plain BN by then, where batches allow it.
         set_statistics_(network, resolved.statistics, renorm_steps=config.epochs * batches.per_epoch)  # type: ignore[arg-type]
@@ -164,7 +171,7 @@ def build(
         network=network,
         conditioner=conditioner,
         resolved=resolved,
-        facts=_facts(config, source, data, resolved),
+        facts=_facts(config, source, data, resolved, keeps_head(source, data.classes, config)),
         prepared=prepared,
         batches=batches,
         train=Loader(prepared, batches, workers),
@@ -181,15 +188,16 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
         return verify(network, network, loader, drift_batch_sizes=(size,)).train_drift[size]
 
     statistics, reason = choose_statistics(config, drift)
-    lr = config.lr if isinstance(config.lr, float) else recipe.default_rate(config)
+    lr = recipe.default_rate(config) if config.lr in (None, "auto") else float(config.lr)
     return Resolved(lr, statistics, reason)
 
 
-def _facts(config: Config, source: Source, data: Data, resolved: Resolved) -> list[str]:
+def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool) -> list[str]:
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {len(data.train)} training and {len(data.val)} validation images, "
         f"{len(data.classes)} classes",
+        f"head         {'kept' if kept else 'new'}",
     ]
     if data.skipped:
         facts.append(f"left out     {len(data.skipped)} damaged images, the first: {data.skipped[0]}")
@@ -214,6 +222,13 @@ def _check_sizes(config: Config, images: int, world: int) -> None:
             f"finetune: a batch of 1 has no statistics: with --statistics {config.statistics} use "
             "--batch-size 2 or more, or --statistics running"
         )
+
+
+def _check_network(config: Config, network: nn.Module, task: Task) -> None:
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise BNSurgeryError(f"finetune: --train {config.train} leaves nothing to train in the arm {config.arm}")
+    with observing(network):  # says so where the image size does not fit
+        run("finetune", network, torch.zeros(2, len(task.mean), task.image_size, task.image_size))
 
 
 def _precision(config: Config) -> str | None:

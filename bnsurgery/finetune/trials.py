@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -66,7 +66,8 @@ def compare(
         raise BNSurgeryError(
             f"compare: got arms {', '.join(arms)}, {len(rates)} rates, {seeds} seeds; arms: {', '.join(ARMS)}"
         )
-    processes(config)  # says so where accelerate is missing
+    if processes(config).num_processes > 1:
+        raise BNSurgeryError("compare: every trial is one process: start it without torchrun or accelerate launch")
     data = data or load_data(config, show)
     directory = Path(config.output)
     _claim(directory, config, asdict(data.fingerprint))
@@ -125,13 +126,18 @@ def _run_all(
         alone = torch.cuda.is_available() and config.device != "cpu"  # one trial fills a GPU
         for (key, trial), peak in _in_processes(pending[:1], model, data, 1):
             yield key, trial
-            affordable = int(_USABLE * psutil.virtual_memory().available / peak)
+            affordable = int(_USABLE * _free_memory() / peak)
             jobs = 1 if alone else max(1, min(_processors(), affordable))
         pending = pending[1:]
     if jobs == 1 or len(pending) < 2:
         with listening() as stop:
             for key, config in pending:
-                yield key, run_trial(key, config, model, data)
+                try:
+                    trial = run_trial(key, config, model, data)
+                except Interrupted:
+                    _heed(stop)
+                    raise
+                yield key, trial
                 _heed(stop)
     else:
         for found, _ in _in_processes(pending, model, data, jobs or 1):
@@ -175,7 +181,14 @@ def _measured_trial(key: Key, config: Config, model: nn.Module | None, data: Dat
 
 
 def _processors() -> int:
-    return len(psutil.Process().cpu_affinity())
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_memory() -> int:
+    import psutil
+
+    free: int = psutil.virtual_memory().available
+    return free
 
 
 def _claim(directory: Path, config: Config, data: dict[str, Any]) -> None:
@@ -190,9 +203,11 @@ def _claim(directory: Path, config: Config, data: dict[str, Any]) -> None:
     if not path.exists():
         return _write(path, json.dumps(mine, indent=1))
     theirs = _load(path)
+    if not isinstance(theirs, dict):
+        raise CheckpointError(f"'{path}': damaged. Remove '{directory}' to start anew.")
     for part in mine:
         for name, value in mine[part].items():
-            before = theirs.get(part, {}).get(name)
+            before = dict(theirs.get(part) or {}).get(name)
             if before != value:
                 raise BNSurgeryError(
                     f"compare: '{directory}' holds another comparison, with {name} {str(before)[:60]!r} instead of "
@@ -202,7 +217,7 @@ def _claim(directory: Path, config: Config, data: dict[str, Any]) -> None:
 
 def _path(directory: Path, key: Key) -> Path:
     arm, lr, seed = key
-    return directory / "trials" / f"{arm}-{lr:g}-{seed}.json"
+    return directory / "trials" / f"{arm}-{lr!r}-{seed}.json"
 
 
 def _read(path: Path) -> Trial:

@@ -1,6 +1,7 @@
 """The comparison: its arithmetic on made-up trials, and small ones run for real."""
 
 import json
+import pickle
 import signal
 from dataclasses import replace
 
@@ -54,6 +55,7 @@ def test_the_verdict_says_who_won_and_whether_it_is_noise():
     swapped = (replace(t, arm="bn" if t.arm == "plain" else "plain") for t in MADE_UP.trials)
     behind = replace(MADE_UP, trials=tuple(swapped))
     assert "bn is behind: -7.00 points" in behind.verdict()
+    assert "one seed" in Comparison("1", (trial("plain", 0.1, 0, 0.5), trial("bn", 0.1, 0, 0.6))).verdict()
     close = Comparison("close", (trial("plain", 0.1, 0, 0.5), trial("plain", 0.1, 1, 0.6), trial("bn", 0.1, 0, 0.57)))
     assert "+2.00 points" in close.verdict() and "within the spread over seeds (10.00)" in close.verdict()
     assert "No verdict" in Comparison("half", tuple(MADE_UP.of("bn"))).verdict()
@@ -111,10 +113,13 @@ def _diverge(*args, **kwargs):
 
 def test_trials_in_processes_of_their_own_give_the_same(model, data, config, tmp_path):
     """Two processes with a thread each; compared with one thread here."""
-    result = compared(config, model, data, arms=("bn", "plain"), rates=(0.1,), jobs=2)
-    for t in result.trials:
-        assert 0 < t.rows[-1].val_accuracy <= 1 and t.diverged is None
+    alone = compared(config, model, data, arms=("bn", "plain"), rates=(0.1,))
+    apart = config(epochs=2, output=str(tmp_path / "apart"))
+    result = finetune.compare(apart, model=model, data=data, arms=("bn", "plain"), rates=(0.1,), jobs=2)
     assert [t.arm for t in result.trials] == ["bn", "plain"]
+    for one, two in zip(alone.trials, result.trials, strict=True):
+        # Other machines give these processes more threads, which sum in another order: a few roundings.
+        assert two.rows[-1].val_loss == pytest.approx(one.rows[-1].val_loss, rel=1e-4)
 
 
 def test_another_comparison_is_not_mixed_in(model, data, config):
@@ -138,4 +143,6 @@ def test_a_signal_ends_it_and_keeps_what_is_finished(data, config, monkeypatch):
     with pytest.raises(finetune.Interrupted) as error:
         compared(config, tiny(), data, arms=("plain",), rates=(0.03, 0.1, 0.3))
     assert error.value.signum == signal.SIGTERM
-    assert 1 <= len(list((trials.Path(config().output) / "trials").iterdir())) <= 2
+    assert "the same command again goes on" in str(error.value)
+    assert len(list((trials.Path(config().output) / "trials").iterdir())) == 1  # the second stopped at its first step
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as from a trial's own process

@@ -81,11 +81,23 @@ def test_reading_leaves_the_global_random_state_alone():
 
 def test_the_plain_loader_gives_the_images_themselves():
     images, labels = patterns(50, 1)
-    got = everything(plain_loader(prepared(), 16, 0, images=40))
-    torch.testing.assert_close(torch.cat([x for x, _ in got]), images[:40].float() / 255)
-    assert torch.equal(torch.cat([y for _, y in got]), labels[:40])
+    got = everything(plain_loader(prepared(), 16, 0))
+    seen = {tuple(image.flatten().tolist()): int(label) for x, y in got for image, label in zip(x, y, strict=True)}
+    expected = (images.float() / 255).flatten(1)
+    assert seen == {tuple(image.tolist()): int(label) for image, label in zip(expected, labels, strict=True)}
+    assert same(got, everything(plain_loader(prepared(seed=5), 16, 0)))  # the order is fixed
+    assert sum(len(y) for _, y in everything(plain_loader(prepared(), 16, 0, images=40))) == 40
     shares = [everything(plain_loader(prepared(), 16, 0, rank=rank, world=3)) for rank in range(3)]
     assert sum(len(y) for share in shares for _, y in share) == 50
+
+
+def test_batches_of_sorted_data_hold_all_classes_and_never_one_image():
+    images, labels = patterns(65, 1)
+    order = labels.argsort()
+    data = Prepared(from_tensors((images[order], labels[order]), patterns(8, 2), "abcd").train, TASK, "none", 0)
+    sizes = [len(y) for _, y in everything(plain_loader(data, 32, 0))]
+    assert sizes == [32, 33]
+    assert all(set(y.tolist()) == {0, 1, 2, 3} for _, y in everything(plain_loader(data, 32, 0, images=40)))
 
 
 class _Broken:

@@ -81,10 +81,29 @@ def test_the_naive_arm_forgets_and_the_others_do_not():
         config = replace(CONFIG, arm=arm, head="keep")
         source = network.given(tiny())
         trained, _ = network.prepare(source, network.task_of(source, DATA, config), config, [images])
+        if arm == "bn-naive":
+            network.forget_(trained)
         set_dropout_(trained, 0.0)
         out[arm] = trained.train()(images)  # the calibration batch
     torch.testing.assert_close(out["plain"], out["bn"], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(out["plain"], out["bn-naive"], rtol=0.1)
+
+
+def test_the_plain_arm_of_an_inserted_network_has_no_batchnorm():
+    images = patterns(16, 1)[0].float() / 255
+    inserted = bnsurgery.insert(tiny(), [images])
+    config = replace(CONFIG, arm="plain", head="keep")
+    source = network.given(inserted)
+    trained, head = network.prepare(source, network.task_of(source, DATA, config), config, [images])
+    assert set(trained.state_dict()) == set(tiny().state_dict())
+    assert torch.equal(trained(images), tiny()(images)) and head is trained[-1]
+
+
+def test_a_new_head_is_not_left_untrained():
+    config = replace(CONFIG, train="bn")
+    source = network.given(tiny())
+    with pytest.raises(BNSurgeryError, match="--train bn would leave the new head"):
+        network.prepare(source, network.task_of(source, DATA, config), config, [patterns(16, 1)[0].float() / 255])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +115,7 @@ def test_the_naive_arm_forgets_and_the_others_do_not():
         (8, 0.1, {}, "batch"),
         (8, None, {"statistics": "running"}, "running"),
         (64, None, {"train": "head"}, "running"),
-        (2, None, {"arm": "bn-naive"}, "batch"),
+        (2, None, {"arm": "bn-naive"}, "running"),
         (2, None, {"arm": "plain"}, "none"),
     ],
 )

@@ -13,7 +13,7 @@ import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune import recipe
-from bnsurgery.finetune.loading import Prepared, TrainBatches
+from bnsurgery.finetune.loading import Prepared, TrainBatches, plain_loader
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.task import Task
 
@@ -82,7 +82,8 @@ def test_what_is_kept_is_what_was_measured(model, data, config):
     assert F.cross_entropy(logits, labels).item() == pytest.approx(result.best.val_loss, rel=1e-5)
     # Its statistics are the population's: recalibrating changes nothing but roundings.
     before = {name: value.clone() for name, value in kept.state_dict().items() if "running_" in name}
-    bnsurgery.recalibrate_(kept, (data.train.read.images.float() / 255).split(32))
+    prepared = Prepared(data.train, TASK, "none", 0)
+    bnsurgery.recalibrate_(kept, plain_loader(prepared, 32, 0))  # in the run's own order
     for name, value in before.items():
         torch.testing.assert_close(kept.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     # The record says what it was trained on, and it folds.
@@ -213,6 +214,36 @@ def test_sizes_that_cannot_work_are_refused_before_anything_is_done(model, data,
         finetune.run(config(image_size=None), model=model, data=data, save=False)
     with pytest.raises(BNSurgeryError, match="--normalize none"):
         finetune.run(config(normalize="imagenet"), model=model, data=data, save=False)
+
+
+def test_a_refused_start_leaves_no_run_behind(model, data, config):
+    with pytest.raises(BNSurgeryError, match="leaves nothing to train in the arm plain"):
+        finetune.run(config(train="bn", head="keep", arm="plain"), model=model, data=data)
+    finetune.run(config(epochs=1), model=model, data=data)
+
+
+def test_thirty_three_images_are_no_divergence(model, config):
+    """The last batch of a recalibration would have one image."""
+    data = finetune.from_tensors(patterns(33, 1), patterns(8, 2), CLASSES)
+    for arm in ("bn", "bn-naive"):
+        assert finetune.run(config(epochs=1, arm=arm), model=model, data=data, save=False).rows
+
+
+def test_only_the_weights_and_pixels_it_started_with_are_resumed(model, data, config):
+    finetune.run(config(epochs=1), model=model, data=data)
+    images, labels = patterns(96, 1)
+    images[0, 0, 0, 0] += 1
+    with pytest.raises(DataError, match="train_digest"):
+        finetune.resume(
+            config().output, model=model, data=finetune.from_tensors((images, labels), patterns(40, 2), CLASSES)
+        )
+    with pytest.raises(CheckpointError, match="weights that it started from have changed"):
+        finetune.resume(config().output, model=tiny(seed=1), data=data)
+
+
+def test_an_image_size_that_does_not_fit_says_so(model, data, config):
+    with pytest.raises(BNSurgeryError, match="failed on an input of shape"):
+        finetune.run(config(image_size=12), model=model, data=data, save=False)
 
 
 def test_a_run_is_not_overwritten(model, data, config):
