@@ -142,7 +142,8 @@ def plain_loader(
     share = [(_EVALUATED, index) for index in order[rank::world]]
     batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
     if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2] += batches.pop()
+        last = batches.pop()
+        batches[-1] += last
     return Loader(data, batches, workers)
 
 
