@@ -161,7 +161,7 @@ def prepare(
 
 
 def forget_(model: nn.Module) -> None:
-    """The "bn-naive" arm: every BatchNorm gets weight 1 and bias 0, as a new one has; its statistics are right."""
+    """The "bn-naive" arm: every BatchNorm gets weight 1 and bias 0, as a new one has. Its statistics want measuring."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             nn.init.ones_(module.weight)

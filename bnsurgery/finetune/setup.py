@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed import group
 
 from bnsurgery.batches import run
-from bnsurgery.calibration import input_moments
+from bnsurgery.calibration import input_moments, recalibrate_
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.heads import find_head
 from bnsurgery.modes import observing
@@ -154,6 +154,7 @@ def build(
         resolved = _resolve(config, network, prepared)
     if config.arm == "bn-naive":
         forget_(network)
+        recalibrate_(network, calibration)  # every layer sees something else now
     conditioner = None
     if recipe.HeadConditioner.suits(config, head):
         seen = input_moments(network, find_head(network), calibration)
