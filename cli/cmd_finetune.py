@@ -1,6 +1,7 @@
 """bnsurgery finetune."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -65,9 +66,9 @@ def command(
         custom = f" --model {config.model}" if config.model else ""
         text = (
             f"\n{result}\n\nWrote {best} and, beside it, metrics.csv, curves.png and tensorboard/.\n"
-            f"Next: bnsurgery predict {best}{custom} IMAGE...\n"
+            f"Next: bnsurgery predict {quote(best)}{custom} IMAGE...\n      "
         )
-        text += f'      bnsurgery.load("{best}", model=...)' if custom else f"      bnsurgery fold {best}"
+        text += f'bnsurgery.load("{best}", model=...)' if custom else f"bnsurgery fold {quote(best)}"
         report(text, {**result.to_dict(), "best": best}, as_json, quiet)
 
 

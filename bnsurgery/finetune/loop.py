@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from shlex import quote
 from typing import Any
 
 import torch
@@ -247,7 +248,7 @@ class Trainer:
             advice = "not saved"
             if self.directory is not None:
                 code = f" --model {self.config.model}" if self.config.model else ""
-                advice = f"saved. Go on with: bnsurgery finetune --resume {self.directory.path}{code}"
+                advice = f"saved. Go on with: bnsurgery finetune --resume {quote(str(self.directory.path))}{code}"
             raise Interrupted(f"finetune: stopped by {signal.Signals(signum).name} {where}; {advice}", signum)
 
     def save(self) -> None:

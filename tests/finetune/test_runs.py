@@ -15,6 +15,7 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune import recipe
 from bnsurgery.finetune.loading import Prepared, TrainBatches, plain_loader
 from bnsurgery.finetune.run_directory import RunDirectory
+from bnsurgery.finetune.setup import build, processes
 from bnsurgery.task import Task
 
 CLASSES = ("nw", "ne", "sw", "se")
@@ -220,6 +221,18 @@ def test_a_refused_start_leaves_no_run_behind(model, data, config):
     with pytest.raises(BNSurgeryError, match="leaves nothing to train in the arm plain"):
         finetune.run(config(train="bn", head="keep", arm="plain"), model=model, data=data)
     finetune.run(config(epochs=1), model=model, data=data)
+
+
+def test_every_arm_starts_with_the_populations_statistics(model, data, config):
+    for arm in ("bn", "bn-naive"):
+        setup = build(config(arm=arm), processes(config()), model, data, None, False)
+        network = setup.network
+        norm = network[1]
+        assert torch.equal(norm.weight, torch.ones(8)) == (arm == "bn-naive")
+        before = {name: value.clone() for name, value in network.named_buffers()}
+        bnsurgery.recalibrate_(network, setup.calibration)
+        for name, value in network.named_buffers():
+            torch.testing.assert_close(value, before[name], rtol=1e-3, atol=1e-3)  # by batches of 32, not by all
 
 
 def test_thirty_three_images_are_no_divergence(model, config):
