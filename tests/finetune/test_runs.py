@@ -93,6 +93,16 @@ def test_what_is_kept_is_what_was_measured(model, data, config):
     torch.testing.assert_close(bnsurgery.fold(kept)(images), logits, rtol=1e-4, atol=1e-4)
 
 
+def test_validating_changes_nothing_in_training(model, data, config, tmp_path):
+    states = []
+    for evaluations in (1, 3):
+        chosen = config(evaluations=evaluations, output=str(tmp_path / str(evaluations)), statistics="renorm", ema=0.8)
+        result = finetune.run(chosen, model=model, data=data)
+        states.append(torch.load(result.directory / "last" / "state.pt", weights_only=True))
+    assert all(torch.equal(value, states[1]["network"][name]) for name, value in states[0]["network"].items())
+    assert all(map(torch.equal, *(state["average"] for state in states)))
+
+
 def test_it_learns(model, data, config):
     result = finetune.run(config(epochs=6, lr=0.3), model=model, data=data)
     assert result.final.val_accuracy > 0.9  # 0.25 by chance
