@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu lint bench bench-op clean
+.PHONY: demo test test-gpu lint bench bench-op bench-finetune clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
@@ -30,6 +30,10 @@ bench-op: .venv/.installed
 	$(BIN)/python -m benchmarks.norm
 	$(BIN)/python -m benchmarks.train_step
 
+bench-finetune: .venv/.installed
+	$(BIN)/python -m benchmarks.finetune_loop
+	$(BIN)/python -m benchmarks.compare_tasks
+
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -40,4 +44,4 @@ bench-op: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf demo-results .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
