@@ -1,9 +1,9 @@
 """The fine-tuning loop against one written by hand: same network, same images, same transforms and loader workers.
 
-    python -m benchmarks.finetune_loop [--batch N] [--steps N] [--rounds N]
+    python -m benchmarks.finetune_loop [--arch vgg16] [--image-size 224] [--batch N] [--steps N] [--rounds N]
 
-Seconds a step over epochs, reading and augmenting images included, of vgg16 with BatchNorm at 224×224, channels_last,
-and the peak memory of the process. The loop by hand has no schedule, no metrics and no checks. No validation in either.
+Seconds a step over epochs, reading and augmenting images included, of a network with BatchNorm, channels_last, and the
+peak memory of the process. The loop by hand has no schedule, no metrics and no checks. No validation in either.
 """
 
 import argparse
@@ -67,25 +67,29 @@ class ByHand:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="vgg16")
+    parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6, help="of an epoch, which is a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (args.batch * args.steps, 3, 224, 224), dtype=torch.uint8)
+    images = torch.randint(0, 256, (args.batch * args.steps, 3, args.image_size, args.image_size), dtype=torch.uint8)
     labels = torch.arange(len(images)) % 10
     data = finetune.from_tensors((images, labels), (images[:10], labels[:10]), list("0123456789"))
     config = finetune.Config(
-        data="noise", output="unused", image_size=224, batch_size=args.batch, lr=1e-4, augment="resized-crop",
+        data="noise", output="unused", image_size=args.image_size, batch_size=args.batch, lr=1e-4, augment="resized-crop",
         recalibrate=8, num_workers=1, clip=0.0, epochs=1000, device="cpu",
     )  # fmt: skip
-    setup = build(config, processes(config), models.vgg16(weights=None).eval(), data, None, False)
+    setup = build(config, processes(config), models.get_model(args.arch, weights=None).eval(), data, None, False)
     ours = Loop(setup, None, False)
     ours.objective.train()
     by_hand = ByHand(copy.deepcopy(setup.network), Images(images, labels, setup.prepared.augmented), args.batch)
     times = interleave({"finetune": ours.epoch, "by hand": by_hand.epoch}, args.rounds)
     threads = torch.get_num_threads()
-    print(f"batch {args.batch}, {args.steps} steps a round, {threads} threads, torch {torch.__version__}")
+    print(
+        f"{args.arch} at {args.image_size}, batch {args.batch}, {args.steps} steps a round, {threads} threads, torch {torch.__version__}"
+    )
     rows = [(name, median(t) / args.steps, ratio(times, name, "by hand")) for name, t in times.items()]
     print(table(("loop", "seconds a step", "÷ by hand"), rows))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
