@@ -74,11 +74,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (args.batch * args.steps, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    size = args.image_size
+    images = torch.randint(0, 256, (args.batch * args.steps, 3, size, size), dtype=torch.uint8)
     labels = torch.arange(len(images)) % 10
     data = finetune.from_tensors((images, labels), (images[:10], labels[:10]), list("0123456789"))
     config = finetune.Config(
-        data="noise", output="unused", image_size=args.image_size, batch_size=args.batch, lr=1e-4, augment="resized-crop",
+        data="noise", output="unused", image_size=size, batch_size=args.batch, lr=1e-4, augment="resized-crop",
         recalibrate=8, num_workers=1, clip=0.0, epochs=1000, device="cpu",
     )  # fmt: skip
     setup = build(config, processes(config), models.get_model(args.arch, weights=None).eval(), data, None, False)
@@ -86,10 +87,7 @@ def main() -> None:
     ours.objective.train()
     by_hand = ByHand(copy.deepcopy(setup.network), Images(images, labels, setup.prepared.augmented), args.batch)
     times = interleave({"finetune": ours.epoch, "by hand": by_hand.epoch}, args.rounds)
-    threads = torch.get_num_threads()
-    print(
-        f"{args.arch} at {args.image_size}, batch {args.batch}, {args.steps} steps a round, {threads} threads, torch {torch.__version__}"
-    )
+    print(f"{args.arch} at {size}, batch {args.batch}, {args.steps} steps a round, torch {torch.__version__}")
     rows = [(name, median(t) / args.steps, ratio(times, name, "by hand")) for name, t in times.items()]
     print(table(("loop", "seconds a step", "÷ by hand"), rows))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
