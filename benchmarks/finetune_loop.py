@@ -76,8 +76,8 @@ def main() -> None:
     torch.manual_seed(0)
     size = args.image_size
     images = torch.randint(0, 256, (args.batch * args.steps, 3, size, size), dtype=torch.uint8)
-    labels = torch.arange(len(images)) % 10
-    data = finetune.from_tensors((images, labels), (images[:10], labels[:10]), list("0123456789"))
+    labels = torch.arange(len(images)) % 2
+    data = finetune.from_tensors((images, labels), (images[:2], labels[:2]), ["even", "odd"])
     config = finetune.Config(
         data="noise", output="unused", image_size=size, batch_size=args.batch, lr=1e-4, augment="resized-crop",
         recalibrate=8, num_workers=1, clip=0.0, epochs=1000, device="cpu",
