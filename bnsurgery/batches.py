@@ -1,58 +1,127 @@
-"""Take the inputs out of whatever a caller passes as `batches`, and run a model on them."""
+"""What a model is called with, taken out of whatever a caller passes as `batches`; and its call."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import CalibrationError
 
+_EXPECTED = "expected a tensor, a dict of keyword arguments, or a tuple whose first item is the input"
 
-def first_input(batch: Any) -> Tensor:
-    """The input of one batch: the tensor itself, or the first item of a tuple or list.
 
-    Raises:
-        CalibrationError: it is no tensor, or has no batch dimension.
-    """
-    tensor = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(tensor, Tensor):
-        raise CalibrationError(
-            f"batches: got {type(tensor).__name__}, expected a tensor or a tuple whose first item is one"
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call of a model."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Any) -> "Inputs":
+        """The input of one batch.
+
+        A tensor is the one argument, a dict the keyword arguments. Of a tuple or list, as a DataLoader gives, the first
+        item is the input: a tensor, a dict, a tuple of several arguments, or a list as one argument (of images).
+
+        Raises:
+            CalibrationError: it is none of these, or a tensor without a batch dimension.
+        """
+        if isinstance(batch, Inputs):
+            return batch
+        item = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        inside = item is not batch
+        if isinstance(item, Tensor) and item.ndim < 2:
+            raise CalibrationError(f"batches: got a tensor of shape {tuple(item.shape)}, expected (N, ...)")
+        if isinstance(item, Mapping):
+            found = cls(kwargs=dict(item))
+        elif isinstance(item, Tensor) or (inside and isinstance(item, (tuple, list))):
+            found = cls(item) if isinstance(item, tuple) else cls((item,))
+        else:
+            found = cls()
+        if not found.tensors:
+            raise CalibrationError(f"batches: got {type(item).__name__}, {_EXPECTED}")
+        return found
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors in it."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def samples(self) -> int:
+        """N: the length of a list of images, or of the first tensor that has a dimension."""
+        if len(self.args) == 1 and isinstance(self.args[0], list):
+            return len(self.args[0])
+        return next((len(tensor) for tensor in self.tensors if tensor.ndim), 1)
+
+    def map(self, function: Callable[[Any], Any]) -> "Inputs":
+        """With `function` applied to every tensor and other leaf."""
+        args, kwargs = tree_map(function, (self.args, self.kwargs))
+        return Inputs(args, kwargs)
+
+    def take(self, start: int, stop: int) -> "Inputs":
+        """The samples from `start` to `stop`; what is not as long as the batch stays whole."""
+        count = self.samples
+        if len(self.args) == 1 and isinstance(self.args[0], list):
+            return Inputs((self.args[0][start:stop],), self.kwargs)
+        return self.map(lambda x: x[start:stop] if isinstance(x, Tensor) and x.ndim and len(x) == count else x)
+
+    def shapes(self) -> str:
+        """The tensors' shapes, for messages."""
+        return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors[:4])
+
+
+def join(parts: list[Inputs]) -> Inputs | None:
+    """The samples of all parts as one batch; None where they do not go together (images of other sizes)."""
+    flat = [tree_leaves((part.args, part.kwargs)) for part in parts]
+    same = all(
+        len(leaves) == len(flat[0])
+        and all(
+            isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim and a.shape[1:] == b.shape[1:] and len(a) == n
+            for a, b, n in zip(leaves, flat[0], [part.samples] * len(leaves), strict=True)
         )
-    if tensor.ndim < 2:
-        raise CalibrationError(f"batches: got a tensor of shape {tuple(tensor.shape)}, expected (N, ...)")
-    return tensor
+        for leaves, part in zip(flat, parts, strict=True)
+    )
+    if not parts or not same:
+        return None
+    joined = iter([torch.cat(tensors) for tensors in zip(*flat, strict=True)])
+    return parts[0].map(lambda _: next(joined))
 
 
-def inputs(batches: Iterable[Any]) -> Iterator[Tensor]:
+def inputs(batches: Iterable[Any]) -> Iterator[Inputs]:
     """The input of every batch, in order.
 
     Raises:
-        CalibrationError: `batches` is a single tensor or no iterable, or an item is no batch.
+        CalibrationError: `batches` is a single tensor or dict or no iterable, or an item is no batch.
     """
-    if isinstance(batches, Tensor):
-        raise CalibrationError("batches: got one tensor, expected an iterable of tensors: pass [tensor]")
+    if isinstance(batches, (Tensor, Mapping)):
+        kind = "tensor" if isinstance(batches, Tensor) else "dict"
+        raise CalibrationError(f"batches: got one {kind}, expected an iterable of batches: pass [{kind}]")
     if not isinstance(batches, Iterable):
         raise CalibrationError(f"batches: got {type(batches).__name__}, expected an iterable of tensors")
     for batch in batches:
-        yield first_input(batch)
+        yield Inputs.of(batch)
 
 
-def peek(batches: Iterable[Any]) -> tuple[Tensor, Iterable[Any]]:
+def peek(batches: Iterable[Any]) -> tuple[Inputs, Iterable[Any]]:
     """The first input, and an iterable that still has it.
 
     Raises:
         CalibrationError: there is no batch.
     """
-    first = next(inputs(batches), None)
+    if isinstance(batches, Iterator):  # used up by one item: put that back in front
+        head = next(batches, None)
+        first = None if head is None else Inputs.of(head)
+        batches = chain([head], batches)
+    else:
+        first = next(inputs(batches), None)
     if first is None:
         raise CalibrationError("batches: empty; expected at least one batch of inputs")
-    if isinstance(batches, Iterator):  # used up by one item: put that back in front
-        return first, chain([first], batches)
     return first, batches
 
 
@@ -65,21 +134,36 @@ def outputs(result: Any) -> list[Tensor]:
     return [leaf for part in nested for leaf in part if isinstance(leaf, Tensor)]
 
 
-def run(operation: str, model: nn.Module, batch: Tensor) -> Any:
+def placed(model: nn.Module, batch: Inputs) -> Inputs:
+    """A copy of `batch` on the model's device, its real numbers in the model's dtype."""
+    like = next(chain(model.parameters(), model.buffers()), None)
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if like is None:
+            return leaf.clone()
+        dtype = like.dtype if like.is_floating_point() and leaf.is_floating_point() else None
+        return leaf.to(like.device, dtype, copy=True)
+
+    return batch.map(place)
+
+
+def run(operation: str, model: nn.Module, batch: Inputs) -> Any:
     """`model(batch)` on the model's device and in its floating-point dtype, on a copy: some models work in place.
 
     Raises:
         CalibrationError: the model does not take the batch.
     """
-    tensor = next(chain(model.parameters(), model.buffers()), batch)
-    both_float = tensor.is_floating_point() and batch.is_floating_point()
-    batch = batch.to(tensor.device, tensor.dtype if both_float else None, copy=True)
+    batch = placed(model, batch)
     try:
-        return model(batch)
+        return model(*batch.args, **batch.kwargs)
     except torch.OutOfMemoryError as error:
-        raise CalibrationError(f"{operation}: out of memory on a batch of {len(batch)}: use smaller batches") from error
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        raise CalibrationError(f"{operation}: out of memory on a batch of {batch.samples}: use smaller ones") from error
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AssertionError) as error:
+        several = " A tuple is several arguments: pass a list as one." if len(batch.args) > 1 else ""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CalibrationError(
-            f"{operation}: {type(model).__name__} failed on an input of shape {tuple(batch.shape)}, "
-            f"{batch.dtype}: {str(error).splitlines()[0]}"
+            f"{operation}: {type(model).__name__} failed on an input of shape {batch.shapes()}, "
+            f"{batch.tensors[0].dtype}: {reason}{several}"
         ) from error

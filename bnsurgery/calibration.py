@@ -14,6 +14,7 @@ from .batches import inputs, run
 from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError, NonFiniteError
 from .modes import observing, training_norms
 from .moments import ChannelMoments
+from .nn import LastDimBatchNorm1d
 from .ops import channel_moments
 from .planning import Plan
 
@@ -45,7 +46,8 @@ def calibrate(
     anchors = {site.name: model.get_submodule(site.anchor) for site in plan.sites}
     # A norm that its layer carries comes before the layer's own hooks, a sibling behind them.
     first = {site.name for site in plan.sites if not site.in_sequential}
-    with _watching(anchors, output=True, first=first) as measured, observing(model):
+    last_dim = {site.name for site in plan.sites if site.channel_dim == -1}
+    with _watching(anchors, output=True, first=first, last_dim=last_dim) as measured, observing(model):
         _feed("calibrate", model, batches, progress)
     moments = _gather(measured, anchors)
     _check("calibrate", moments, anchors)
@@ -72,7 +74,8 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
     }
     if not norms:
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
-    with _watching(norms, output=False) as measured, training_norms(bn_model, by_batch=True):
+    last_dim = {name for name, norm in norms.items() if isinstance(norm, LastDimBatchNorm1d)}
+    with _watching(norms, output=False, last_dim=last_dim) as measured, training_norms(bn_model, by_batch=True):
         _feed("recalibrate_", bn_model, batches, progress)
     moments = _gather(measured, norms)
     _check("recalibrate_", moments, norms)
@@ -113,13 +116,18 @@ def warn_of_dead_channels(moments: dict[str, ChannelMoments], eps: float) -> Non
 
 @contextmanager
 def _watching(
-    modules: dict[str, nn.Module], *, output: bool, first: Container[str] = ()
+    modules: dict[str, nn.Module], *, output: bool, first: Container[str] = (), last_dim: Container[str] = ()
 ) -> Iterator[dict[str, ChannelMoments]]:
-    """Collect the moments of each module's output (or else first input) while inside."""
+    """Collect the moments of each module's output (or else first input) while inside.
+
+    Args:
+        first: names of those watched before their own hooks run.
+        last_dim: names of those whose channels are the last dimension, not the second.
+    """
     measured: dict[str, ChannelMoments] = {}
 
     def add(name: str, tensor: Tensor) -> None:
-        moments = ChannelMoments(*channel_moments(tensor))
+        moments = ChannelMoments(*channel_moments(tensor.flatten(0, -2) if name in last_dim else tensor))
         measured[name] = measured[name].merge(moments) if name in measured else moments
 
     def watcher(name: str) -> Callable[..., None]:

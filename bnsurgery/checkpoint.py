@@ -17,6 +17,7 @@ from .files import atomic_write
 from .folding import strip_
 from .heads import replace_head_
 from .insertion import Options, edit_
+from .lrn import drop_lrn_
 from .models import identify_model
 from .surgery_record import SurgeryRecord, attach_record, record
 from .weights import describe_mismatch, read_state_dict
@@ -132,6 +133,8 @@ def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) ->
         else:
             assert the_record.architecture is not None
             skeleton = the_record.architecture.build()
+        if the_record.dropped_lrn:
+            drop_lrn_(skeleton, the_record.dropped_lrn)
         options = Options(the_record.absorb_bias, the_record.fuse_relu, the_record.eps, the_record.momentum)
         sites = edit_(skeleton, [inserted.site for inserted in the_record.sites], options)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration) as error:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import FoldError
+from .layer_kinds import LAYERS, TRANSPOSED, Layer
 from .module_tree import place, remove, replace
 from .nn import Normed
 from .nn.identity import kernel_scale_shift
 from .nn.normed import detach_, detached_class
 from .surgery_record import InsertedSite, detach_record, record
-from .tracing import LAYERS, Layer
 
 _PLAIN_FORWARDS = {cls.forward for cls in LAYERS}
 _PLAIN_CONV_FORWARDS = {getattr(cls, "_conv_forward", None) for cls in LAYERS}
@@ -138,10 +138,17 @@ def strip_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
 
 
 def _fold_into_output(layer: Layer, scale: Tensor, shift: Tensor) -> None:
-    """W·a and b·a + s, per output channel (dim 0), where not the identity."""
+    """W·a and b·a + s, per output channel, where not the identity.
+
+    Output channels are dim 0 of the weight; of a transposed conv's, dim 1 within each group of input channels.
+    """
     weight, bias = layer.weight.detach().cpu(), _bias(layer)
     identity = (scale == 1) & (shift == 0)
-    _set(layer, "weight", weight * scale.view(-1, *[1] * (weight.ndim - 1)))
+    per_weight = scale.view(-1, *[1] * (weight.ndim - 1))
+    if isinstance(layer, TRANSPOSED):
+        per_weight = scale.view(layer.groups, 1, weight.shape[1]).expand(-1, weight.shape[0] // layer.groups, -1)
+        per_weight = per_weight.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
+    _set(layer, "weight", weight * per_weight)
     if layer.bias is not None or bool((shift != 0).any()):
         _set(layer, "bias", torch.where(identity, bias, bias * scale + shift))
 
@@ -162,14 +169,14 @@ def _fold_into_input(layer: Layer, scale: Tensor, shift: Tensor) -> None:
 
 
 def _zero_bias(layer: Layer) -> nn.Parameter:
-    return nn.Parameter(layer.weight.new_zeros(len(layer.weight)), layer.weight.requires_grad)
+    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return nn.Parameter(layer.weight.new_zeros(channels), layer.weight.requires_grad)
 
 
 def _bias(layer: Layer) -> Tensor:
     """The layer's bias, or zeros, in float64: where terms cancel, float32 sums would lose digits."""
-    if layer.bias is None:
-        return torch.zeros(len(layer.weight), dtype=torch.float64)
-    return layer.bias.detach().cpu().double()
+    bias = _zero_bias(layer) if layer.bias is None else layer.bias
+    return bias.detach().cpu().double()
 
 
 def _set(layer: Layer, name: str, value: Tensor) -> None:

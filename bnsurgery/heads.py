@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from .errors import BNSurgeryError
+from .layer_kinds import LAYERS, Layer
 from .module_tree import replace
-from .tracing import LAYERS, Layer, Trace
+from .tracing import Trace
 
 _STD = 0.01  # as torchvision initializes the last layer of VGG and SqueezeNet
 

@@ -3,24 +3,26 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import replace as replace_fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from .batches import outputs, peek, run
+from .batches import Inputs, outputs, peek, run
 from .calibration import calibrate, warn_of_dead_channels
 from .errors import BNSurgeryError, CalibrationError
+from .layer_kinds import LAYERS, device_and_dtype
+from .lrn import drop_lrn_, find_lrn, warn_of_change
 from .modes import observing
 from .module_tree import insert_after, replace
 from .moments import ChannelMoments, digest
-from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d
 from .nn.identity import identity_parameters
 from .nn.normed import attach_
 from .planning import Layers, Placement, Plan, Site, plan
-from .surgery_record import InsertedSite, SurgeryRecord, attach_record, carries_record, describe_model
-from .tracing import Layer
+from .surgery_record import InsertedSite, SurgeryRecord, attach_record, carries_record, describe_model, record
 
 _NORM_CLASSES: dict[int, type[BatchNorm1d | BatchNorm2d | BatchNorm3d]] = {
     2: BatchNorm1d,
@@ -62,6 +64,7 @@ def insert(
     fuse_relu: bool = True,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
+    drop_lrn: bool = False,
     progress: bool = False,
 ) -> nn.Module:
     """A copy of `model` with BatchNorm behind its layers that computes, in eval mode, the same bits.
@@ -85,6 +88,8 @@ def insert(
         eps: added to the variance, above 0 and at most 1.
         momentum: of the running statistics in training, as in torch; None averages cumulatively over the training
             batches, the first of which replaces what was calibrated.
+        drop_lrn: first take out the `nn.LocalResponseNorm` layers, as of AlexNet (2012), which an `nn.Identity` then
+            stands for. This changes the function, and a warning says by how much; the rest is exact as ever.
         progress: show a bar on stderr.
 
     Raises:
@@ -99,13 +104,16 @@ def insert(
     options.check(placement)
     with torch.random.fork_rng(devices=[]):  # a shuffling loader draws a seed at every start
         example, batches = peek(batches)
-    the_plan = plan(model, example, placement=placement, layers=layers, head=head)
+    reference = _without_lrn(model, example) if drop_lrn else model
+    the_plan = plan(reference, example, placement=placement, layers=layers, head=head)
     _check_model(model)
-    bn_model = _copy(model)
-    moments = calibrate(model, the_plan, batches, progress=progress)
+    bn_model = _copy(reference)
+    moments = calibrate(reference, the_plan, batches, progress=progress)
     insert_(bn_model, the_plan, moments, options)
+    if drop_lrn:
+        attach_record(bn_model, replace_fields(record(bn_model), dropped_lrn=find_lrn(model)))
     if not absorb_bias:
-        _check_result(model, bn_model, example[:1])
+        _check_result(reference, bn_model, example.take(0, 1))
     return bn_model
 
 
@@ -125,7 +133,7 @@ def insert_(model: nn.Module, plan: Plan, moments: dict[str, ChannelMoments], op
             with torch.no_grad():
                 for name, value in parameters[inserted.site.name].items():
                     getattr(norm, name).copy_(value)
-    record = SurgeryRecord(
+    done = SurgeryRecord(
         **description,
         placement=plan.placement,
         layers=plan.layers,
@@ -134,7 +142,7 @@ def insert_(model: nn.Module, plan: Plan, moments: dict[str, ChannelMoments], op
         sites=sites,
         calibration_digest=digest(moments),
     )
-    attach_record(model, record)
+    attach_record(model, done)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -156,7 +164,14 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _check_result(model: nn.Module, bn_model: nn.Module, sample: torch.Tensor) -> None:
+def _without_lrn(model: nn.Module, example: Inputs) -> nn.Module:
+    without, names = _copy(model), find_lrn(model)
+    drop_lrn_(without, names)
+    warn_of_change(model, without, example, len(names))
+    return without
+
+
+def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None:
     """The promise, kept or the model is not given out: code may do what no trace shows, such as index its layers."""
     with observing(model), observing(bn_model):
         once, again, got = (outputs(run("insert", net, sample)) for net in (model, model, bn_model))
@@ -175,21 +190,21 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
     """
     edits = []
     for site in sites:  # modules before any edit: renumbering changes names
-        layer, anchor = cast(Layer, model.get_submodule(site.name)), model.get_submodule(site.anchor)
+        layer, anchor = model.get_submodule(site.name), model.get_submodule(site.anchor)
         relu = model.get_submodule(site.relu) if site.relu is not None and options.fuse_relu else None
         following = model.get_submodule(site.next_layer) if site.next_layer is not None else None
         edits.append((site, layer, anchor, relu, following))
     made = []
     for site, layer, anchor, relu, following in edits:
-        norm = _NORM_CLASSES[site.ndim](
+        norm = _norm_class(site)(
             site.channels,
             options.eps,
             options.momentum,
-            device=layer.weight.device,
+            device=device_and_dtype(layer)[0],
             dtype=_norm_dtype(layer),
             activation="relu" if relu is not None else None,
         ).train(anchor.training)
-        absorbed = options.absorb_bias and layer.bias is not None and anchor is layer
+        absorbed = options.absorb_bias and _bias(layer) is not None and anchor is layer
         if absorbed:
             layer.register_parameter("bias", None)
         if site.in_sequential:
@@ -216,7 +231,7 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
 
 
 def _parameters(model: nn.Module, site: Site, moments: ChannelMoments, options: Options) -> dict[str, torch.Tensor]:
-    layer = cast(Layer, model.get_submodule(site.name))
+    layer = model.get_submodule(site.name)
     dtype = _norm_dtype(layer)
     mean, variance = moments.mean.numpy(), moments.variance.numpy()
     largest = max(np.abs(mean).max(), variance.max())
@@ -226,10 +241,20 @@ def _parameters(model: nn.Module, site: Site, moments: ChannelMoments, options: 
             f"too large for {dtype}"
         )
     values = identity_parameters(mean, variance, options.eps, dtype)
-    if options.absorb_bias and layer.bias is not None:
-        values["running_mean"] = (moments.mean - layer.bias.detach().double().cpu()).to(dtype)
+    bias = _bias(layer)
+    if options.absorb_bias and bias is not None:
+        values["running_mean"] = (moments.mean - bias.detach().double().cpu()).to(dtype)
     return values
 
 
-def _norm_dtype(layer: Layer) -> torch.dtype:
-    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+def _norm_class(site: Site) -> type[BatchNorm1d | BatchNorm2d | BatchNorm3d]:
+    return _NORM_CLASSES[site.ndim] if site.channel_dim == 1 else LastDimBatchNorm1d
+
+
+def _bias(layer: nn.Module) -> torch.Tensor | None:
+    """The bias that may be dropped: of torch's own layers. A user's code may count on its own."""
+    return layer.bias if isinstance(layer, LAYERS) else None
+
+
+def _norm_dtype(layer: nn.Module) -> torch.dtype:
+    return torch.float64 if device_and_dtype(layer)[1] == torch.float64 else torch.float32

@@ -12,7 +12,7 @@ from torchvision import models
 from torchvision.models import WeightsEnum
 
 from .errors import ArchitectureError
-from .tracing import NORMS
+from .layer_kinds import NORMS
 
 _NAMES = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
 

@@ -3,22 +3,31 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from torch import Tensor, nn
+from torch import fx, nn
 
-from .batches import first_input, run
+from .batches import Inputs
 from .errors import NoSitesError
-from .modes import observing
+from .layer_kinds import (
+    ACTIVATION_FUNCTIONS,
+    LAYER_FUNCTIONS,
+    LAYERS,
+    TRANSPOSED,
+    batched_ndim,
+    is_activation,
+)
 from .nn import Normed
 from .tables import table
-from .tracing import LAYER_FUNCTIONS, LAYERS, Layer, Trace, is_activation, is_norm
+from .tracing import Trace, is_norm
 
 Placement = Literal["pre-activation", "post-activation"]
 Layers = Literal["all", "conv", "dense"] | Callable[[str, nn.Module], bool]
 PLACEMENTS = ("pre-activation", "post-activation")
 LAYER_CHOICES = ("all", "conv", "dense")
 _NORMALIZED = "normalized already"
+_DENSE = 2  # dimensions of a dense layer's output for a batch of vectors
+_ACTIVATION_NAMES = {function.__name__ for function in ACTIVATION_FUNCTIONS}
 _SHIFT_TRANSPARENT = (
     nn.Identity,
     nn.Flatten,
@@ -26,7 +35,6 @@ _SHIFT_TRANSPARENT = (
     nn.modules.padding._ReflectionPadNd,
     nn.modules.padding._ReplicationPadNd,
 )
-_BATCHED_NDIM = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,10 @@ class Site:
         kind: "conv" or "dense".
         channels: output channels or features, C.
         ndim: dimensions of the layer's output: 2 for (N, C), 4 for (N, C, H, W).
+        channel_dim: where C stands in it: 1, or -1 behind a dense layer on (N, *, C).
         anchor: fqn of the module behind which the norm goes: the layer, or its activation (post-activation).
         in_sequential: whether the norm becomes the anchor's next sibling, or else its child `norm`.
-        activation: class name of the activation module that alone consumes the layer, if any.
+        activation: class name of the activation module that alone consumes the layer, or name of the function.
         relu: fqn of the `nn.ReLU` that the norm can take over (pre-activation only).
         next_layer: fqn of the layer that a post-activation norm folds into; None where it cannot.
     """
@@ -51,6 +60,7 @@ class Site:
     kind: str
     channels: int
     ndim: int
+    channel_dim: int
     anchor: str
     in_sequential: bool
     activation: str | None = None
@@ -130,54 +140,56 @@ def plan(
         raise ValueError(f"plan: placement must be one of {PLACEMENTS}, got {placement!r}")
     if not callable(layers) and layers not in LAYER_CHOICES:
         raise ValueError(f"plan: layers must be one of {LAYER_CHOICES} or a predicate, got {layers!r}")
-    trace = Trace(model)
-    ndims = _output_ndims(model, first_input(example))
+    trace = Trace(model, Inputs.of(example))
     sites: list[Site] = []
-    skipped: list[Skip] = []
-    for module, name in trace.names.items():
-        if not isinstance(module, LAYERS):
-            continue
-        found = _consider(trace, module, name, ndims.get(module, set()), placement, layers, head)
+    skipped = [
+        Skip(trace.names[module] or type(module).__name__, type(module).__name__, f"cannot be followed: {reason}")
+        for module, reason in trace.opaque.items()
+        if any(isinstance(inner, LAYERS) for inner in module.modules())
+    ]
+    for module in trace.layers():
+        found = _consider(trace, module, placement, layers, head)
         if isinstance(found, str):
-            skipped.append(Skip(name, type(module).__name__, found))
+            skipped.append(Skip(trace.names[module], type(module).__name__, found))
         else:
             sites.append(found)
-    for node in trace.graph.nodes:
-        if node.op == "call_function" and node.target in LAYER_FUNCTIONS:
-            skipped.append(
-                Skip(node.name, node.target.__name__, "called as a function: no module to put a norm behind")
-            )
+    skipped += [_function(trace, node) for node in trace.nodes if node.target in LAYER_FUNCTIONS and not _module(node)]
     chosen = layers if isinstance(layers, str) else getattr(layers, "__name__", "custom")
     result = Plan(type(model).__name__, tuple(sites), tuple(skipped), placement, chosen, head)
     _check(result)
     return result
 
 
-def _consider(
-    trace: Trace, module: Layer, name: str, ndims: set[int], placement: str, layers: Layers, head: bool
-) -> Site | str:
+def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, head: bool) -> Site | str:
     """The site at `module`, or the reason why there is none."""
+    name = trace.names[module]
     if isinstance(module, Normed):
         return f"{_NORMALIZED} by '{name}.norm' ({type(module.norm).__name__})"
     if not trace.calls(module):
-        return "never called in the forward pass"
+        return trace.obstacle(module) or "never called in the forward pass"
     following = list(trace.next_layers(module))
     for node in following:
         if is_norm(node):
-            norm = node.meta.get("module")
-            name, kind = (trace.names[norm], type(norm).__name__) if norm else (node.name, "function")
-            return f"{_NORMALIZED} by '{name}' ({kind})"
-    kind = "dense" if isinstance(module, nn.Linear) else "conv"
+            norm = _module(node)
+            by, kind = (trace.names[norm], type(norm).__name__) if norm else (node.name, "function")
+            return f"{_NORMALIZED} by '{by}' ({kind})"
+    expected = _expected_ndim(trace, module)
+    kind = "dense" if expected == _DENSE else "conv"
     if not (layers(name, module) if callable(layers) else layers in ("all", kind)):
         return f"left out by layers={layers!r}" if isinstance(layers, str) else "left out by the layers predicate"
     if not following and not head:
-        return "output layer (the head option takes it too)"
-    expected = next(n for cls, n in _BATCHED_NDIM.items() if isinstance(module, cls))
-    if ndims != {expected}:
+        part = trace.part(module)
+        what = f"output of {part}, whose further way cannot be followed" if part else "output layer"
+        return f"{what} (the head option takes it too)"
+    shapes = trace.shapes(module)
+    ndims = {len(shape) for shape in shapes}
+    if not ndims or (min(ndims) < _DENSE if kind == "dense" else ndims != {expected}):
         seen = " or ".join(map(str, sorted(ndims))) or "unknown"
         return f"its output has {seen} dimensions; BatchNorm needs {expected}, with the channels second"
+    channel_dim = 1 if ndims == {expected} else -1
     activation = trace.only_user(module)
     activation = activation if is_activation(activation) else None
+    function = trace.activation_function(module)
     anchor: nn.Module = module
     if placement == "post-activation":
         if activation is not None:
@@ -190,16 +202,18 @@ def _consider(
     # The hooks of a layer that carries its norm run behind the norm: they must not see the ReLU's output.
     fusible = placement == "pre-activation" and (in_sequential or not _is_hooked(anchor))
     relu = activation if fusible and _can_take_over(activation) else None
-    next_layer = _folds_into(trace, anchor, flat=expected == 2) if placement == "post-activation" else None
+    post = placement == "post-activation"
+    next_layer = _folds_into(trace, anchor, flat=kind == "dense", channel_dim=channel_dim) if post else None
     return Site(
         name=name,
         layer=type(module).__name__,
         kind=kind,
-        channels=module.out_features if isinstance(module, nn.Linear) else module.out_channels,
-        ndim=expected,
+        channels=next(iter(shapes))[channel_dim],
+        ndim=max(ndims),
+        channel_dim=channel_dim,
         anchor=trace.names[anchor],
         in_sequential=in_sequential,
-        activation=type(activation).__name__ if activation else None,
+        activation=type(activation).__name__ if activation else function if function in _ACTIVATION_NAMES else None,
         relu=trace.names[relu] if relu else None,
         next_layer=trace.names[next_layer] if next_layer else None,
     )
@@ -215,7 +229,7 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(hooks)
 
 
-def _folds_into(trace: Trace, anchor: nn.Module, flat: bool) -> nn.Module | None:
+def _folds_into(trace: Trace, anchor: nn.Module, flat: bool, channel_dim: int) -> nn.Module | None:
     """The one layer that consumes `anchor` with nothing between that treats a constant shift otherwise.
 
     Zero padding does: a shifted input would need its border shifted too. A dense layer has to see the channels: `flat`
@@ -224,11 +238,11 @@ def _folds_into(trace: Trace, anchor: nn.Module, flat: bool) -> nn.Module | None
     user = trace.only_user(anchor)
     while isinstance(user, _SHIFT_TRANSPARENT):
         if isinstance(user, nn.Flatten):
-            if (user.start_dim, user.end_dim) != (1, -1):
+            if (user.start_dim, user.end_dim) != (1, -1) or channel_dim != 1:
                 return None
             flat = True
         user = trace.only_user(user)
-    if not isinstance(user, LAYERS):
+    if not isinstance(user, LAYERS) or isinstance(user, TRANSPOSED):  # of a transposed conv's taps, borders see fewer
         return None
     if isinstance(user, nn.Linear):
         return user if flat else None
@@ -247,24 +261,30 @@ def _in_sequential(trace: Trace, anchor: nn.Module) -> bool:
     if len(parents) != 1 or type(parents[0]).forward is not nn.Sequential.forward:
         return False
     children = list(parents[0].children())
-    callers = set().union(*(trace.callers.get(child, set()) for child in children))
+    callers = set().union(*(trace.callers(child) for child in children))
     return callers == {parents[0]} and not trace.read.intersection(children)
 
 
-def _output_ndims(model: nn.Module, example: Tensor) -> dict[nn.Module, set[int]]:
-    ndims: dict[nn.Module, set[int]] = {}
+def _module(node: fx.Node) -> nn.Module | None:
+    return node.meta.get("module")
 
-    def note(module: nn.Module, args: Any, output: Tensor) -> None:
-        ndims.setdefault(module, set()).add(output.ndim)
 
-    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, LAYERS)]
-    try:
-        with observing(model):
-            run("plan", model, example[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ndims
+def _expected_ndim(trace: Trace, module: nn.Module) -> int:
+    """Dimensions of the output for a batch: by the class, or by the function that a layer of the user's own calls."""
+    if isinstance(module, LAYERS):
+        return batched_ndim(module)
+    return LAYER_FUNCTIONS[cast(Any, trace.calls(module)[0].target)]
+
+
+def _function(trace: Trace, node: fx.Node) -> Skip:
+    """A conv or dense layer that is a function called in the middle of some module's code."""
+    caller = node.meta["caller"]
+    where = f"'{trace.names[caller]}'" if trace.names.get(caller) else type(caller).__name__
+    return Skip(
+        node.name,
+        cast(Any, node.target).__name__,
+        f"called in the middle of {where}'s forward: BatchNorm goes behind a module; make this call one of its own",
+    )
 
 
 def _check(result: Plan) -> None:

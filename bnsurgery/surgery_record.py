@@ -59,6 +59,7 @@ class SurgeryRecord:
         provenance: where weights and images came from, as far as the caller said.
         versions: of the libraries that did it.
         task: what it was fine-tuned to, if it was.
+        dropped_lrn: fqns of the LocalResponseNorm layers that were taken out first.
     """
 
     model: str
@@ -76,6 +77,7 @@ class SurgeryRecord:
     provenance: dict[str, str | int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     task: Task | None = None
+    dropped_lrn: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def __str__(self) -> str:

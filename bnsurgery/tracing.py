@@ -1,6 +1,5 @@
-"""Follow a model's forward pass symbolically: which module feeds which, and who calls it."""
+"""What feeds what in a model's forward pass, and who calls it: as far as the code can be followed."""
 
-import inspect
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,88 +8,74 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
-from torchvision.ops import FrozenBatchNorm2d
 
+from .batches import Inputs, placed
 from .errors import UntraceableModelError
-from .modes import evaluating
+from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORM_FUNCTIONS, NORMS, is_activation
+from .modes import observing
 from .nn import Normed
-
-Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    FrozenBatchNorm2d,
-)
-NORM_FUNCTIONS = {F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm, F.rms_norm}
-LAYER_FUNCTIONS = {F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
-_WRAPPERS = {
-    nn.DataParallel: "pass model.module",
-    nn.parallel.DistributedDataParallel: "pass model.module",
-    torch.jit.ScriptModule: "it is compiled TorchScript: pass the Python module it was made from",
-}
-
-
-class _Tracer(fx.Tracer):
-    """fx's tracer, noting for every module those whose forward called it."""
-
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__()
-        self._callers: list[nn.Module] = [root]
-        self.callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name == _UNREGISTERED:
-            return False
-        return isinstance(m, (*LAYERS, *NORMS, Normed)) or super().is_leaf_module(m, module_qualified_name)
-
-    def path_of_module(self, mod: nn.Module) -> str:
-        # A slice such as `self.features[:5]` is a new Sequential that is registered nowhere: step into it.
-        try:
-            return super().path_of_module(mod)
-        except NameError:
-            return _UNREGISTERED
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.callers[m].add(self._callers[-1])
-        self._callers.append(m)
-        try:
-            result = super().call_module(m, forward, args, kwargs)
-        finally:
-            self._callers.pop()
-        if isinstance(result, fx.Proxy) and self.is_leaf_module(m, self.path_of_module(m)):
-            result.node.meta["module"] = m
-        return result
-
-
-_UNREGISTERED = "<unregistered>"
+from .observation import observe
+from .symbolic import Tracer
+from .unsupported import refuse
 
 
 class Trace:
     """The calls of a model's forward pass, by module.
 
+    torch.fx follows the code. A submodule that it cannot follow (control flow that depends on the numbers) is taken as
+    a whole, one call of unknown content; where the model's own forward is such, its submodules are followed each by
+    itself. With an example, shapes are the example's, and what really ran is compared with what was followed.
+
     Attributes:
         names: first fully qualified name of every module, by module.
-        callers: the modules whose forward called it, by module.
-        read: the modules whose parameters or buffers the code reads by itself.
+        opaque: the modules whose forward cannot be followed, and why not.
+        read: the modules whose parameters the code of another reads.
+
+    Raises:
+        UntraceableModelError: no layer at all can be followed, or the model is of a kind that cannot be edited.
+        CalibrationError: the model does not take the example.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example: Inputs | None = None) -> None:
+        refuse(model)
         self.names = {module: name for name, module in model.named_modules()}
+        self.opaque: dict[nn.Module, str] = {
+            module: "compiled TorchScript" for module in self.names if isinstance(module, torch.jit.ScriptModule)
+        }
+        self.observed = observe(model, example) if example is not None else None
+        self.nodes: list[fx.Node] = []
+        self.read: set[nn.Module] = set()
+        self._followed: set[nn.Module] = set()
         self._calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
-        self.graph, self.callers = _trace(model)
-        for node in self.graph.nodes:
-            if "module" in node.meta:
-                self._calls[node.meta["module"]].append(node)
-        owners = [node.target.rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"]
-        self.read = {model.get_submodule(owner) for owner in owners}
+        self._callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)
+        with observing(model):
+            self._follow(model, placed(model, example.take(0, 1)) if example is not None else None)
+            self._descend()
+        if not self._has_layers() and self.opaque and any(isinstance(module, LAYERS) for module in self.names):
+            culprit, reason = next(iter(self.opaque.items()))
+            raise UntraceableModelError(
+                f"plan: {type(model).__name__}: cannot follow the forward pass: {self._called(culprit)}: {reason}. "
+                "Control flow that depends on the input's values cannot be traced: move it out of the model that you "
+                "pass, or into a submodule of its own, or pass the submodule that is free of it."
+            )
 
     def calls(self, module: nn.Module) -> list[fx.Node]:
-        """Every call of `module`, in order; empty where the forward pass never reaches it."""
+        """Every call of `module` that was followed, in order; empty where the forward pass never reaches it."""
         return self._calls.get(module, [])
+
+    def shapes(self, module: nn.Module) -> set[torch.Size]:
+        """Of the module's outputs on the example."""
+        return self.observed.shapes.get(module, set()) if self.observed is not None else set()
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Conv and dense modules in order of definition: torch's, and those of the user's own that call F.conv2d."""
+        own = {node.meta.get("module") for node in self.nodes if node.target in LAYER_FUNCTIONS}
+        return (module for module in self.names if isinstance(module, LAYERS) or module in own)
+
+    def callers(self, module: nn.Module) -> set[nn.Module]:
+        """The modules whose forward called it: as followed, and on the example."""
+        really = self.observed.callers.get(module, set()) if self.observed is not None else set()
+        return self._callers.get(module, set()) | really
 
     def only_user(self, module: nn.Module) -> nn.Module | None:
         """The module that alone consumes every call of `module`, and nothing but those; else None."""
@@ -98,7 +83,17 @@ class Trace:
         if len(users) != 1 or any(len(node.users) != 1 for node in self.calls(module)):
             return None
         user = users.pop()
-        return user if user is not None and len(self.calls(user)) == len(self.calls(module)) else None
+        if user is None or len(self.calls(user)) != len(self.calls(module)):
+            return None
+        return user if self._is_whole(module) and self._is_whole(user) else None
+
+    def activation_function(self, module: nn.Module) -> str | None:
+        """Name of the function or method that alone consumes every call of `module`; None for a module, or several."""
+        users = {user.target for node in self.calls(module) for user in node.users if "module" not in user.meta}
+        if len(users) != 1 or any(len(node.users) != 1 for node in self.calls(module)):
+            return None
+        user = users.pop()
+        return user if isinstance(user, str) else getattr(user, "__name__", None)
 
     def next_layers(self, module: nn.Module) -> Iterator[fx.Node]:
         """The first layers and norms that the outputs of `module` run into, looking through everything else."""
@@ -113,15 +108,73 @@ class Trace:
             else:
                 waiting.extend(node.users)
 
+    def obstacle(self, module: nn.Module) -> str | None:
+        """The opaque module that `module` is in, or is called by, in words; None where there is none."""
+        name = self.names[module]
+        around = [m for m in self.opaque if m is not module and _is_within(name, self.names[m])]
+        if not around:
+            return None
+        innermost = max(around, key=lambda m: len(self.names[m]))
+        return f"inside {self._called(innermost)}, whose forward cannot be followed"
+
+    def part(self, module: nn.Module) -> str | None:
+        """The part of an opaque model that `module` was followed in, in words; None where the whole was followed."""
+        name = self.names[module]
+        roots = [root for root in self._followed if _is_within(name, self.names[root])]
+        root = max(roots, key=lambda m: len(self.names[m]), default=None)
+        return f"'{self.names[root]}'" if root is not None and self.names[root] else None
+
+    def _called(self, module: nn.Module) -> str:
+        return f"'{self.names[module]}' ({type(module).__name__})" if self.names[module] else type(module).__name__
+
+    def _is_whole(self, module: nn.Module) -> bool:
+        """Whether the calls that were followed are all that ran on the example."""
+        if self.observed is None:
+            return True
+        return self.observed.callers.get(module, set()) <= self._callers.get(module, set())
+
+    def _has_layers(self) -> bool:
+        return any(isinstance(node.meta.get("module"), LAYERS) or node.target in LAYER_FUNCTIONS for node in self.nodes)
+
+    def _follow(self, root: nn.Module, example: Inputs | None) -> None:
+        """Add the graph of `root`, with what breaks inside it as leaves; or note that it is opaque itself."""
+        while root not in self.opaque:
+            tracer = Tracer(root, set(self.opaque))
+            try:
+                graph = tracer.follow(root, example)
+            except Exception as error:  # whatever the user's code makes of a proxy
+                culprit = tracer.broke
+                if culprit is None or culprit in self.opaque:
+                    culprit = root
+                self.opaque[culprit] = f"{_where(error)}: {_first_line(error)}"
+                continue
+            self._followed.add(root)
+            self.nodes += graph.nodes
+            self.read |= tracer.read
+            for node in graph.nodes:
+                if "module" in node.meta:
+                    self._calls[node.meta["module"]].append(node)
+            for module, callers in tracer.callers.items():
+                self._callers[module] |= callers
+            return
+
+    def _descend(self) -> None:
+        """Where no layer was followed, follow the submodules of what is opaque, each by itself."""
+        descended: set[nn.Module] = set()
+        while not self._has_layers():
+            tops = [module for module in self.opaque if module not in descended]
+            if not tops:
+                return
+            for top in tops:
+                descended.add(top)
+                for child in _parts(top):
+                    if self.observed is None or child in self.observed.inputs:
+                        self._follow(child, self.observed.inputs[child] if self.observed is not None else None)
+
 
 def is_norm(node: fx.Node) -> bool:
     """Whether `node` normalizes: a norm module, a layer that carries one, or a functional norm."""
     return isinstance(node.meta.get("module"), (*NORMS, Normed)) or node.target in NORM_FUNCTIONS
-
-
-def is_activation(module: nn.Module | None) -> bool:
-    """Whether `module` is one of torch's activation modules."""
-    return type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, (nn.MultiheadAttention, nn.GLU))
 
 
 def is_layer(node: fx.Node) -> bool:
@@ -132,24 +185,17 @@ def is_layer(node: fx.Node) -> bool:
     return not is_norm(node) and not is_activation(module) and any(True for _ in module.parameters())
 
 
-def _trace(model: nn.Module) -> tuple[fx.Graph, dict[nn.Module, set[nn.Module]]]:
-    name = type(model).__name__
-    for wrapper, advice in _WRAPPERS.items():
-        if isinstance(model, wrapper):
-            raise UntraceableModelError(f"plan: {name} is not the network itself: {advice}")
-    # Arguments with defaults (`return_features=False`) steer Python control flow: keep their defaults.
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    defaults = {p.name: p.default for p in parameters[1:] if p.default is not inspect.Parameter.empty}
-    try:
-        with evaluating(model):
-            tracer = _Tracer(model)
-            return tracer.trace(model, concrete_args=defaults), tracer.callers
-    except Exception as error:
-        raise UntraceableModelError(
-            f"plan: {name}: cannot follow the forward pass {_where(error)}: {_first_line(error)}. "
-            "Control flow that depends on the input's values or shape cannot be traced: "
-            "move it out of the model that you pass, or pass the submodule that is free of it."
-        ) from error
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The children that have layers in them; for a list or dict of modules, which is never called, its items."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _parts(child)
+        elif not isinstance(child, LAYERS) and any(isinstance(inner, LAYERS) for inner in child.modules()):
+            yield child
+
+
+def _is_within(name: str, around: str) -> bool:
+    return not around or name == around or name.startswith(around + ".")
 
 
 def _where(error: Exception) -> str:
@@ -157,10 +203,10 @@ def _where(error: Exception) -> str:
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     if not frames:
-        return "of its modules"
+        return "in its modules"
     return f"at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})"
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
+    text: Any = str(error).strip().splitlines()
     return text[0].rstrip(".") if text else type(error).__name__

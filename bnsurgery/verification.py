@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import inputs, outputs, run
+from .batches import Inputs, inputs, join, outputs, run
 from .errors import CalibrationError
 from .modes import observing, training_norms
 
@@ -60,7 +60,7 @@ class EquivalenceReport:
 
 
 def verify(
-    reference: nn.Module | Callable[[Tensor], Any],
+    reference: nn.Module | Callable[..., Any],
     candidate: nn.Module,
     batches: Iterable[Any],
     *,
@@ -92,12 +92,12 @@ def verify(
     return compared.report(_drift(candidate, compared, sizes))
 
 
-def _outputs(model: nn.Module | Callable[[Tensor], Any], batch: Tensor) -> list[Tensor]:
+def _outputs(model: nn.Module | Callable[..., Any], batch: Inputs) -> list[Tensor]:
     if isinstance(model, nn.Module):
         with observing(model):
             result = run("verify", model, batch)
     else:
-        result = model(batch)
+        result = model(*batch.args, **batch.kwargs)
     return [tensor.detach().cpu() for tensor in outputs(result)]
 
 
@@ -106,13 +106,13 @@ class _Comparison:
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
-        self.kept: list[tuple[Tensor, list[Tensor]]] = []
+        self.kept: list[tuple[Inputs, list[Tensor]]] = []
         self.samples = 0
         self._equal = True
         self._max_abs = self._scale = 0.0
         self._agreeing: int | None = 0
 
-    def add(self, batch: Tensor, expected: list[Tensor], got: list[Tensor]) -> None:
+    def add(self, batch: Inputs, expected: list[Tensor], got: list[Tensor]) -> None:
         shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
         if shapes[0] != shapes[1]:
             raise CalibrationError(f"verify: the outputs' shapes differ: got {shapes[1]}, expected {shapes[0]}")
@@ -133,11 +133,13 @@ class _Comparison:
             self._agreeing += int((expected[0].argmax(1) == got[0].argmax(1)).sum())
         else:
             self._agreeing = None
-        self.samples += len(batch)
-        room = self.keep - sum(len(kept) for kept, _ in self.kept)
-        same_shape = not self.kept or self.kept[0][0].shape[1:] == batch.shape[1:]
-        if room > 0 and same_shape and all(t.shape[:1] == batch.shape[:1] for t in expected):
-            self.kept.append((batch[:room], [t[:room] for t in expected]))
+        count = batch.samples
+        self.samples += count
+        room = self.keep - sum(kept.samples for kept, _ in self.kept)
+        if room > 0 and all(t.shape[:1] == (count,) for t in expected):
+            kept = batch.take(0, room)
+            if join([*(inputs for inputs, _ in self.kept), kept]) is not None:
+                self.kept.append((kept, [t[:room] for t in expected]))
 
     def report(self, drift: dict[int, float]) -> EquivalenceReport:
         agreement = None if self._agreeing is None else self._agreeing / self.samples
@@ -148,7 +150,8 @@ class _Comparison:
 def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> dict[int, float]:
     if not compared.kept:
         return {}
-    samples = torch.cat([batch for batch, _ in compared.kept])
+    samples = join([batch for batch, _ in compared.kept])
+    assert samples is not None  # or it would not have been kept
     expected = [torch.cat(parts) for parts in zip(*(outputs for _, outputs in compared.kept), strict=True)]
     drift: dict[int, float] = {}
     with training_norms(candidate, by_batch=False) as restore:
@@ -156,10 +159,10 @@ def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> dic
             return {}
         for size in sizes:
             squares = [0.0, 0.0]
-            for start in range(0, min(len(samples) - size + 1, _DRIFT_GROUPS * size), size):
+            for start in range(0, min(samples.samples - size + 1, _DRIFT_GROUPS * size), size):
                 restore()  # every group as the first step
-                group = slice(start, start + size)
-                got = [tensor.cpu().double() for tensor in outputs(run("verify", candidate, samples[group]))]
+                group, part = slice(start, start + size), samples.take(start, start + size)
+                got = [tensor.cpu().double() for tensor in outputs(run("verify", candidate, part))]
                 for want, have in zip((t[group].double() for t in expected), got, strict=True):
                     squares[0] += (have - want).square().sum().item()
                     squares[1] += want.square().sum().item()

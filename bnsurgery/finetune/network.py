@@ -16,9 +16,10 @@ from bnsurgery.copies import on_meta
 from bnsurgery.errors import ArchitectureError, BNSurgeryError
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
+from bnsurgery.layer_kinds import LAYERS
 from bnsurgery.surgery_record import attach_record, carries_record, record
 from bnsurgery.task import Task
-from bnsurgery.tracing import LAYERS, Trace, is_layer
+from bnsurgery.tracing import Trace, is_layer
 from bnsurgery.weights import read_state_dict
 
 from .config import Config
@@ -200,7 +201,7 @@ def _original(model: nn.Module) -> nn.Module:
 
 def _channels(model: nn.Module) -> int:
     """Colour channels that the first layer takes."""
-    first = next((node.meta.get("module") for node in Trace(model).graph.nodes if is_layer(node)), None)
+    first = next((node.meta.get("module") for node in Trace(model).nodes if is_layer(node)), None)
     channels = first.in_channels if isinstance(first, LAYERS) and not isinstance(first, nn.Linear) else 3
     if channels not in (1, 3):
         raise BNSurgeryError(f"finetune: {type(model).__name__} takes {channels} channels, expected 1 or 3 (images)")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed import group
 
-from bnsurgery.batches import run
+from bnsurgery.batches import Inputs, run
 from bnsurgery.calibration import input_moments, recalibrate_
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.heads import find_head
@@ -76,7 +76,7 @@ def processes(config: Config) -> "Accelerator":
 
     try:
         return Accelerator(
-            cpu=config.device == "cpu",
+            cpu=config.device == "cpu" or not torch.cuda.is_available(),  # or it looks for one, with no group
             mixed_precision=_precision(config),
             dynamo_backend="inductor" if config.compile else "no",
             # Every rank computes the same statistics: there is nothing to send.
@@ -229,7 +229,7 @@ def _check_network(config: Config, network: nn.Module, task: Task) -> None:
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise BNSurgeryError(f"finetune: --train {config.train} leaves nothing to train in the arm {config.arm}")
     with observing(network):  # says so where the image size does not fit
-        run("finetune", network, torch.zeros(2, len(task.mean), task.image_size, task.image_size))
+        run("finetune", network, Inputs((torch.zeros(2, len(task.mean), task.image_size, task.image_size),)))
 
 
 def _precision(config: Config) -> str | None:

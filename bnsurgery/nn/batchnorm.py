@@ -167,6 +167,23 @@ class BatchNorm1d(Insertable, nn.BatchNorm1d):
     """
 
 
+class LastDimBatchNorm1d(BatchNorm1d):
+    """`BatchNorm1d` over the last dimension of (N, *, C), where `nn.Linear` puts its features; all others are samples.
+
+    Raises:
+        ValueError: as `BatchNorm1d`; the input has fewer than 2 dimensions.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize `input` of shape (N, *, C), then apply the fused activation. Same shape and dtype."""
+        self._check_input_dim(input)
+        return super().forward(input.flatten(0, -2)).view(input.shape)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input (N, *, C), got {input.dim()} dimensions")
+
+
 class BatchNorm2d(Insertable, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`, for (N, C, H, W), with an optional ReLU, `activation="relu"`: see `BatchNorm1d`."""
 

@@ -1,0 +1,45 @@
+"""Local response normalization (AlexNet 2012): take it out for BatchNorm to replace it. This changes the function."""
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .batches import Inputs, outputs, run
+from .errors import BNSurgeryError, BNSurgeryWarning
+from .modes import observing
+from .module_tree import replace
+
+
+def find_lrn(model: nn.Module) -> tuple[str, ...]:
+    """Fqns of the `nn.LocalResponseNorm` layers."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.LocalResponseNorm))
+
+
+def drop_lrn_(model: nn.Module, names: Iterable[str]) -> None:
+    """Put an `nn.Identity` in the place of each named layer, so that all keys and numbers stay.
+
+    Raises:
+        BNSurgeryError: there is none.
+    """
+    layers = [model.get_submodule(name) for name in names]
+    if not layers:
+        raise BNSurgeryError(f"insert: drop_lrn: {type(model).__name__} has no LocalResponseNorm layer: leave it out")
+    for layer in layers:
+        replace(model, layer, nn.Identity().train(layer.training))
+
+
+def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, dropped: int) -> None:
+    """Say by how much the outputs change without the LRN layers, as ‖without − with‖₂/‖with‖₂ on `example`."""
+    with observing(model), observing(without):
+        before, after = (outputs(run("insert", net, example)) for net in (model, without))
+        change = sum((b - a).double().square().sum().item() for a, b in zip(before, after, strict=True))
+        size = sum(a.double().square().sum().item() for a in before)
+    warnings.warn(
+        f"{dropped} LocalResponseNorm layers dropped, which changes the function: the outputs move by "
+        f"{100 * (change / size) ** 0.5 if size else torch.inf:.3g} % on the first calibration batch. "
+        "What is inserted keeps the function of the network without them; fine-tune it.",
+        BNSurgeryWarning,
+        stacklevel=3,
+    )

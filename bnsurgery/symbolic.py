@@ -1,0 +1,200 @@
+"""torch.fx's symbolic tracing with an example beside it: shapes are known, values are not."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import Attribute
+
+from .batches import Inputs
+from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORMS
+from .nn import Normed
+
+# What of a tensor does not depend on the numbers in it: given to the code as it is, so that `if x.shape[1] == 3` and
+# `assert x.ndim == 4` go the example's way. What does depend on them stays symbolic, and control flow on it fails.
+_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"}
+_METHODS |= {"is_complex", "element_size", "get_device", "keys"}
+_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_quantized"}
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_UNREGISTERED = "<unregistered>"
+_CONSTANT = "<constant>"
+
+
+class _Unknown:
+    """Stands for the value of a proxy where no example was given, or where computing it failed."""
+
+
+_UNKNOWN = _Unknown()
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows what it stands for on the example."""
+
+    value: Any = _UNKNOWN
+    __getitem__: Callable[[Any, Any], Any]  # fx adds it
+
+    def __getattr__(self, k: str) -> Any:
+        if k in _ATTRIBUTES and isinstance(self.value, Tensor):
+            return getattr(self.value, k)
+        return super().__getattr__(k)
+
+    def __len__(self) -> int:
+        return super().__len__() if self.value is _UNKNOWN else len(self.value)
+
+    def __iter__(self) -> Any:
+        if isinstance(self.value, dict):
+            return iter(self.value)
+        if isinstance(self.value, (Tensor, tuple, list)):
+            return iter([self[i] for i in range(len(self.value))])
+        return super().__iter__()
+
+    def items(self) -> Any:
+        """Of a dict, with symbolic values."""
+        return [(key, self[key]) for key in self]
+
+    def values(self) -> Any:
+        """Of a dict, symbolic."""
+        return [self[key] for key in self]
+
+
+class Tracer(fx.Tracer):
+    """fx's tracer, noting for every module those whose forward called it, and where it broke.
+
+    Attributes:
+        callers: by module, the registered modules whose forward called it.
+        read: the modules of whose parameters the code of another makes use.
+        broke: after a failure, the innermost module whose forward could not be followed.
+    """
+
+    def __init__(self, root: nn.Module, opaque: set[nn.Module]) -> None:
+        super().__init__()
+        self._opaque = opaque
+        self._callers: list[nn.Module] = [root]
+        self._bound: dict[str, Any] = {}
+        self._evaluating = False
+        self._owners = {parameter: module for module in root.modules() for parameter in module._parameters.values()}
+        self.callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)
+        self.read: set[nn.Module] = set()
+        self.broke: nn.Module | None = None
+
+    def follow(self, model: nn.Module, example: Inputs | None) -> fx.Graph:
+        """The graph of `model`'s forward pass, on the example's way where one is given."""
+        signature = inspect.signature(model.forward)
+        parameters = signature.parameters.values()
+        given = signature.bind(*example.args, **example.kwargs).arguments if example is not None else {}
+        for parameter in parameters:  # fx names a placeholder so
+            stars = _STARS.get(parameter.kind, "")
+            if parameter.name in given:
+                self._bound[stars + parameter.name] = given[parameter.name]
+        # Flags and missing arguments steer Python control flow: they are what they are.
+        constants = {p.name: given.get(p.name, p.default) for p in parameters}
+        constants = {
+            name: value
+            for name, value in constants.items()
+            if value is not inspect.Parameter.empty and not _holds_tensors(value)
+        }
+        return self.trace(model, concrete_args=constants)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name == _UNREGISTERED:
+            return False
+        if m in self._opaque or isinstance(m, (*LAYERS, *NORMS, Normed)):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        # A slice such as `self.features[:5]` is a new Sequential that is registered nowhere: step into it.
+        try:
+            return super().path_of_module(mod)
+        except NameError:
+            return _UNREGISTERED
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        registered = self.path_of_module(m) != _UNREGISTERED
+        self.callers[m].add(self._callers[-1])
+        if registered:
+            self._callers.append(m)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.broke = self.broke or (m if registered else None)
+            raise
+        finally:
+            if registered:
+                self._callers.pop()
+        if not isinstance(result, fx.Proxy):
+            return result
+        node = result.node
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            node.meta["module"] = m
+            if isinstance(result, ValueProxy):
+                result.value = self._evaluate(forward, args, kwargs)
+        elif node.target in LAYER_FUNCTIONS and node.meta.get("caller") is m:
+            node.meta["module"] = m  # a layer of the user's own: what F.conv2d gives is what it returns
+        return result
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        proxy.node.meta["caller"] = self._callers[-1]
+        if kind == "placeholder":
+            proxy.value = self._bound.get(target, _UNKNOWN)
+        elif kind == "get_attr":
+            proxy.value = self._evaluate(self.root.get_parameter, (target,), {})
+        elif kind == "call_function":
+            proxy.value = self._evaluate(target, args, kwargs)
+        elif kind == "call_method":
+            proxy.value = self._evaluate(lambda first, *more, **kw: getattr(first, target)(*more, **kw), args, kwargs)
+            if target in _METHODS and proxy.value is not _UNKNOWN:
+                return proxy.value
+        return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        # fx would register a tensor that the code made as an attribute of the user's model.
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            return self.create_node("get_attr", _CONSTANT, (), {})
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return ValueProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._evaluating:
+            return attr_val
+        owner = self._owners.get(attr_val) if isinstance(attr_val, nn.Parameter) else None
+        if owner is not None and owner is not self._callers[-1]:
+            self.read.add(owner)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _evaluate(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        values = map_aggregate((args, kwargs), _value)
+        if _is_unknown(values):
+            return _UNKNOWN
+        self._evaluating = True
+        try:
+            return function(*values[0], **values[1])
+        except Exception:  # such as reading a number from an example on the meta device
+            return _UNKNOWN
+        finally:
+            self._evaluating = False
+
+
+def _value(item: Any) -> Any:
+    if isinstance(item, Attribute):
+        root = _value(item.root)
+        return _UNKNOWN if root is _UNKNOWN else getattr(root, item.attr)
+    return item.value if isinstance(item, ValueProxy) else item
+
+
+def _is_unknown(values: Any) -> bool:
+    found = []
+    map_aggregate(values, lambda item: found.append(item is _UNKNOWN))
+    return any(found)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return bool(Inputs((value,)).tensors)
