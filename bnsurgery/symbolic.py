@@ -18,7 +18,10 @@ from .nn import Normed
 _METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"}
 _METHODS |= {"is_complex", "element_size", "get_device", "keys"}
 _ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_quantized"}
-_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_STARS: dict[Any, tuple[str, Any]] = {
+    inspect.Parameter.VAR_POSITIONAL: ("*", ()),
+    inspect.Parameter.VAR_KEYWORD: ("**", {}),
+}
 _UNREGISTERED = "<unregistered>"
 _CONSTANT = "<constant>"
 
@@ -86,9 +89,9 @@ class Tracer(fx.Tracer):
         parameters = signature.parameters.values()
         given = signature.bind(*example.args, **example.kwargs).arguments if example is not None else {}
         for parameter in parameters:  # fx names a placeholder so
-            stars = _STARS.get(parameter.kind, "")
-            if parameter.name in given:
-                self._bound[stars + parameter.name] = given[parameter.name]
+            stars, nothing = _STARS.get(parameter.kind, ("", _UNKNOWN))
+            if example is not None:
+                self._bound[stars + parameter.name] = given.get(parameter.name, nothing)
         # Flags and missing arguments steer Python control flow: they are what they are.
         constants = {p.name: given.get(p.name, p.default) for p in parameters}
         constants = {

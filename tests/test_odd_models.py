@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from torchvision import models
 
 import bnsurgery
-from bnsurgery import BNSurgeryError, CheckpointError, FoldError, NoSitesError, fold, insert, load, plan, save
+from bnsurgery import BNSurgeryError, CheckpointError, FoldError, fold, insert, load, plan, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
 
@@ -228,7 +228,7 @@ def test_one_insertion_at_a_time(x):
         insert(once, [x], layers="dense")
 
 
-def test_a_dense_layer_on_two_kinds_of_input_is_left_alone():
+def test_a_dense_layer_on_two_kinds_of_input_gets_one_over_its_last_dimension():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -237,8 +237,9 @@ def test_a_dense_layer_on_two_kinds_of_input_is_left_alone():
         def forward(self, x):
             return self.head(self.shared(self.shared(x)[:, None])[:, 0])
 
-    with pytest.raises(NoSitesError, match="output has 2 or 3 dimensions"):
-        plan(Both(), torch.randn(4, 6))
+    (site,) = plan(Both(), torch.randn(4, 6)).sites
+    assert (site.name, site.ndim, site.channel_dim) == ("shared", 3, -1)
+    assert_round_trip(Both().eval(), torch.randn(4, 6))
 
 
 def test_glu_is_no_activation_to_stand_behind(x):

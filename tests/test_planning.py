@@ -166,8 +166,20 @@ def test_reasons_for_leaving_layers_out():
 
     reasons = {skip.name: skip.reason for skip in plan(Odd(), X).skipped}
     assert reasons["unused"] == "never called in the forward pass"
-    assert "4 dimensions; BatchNorm needs 2" in reasons["tokens"]
-    assert "called as a function" in reasons["conv2d"]
+    assert "in the middle of Odd's forward" in reasons["conv2d"]
+
+
+def test_layers_without_a_batch_dimension_are_left_out():
+    class Unbatched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.dense, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.dense(self.conv(x[0]).mean((1, 2))))
+
+    with pytest.raises(NoSitesError, match="3 dimensions; BatchNorm needs 4.*1 dimensions; BatchNorm needs 2"):
+        plan(Unbatched(), X)
 
 
 def test_no_site_at_all():
