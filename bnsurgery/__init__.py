@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from . import finetune, nn, ops
     from .calibration import calibrate, recalibrate_
     from .checkpoint import load, save
+    from .exporting import Export, export
     from .folding import fold
     from .insertion import insert
     from .moments import ChannelMoments
     from .nn import set_process_group_, set_statistics_
     from .planning import Plan, Site, Skip, plan
+    from .stock import to_torch
     from .surgery_record import SurgeryRecord, record
     from .verification import EquivalenceReport, verify
 
@@ -25,6 +27,7 @@ from .errors import (
     CalibrationError,
     CheckpointError,
     DataError,
+    ExportError,
     FoldError,
     NoSitesError,
     UntraceableModelError,
@@ -37,6 +40,8 @@ _HOMES = {
     "recalibrate_": "calibration",
     "load": "checkpoint",
     "save": "checkpoint",
+    "Export": "exporting",
+    "export": "exporting",
     "fold": "folding",
     "insert": "insertion",
     "ChannelMoments": "moments",
@@ -46,6 +51,7 @@ _HOMES = {
     "Site": "planning",
     "Skip": "planning",
     "plan": "planning",
+    "to_torch": "stock",
     "SurgeryRecord": "surgery_record",
     "record": "surgery_record",
     "EquivalenceReport": "verification",
@@ -61,6 +67,8 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EquivalenceReport",
+    "Export",
+    "ExportError",
     "FoldError",
     "NoSitesError",
     "Plan",
@@ -69,6 +77,7 @@ __all__ = [
     "SurgeryRecord",
     "UntraceableModelError",
     "calibrate",
+    "export",
     "finetune",
     "fold",
     "insert",
@@ -81,6 +90,7 @@ __all__ = [
     "save",
     "set_process_group_",
     "set_statistics_",
+    "to_torch",
     "verify",
 ]
 

@@ -237,6 +237,7 @@ def sample_crops(num: int, batch_size: int, *, preprocess: ImageClassification, 
         image = F.resized_crop(
             photographs[which], *box, [size, size], preprocess.interpolation, antialias=preprocess.antialias
         )
+        image = image.convert("L") if len(preprocess.mean) == 1 else image
         return F.normalize(F.to_tensor(image), preprocess.mean, preprocess.std)
 
     return ImageBatches(crops, read, batch_size, description="crops of scikit-learn's two photographs")

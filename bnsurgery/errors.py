@@ -21,6 +21,10 @@ class FoldError(BNSurgeryError):
     """A BatchNorm cannot be folded into a neighbouring layer without changing the function."""
 
 
+class ExportError(BNSurgeryError):
+    """A format has no place for the network, or what was written computes something else."""
+
+
 class NonFiniteError(CalibrationError):
     """NaN or infinity where statistics were measured."""
 

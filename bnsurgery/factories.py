@@ -1,5 +1,6 @@
-"""A network that is not torchvision's: made by a function that the user names. This runs the user's code, by design."""
+"""A network that is not torchvision's: timm's, or made by a function that the user names, whose code runs by design."""
 
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -7,20 +8,34 @@ from pathlib import Path
 
 from torch import nn
 
-from .errors import ArchitectureError
+from .errors import ArchitectureError, CheckpointError
+
+_TIMM = "timm:"
 
 
-def build(name: str) -> nn.Module:
-    """The network that "package.module:factory" or "file.py:factory" makes, in eval mode.
+def is_timm(name: str) -> bool:
+    """Whether `name` asks for one of timm's networks."""
+    return name.startswith(_TIMM)
+
+
+def build(name: str, *, pretrained: bool = False) -> nn.Module:
+    """The network that "package.module:factory" or "file.py:factory" makes, or timm's "timm:NAME", in eval mode.
 
     The factory is called without arguments. Nothing read from a checkpoint ever gets here.
 
+    Args:
+        name: as above.
+        pretrained: let timm fill it with its weights, downloaded unless cached.
+
     Raises:
-        ArchitectureError: no such module or function, or it fails, or what it returns is no network.
+        ArchitectureError: no such module, function or timm network, or it fails, or what it returns is no network.
+        CheckpointError: timm cannot get the weights.
     """
+    if is_timm(name):
+        return _timm(name, pretrained)
     place, separator, function = name.rpartition(":")
     if not separator or not place or not function.isidentifier():
-        raise ArchitectureError(f"model '{name}': expected package.module:factory or file.py:factory")
+        raise ArchitectureError(f"model '{name}': expected package.module:factory, file.py:factory or timm:NAME")
     try:
         factory = getattr(_module(place), function)
     except ModuleNotFoundError as error:
@@ -34,6 +49,29 @@ def build(name: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"model '{name}': returned a {type(model).__name__}, expected a torch.nn.Module")
     return model.eval()
+
+
+def _timm(name: str, pretrained: bool) -> nn.Module:
+    if importlib.util.find_spec("timm") is None:
+        raise ArchitectureError(f"model '{name}': timm is not installed: pip install timm")
+    import timm
+
+    kind = name.removeprefix(_TIMM)
+    if not timm.is_model(kind):
+        close = difflib.get_close_matches(kind, timm.list_models(), n=3)
+        raise ArchitectureError(f"model '{name}': timm has none of that name. {_did_you_mean(close)}".rstrip())
+    try:
+        model: nn.Module = timm.create_model(kind, pretrained=pretrained)
+    except Exception as error:  # the hub's, of many kinds
+        raise CheckpointError(
+            f"model '{name}': timm cannot load its weights: {str(error).splitlines()[0]} Pass --weights PATH, or "
+            "--weights random to try without."
+        ) from error
+    return model.eval()
+
+
+def _did_you_mean(close: list[str]) -> str:
+    return f"Did you mean {' or '.join(_TIMM + name for name in close)}?" if close else ""
 
 
 def _module(place: str) -> object:

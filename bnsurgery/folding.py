@@ -43,17 +43,32 @@ def fold(bn_model: nn.Module, *, allow_partial: bool = False) -> nn.Module:
     """
     the_record = record(bn_model)
     obstacles = {inserted.norm: _obstacle(bn_model, inserted) for inserted in the_record.sites}
-    refused = {norm: reason for norm, reason in obstacles.items() if reason}
-    if refused and not allow_partial:
-        norm, reason = next(iter(refused.items()))
-        more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
-        raise FoldError(f"fold: '{norm}': {reason}{more}. allow_partial=True leaves such norms in place.")
+    if not allow_partial:
+        _refuse(obstacles, "allow_partial=True leaves such norms in place.")
     plain = copy.deepcopy(bn_model)
-    sites = [inserted for inserted in the_record.sites if inserted.norm not in refused]
-    _fold_(plain, sites)
-    strip_(plain, sites)
+    fold_(plain, [inserted for inserted in the_record.sites if not obstacles[inserted.norm]])
     detach_record(plain)
     return plain
+
+
+def fold_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
+    """Fold these norms, in place; the rest, and the record, stay.
+
+    Raises:
+        FoldError: as `fold`.
+    """
+    sites = list(sites)
+    _refuse({inserted.norm: _obstacle(model, inserted) for inserted in sites}, "")
+    _fold_(model, sites)
+    strip_(model, sites)
+
+
+def _refuse(obstacles: dict[str, str | None], advice: str) -> None:
+    refused = {norm: reason for norm, reason in obstacles.items() if reason}
+    if refused:
+        norm, reason = next(iter(refused.items()))
+        more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
+        raise FoldError(f"fold: '{norm}': {reason}{more}. {advice}".rstrip())
 
 
 def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:

@@ -2,16 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from torchvision.transforms._presets import ImageClassification
 
+from . import factories
 from .checkpoint import read_record
 from .errors import ArchitectureError, BNSurgeryError, CheckpointError
+from .layer_kinds import LAYERS
 from .models import Architecture, identify, state_shapes
 from .surgery_record import SurgeryRecord
+from .tracing import Trace, is_layer
 from .weights import check_finite, describe_mismatch, download, read_state_dict
 
 _CROP = 224
@@ -23,13 +27,15 @@ class Pretrained:
     """A network in eval mode, ready to run.
 
     Attributes:
-        architecture: what it is; the number of classes is the weights'.
+        name: how to call it: "vgg16", "timm:vgg16", "net.py:small".
+        architecture: which of torchvision's it is, if any; the number of classes is the weights'.
         weights: where they came from, in words.
         preprocess: from a PIL image to a normalized tensor: the weights' own, or ImageNet's.
     """
 
+    name: str
     model: nn.Module
-    architecture: Architecture
+    architecture: Architecture | None
     weights: str
     preprocess: ImageClassification
 
@@ -72,13 +78,112 @@ def load(
         _refuse_inserted(path, state)
         architecture = identify({name: tensor.shape for name, tensor in state.items()}, (architecture,)) or architecture
         model, description = _fill(architecture, state, weights), f"file {path.name}"
-    return Pretrained(model, architecture, description, preprocessing(architecture, description, image_size))
+    return Pretrained(
+        architecture.name, model, architecture, description, preprocessing(architecture, description, image_size)
+    )
+
+
+def own_network(name: str, weights: str = "DEFAULT", seed: int = 0) -> tuple[nn.Module, str]:
+    """A network that is not torchvision's, by the name of what makes it, and where its weights came from, in words.
+
+    Args:
+        name: see `factories.build`.
+        weights: a path to a file that holds its state dict; "DEFAULT" for timm's own, or what the factory made;
+            "random" for timm's initialization.
+        seed: for whatever the factory draws.
+
+    Raises:
+        ArchitectureError, CheckpointError: there is no such network, or these are not its weights.
+    """
+    is_file = weights not in ("DEFAULT", "random")
+    if is_file and not Path(weights).exists():
+        raise CheckpointError(f"weights '{weights}': no such file, nor DEFAULT or random")
+    if weights == "random" and not factories.is_timm(name):
+        raise CheckpointError(f"weights 'random': '{name}' makes its own: leave --weights out, or pass a file")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = factories.build(name, pretrained=factories.is_timm(name) and weights == "DEFAULT")
+    description = f"as {name} makes them" if weights == "DEFAULT" else f"random, seed {seed}"
+    if is_file:
+        state = read_state_dict(weights)
+        if read_record(weights) is not None:
+            _refuse_inserted(Path(weights), state)
+        fill_(model, state, weights, name)
+        description = f"file {Path(weights).name}"
+    return model, description
+
+
+def load_own(
+    name: str, weights: str, *, image_size: int | None = None, normalize: str = "auto", seed: int = 0
+) -> Pretrained:
+    """`own_network` with its `own_preprocessing`."""
+    model, description = own_network(name, weights, seed)
+    return Pretrained(name, model, None, description, own_preprocessing(model, image_size, normalize))
+
+
+def own_preprocessing(model: nn.Module, image_size: int | None, normalize: str = "auto") -> ImageClassification:
+    """From a PIL image to the input of a network that is not torchvision's.
+
+    Args:
+        model: its first layer says whether images are grey; a timm network knows the rest.
+        image_size: side of the square input in pixels; timm's own where None.
+        normalize: "imagenet", "none" (values from 0 to 1), or "auto": timm's own, else ImageNet's for colour.
+
+    Raises:
+        ArchitectureError: the size is not known, or the first layer takes neither 1 nor 3 channels.
+    """
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    channels = input_channels(model)
+    if channels not in (1, 3):
+        raise ArchitectureError(
+            f"{type(model).__name__} takes {channels} channels, expected 1 or 3: this command is for images. In Python "
+            "bnsurgery.insert(model, batches) takes any input"
+        )
+    size = image_size or (config.get("input_size") or (None, None))[-1]
+    if size is None:
+        raise ArchitectureError("the image size of a network of your own is not known: pass --image-size")
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if normalize != "none" and channels == 3:
+        ours = ImageClassification(crop_size=size)
+        own = normalize == "auto"
+        mean = tuple(config["mean"] if own and "mean" in config else ours.mean)
+        std = tuple(config["std"] if own and "std" in config else ours.std)
+    elif normalize == "imagenet":
+        raise ArchitectureError("the network takes grey images, and ImageNet's are not: pass --normalize none")
+    kind = ImageClassification if channels == 3 else _Grey
+    return kind(crop_size=size, resize_size=round(size * _RESIZE / _CROP), mean=mean, std=std)
+
+
+def input_channels(model: nn.Module) -> int:
+    """Colour channels that the first layer takes; 3 where it is no conv."""
+    first = next((node.meta.get("module") for node in Trace(model).nodes if is_layer(node)), None)
+    return first.in_channels if isinstance(first, LAYERS) and not isinstance(first, nn.Linear) else 3
+
+
+class _Grey(ImageClassification):
+    def forward(self, img: Any) -> Tensor:
+        return super().forward(img.convert("L"))
 
 
 def preprocessing(architecture: Architecture, weights: str = "", image_size: int | None = None) -> ImageClassification:
     """The preprocessing of torchvision's weights called `weights`, such as "VGG16_Weights.DEFAULT"; else ImageNet's."""
     transforms = next((member.transforms() for member in architecture.weights if str(member) == weights), None)
     return _sized(transforms or ImageClassification(crop_size=_CROP, resize_size=_RESIZE), image_size)
+
+
+def preprocessing_of(
+    record: SurgeryRecord, model: nn.Module, image_size: int | None = None, normalize: str = "auto"
+) -> ImageClassification:
+    """What images of a checkpoint go through: as its record has it, but for what is given here.
+
+    Raises:
+        ArchitectureError: as `own_preprocessing`.
+    """
+    if record.architecture is not None:
+        return preprocessing(record.architecture, str(record.provenance.get("weights")), image_size)
+    noted = record.provenance
+    size = image_size or (int(noted["image_size"]) if "image_size" in noted else None)
+    return own_preprocessing(model, size, normalize if normalize != "auto" else str(noted.get("normalize", "auto")))
 
 
 def recognise(path: Path) -> Architecture:
@@ -118,10 +223,11 @@ def device(name: str) -> torch.device:
     return found
 
 
-def example(preprocess: ImageClassification) -> Tensor:
-    """An input of the right shape on the meta device, for planning."""
-    (size,) = set(preprocess.crop_size)
-    return torch.empty(1, 3, size, size, device="meta")
+def example(source: Pretrained) -> Tensor:
+    """An input for planning: on the meta device, where nothing is computed, but for code that is not torchvision's."""
+    (size,) = set(source.preprocess.crop_size)
+    device = "meta" if source.architecture is not None else None
+    return torch.zeros(1, len(source.preprocess.mean), size, size, device=device)
 
 
 def fill_(model: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> None:

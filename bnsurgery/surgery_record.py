@@ -120,11 +120,11 @@ def record(bn_model: nn.Module) -> SurgeryRecord:
     Raises:
         BNSurgeryError: the model was not made by `insert` or `load`.
     """
-    found = getattr(bn_model, _ATTRIBUTE, None)
+    found = vars(bn_model).get(_ATTRIBUTE)  # not getattr: a wrapper passes that on, but has other names for its layers
     if not isinstance(found, SurgeryRecord):
         raise BNSurgeryError(
             f"record: {type(bn_model).__name__} carries no record: it was not made by bnsurgery.insert or .load "
-            "(a wrapped model carries it inside: pass model.module)"
+            "(a wrapped model carries it inside: pass model.module, or model._orig_mod)"
         )
     return found
 

@@ -13,7 +13,7 @@ import click
 from bnsurgery import __version__
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 
-_COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "predict", "fold", "archs")
+_COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "predict", "fold", "export", "archs")
 
 
 class _LazyGroup(click.Group):

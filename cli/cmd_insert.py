@@ -7,36 +7,51 @@ from typing import Any
 
 import click
 
-from .options import data_options, output_options, print_options, report, sites_options
+from .options import (
+    data_options,
+    model_option,
+    named,
+    normalize_option,
+    output_options,
+    print_options,
+    report,
+    sites_options,
+)
 
 
 @click.command("insert")
-@click.argument("arch")
+@click.argument("arch", required=False)
+@model_option
 @click.option(
     "--weights",
     default="DEFAULT",
     show_default=True,
     metavar="DEFAULT|NAME|random|PATH",
-    help="torchvision's weights by name (downloaded once), random ones, or a .pth, .pt or .safetensors file.",
+    help="The library's weights by name (downloaded once), random ones, or a .pth, .pt or .safetensors file.",
 )
 @data_options(num_images=64)
+@normalize_option
 @sites_options
 @click.option("--absorb-bias", is_flag=True, help="Drop the layers' biases: BN shifts too. Equal to 1e-6, not bitwise.")
 @click.option("--fuse-relu/--no-fuse-relu", default=True, help="Let the BatchNorm apply the ReLU behind it, or not.")
-@output_options
+@click.option("--drop-lrn", is_flag=True, help="First take out LocalResponseNorm layers. This changes the function.")
+@output_options("File to write.  [default: ARCH-bn.safetensors, here]")
 @print_options
 def command(
-    arch: str,
+    arch: str | None,
+    model: str | None,
     weights: str,
     data: str,
     num_images: int,
     batch_size: int,
     image_size: int | None,
+    normalize: str,
     skip_bad: bool,
     seed: int,
     device: str,
     absorb_bias: bool,
     fuse_relu: bool,
+    drop_lrn: bool,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -46,11 +61,13 @@ def command(
     """Put BatchNorm into ARCH so that it computes the same, bit for bit.
 
     Measures every layer's mean and variance on calibration images, inserts BatchNorm layers that normalize by them and
-    undo it, proves the outputs equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`.
+    undo it, proves the outputs equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, or timm:NAME;
+    --model takes a network of your own.
     """
     import torch
 
-    from bnsurgery import checkpoint, files, models, pretrained
+    from bnsurgery import checkpoint, files, lrn, models, pretrained
+    from bnsurgery.batches import Inputs
     from bnsurgery.calibration import calibrate
     from bnsurgery.copies import on_meta, sharing_tensors
     from bnsurgery.data import calibration_batches
@@ -66,14 +83,17 @@ def command(
         options.check(choice["placement"])
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    output = output or Path(f"{arch}-bn.safetensors")
-    architecture = models.architecture(arch)
+    name, own = named(arch, model)
+    output = output or Path(f"{stem(name)}-bn.safetensors")
+    architecture = None if own else models.architecture(name)
     files.check_writable(output, overwrite=force)
     place = pretrained.device(device)
     show = not (quiet or as_json)
-    source = pretrained.load(architecture, weights, image_size=image_size, seed=seed, progress=show)
-    model = source.model.to(place)
-    sites = plan(on_meta(model), pretrained.example(source.preprocess), **choice)
+    if architecture is None:
+        source = pretrained.load_own(name, weights, image_size=image_size, normalize=normalize, seed=seed)
+    else:
+        source = pretrained.load(architecture, weights, image_size=image_size, seed=seed, progress=show)
+    network = source.model.to(place)
     batches = calibration_batches(
         data,
         num_images=num_images,
@@ -82,11 +102,18 @@ def command(
         seed=seed,
         skip_bad=skip_bad,
     )
-    moments = calibrate(model, sites, batches, progress=show)
-    bn_model = sharing_tensors(model)  # the weights are not copied: the networks differ in the BatchNorms alone
+    dropped = lrn.find_lrn(network) if drop_lrn else ()
+    if drop_lrn:
+        with_lrn = network
+        network = sharing_tensors(with_lrn)
+        lrn.drop_lrn_(network, dropped)
+        lrn.warn_of_change(with_lrn, network, Inputs.of(next(iter(batches))), len(dropped))
+    sites = plan(network if own else on_meta(network), pretrained.example(source), **choice)
+    moments = calibrate(network, sites, batches, progress=show)
+    bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
     insert_(bn_model, sites, moments, options)
     sample = torch.cat(list(islice(batches, _CHECKED)))[:_CHECKED]
-    equivalence = verify(model, bn_model, [sample], drift_batch_sizes=(_CHECKED,))
+    equivalence = verify(network, bn_model, [sample], drift_batch_sizes=(_CHECKED,))
     if not equivalence.within(0.0 if place.type == "cpu" and not absorb_bias else 1e-5):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
     provenance: dict[str, str | int] = {
@@ -95,24 +122,27 @@ def command(
         "images": batches.used,
         "seed": seed,
     }
-    done = replace(record(bn_model), provenance=provenance)
+    if own:
+        provenance |= {"model": name, "image_size": source.preprocess.crop_size[0], "normalize": normalize}
+    done = replace(record(bn_model), provenance=provenance, dropped_lrn=dropped)
     attach_record(bn_model, done)
     checkpoint.save(bn_model, output, overwrite=force)
 
     summary = summarize(done, moments)
     skipped = [skip.to_dict() for skip in sites.skipped]
     left_out = f" ({len(batches.skipped)} damaged ones left out)" if batches.skipped else ""
+    custom = f" --model {name}" if own else ""
     text = (
-        f"{summary}\n\n{architecture.name}: {len(sites.sites)} BatchNorm layers inserted\n"
+        f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
         f"weights      {source.weights}\nimages       {batches.used}: {batches.description}{left_out}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n"
-        f"Next: bnsurgery verify {output}\n"
-        f'      bnsurgery.load("{output}")'
+        f"Next: bnsurgery verify {output}{custom}\n"
+        f'      bnsurgery.load("{output}"{", model=..." if own else ""})'
     )
     facts = {
         "output": str(output),
-        "architecture": architecture.name,
+        "architecture": name,
         **provenance,
         "skipped_images": [str(path) for path, _ in batches.skipped],
         "sites": summary.to_dict(),
@@ -120,6 +150,11 @@ def command(
         "equivalence": equivalence.to_dict(),
     }
     report(text, facts, as_json, quiet)
+
+
+def stem(name: str) -> str:
+    """A file's stem for a network's name: "net.py:small" gives "small", "timm:vgg16" "vgg16"."""
+    return name.rpartition(":")[2].replace("/", "-")
 
 
 # Of the calibration images: both networks run once more on these, and a batch of 2 is the least that train mode takes.

@@ -1,37 +1,72 @@
 """bnsurgery plan."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
 
-from .options import print_options, report, sites_options
+from .options import image_size_option, model_option, named, print_options, report, sites_options
 
 
 @click.command("plan")
-@click.argument("source", metavar="ARCH|FILE")
+@click.argument("source", required=False, metavar="ARCH|FILE")
+@model_option
+@image_size_option
 @sites_options
+@click.option("--dot", type=click.Path(path_type=Path), metavar="FILE", help="Write the graph for Graphviz.")
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the graph.")
+@click.option("--force", is_flag=True, help="Replace these files if they exist.")
 @print_options
-def command(source: str, as_json: bool, quiet: bool, **choice: Any) -> None:
+def command(
+    source: str | None,
+    model: str | None,
+    image_size: int | None,
+    dot: Path | None,
+    svg: Path | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **choice: Any,
+) -> None:
     """Show where BatchNorm would go, and for every other layer why not.
 
-    ARCH is one of `bnsurgery archs`. FILE is a weights file, whose architecture is recognised, or a checkpoint of
-    `bnsurgery insert`, of which is shown what was done.
+    ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is a weights file, whose architecture is recognised, or a
+    checkpoint of `bnsurgery insert`, of which is shown what was done.
     """
-    import torch
-
-    from bnsurgery import models, planning, pretrained
+    from bnsurgery import drawing, files, models, planning, pretrained
     from bnsurgery.checkpoint import read_record
 
-    path = Path(source)
-    if path.is_file() and (done := read_record(path)) is not None:
-        in_python = f'bnsurgery.load("{source}", model=...) in Python'
-        following = f"bnsurgery verify {source}" if done.architecture else in_python
-        report(f"{done}\n\nNext: {following}", {"record": done.to_dict()}, as_json, quiet)
+    name, own = named(source, model, "ARCH or FILE")
+    path = Path(name)
+    if not own and path.is_file() and (done := read_record(path)) is not None:
+        custom = f" --model {done.provenance.get('model', 'MODULE:FUNCTION')}" if done.architecture is None else ""
+        report(f"{done}\n\nNext: bnsurgery verify {quote(name)}{custom}", {"record": done.to_dict()}, as_json, quiet)
         return
-    architecture = pretrained.recognise(path) if path.is_file() else models.architecture(source)
-    # On the meta device: nothing is allocated, and the forward pass computes shapes only.
-    example = torch.empty(1, 3, 224, 224, device="meta")
-    plan = planning.plan(architecture.build("meta"), example, **choice)
-    text = f"{plan}\n\nNext: bnsurgery insert {architecture.name}"
-    report(text, {"architecture": architecture.name, **plan.to_dict()}, as_json, quiet)
+    for file in (dot, svg):
+        if file is not None:
+            files.check_writable(file, overwrite=force)
+    if own:
+        weights = "random" if name.startswith("timm:") else "DEFAULT"
+        found = pretrained.load_own(name, weights, image_size=image_size or _SIDE)
+        network = found.model
+    else:
+        architecture = pretrained.recognise(path) if path.is_file() else models.architecture(name)
+        name, network = architecture.name, architecture.build("meta")
+        preprocess = pretrained.preprocessing(architecture, image_size=image_size)
+        found = pretrained.Pretrained(name, network, architecture, "none", preprocess)
+    example = pretrained.example(found)
+    plan = planning.plan(network, example, **choice)
+    wrote = []
+    for file, draw in ((dot, drawing.dot), (svg, drawing.svg)):
+        if file is not None:
+            text = draw(network, example, plan)
+            with files.atomic_write(file, overwrite=force) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            wrote.append(f"Wrote {file}.\n")
+    option = "--model " if model is not None else ""
+    text = f"{plan}\n\n{''.join(wrote)}Next: bnsurgery insert {option}{name}"
+    report(text, {"architecture": name, **plan.to_dict()}, as_json, quiet)
+
+
+_SIDE = 224  # pixels: of an own network's input where it is not said; a plan hardly depends on it

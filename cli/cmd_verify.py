@@ -4,25 +4,29 @@ from pathlib import Path
 
 import click
 
-from .options import data_options, print_options, report
+from .options import data_options, load_checkpoint, model_option, normalize_option, print_options, report
 
 
 @click.command("verify")
 @click.argument("file", type=click.Path(path_type=Path))
+@model_option
 @click.option(
     "--weights",
     metavar="DEFAULT|NAME|random|PATH",
     help="Compare with these weights.  [default: with FILE's own folded network]",
 )
 @data_options(num_images=32)
+@normalize_option
 @print_options
 def command(
     file: Path,
+    model: str | None,
     weights: str | None,
     data: str,
     num_images: int,
     batch_size: int,
     image_size: int | None,
+    normalize: str,
     skip_bad: bool,
     seed: int,
     device: str,
@@ -36,23 +40,26 @@ def command(
     Exits with 1 where the outputs differ by more than they may: not at all for a fresh insertion, 1e-5 of the largest
     output where biases were absorbed or the network was trained since.
     """
-    from bnsurgery import checkpoint, folding, pretrained
+    from bnsurgery import folding, pretrained
     from bnsurgery.data import calibration_batches
     from bnsurgery.errors import BNSurgeryError
     from bnsurgery.surgery_record import record, state_digest
     from bnsurgery.verification import verify
 
     place = pretrained.device(device)
-    bn_model = checkpoint.load(file)
+    bn_model = load_checkpoint(file, model)
     done = record(bn_model)
     folded = folding.fold(bn_model)
     untouched = state_digest(folded.state_dict()) == done.weights_digest
     reference, against = folded, "its own folded network"
-    assert done.architecture is not None  # or the load would have asked for the model
-    preprocess = pretrained.preprocessing(done.architecture, str(done.provenance.get("weights")), image_size)
+    preprocess = pretrained.preprocessing_of(done, folded, image_size, normalize)
     if weights is not None:
-        source = pretrained.load(done.architecture, weights, image_size=image_size, progress=not (quiet or as_json))
-        reference, against, preprocess = source.model, source.weights, source.preprocess
+        if done.architecture is not None:
+            source = pretrained.load(done.architecture, weights, image_size=image_size, progress=not (quiet or as_json))
+            preprocess = source.preprocess
+        else:
+            source = pretrained.load_own(str(model), weights, image_size=preprocess.crop_size[0], normalize=normalize)
+        reference, against = source.model, source.weights
     batches = calibration_batches(
         data, num_images=num_images, batch_size=batch_size, preprocess=preprocess, seed=seed, skip_bad=skip_bad
     )
@@ -60,7 +67,8 @@ def command(
     tolerance = 0.0 if untouched and place.type == "cpu" else 1e-5
     ok = result.within(tolerance)
     origin = pretrained.origin(done, untouched)
-    text = f"{file} against {against}\n{result}\nfolds back to {origin}\n\nNext: bnsurgery fold {file}"
+    custom = f" --model {model}" if model else ""
+    text = f"{file} against {against}\n{result}\nfolds back to {origin}\n\nNext: bnsurgery fold {file}{custom}"
     facts = {"ok": ok, "against": against, "folds_back": untouched, **result.to_dict()}
     report(text, facts, as_json, quiet)
     if not ok:

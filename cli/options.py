@@ -3,88 +3,103 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from torch import nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _POSITIVE = click.IntRange(min=1)
 
 
-def sites_options(function: F) -> F:
-    """Which layers get a BatchNorm: --layers, --placement, --head."""
-    for option in (
-        click.option("--head", is_flag=True, help="Also put one behind the output layer."),
-        click.option(
-            "--placement",
-            type=click.Choice(["pre-activation", "post-activation"]),
-            default="pre-activation",
-            show_default=True,
-            help="Before the activation, as in the BN paper, or behind it.",
-        ),
-        click.option(
-            "--layers",
-            type=click.Choice(["all", "conv", "dense"]),
-            default="all",
-            show_default=True,
-            help="Which layers get a BatchNorm; conv gives torchvision's vgg*_bn layout.",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def data_options(num_images: int) -> Callable[[F], F]:
-    """Which images, and how: --data, --num-images, --batch-size, --image-size, --skip-bad, --seed, --device."""
-
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
-        for option in (
-            click.option("--device", default="cpu", show_default=True, help="Where to compute, such as cuda."),
-            click.option(
-                "--seed",
-                type=click.IntRange(0, 2**63 - 1),
-                default=0,
-                show_default=True,
-                help="Of every random choice.",
-            ),
-            click.option("--skip-bad", is_flag=True, help="Leave out damaged images, and count them."),
-            click.option(
-                "--image-size", type=click.IntRange(1, 4096), help="Side in pixels.  [default: the weights' own, 224]"
-            ),
-            click.option("--batch-size", type=_POSITIVE, default=8, show_default=True, help="Images at a time."),
-            click.option(
-                "--num-images", type=_POSITIVE, default=num_images, show_default=True, help="How many images at most."
-            ),
-            click.option(
-                "--data",
-                default="samples",
-                show_default=True,
-                metavar="DIR|samples",
-                help="Folder of JPEG, PNG or WebP images, searched through; or two built-in photographs, cropped.",
-            ),
-        ):
+        for option in reversed(options):
             function = option(function)
         return function
 
     return decorate
 
 
-def output_options(function: F) -> F:
-    """Where to write: --output, --force."""
-    function = click.option("--force", is_flag=True, help="Replace the output file if it exists.")(function)
-    return click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help=_OUTPUT_HELP)(function)
+model_option = click.option(
+    "--model",
+    metavar="MODULE:FUNCTION",
+    help="What makes a network of your own: package.module:function, file.py:function or timm:NAME.",
+)
+
+# How images of a network that is not torchvision's are normalized.
+normalize_option = click.option(
+    "--normalize",
+    type=click.Choice(["auto", "imagenet", "none"]),
+    default="auto",
+    show_default=True,
+    help="With --model: by ImageNet's mean and deviation, or values from 0 to 1; auto: as timm says, else ImageNet's.",
+)
+
+# Which layers get a BatchNorm.
+sites_options = _together(
+    click.option(
+        "--layers",
+        type=click.Choice(["all", "conv", "dense"]),
+        default="all",
+        show_default=True,
+        help="Which layers get a BatchNorm; conv gives torchvision's vgg*_bn layout.",
+    ),
+    click.option(
+        "--placement",
+        type=click.Choice(["pre-activation", "post-activation"]),
+        default="pre-activation",
+        show_default=True,
+        help="Before the activation, as in the BN paper, or behind it.",
+    ),
+    click.option("--head", is_flag=True, help="Also put one behind the output layer."),
+)
+
+image_size_option = click.option(
+    "--image-size", type=click.IntRange(1, 4096), help="Side in pixels.  [default: the weights' own, 224]"
+)
+device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute, such as cuda.")
 
 
-_OUTPUT_HELP = "File to write.  [default: ARCH-bn.safetensors or ARCH-folded.safetensors, here]"
-
-
-def print_options(function: F) -> F:
-    """How to report: --json, --quiet."""
-    function = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors and warnings.")(function)
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")(
-        function
+def data_options(num_images: int) -> Callable[[F], F]:
+    """Which images, and how many at a time, of what size."""
+    return _together(
+        click.option(
+            "--data",
+            default="samples",
+            show_default=True,
+            metavar="DIR|samples",
+            help="Folder of JPEG, PNG or WebP images, searched through; or two built-in photographs, cropped.",
+        ),
+        click.option(
+            "--num-images", type=_POSITIVE, default=num_images, show_default=True, help="How many images at most."
+        ),
+        click.option("--batch-size", type=_POSITIVE, default=8, show_default=True, help="Images at a time."),
+        image_size_option,
+        click.option("--skip-bad", is_flag=True, help="Leave out damaged images, and count them."),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice."
+        ),
+        device_option,
     )
+
+
+def output_options(help: str) -> Callable[[F], F]:
+    """Where to write."""
+    return _together(
+        click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help=help),
+        click.option("--force", is_flag=True, help="Replace the output file if it exists."),
+    )
+
+
+# How to report.
+print_options = _together(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors and warnings."),
+)
 
 
 def report(text: str, data: dict[str, Any], as_json: bool, quiet: bool = False) -> None:
@@ -93,3 +108,29 @@ def report(text: str, data: dict[str, Any], as_json: bool, quiet: bool = False) 
         click.echo(json.dumps(data, ensure_ascii=False))
     elif not quiet:
         click.echo(text)
+
+
+def named(arch: str | None, model: str | None, what: str = "ARCH") -> tuple[str, bool]:
+    """What ARCH or --model names, and whether it is a network that is not torchvision's."""
+    if (arch is None) == (model is None):
+        raise click.UsageError(f"Name one network: {what}, or --model for one of your own.")
+    name = arch if arch is not None else str(model)
+    own = model is not None or name.startswith("timm:")
+    if not own and ":" in name and not Path(name).exists():
+        raise click.UsageError(f"'{name}': did you mean --model {name}?")
+    return name, own
+
+
+def load_checkpoint(file: Path, model: str | None) -> "nn.Module":
+    """The network in FILE, of a class that --model makes where it is not torchvision's."""
+    from bnsurgery import checkpoint, factories
+    from bnsurgery.errors import CheckpointError
+
+    done = checkpoint.read_record(file)
+    if model is None and done is not None and done.architecture is None:
+        made = done.provenance.get("model")
+        raise CheckpointError(
+            f"'{file}' holds a {done.model}, which is not one of torchvision's: pass --model "
+            + (f"{made}, as when it was made" if made else "MODULE:FUNCTION, which makes it")
+        )
+    return checkpoint.load(file, model=factories.build(model) if model else None)

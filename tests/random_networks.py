@@ -9,7 +9,16 @@ CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.AvgPool3d}
-FUNCTIONS = (F.relu, torch.relu, F.gelu, torch.tanh, torch.sigmoid, F.silu, lambda x: x.relu(), lambda x: x.clamp(min=-1))
+FUNCTIONS = (
+    F.relu,
+    torch.relu,
+    F.gelu,
+    torch.tanh,
+    torch.sigmoid,
+    F.silu,
+    lambda x: x.relu(),
+    lambda x: x.clamp(min=-1),
+)
 MODULES = (
     nn.ReLU, lambda: nn.ReLU(inplace=True), nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Hardswish, nn.Tanh,
     nn.Sigmoid,

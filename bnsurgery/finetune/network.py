@@ -16,11 +16,8 @@ from bnsurgery.copies import on_meta
 from bnsurgery.errors import ArchitectureError, BNSurgeryError
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
-from bnsurgery.layer_kinds import LAYERS
 from bnsurgery.surgery_record import attach_record, carries_record, record
 from bnsurgery.task import Task
-from bnsurgery.tracing import Trace, is_layer
-from bnsurgery.weights import read_state_dict
 
 from .config import Config
 from .datasets import Data
@@ -67,19 +64,18 @@ def find(config: Config) -> Source:
             else None
         )
         return Source(model, f"checkpoint {path.name}", preprocess, done.task)
-    if config.model:
-        model = factories.build(config.model)
-        if config.source:
-            if not path.exists():
-                raise ArchitectureError(f"'{config.source}': no such file; with --model it must be one with weights")
-            pretrained.fill_(model, read_state_dict(path), config.source, config.model)
-        return Source(model, config.model + (f" with {path.name}" if config.source else ""))
+    own = config.model or (config.source if factories.is_timm(config.source) else None)
+    if own:
+        weights = config.source if config.model and config.source else config.weights
+        model, description = pretrained.own_network(own, weights, config.seed)
+        known = pretrained.own_preprocessing(model, config.image_size) if factories.is_timm(own) else None
+        return Source(model, f"{own}, {description}", known)
     if is_file:
         architecture, weights = pretrained.recognise(path), config.source
     else:
         architecture, weights = models.architecture(config.source), config.weights
     found = pretrained.load(architecture, weights, image_size=config.image_size, seed=config.seed)
-    return Source(found.model, f"{found.architecture.name}, {found.weights}", found.preprocess)
+    return Source(found.model, f"{found.name}, {found.weights}", found.preprocess)
 
 
 def given(model: nn.Module) -> Source:
@@ -95,7 +91,9 @@ def task_of(source: Source, data: Data, config: Config) -> Task:
         BNSurgeryError: the image size is not known, the network takes neither 1 nor 3 channels, or the head does not
             fit though it shall be kept.
     """
-    channels = _channels(source.model)
+    channels = pretrained.input_channels(source.model)
+    if channels not in (1, 3):
+        raise BNSurgeryError(f"finetune: {type(source.model).__name__} takes {channels} channels, expected 1 or 3")
     size = config.image_size
     if size is None and source.task is not None:
         size = source.task.image_size
@@ -197,12 +195,3 @@ def _original(model: nn.Module) -> nn.Module:
     if carries_record(model):
         strip_(skeleton, record(model).sites)
     return skeleton
-
-
-def _channels(model: nn.Module) -> int:
-    """Colour channels that the first layer takes."""
-    first = next((node.meta.get("module") for node in Trace(model).nodes if is_layer(node)), None)
-    channels = first.in_channels if isinstance(first, LAYERS) and not isinstance(first, nn.Linear) else 3
-    if channels not in (1, 3):
-        raise BNSurgeryError(f"finetune: {type(model).__name__} takes {channels} channels, expected 1 or 3 (images)")
-    return channels

@@ -53,6 +53,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` of shape (N, C, *), then apply the fused activation. Same shape, dtype and layout."""
         self._check_input_dim(input)
+        if torch.compiler.is_exporting() or torch._C._is_tracing():
+            return self._in_torch(input)
         relu = self.activation == "relu"
         by_batch = self.running_mean is None or (self.training and self.statistics != "running")
         if not by_batch:
@@ -73,6 +75,21 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
             momentum = 1 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
             update_running_(self.running_mean, self.running_var, mean, var, count, momentum)
         return normalize_by_batch(input, mean, var, count, weight, bias, self.eps, relu, group)
+
+    def _in_torch(self, input: Tensor) -> Tensor:
+        """`forward` in torch's own operators, for programs that have to run without this package."""
+        if self.training and (self.statistics == "renorm" or self.process_group):
+            what = "statistics='renorm'" if self.statistics == "renorm" else "a process group"
+            raise BNSurgeryError(
+                f"export: {type(self).__name__}: training with {what} has no form in torch's own operators: export in "
+                "eval mode, or call bnsurgery.set_statistics_(model, 'batch') first"
+            )
+        if self.training and self.statistics == "running":
+            tensors = self.running_mean, self.running_var, self.weight, self.bias
+            output = nn.functional.batch_norm(input, *tensors, training=False, eps=self.eps)
+        else:
+            output = nn.modules.batchnorm._BatchNorm.forward(self, input)
+        return output.relu() if self.activation == "relu" else output
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

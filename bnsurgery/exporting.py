@@ -1,0 +1,291 @@
+"""Write a network for those who do not have this package: stock state dicts, ONNX, torch.export."""
+
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torchvision import models
+
+from . import pretrained
+from .batches import Inputs, outputs, placed
+from .copies import on_meta
+from .errors import ExportError
+from .files import atomic_write
+from .folding import fold as fold_model
+from .layer_kinds import LAYERS
+from .modes import evaluating
+from .stock import to_torch
+from .surgery_record import SurgeryRecord, record, state_digest
+from .verification import EquivalenceReport, verify
+from .weights import read_state_dict
+
+Format = Literal["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
+SUFFIXES = {
+    "torchvision-bn": ".safetensors",
+    "torchvision": ".safetensors",
+    "state-dict": ".safetensors",
+    "onnx": ".onnx",
+    "exported-program": ".pt2",
+}
+_PICKLES = (".pth", ".pt")
+# Of the largest output: what float32 rounding in a deep network amounts to.
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how it was found to compare.
+
+    Attributes:
+        path: the file.
+        format: one of `SUFFIXES`.
+        network: what it holds, such as "vgg16_bn".
+        origin: whose weights these are, in words.
+        folds_back: whether they are, to the bit, those that were inserted into.
+        equivalence: of the network with BatchNorm to the one read back from the file, in eval mode.
+        usage: a line or more of Python that load it without this package.
+    """
+
+    path: str
+    format: str
+    network: str
+    origin: str
+    folds_back: bool
+    equivalence: EquivalenceReport
+    usage: str
+
+    def __str__(self) -> str:
+        what = f"{self.network}, {self.format}: {self.origin}"
+        return f"{what}\n{self.equivalence}\n\nWrote {self.path}.\nNext: {self.usage}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"output": self.path, **asdict(self)}
+
+
+def export(
+    bn_model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    to: Format,
+    example: Any = None,
+    keep_bn: bool = False,
+    overwrite: bool = False,
+) -> Export:
+    """Write `bn_model` in a format that needs nothing of this package, read it back, and compare.
+
+    - "state-dict": the folded network's tensors under the original's keys; safetensors, or `torch.save`'s format where
+      the file is called .pth or .pt.
+    - "torchvision": the same, made sure to fit torchvision's own class.
+    - "torchvision-bn": for torchvision's vgg*_bn: BatchNorm behind the convolutions stays, the rest is folded.
+    - "onnx": the folded network in eval mode for any batch size; tried in onnxruntime.
+    - "exported-program": the same by `torch.export`.
+
+    Args:
+        bn_model: from `insert` or `load`, trained since or not; not changed.
+        path: the file to write.
+        to: the format.
+        example: an input batch of at least 2 samples, as for `plan`; only for networks that are not torchvision's.
+        keep_bn: leave the BatchNorm layers in, as torch's own; "torchvision" has no place for them.
+        overwrite: whether an old file may be replaced.
+
+    Raises:
+        ExportError: the format has no place for the network, a package is missing, or what was written computes
+            something else; nothing is left behind.
+        FoldError: a norm cannot be folded.
+        CheckpointError: the file exists or cannot be written.
+        BNSurgeryError: the model carries no record.
+    """
+    path = Path(path)
+    done = record(bn_model)
+    _check(to, path, done, keep_bn)
+    inputs = placed(bn_model, _example(bn_model, done, example))
+    with evaluating(bn_model):
+        folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model)
+        network = folded if folded is not None else to_torch(bn_model, keep=_keeps(to))
+        network.eval()
+        folds_back = folded is not None and state_digest(folded.state_dict()) == done.weights_digest
+        with atomic_write(path, overwrite=overwrite) as temporary:
+            again = _WRITERS[to](network, temporary, inputs, path.suffix, done)
+            equivalence = verify(again, bn_model, [inputs], drift_batch_sizes=())
+            if not equivalence.within(_TOLERANCE):
+                raise ExportError(
+                    f"export: '{path}': what was written differs by {equivalence.max_rel:.3g} of the largest "
+                    "output; nothing is left of it"
+                )
+    name = _name(to, done)
+    classes = done.architecture.num_classes if done.architecture is not None else 0
+    origin = pretrained.origin(done, folds_back) if folded is not None else "with its BatchNorm"
+    return Export(str(path), to, name, origin, folds_back, equivalence, _usage(to, path, name, classes, keep_bn))
+
+
+def _check(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> None:
+    if to not in SUFFIXES:
+        raise ValueError(f"export: to must be one of {tuple(SUFFIXES)}, got {to!r}")
+    architecture = done.architecture
+    if to.startswith("torchvision") and architecture is None:
+        raise ExportError(f"export: {done.model} is not one of torchvision's: use state-dict, onnx or exported-program")
+    if to == "torchvision" and keep_bn:
+        raise ExportError("export: torchvision's own network has no place for BatchNorm: use torchvision-bn")
+    if to == "torchvision-bn" and architecture is not None:
+        if not hasattr(models, f"{architecture.name}_bn"):
+            raise ExportError(
+                f"export: torchvision has no {architecture.name}_bn: use state-dict with keep_bn, or onnx"
+            )
+        normed = {site.site.name for site in done.sites if site.site.kind == "conv"}
+        with_bn = architecture.build("meta")
+        bare = [n for n, m in with_bn.named_modules() if isinstance(m, LAYERS) and not isinstance(m, nn.Linear)]
+        missing = [name for name in bare if name not in normed]
+        if missing or done.placement != "pre-activation":
+            what = f"'{missing[0]}' has none" if missing else f"here it is {done.placement}"
+            raise ExportError(f"export: {architecture.name}_bn has BatchNorm right behind every convolution; {what}")
+    for needed in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
+        if importlib.util.find_spec(needed) is None:
+            raise ExportError(f"export: needs {needed}, which is not installed: pip install 'bnsurgery[export]'")
+
+
+def _keeps(to: str) -> Callable[[Any], bool]:
+    return lambda site: to != "torchvision-bn" or site.site.kind == "conv"
+
+
+def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
+    if example is not None:
+        return Inputs.of(example)
+    if done.task is not None:
+        shape: Sequence[int] = (len(done.task.mean), done.task.image_size, done.task.image_size)
+    elif done.architecture is not None or "image_size" in done.provenance:
+        preprocess = pretrained.preprocessing_of(done, bn_model)
+        shape = (len(preprocess.mean), *preprocess.crop_size * (2 if len(preprocess.crop_size) == 1 else 1))
+    else:
+        raise ExportError(f"export: what a {done.model} takes is not known: pass example=, a batch of its inputs")
+    # Any input shows whether two networks are one function; noise needs no data.
+    return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
+
+
+def _state_dict(network: nn.Module, temporary: Path, inputs: Inputs, suffix: str, done: SurgeryRecord) -> nn.Module:
+    _write_state(network.state_dict(), temporary, suffix)
+    again = on_meta(network)
+    again.load_state_dict(read_state_dict(temporary), assign=True)
+    return again
+
+
+def _stock(network: nn.Module, temporary: Path, inputs: Inputs, suffix: str, done: SurgeryRecord) -> nn.Module:
+    _write_state(network.state_dict(), temporary, suffix)
+    assert done.architecture is not None
+    name = done.architecture.name + ("_bn" if any("running_mean" in key for key in network.state_dict()) else "")
+    with torch.device("meta"):
+        again: nn.Module = models.get_model(name, weights=None, num_classes=done.architecture.num_classes)
+    again.load_state_dict(read_state_dict(temporary), assign=True)
+    return again.to(next(network.parameters()).device).eval()
+
+
+def _write_state(state: dict[str, Tensor], temporary: Path, suffix: str) -> None:
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+    }
+    if suffix in _PICKLES:
+        torch.save(tensors, temporary)
+    else:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def _onnx(
+    network: nn.Module, temporary: Path, inputs: Inputs, suffix: str, done: SurgeryRecord
+) -> Callable[..., list[Tensor]]:
+    import onnxruntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about its own insides
+        try:
+            program = torch.onnx.export(
+                network.cpu(),
+                inputs.map(_on_cpu).args,
+                kwargs=inputs.map(_on_cpu).kwargs,
+                dynamo=True,
+                dynamic_shapes=_any_batch(network, inputs),
+                verbose=False,
+            )
+        except Exception as error:  # the exporter's, of many kinds
+            raise ExportError(f"export: torch.onnx cannot export {done.model}: {_reason(error)}") from error
+    assert program is not None
+    program.save(str(temporary), external_data=False)
+    session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        tensors = [tensor.cpu().numpy() for tensor in Inputs(args, kwargs).tensors]
+        names = [entry.name for entry in session.get_inputs()]
+        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, tensors, strict=True)))]
+
+    return run
+
+
+def _exported_program(
+    network: nn.Module, temporary: Path, inputs: Inputs, suffix: str, done: SurgeryRecord
+) -> Callable[..., list[Tensor]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(
+                network, inputs.args, inputs.kwargs, dynamic_shapes=_any_batch(network, inputs), strict=False
+            )
+        except Exception as error:  # the exporter's, of many kinds
+            raise ExportError(f"export: torch.export cannot export {done.model}: {_reason(error)}") from error
+        with temporary.open("wb") as file:  # to a file object: for a path it insists on the suffix
+            torch.export.save(program, file)
+        with temporary.open("rb") as file:
+            again = torch.export.load(file).module()
+    return lambda *args, **kwargs: outputs(again(*args, **kwargs))
+
+
+_WRITERS: dict[str, Callable[..., Any]] = {
+    "torchvision-bn": _stock,
+    "torchvision": _stock,
+    "state-dict": _state_dict,
+    "onnx": _onnx,
+    "exported-program": _exported_program,
+}
+
+
+def _any_batch(network: nn.Module, inputs: Inputs) -> Any:
+    """Of every tensor in the inputs, that its first dimension may have any size."""
+    count, batch = inputs.samples, torch.export.Dim("batch")
+    given = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    return tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == count else None, dict(given))
+
+
+def _on_cpu(leaf: Any) -> Any:
+    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)[:300]
+
+
+def _name(to: str, done: SurgeryRecord) -> str:
+    name = done.architecture.name if done.architecture is not None else done.model
+    return f"{name}_bn" if to == "torchvision-bn" else name
+
+
+def _usage(to: str, path: Path, name: str, classes: int, keep_bn: bool) -> str:
+    load = (
+        f'torch.load("{path}", weights_only=True)'
+        if path.suffix in _PICKLES
+        else f'safetensors.torch.load_file("{path}")'
+    )
+    if to == "state-dict" and keep_bn:
+        return f"{load}, for a network with BatchNorm in these places"
+    made = f"torchvision.models.{name}(num_classes={classes})" if classes else f"{name}(...)"
+    return {
+        "onnx": f'onnxruntime.InferenceSession("{path}")',
+        "exported-program": f'torch.export.load("{path}").module()',
+    }.get(to, f"model = {made}\n      model.load_state_dict({load})")

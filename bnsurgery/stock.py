@@ -1,0 +1,81 @@
+"""The same network in torch.nn's own layers, for tools that look at types."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .folding import fold_
+from .layer_kinds import device_and_dtype
+from .module_tree import replace
+from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d, Normed
+from .nn.normed import detach_
+from .surgery_record import InsertedSite, detach_record, record
+
+_TORCH: dict[type, type[nn.modules.batchnorm._BatchNorm]] = {
+    BatchNorm1d: nn.BatchNorm1d,
+    BatchNorm2d: nn.BatchNorm2d,
+    BatchNorm3d: nn.BatchNorm3d,
+}
+
+
+def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lambda site: True) -> nn.Module:
+    """A copy of `bn_model` whose BatchNorm and ReLU layers are torch.nn's own classes, with the same parameters.
+
+    For what recognises layers by their exact type: quantization-aware training with torch.ao, `torch.fx`'s fusion,
+    `SyncBatchNorm.convert_sync_batchnorm`. A ReLU that a norm applies becomes an `nn.ReLU` in its old place; a layer
+    that carries its norm (outside of a `nn.Sequential`) becomes `nn.Sequential(layer, norm)`, so there its keys gain
+    a `0.`, its norm's a `1.` in place of `norm.`. Norms over the last dimension, for which torch has no class, are
+    folded into their layer. Statistics modes and process groups are left behind, and so is the record.
+
+    Args:
+        bn_model: from `insert` or `load`, trained since or not; not changed.
+        keep: of each site, whether its norm stays; else it is folded.
+
+    Raises:
+        FoldError: a norm that has to be folded cannot be.
+        BNSurgeryError: the model carries no record.
+    """
+    model = copy.deepcopy(bn_model)
+    done = record(model)
+    kept: list[InsertedSite] = []
+    folded: list[InsertedSite] = []
+    for site in done.sites:
+        last_dim = isinstance(model.get_submodule(site.norm), LastDimBatchNorm1d)
+        (kept if keep(site) and not last_dim else folded).append(site)
+    found = [  # before any edit: what is folded renumbers what is behind it
+        (
+            model.get_submodule(site.norm),
+            model.get_submodule(site.norm.rpartition(".")[0]),
+            model.get_submodule(site.layer),
+            model.get_submodule(site.relu) if site.relu is not None else None,
+            site,
+        )
+        for site in kept
+    ]
+    fold_(model, folded)
+    for norm, parent, layer, identity, site in found:
+        stock = _stock(norm)
+        if isinstance(parent, Normed):
+            detach_(parent)
+            replace(model, parent, nn.Sequential(parent, stock).train(parent.training))
+        else:
+            replace(model, norm, stock)
+        if identity is not None:
+            replace(model, identity, nn.ReLU(inplace=site.relu_inplace).train(identity.training))
+        if site.absorbed_bias and layer.bias is None:  # torch's own networks have one
+            device, dtype = device_and_dtype(layer)
+            layer.bias = nn.Parameter(torch.zeros(site.site.channels, device=device, dtype=dtype))
+    detach_record(model)
+    return model
+
+
+def _stock(norm: nn.Module) -> nn.modules.batchnorm._BatchNorm:
+    assert isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
+    cls = next(stock for ours, stock in _TORCH.items() if isinstance(norm, ours))
+    with torch.device("meta"):
+        new = cls(norm.num_features, norm.eps, norm.momentum)
+    new._parameters.update(norm._parameters)
+    new._buffers.update(norm._buffers)
+    return new.train(norm.training)

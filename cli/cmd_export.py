@@ -1,0 +1,57 @@
+"""bnsurgery export."""
+
+from pathlib import Path
+
+import click
+
+from .options import image_size_option, load_checkpoint, model_option, output_options, print_options, report
+
+_FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
+
+
+@click.command("export")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(_FORMATS), help="The format, see above.")
+@model_option
+@click.option("--keep-bn", is_flag=True, help="Leave the BatchNorm layers in.")
+@image_size_option
+@output_options("File to write; .pth gives torch.save's format.  [default: FILE's name, the format's suffix, here]")
+@print_options
+def command(
+    file: Path,
+    to: str,
+    model: str | None,
+    keep_bn: bool,
+    image_size: int | None,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write FILE's network for those who do not have bnsurgery.
+
+    \b
+      state-dict         the folded network's tensors, safetensors or .pth
+      torchvision        the same, for torchvision's own class
+      torchvision-bn     for torchvision's vgg*_bn: BatchNorm stays
+      onnx               the folded network, for any batch size
+      exported-program   the same for torch.export.load
+
+    What was written is read back and compared before it gets its name.
+    """  # noqa: D301 (the \b is click's: leave the lines as they are)
+    import torch
+
+    from bnsurgery import files, pretrained
+    from bnsurgery.exporting import SUFFIXES, export
+    from bnsurgery.surgery_record import record
+
+    output = output or Path(f"{file.stem.removesuffix('-bn')}-{to}{SUFFIXES[to]}")
+    files.check_writable(output, overwrite=force)
+    bn_model = load_checkpoint(file, model)
+    example = None
+    if image_size is not None:
+        channels = len(pretrained.preprocessing_of(record(bn_model), bn_model, image_size).mean)
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(2, channels, image_size, image_size, generator=generator)
+    result = export(bn_model, output, to=to, example=example, keep_bn=keep_bn, overwrite=force)  # type: ignore[arg-type]
+    report(str(result), result.to_dict(), as_json, quiet)
