@@ -59,9 +59,9 @@ def svg(model: nn.Module, example: Any, plan: Plan) -> str:
     boxes, edges = _graph(model, example, plan)
     widths = [max(map(len, box.label)) * _CHAR + 2 * _PAD for box in boxes]
     places, routes = _layout(len(boxes), edges, max(widths) + _GAP, 2 * _LINE + 2 * _PAD + _GAP)
-    left = min(x - w / 2 for (x, _), w in zip(places, widths, strict=True)) - _GAP
-    left = min([left, *(x - _GAP for route in routes for x, _ in route)])
-    right = max(x + w / 2 for (x, _), w in zip(places, widths, strict=True)) + _GAP
+    sides = [(x - w / 2, x + w / 2) for (x, _), w in zip(places, widths, strict=True)]
+    sides += [(x, x) for route in routes for x, _ in route]
+    left, right = min(a for a, _ in sides) - _GAP, max(b for _, b in sides) + _GAP
     bottom = max(y for _, y in places) + 2 * _LINE + 2 * _GAP
     width, top = max(right - left, 360), -(len(_LEGEND) + 3) * _LINE - _GAP
     look = {

@@ -114,8 +114,10 @@ def export(
         network = folded if folded is not None else to_torch(bn_model, keep=_keeps(to))
         network.eval()
         folds_back = folded is not None and state_digest(folded.state_dict()) == done.weights_digest
-        with atomic_write(path, overwrite=overwrite) as temporary:
-            again = _WRITERS[to](network, temporary, inputs, path.suffix, done)
+        with atomic_write(path, overwrite=overwrite) as temporary, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's exporters', about their own insides
+            written = _Written(network, temporary, inputs, path.suffix, done, keep_bn)
+            again = _WRITERS[to](written)
             equivalence = verify(again, bn_model, [inputs], drift_batch_sizes=())
             if not equivalence.within(_TOLERANCE):
                 raise ExportError(
@@ -126,6 +128,18 @@ def export(
     classes = done.architecture.num_classes if done.architecture is not None else 0
     origin = pretrained.origin(done, folds_back) if folded is not None else "with its BatchNorm"
     return Export(str(path), to, name, origin, folds_back, equivalence, _usage(to, path, name, classes, keep_bn))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What the writers need to know. They give back what the file holds: a network, or a function."""
+
+    network: nn.Module
+    temporary: Path
+    inputs: Inputs
+    suffix: str
+    done: SurgeryRecord
+    keep_bn: bool
 
 
 def _check(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> None:
@@ -171,54 +185,54 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
     return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
 
 
-def _state_dict(network: nn.Module, temporary: Path, inputs: Inputs, suffix: str, done: SurgeryRecord) -> nn.Module:
-    _write_state(network.state_dict(), temporary, suffix)
-    again = on_meta(network)
-    again.load_state_dict(read_state_dict(temporary), assign=True)
+def _state_dict(job: _Written) -> nn.Module:
+    _write_state(job)
+    again = on_meta(job.network)
+    again.load_state_dict(read_state_dict(job.temporary), assign=True)
     return again
 
 
-def _stock(network: nn.Module, temporary: Path, inputs: Inputs, suffix: str, done: SurgeryRecord) -> nn.Module:
-    _write_state(network.state_dict(), temporary, suffix)
-    assert done.architecture is not None
-    name = done.architecture.name + ("_bn" if any("running_mean" in key for key in network.state_dict()) else "")
+def _stock(job: _Written) -> nn.Module:
+    _write_state(job)
+    architecture = job.done.architecture
+    assert architecture is not None
+    has_bn = any(key.endswith("running_mean") for key in job.network.state_dict())
     with torch.device("meta"):
-        again: nn.Module = models.get_model(name, weights=None, num_classes=done.architecture.num_classes)
-    again.load_state_dict(read_state_dict(temporary), assign=True)
-    return again.to(next(network.parameters()).device).eval()
+        name = architecture.name + ("_bn" if has_bn else "")
+        again: nn.Module = models.get_model(name, weights=None, num_classes=architecture.num_classes)
+    again.load_state_dict(read_state_dict(job.temporary), assign=True)
+    return again.to(next(job.network.parameters()).device).eval()
 
 
-def _write_state(state: dict[str, Tensor], temporary: Path, suffix: str) -> None:
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
-    }
-    if suffix in _PICKLES:
-        torch.save(tensors, temporary)
+def _write_state(job: _Written) -> None:
+    form = torch.contiguous_format  # a clone each: safetensors takes no two names for one storage
+    state = job.network.state_dict().items()
+    tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in state}
+    if job.suffix in _PICKLES:
+        torch.save(tensors, job.temporary)
     else:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, job.temporary, metadata={"format": "pt"})
 
 
-def _onnx(
-    network: nn.Module, temporary: Path, inputs: Inputs, suffix: str, done: SurgeryRecord
-) -> Callable[..., list[Tensor]]:
+def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
     import onnxruntime
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about its own insides
-        try:
-            program = torch.onnx.export(
-                network.cpu(),
-                inputs.map(_on_cpu).args,
-                kwargs=inputs.map(_on_cpu).kwargs,
-                dynamo=True,
-                dynamic_shapes=_any_batch(network, inputs),
-                verbose=False,
-            )
-        except Exception as error:  # the exporter's, of many kinds
-            raise ExportError(f"export: torch.onnx cannot export {done.model}: {_reason(error)}") from error
+    inputs = job.inputs.map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf)
+    try:
+        program = torch.onnx.export(
+            job.network.cpu(),
+            inputs.args,
+            kwargs=inputs.kwargs,
+            dynamo=True,
+            dynamic_shapes=_any_batch(job.network, inputs),
+            optimize=not job.keep_bn,  # or it folds BatchNorm away
+            verbose=False,
+        )
+    except Exception as error:  # the exporter's, of many kinds
+        raise ExportError(f"export: torch.onnx cannot export {job.done.model}: {_reason(error)}") from error
     assert program is not None
-    program.save(str(temporary), external_data=False)
-    session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+    program.save(str(job.temporary), external_data=False)
+    session = onnxruntime.InferenceSession(str(job.temporary), providers=["CPUExecutionProvider"])
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
         tensors = [tensor.cpu().numpy() for tensor in Inputs(args, kwargs).tensors]
@@ -228,21 +242,16 @@ def _onnx(
     return run
 
 
-def _exported_program(
-    network: nn.Module, temporary: Path, inputs: Inputs, suffix: str, done: SurgeryRecord
-) -> Callable[..., list[Tensor]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.export.export(
-                network, inputs.args, inputs.kwargs, dynamic_shapes=_any_batch(network, inputs), strict=False
-            )
-        except Exception as error:  # the exporter's, of many kinds
-            raise ExportError(f"export: torch.export cannot export {done.model}: {_reason(error)}") from error
-        with temporary.open("wb") as file:  # to a file object: for a path it insists on the suffix
-            torch.export.save(program, file)
-        with temporary.open("rb") as file:
-            again = torch.export.load(file).module()
+def _exported_program(job: _Written) -> Callable[..., list[Tensor]]:
+    shapes = _any_batch(job.network, job.inputs)
+    try:
+        program = torch.export.export(job.network, job.inputs.args, job.inputs.kwargs, dynamic_shapes=shapes)
+    except Exception as error:  # the exporter's, of many kinds
+        raise ExportError(f"export: torch.export cannot export {job.done.model}: {_reason(error)}") from error
+    with job.temporary.open("wb") as file:  # not by name: it insists on the suffix
+        torch.export.save(program, file)
+    with job.temporary.open("rb") as file:
+        again = torch.export.load(file).module()
     return lambda *args, **kwargs: outputs(again(*args, **kwargs))
 
 
@@ -260,10 +269,6 @@ def _any_batch(network: nn.Module, inputs: Inputs) -> Any:
     count, batch = inputs.samples, torch.export.Dim("batch")
     given = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs).arguments
     return tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == count else None, dict(given))
-
-
-def _on_cpu(leaf: Any) -> Any:
-    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
 
 
 def _reason(error: Exception) -> str:

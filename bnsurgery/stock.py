@@ -37,8 +37,7 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
         FoldError: a norm that has to be folded cannot be.
         BNSurgeryError: the model carries no record.
     """
-    model = copy.deepcopy(bn_model)
-    done = record(model)
+    done, model = record(bn_model), copy.deepcopy(bn_model)
     kept: list[InsertedSite] = []
     folded: list[InsertedSite] = []
     for site in done.sites:

@@ -140,8 +140,8 @@ def attach_record(model: nn.Module, record: SurgeryRecord) -> None:
 
 
 def detach_record(model: nn.Module) -> None:
-    """Undo `attach_record`."""
-    delattr(model, _ATTRIBUTE)
+    """Undo `attach_record`, where it is not undone already: a copy of a `torch.fx.GraphModule` leaves it behind."""
+    vars(model).pop(_ATTRIBUTE, None)
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def test_archs(cli):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["insert"], 2, "Missing argument 'ARCH'"),
+        (["insert"], 2, "Name one network: ARCH, or --model"),
         (["insert", "vgg61"], 1, "Did you mean"),
         (["insert", "vgg16_bn"], 1, "normalization layers already"),
         (["insert", "resnet18"], 1, "normalization layers already"),

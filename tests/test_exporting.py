@@ -1,0 +1,208 @@
+"""Every format is loaded back in a process that does not import bnsurgery, and computes the same."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import bnsurgery
+from benchmarks.zoo import NETWORKS
+from bnsurgery import CheckpointError, ExportError, FoldError, export, insert
+from bnsurgery.exporting import SUFFIXES
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's exporters
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+ELSEWHERE = """
+import sys, torch
+x = torch.load("x.pt", weights_only=True)
+{code}
+with torch.no_grad():
+    torch.save(run(x), "y.pt")
+assert not any(name.partition(".")[0] == "bnsurgery" for name in sys.modules), "imported after all"
+"""
+STATE = """
+import torchvision, safetensors.torch
+model = torchvision.models.{name}(num_classes=10).eval()
+model.load_state_dict(safetensors.torch.load_file("{file}"), strict=True)
+run = model
+"""
+PICKLE = STATE.replace('safetensors.torch.load_file("{file}")', 'torch.load("{file}", weights_only=True)')
+ONNX = """
+import onnxruntime
+session = onnxruntime.InferenceSession("{file}")
+run = lambda x: torch.from_numpy(session.run(None, {{session.get_inputs()[0].name: x.numpy()}})[0])
+"""
+PROGRAM = 'run = torch.export.load("{file}").module()'
+
+
+def elsewhere(folder, code, x):
+    """What `code`, which defines `run`, makes of x in a process of its own."""
+    torch.save(x, folder / "x.pt")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ELSEWHERE.format(code=code)],
+        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "y.pt", weights_only=True)
+
+
+def train_(bn_model):
+    """Parameters that training could have given."""
+    with torch.no_grad():
+        for module in bn_model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.mul_(torch.linspace(0.8, 1.3, len(module.weight)))
+                module.bias.add_(torch.linspace(-0.1, 0.1, len(module.bias)))
+    return bn_model
+
+
+@pytest.fixture(scope="module")
+def squeezenet():
+    """A fine-tuned network of ten classes."""
+    network = NETWORKS["squeezenet1_1"]
+    return train_(insert(network.make(), network.batches(2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("to", "file", "code", "exact"),
+    [
+        ("state-dict", "net.safetensors", STATE, True),
+        ("state-dict", "net.pth", PICKLE, True),
+        ("torchvision", "net.safetensors", STATE, True),
+        ("onnx", "net.onnx", ONNX, False),
+        ("exported-program", "net.pt2", PROGRAM, True),
+    ],
+)
+def test_loaded_where_there_is_no_bnsurgery(to, file, code, exact, squeezenet, tmp_path):
+    result = export(squeezenet, tmp_path / file, to=to, example=torch.randn(2, 3, 64, 64))
+    assert (result.network, result.folds_back) == ("squeezenet1_1", False)
+    assert result.equivalence.max_rel < 1e-5
+    x = torch.randn(5, 3, 64, 64)  # another batch size than the example's
+    got = elsewhere(tmp_path, code.format(name="squeezenet1_1", file=file), x)
+    with torch.no_grad():
+        expected, folded = squeezenet(x), bnsurgery.fold(squeezenet)(x)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    if exact:
+        assert torch.equal(got, folded)
+    assert torch.equal(got.argmax(1), expected.argmax(1))
+
+
+def test_the_stock_network_with_batchnorm(tmp_path):
+    """Trained with dense norms, and biases absorbed: torchvision's vgg11_bn takes it strictly."""
+    network = NETWORKS["vgg11"]
+    model, batches, x = network.make(), network.batches(1, 4), torch.randn(3, 3, 64, 64)
+    bn_model = train_(insert(model, batches, absorb_bias=True))
+    export(bn_model, tmp_path / "net.safetensors", to="torchvision-bn", example=x)
+    got = elsewhere(tmp_path, STATE.format(name="vgg11_bn", file="net.safetensors"), x)
+    with torch.no_grad():
+        expected = bn_model(x)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    keys = load_file(tmp_path / "net.safetensors")
+    assert sum(name.endswith("running_mean") for name in keys) == 8
+
+
+@pytest.mark.parametrize("to", ["onnx", "exported-program"])
+def test_batchnorm_can_stay_in_a_program(to, squeezenet, tmp_path):
+    file = f"net{SUFFIXES[to]}"
+    export(squeezenet, tmp_path / file, to=to, keep_bn=True, example=torch.randn(2, 3, 64, 64))
+    if to == "onnx":
+        import onnx
+
+        kinds = {node.op_type for node in onnx.load(tmp_path / file).graph.node}
+        assert "BatchNormalization" in kinds
+    else:
+        targets = {str(node.target) for node in torch.export.load(tmp_path / file).graph.nodes}
+        assert any("batch_norm" in name for name in targets)
+        assert not any("bnsurgery" in name for name in targets)
+
+
+@pytest.mark.parametrize("name", ["u-net", "siamese", "mtcnn o-net", "audio conv1d", "video conv3d", "dcgan generator"])
+def test_networks_of_ones_own(name, tmp_path):
+    network = NETWORKS[name]
+    model, (batch,) = network.make(), network.batches(1, 3)
+    bn_model = train_(insert(model, [batch]))
+    for to in ("state-dict", "onnx", "exported-program"):
+        result = export(bn_model, tmp_path / f"net{SUFFIXES[to]}", to=to, example=batch)
+        assert result.equivalence.max_rel < 1e-5
+        assert result.equivalence.samples == 3
+    with pytest.raises(ExportError, match="is not one of torchvision's: use state-dict"):
+        export(bn_model, tmp_path / "other", to="torchvision", example=batch)
+    with pytest.raises(ExportError, match="pass example="):
+        export(bn_model, tmp_path / "other", to="onnx")
+
+
+def test_real_network_on_every_photograph(real, tmp_path):
+    """ONNX: the same logits to 1e-5, top-1 equal on every photograph."""
+    import onnxruntime
+
+    model = real.NETS["squeezenet1_0_imagenet"]()
+    photos = real.photos(real.IMAGENET)
+    bn_model = insert(model, photos.split(8))
+    export(bn_model, tmp_path / "net.onnx", to="onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    name = session.get_inputs()[0].name
+    with torch.no_grad():
+        expected = model(photos)
+    got = torch.from_numpy(session.run(None, {name: photos.numpy()})[0])
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(got.argmax(1), expected.argmax(1))
+
+
+def test_what_has_no_place_is_refused_and_leaves_nothing(squeezenet, tmp_path):
+    x = torch.randn(2, 3, 64, 64)
+    with pytest.raises(ExportError, match="torchvision has no squeezenet1_1_bn"):
+        export(squeezenet, tmp_path / "net", to="torchvision-bn")
+    with pytest.raises(ExportError, match="no place for BatchNorm"):
+        export(squeezenet, tmp_path / "net", to="torchvision", keep_bn=True)
+    with pytest.raises(ValueError, match="to must be one of"):
+        export(squeezenet, tmp_path / "net", to="tflite")
+    (tmp_path / "old").write_text("mine")
+    with pytest.raises(CheckpointError, match="existing file"):
+        export(squeezenet, tmp_path / "old", to="state-dict", example=x)
+    assert (tmp_path / "old").read_text() == "mine"
+    network = NETWORKS["vgg11"]
+    for options in ({"layers": "dense"}, {"placement": "post-activation"}):
+        bn_model = insert(network.make(), network.batches(1, 2), **options)
+        with pytest.raises(ExportError, match="vgg11_bn has BatchNorm right behind every convolution"):
+            export(bn_model, tmp_path / "net", to="torchvision-bn")
+    with pytest.raises(FoldError, match="zero padding"):
+        export(train_(bn_model), tmp_path / "net", to="onnx", example=x)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_network_that_torch_cannot_export_says_so(tmp_path):
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+        def forward(self, x):
+            return self.features(x) if x.sum() > 0 else self.features(-x)
+
+    x = torch.randn(2, 3, 8, 8)
+    bn_model = insert(Looks().eval(), [x])
+    for to in ("onnx", "exported-program"):
+        with pytest.raises(ExportError, match=r"cannot export Looks: \w+"):
+            export(bn_model, tmp_path / "net", to=to, example=x)
+    assert not list(tmp_path.iterdir())
+    assert export(bn_model, tmp_path / "net", to="state-dict", example=x).folds_back
+
+
+def test_training_with_renorm_has_no_exported_form(squeezenet):
+    model = torch.nn.Sequential(bnsurgery.nn.BatchNorm2d(3)).train()
+    x = torch.randn(4, 3, 5, 5)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), model(x))
+    bnsurgery.set_statistics_(model, "running")
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+    bnsurgery.set_statistics_(model, "renorm")
+    with pytest.raises(bnsurgery.BNSurgeryError, match="renorm.* no form in torch's own"):
+        torch.export.export(model, (x,))
