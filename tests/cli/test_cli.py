@@ -16,26 +16,10 @@ from safetensors.torch import load_file, save_file
 from torchvision import models
 
 import bnsurgery
-from bnsurgery.cli import main
 from bnsurgery.surgery_record import attach_record
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--image-size", "64", "--num-images", "4", "--batch-size", "2"]
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capfd):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(arg) for arg in args])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return exit_.value.code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="session")
