@@ -2,8 +2,11 @@
 
 import importlib.util
 import inspect
+import io
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -114,8 +117,7 @@ def export(
         network = folded if folded is not None else to_torch(bn_model, keep=_keeps(to))
         network.eval()
         folds_back = folded is not None and state_digest(folded.state_dict()) == done.weights_digest
-        with atomic_write(path, overwrite=overwrite) as temporary, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's exporters', about their own insides
+        with atomic_write(path, overwrite=overwrite) as temporary, _quiet():
             written = _Written(network, temporary, inputs, path.suffix, done, keep_bn)
             again = _WRITERS[to](written)
             equivalence = verify(again, bn_model, [inputs], drift_batch_sizes=())
@@ -262,6 +264,19 @@ _WRITERS: dict[str, Callable[..., Any]] = {
     "onnx": _onnx,
     "exported-program": _exported_program,
 }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporters warn of their own insides and, where they fail, print the graph to stderr: none of that."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
 
 
 def _any_batch(network: nn.Module, inputs: Inputs) -> Any:
