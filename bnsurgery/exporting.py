@@ -268,7 +268,7 @@ _WRITERS: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporters warn of their own insides and, where they fail, print the graph to stderr: none of that."""
+    """Torch's exporters warn of their own insides and, where they fail, print the graph to stderr: none of that."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
