@@ -261,5 +261,5 @@ def _refuse_folder(error: OSError) -> None:
 def _unusable(path: str | Path, reason: str) -> DataError:
     return DataError(
         f"image: '{path}': {reason}; expected a readable JPEG, PNG or WebP file. "
-        "Remove it, or leave it out with --skip-bad."
+        "Remove it; insert, verify and finetune leave such out with --skip-bad."
     )

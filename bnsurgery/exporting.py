@@ -234,7 +234,11 @@ def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
         raise ExportError(f"export: torch.onnx cannot export {job.done.model}: {_reason(error)}") from error
     assert program is not None
     program.save(str(job.temporary), external_data=False)
-    session = onnxruntime.InferenceSession(str(job.temporary), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(job.temporary), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no base of their own
+        advice = " onnxruntime has no float64 convolutions: export model.float()" if _is_float64(job.network) else ""
+        raise ExportError(f"export: onnxruntime cannot load {job.done.model}: {_reason(error)}.{advice}") from error
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
         tensors = [tensor.cpu().numpy() for tensor in Inputs(args, kwargs).tensors]
@@ -284,6 +288,10 @@ def _any_batch(network: nn.Module, inputs: Inputs) -> Any:
     count, batch = inputs.samples, torch.export.Dim("batch")
     given = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs).arguments
     return tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == count else None, dict(given))
+
+
+def _is_float64(network: nn.Module) -> bool:
+    return any(parameter.dtype == torch.float64 for parameter in network.parameters())
 
 
 def _reason(error: Exception) -> str:

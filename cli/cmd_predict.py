@@ -19,13 +19,22 @@ def command(
 ) -> None:
     """Print what FILE takes the images for: the likeliest classes.
 
-    FILE comes from `bnsurgery finetune` or `bnsurgery insert`.
+    FILE comes from `bnsurgery finetune` or `bnsurgery insert`. Exits with 1 where an image cannot be read.
     """
     from bnsurgery import pretrained
-    from bnsurgery.prediction import predict
+    from bnsurgery.errors import DataError
+    from bnsurgery.prediction import Prediction, predict
 
     place = pretrained.device(device)
     network = load_checkpoint(file, model).to(place)
-    found = list(predict(network, images, top=top))
+    found: list[Prediction] = []
+    bad: dict[str, str] = {}
+    for image in images:
+        try:
+            found += predict(network, [image], top=top)
+        except DataError as error:  # the others are wanted all the same
+            bad[image] = str(error)
     text = "\n".join(map(str, found))
-    report(text, {"predictions": [prediction.to_dict() for prediction in found]}, as_json, quiet)
+    report(text, {"predictions": [prediction.to_dict() for prediction in found], "bad": bad}, as_json, quiet)
+    if bad:
+        raise DataError("\n       ".join(bad.values()))

@@ -196,6 +196,15 @@ def test_a_network_that_torch_cannot_export_says_so(tmp_path, capfd):
     assert export(bn_model, tmp_path / "net", to="state-dict", example=x).folds_back
 
 
+def test_onnx_of_a_network_in_float64_says_what_to_do(tmp_path):
+    network = NETWORKS["convnet+mlp f64"]
+    (batch,) = network.batches(1, 2)
+    bn_model = insert(network.make(), [batch])
+    with pytest.raises(ExportError, match=r"onnxruntime cannot load Sequential: .* export model.float\(\)"):
+        export(bn_model, tmp_path / "net.onnx", to="onnx", example=batch)
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_with_renorm_has_no_exported_form(squeezenet):
     model = torch.nn.Sequential(bnsurgery.nn.BatchNorm2d(3)).train()
     x = torch.randn(4, 3, 5, 5)

@@ -189,7 +189,7 @@ class Trainer:
                 val_accuracy=accuracy,
                 images_per_second=self.config.batch_size * self._timed / seconds,
             )
-            is_best = all(accuracy > earlier.val_accuracy for earlier in self.rows)
+            is_best = all((accuracy, -loss) > (earlier.val_accuracy, -earlier.val_loss) for earlier in self.rows)
             self.rows.append(row)
             if self.directory is not None and self.accelerator.is_main_process:
                 self.directory.log(self.rows, self.network if is_best else None)

@@ -72,7 +72,7 @@ class RunDirectory:
 
     @property
     def best(self) -> Path:
-        """The network with the highest validation accuracy, for `bnsurgery.load`."""
+        """The network with the highest validation accuracy, of equal ones the lowest loss, for `bnsurgery.load`."""
         return self.path / "best.safetensors"
 
     @property
@@ -141,7 +141,8 @@ class RunDirectory:
             state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
             version = state["version"]
         except Exception as error:  # damage makes the unpickler raise just about anything
-            raise CheckpointError(f"'{self.last}': damaged: {str(error).splitlines()[0][:100]}") from error
+            best = f" '{self.best}' is a file of its own: a new run can start from it." if self.best.exists() else ""
+            raise CheckpointError(f"'{self.last}': damaged, so this run cannot go on.{best}") from error
         if version != _VERSION:
             raise CheckpointError(f"'{self.last}': of version {version}, expected {_VERSION}")
         return state

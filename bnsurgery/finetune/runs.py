@@ -146,6 +146,8 @@ def _train(
             trainer.restore(state)
         if show:
             how = " (range test)" if config.lr == "auto" else ""
+            if before is not None and state is None:
+                print("resume       no checkpoint was saved yet: from the beginning")
             print("\n".join([*setup.facts, f"peak rate    {setup.resolved.lr:.3g}{how}"]), flush=True)
         try:
             with listening() as stop:

@@ -109,7 +109,8 @@ def test_a_network_inserted_before_tells_what_its_classes_are(cli, folder):
     assert code == 0, err
     code, out, _ = cli("predict", "squeezenet1_1-bn.safetensors", "images/dark/0.png", "--top", 1)
     assert code == 0 and out.count("%") == 1
-    code, _, err = cli("predict", "squeezenet1_1-bn.safetensors", "images/none.png")
+    code, out, err = cli("predict", "squeezenet1_1-bn.safetensors", "images/none.png", "images/dark/0.png")
+    assert "images/dark/0.png" in out  # the others are told all the same
     assert code == 1 and "images/none.png" in err
 
 
@@ -202,7 +203,7 @@ def test_a_signal_saves_and_ends_it(folder, signum, code):
 
 def test_several_processes_give_what_one_gives(folder):
     """Same global batches, synchronized statistics: the loss agrees to 1e-5 over 20 steps."""
-    args = [*FAST[:-6], "--num-workers", "0", "--lr", "0.05", "--device", "cpu", "--epochs", "4", "--batch-size", "8"]
+    args = [*FAST[:-6], "--num-workers", "0", "--lr", "0.05", "--epochs", "4", "--batch-size", "8"]
     args += ["--dropout", "0", "--evaluations", "6"]
     port = str(20000 + os.getpid() % 20000)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--no-python"]

@@ -91,7 +91,7 @@ def test_dropping_lrn(cli):
 
 
 def test_grey_images(cli):
-    code, out, err = cli("insert", "--model", "net.py:grey", *FEW)
+    code, _out, err = cli("insert", "--model", "net.py:grey", *FEW)
     assert code == 0, err
     code, _out, err = cli("verify", "grey-bn.safetensors", "--model", "net.py:grey", "--num-images", "8")
     assert code == 0, err
