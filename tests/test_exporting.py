@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnsurgery
@@ -216,3 +216,13 @@ def test_training_with_renorm_has_no_exported_form(squeezenet):
     bnsurgery.set_statistics_(model, "renorm")
     with pytest.raises(bnsurgery.BNSurgeryError, match="renorm.* no form in torch's own"):
         torch.export.export(model, (x,))
+
+
+def test_what_computes_something_else_gets_no_name(squeezenet, tmp_path, monkeypatch):
+    def spoil(state, *args, **kwargs):
+        save_file({name: tensor + 0.1 for name, tensor in state.items()}, *args, **kwargs)
+
+    monkeypatch.setattr("bnsurgery.exporting.save_file", spoil)
+    with pytest.raises(ExportError, match="what was written differs by"):
+        export(squeezenet, tmp_path / "net", to="torchvision", example=torch.randn(2, 3, 64, 64))
+    assert not list(tmp_path.iterdir())
