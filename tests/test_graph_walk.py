@@ -315,6 +315,33 @@ def test_a_network_whose_own_code_cannot_be_followed_is_followed_in_parts():
     assert type(bn_model.features[1]) is bnsurgery.nn.BatchNorm2d
 
 
+def test_a_part_that_opaque_code_indexes_too_is_not_renumbered():
+    def forward(self, x):
+        y = self.features(x)
+        return self.features[2](y) if y.sum() > -1e9 else y
+
+    features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+    bn_model = round_trip(module(forward, features=features), [X])
+    assert len(bn_model.features) == 4 and hasattr(bn_model.features[0], "norm")
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        ([nn.Linear(6, 4), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3), nn.ReLU(), nn.Linear(3, 2)], (5, 6)),
+        ([nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)], (3, 6, 6)),
+    ],
+)
+def test_no_shift_is_folded_where_it_would_not_be_the_same_everywhere(model, shape):
+    """Flattened steps are no longer a shift per feature; the borders of a transposed convolution see fewer taps."""
+    model, x = nn.Sequential(*model).eval(), torch.randn(8, *shape)
+    bn_model = insert(model, [x], placement="post-activation")
+    with torch.no_grad():
+        bn_model[2].bias.add_(1)
+    with pytest.raises(bnsurgery.FoldError, match="fold: '2': stands behind the activation of '0'"):
+        fold(bn_model)
+
+
 def test_style_transfer_code_that_indexes_the_features_keeps_them_numbered():
     def forward(self, x):
         kept = []
