@@ -47,8 +47,8 @@ What was tried, and what came of it. `python -m benchmarks.networks` wrote this 
 - *folds back*: the state dict after `fold`, key by key; `torch.equal`.
 - *ONNX max diff*: of the folded network's outputs in onnxruntime, as a share of the largest output.
 - *calibration ×*: time of `calibrate` by that of a plain forward pass over the same two batches of {BATCH}; medians of
-  {ROUNDS} interleaved rounds. Every activation is read once more: little beside a VGG's arithmetic, much beside that of a
-  network with few operations an activation (SqueezeNet), or one that computes for a millisecond.
+  {ROUNDS} interleaved rounds. Every activation is read once more: little beside a VGG's arithmetic, more beside that of
+  a network with few operations an activation (SqueezeNet); one that computes for a millisecond pays for the hooks.
 - torchvision's classifiers take 224 × 224 pixels here, the others what `benchmarks/zoo.py` says, with random weights;
   those called *real* have trained weights.
 {chr(10).join(notes)}

@@ -201,7 +201,7 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
     in_sequential = _in_sequential(trace, anchor)
     # The hooks of a layer that carries its norm run behind the norm: they must not see the ReLU's output.
     fusible = placement == "pre-activation" and (in_sequential or not _is_hooked(anchor))
-    relu = activation if fusible and _can_take_over(activation) else None
+    relu = activation if fusible and _can_take_over(trace, activation) else None
     post = placement == "post-activation"
     next_layer = _folds_into(trace, anchor, flat=kind == "dense", channel_dim=channel_dim) if post else None
     return Site(
@@ -219,9 +219,14 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
     )
 
 
-def _can_take_over(activation: nn.Module | None) -> bool:
-    """Whether the norm may apply this ReLU itself and leave an Identity in its place: nobody else must look at it."""
-    return type(activation) is nn.ReLU and not _is_hooked(activation)
+def _can_take_over(trace: Trace, activation: nn.Module | None) -> bool:
+    """Whether the norm may apply this ReLU itself and leave an Identity in its place: nobody else must look at it.
+
+    Code that branches on shapes could apply it to something else on other shapes.
+    """
+    if type(activation) is not nn.ReLU or _is_hooked(activation):
+        return False
+    return not trace.callers(activation) & trace.shaped
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
-"""torch.fx's symbolic tracing with an example beside it: shapes are known, values are not."""
+"""torch.fx's symbolic tracing with an example beside it: shapes are known where code wants them, values never."""
 
 import inspect
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,10 @@ from .batches import Inputs
 from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORMS
 from .nn import Normed
 
-# What of a tensor does not depend on the numbers in it: given to the code as it is, so that `if x.shape[1] == 3` and
-# `assert x.ndim == 4` go the example's way. What does depend on them stays symbolic, and control flow on it fails.
+# What of a tensor does not depend on the numbers in it. Symbolic at first, like all else; code that cannot do with that
+# (`if x.shape[1] == 3`) gets the example's. What depends on the numbers stays symbolic, and control flow on it fails.
 _METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"}
-_METHODS |= {"is_complex", "element_size", "get_device", "keys"}
+_METHODS |= {"is_complex", "element_size", "get_device"}
 _ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_quantized"}
 _STARS: dict[Any, tuple[str, Any]] = {
     inspect.Parameter.VAR_POSITIONAL: ("*", ()),
@@ -34,25 +35,51 @@ _UNKNOWN = _Unknown()
 
 
 class ValueProxy(fx.Proxy):
-    """A proxy that knows what it stands for on the example."""
+    """A proxy that knows what it stands for on the example.
+
+    Attributes:
+        value: that, where it could be computed.
+        is_shape: whether it follows from shapes, types and the like alone.
+    """
 
     value: Any = _UNKNOWN
+    is_shape = False
+    tracer: "Tracer"
     __getitem__: Callable[[Any, Any], Any]  # fx adds it
 
     def __getattr__(self, k: str) -> Any:
         if k in _ATTRIBUTES and isinstance(self.value, Tensor):
-            return getattr(self.value, k)
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
         return super().__getattr__(k)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __bool__(self) -> bool:
+        return bool(self.value) if self.is_shape and self.tracer.tells_shapes() else super().__bool__()
+
+    def __index__(self) -> int:
+        if self.is_shape and self.tracer.tells_shapes():
+            return operator.index(self.value)
+        raise TypeError("symbolically traced variables have no value")
+
     def __len__(self) -> int:
-        return super().__len__() if self.value is _UNKNOWN else len(self.value)
+        if isinstance(self.value, (tuple, list, dict)) or (
+            isinstance(self.value, Tensor) and self.tracer.tells_shapes()
+        ):
+            return len(self.value)
+        return super().__len__()
 
     def __iter__(self) -> Any:
         if isinstance(self.value, dict):
             return iter(self.value)
         if isinstance(self.value, (Tensor, tuple, list)):
-            return iter([self[i] for i in range(len(self.value))])
+            return iter([self[i] for i in range(len(self))])
         return super().__iter__()
+
+    def keys(self) -> Any:
+        """Of a dict."""
+        return self.value.keys() if isinstance(self.value, dict) else super().keys()
 
     def items(self) -> Any:
         """Of a dict, with symbolic values."""
@@ -72,9 +99,10 @@ class Tracer(fx.Tracer):
         broke: after a failure, the innermost module whose forward could not be followed.
     """
 
-    def __init__(self, root: nn.Module, opaque: set[nn.Module]) -> None:
+    def __init__(self, root: nn.Module, opaque: set[nn.Module], shaped: set[nn.Module]) -> None:
         super().__init__()
         self._opaque = opaque
+        self._shaped = shaped
         self._callers: list[nn.Module] = [root]
         self._bound: dict[str, Any] = {}
         self._evaluating = False
@@ -150,11 +178,15 @@ class Tracer(fx.Tracer):
             proxy.value = self._evaluate(self.root.get_parameter, (target,), {})
         elif kind == "call_function":
             proxy.value = self._evaluate(target, args, kwargs)
+            proxy.is_shape = (target is getattr and args[1] in _ATTRIBUTES) or _follow_from_shapes(args, kwargs)
         elif kind == "call_method":
             proxy.value = self._evaluate(lambda first, *more, **kw: getattr(first, target)(*more, **kw), args, kwargs)
-            if target in _METHODS and proxy.value is not _UNKNOWN:
-                return proxy.value
-        return proxy
+            proxy.is_shape = target in _METHODS or _follow_from_shapes(args, kwargs)
+        return proxy.value if proxy.is_shape and proxy.value is not _UNKNOWN and self.tells_shapes() else proxy
+
+    def tells_shapes(self) -> bool:
+        """Whether the code that runs now gets shapes as they are on the example."""
+        return self._callers[-1] in self._shaped
 
     def create_arg(self, a: Any) -> Any:
         # fx would register a tensor that the code made as an attribute of the user's model.
@@ -191,6 +223,12 @@ def _value(item: Any) -> Any:
         root = _value(item.root)
         return _UNKNOWN if root is _UNKNOWN else getattr(root, item.attr)
     return item.value if isinstance(item, ValueProxy) else item
+
+
+def _follow_from_shapes(args: Any, kwargs: Any) -> bool:
+    proxies: list[Any] = []
+    map_aggregate((args, kwargs), lambda item: proxies.append(item) if isinstance(item, fx.Proxy) else None)
+    return bool(proxies) and all(isinstance(proxy, ValueProxy) and proxy.is_shape for proxy in proxies)
 
 
 def _is_unknown(values: Any) -> bool:

@@ -29,6 +29,7 @@ class Trace:
     Attributes:
         names: first fully qualified name of every module, by module.
         opaque: the modules whose forward cannot be followed, and why not.
+        shaped: the modules whose forward was followed on the example's shapes alone, and may go other ways on others.
         read: the modules whose parameters the code of another reads.
 
     Raises:
@@ -45,6 +46,7 @@ class Trace:
         self.observed = observe(model, example) if example is not None else None
         self.nodes: list[fx.Node] = []
         self.read: set[nn.Module] = set()
+        self.shaped: set[nn.Module] = set()
         self._followed: set[nn.Module] = set()
         self._calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
         self._callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)
@@ -139,13 +141,16 @@ class Trace:
     def _follow(self, root: nn.Module, example: Inputs | None) -> None:
         """Add the graph of `root`, with what breaks inside it as leaves; or note that it is opaque itself."""
         while root not in self.opaque:
-            tracer = Tracer(root, set(self.opaque))
+            tracer = Tracer(root, set(self.opaque), self.shaped)
             try:
                 graph = tracer.follow(root, example)
             except Exception as error:  # whatever the user's code makes of a proxy
                 culprit = tracer.broke
                 if culprit is None or culprit in self.opaque:
                     culprit = root
+                if culprit not in self.shaped and example is not None:
+                    self.shaped.add(culprit)
+                    continue
                 self.opaque[culprit] = f"{_where(error)}: {_first_line(error)}"
                 continue
             self._followed.add(root)

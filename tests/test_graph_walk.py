@@ -268,6 +268,39 @@ def test_control_flow_on_shapes_goes_the_examples_way():
     assert sites(model, X) == ["conv"]
 
 
+def test_code_that_branches_on_shapes_keeps_its_relu():
+    """The ReLU is another tensor's on another shape: the example does not show that, so it must stay."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.head(self.relu(y)) if x.shape[-1] > 20 else self.head(y + self.relu(x[:, :1]))
+
+    model = module(forward, conv=nn.Conv2d(3, 4, 1), relu=nn.ReLU(), head=nn.Conv2d(4, 2, 1))
+    bn_model = round_trip(model, [torch.randn(4, 3, 24, 24)])
+    with torch.no_grad():
+        assert torch.equal(bn_model(X), model(X))
+    # Reading a shape without a branch on it is no reason.
+    flat = module(
+        lambda self, x: self.head(self.relu(self.conv(x)).view(x.size(0), -1)),
+        conv=nn.Conv2d(3, 4, 1),
+        relu=nn.ReLU(),
+        head=nn.Linear(576, 2),
+    )
+    assert plan(flat, X).sites[0].relu == "relu"
+
+
+def test_writing_into_a_tensor():
+    def forward(self, x):
+        y = self.conv(x)
+        y[:, :2] = 0
+        y[:, 2:, : x.shape[-1] // 2] += 1
+        return self.head(y.relu())
+
+    model = module(forward, conv=nn.Conv2d(3, 4, 1), head=nn.Conv2d(4, 2, 1))
+    round_trip(model, [X])
+    assert sites(model, X) == ["conv"]
+
+
 class Gate(nn.Module):
     """Control flow that no tracer can follow: it depends on the numbers."""
 
