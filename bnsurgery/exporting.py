@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from torchvision import models
 
 from . import pretrained
-from .batches import Inputs, outputs, placed
+from .batches import Inputs, join, outputs, placed
 from .copies import on_meta
 from .errors import ExportError
 from .files import atomic_write
@@ -97,7 +97,7 @@ def export(
         bn_model: from `insert` or `load`, trained since or not; not changed.
         path: the file to write.
         to: the format.
-        example: an input batch of at least 2 samples, as for `plan`; only for networks that are not torchvision's.
+        example: an input batch, as for `plan`; only for networks that are not torchvision's.
         keep_bn: leave the BatchNorm layers in, as torch's own; "torchvision" has no place for them.
         overwrite: whether an old file may be replaced.
 
@@ -175,7 +175,9 @@ def _keeps(to: str) -> Callable[[Any], bool]:
 
 def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
     if example is not None:
-        return Inputs.of(example)
+        inputs = Inputs.of(example)
+        # torch.export takes a size of 1 for a constant.
+        return (join([inputs, inputs]) or inputs) if inputs.samples == 1 else inputs
     if done.task is not None:
         shape: Sequence[int] = (len(done.task.mean), done.task.image_size, done.task.image_size)
     elif done.architecture is not None or "image_size" in done.provenance:
@@ -219,17 +221,9 @@ def _write_state(job: _Written) -> None:
 def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
     import onnxruntime
 
-    inputs = job.inputs.map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf)
+    exported = _capture(job)  # not left to torch.onnx, which falls back to a fixed batch size
     try:
-        program = torch.onnx.export(
-            job.network.cpu(),
-            inputs.args,
-            kwargs=inputs.kwargs,
-            dynamo=True,
-            dynamic_shapes=_any_batch(job.network, inputs),
-            optimize=not job.keep_bn,  # or it folds BatchNorm away
-            verbose=False,
-        )
+        program = torch.onnx.export(exported, dynamo=True, optimize=not job.keep_bn, verbose=False)  # or BN is folded
     except Exception as error:  # the exporter's, of many kinds
         raise ExportError(f"export: torch.onnx cannot export {job.done.model}: {_reason(error)}") from error
     assert program is not None
@@ -237,7 +231,8 @@ def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
     try:
         session = onnxruntime.InferenceSession(str(job.temporary), providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no base of their own
-        advice = " onnxruntime has no float64 convolutions: export model.float()" if _is_float64(job.network) else ""
+        dtype = next((str(p.dtype) for p in job.network.parameters() if p.dtype != torch.float32), None)
+        advice = f" It has few operations in {dtype.removeprefix('torch.')}: export model.float()" if dtype else ""
         raise ExportError(f"export: onnxruntime cannot load {job.done.model}: {_reason(error)}.{advice}") from error
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
@@ -249,16 +244,20 @@ def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
 
 
 def _exported_program(job: _Written) -> Callable[..., list[Tensor]]:
-    shapes = _any_batch(job.network, job.inputs)
-    try:
-        program = torch.export.export(job.network, job.inputs.args, job.inputs.kwargs, dynamic_shapes=shapes)
-    except Exception as error:  # the exporter's, of many kinds
-        raise ExportError(f"export: torch.export cannot export {job.done.model}: {_reason(error)}") from error
+    program = _capture(job)
     with job.temporary.open("wb") as file:  # not by name: it insists on the suffix
         torch.export.save(program, file)
     with job.temporary.open("rb") as file:
         again = torch.export.load(file).module()
     return lambda *args, **kwargs: outputs(again(*args, **kwargs))
+
+
+def _capture(job: _Written) -> torch.export.ExportedProgram:
+    shapes = _any_batch(job.network, job.inputs)
+    try:
+        return torch.export.export(job.network, job.inputs.args, job.inputs.kwargs, dynamic_shapes=shapes)
+    except Exception as error:  # the exporter's, of many kinds
+        raise ExportError(f"export: torch.export cannot export {job.done.model}: {_reason(error)}") from error
 
 
 _WRITERS: dict[str, Callable[..., Any]] = {
@@ -288,10 +287,6 @@ def _any_batch(network: nn.Module, inputs: Inputs) -> Any:
     count, batch = inputs.samples, torch.export.Dim("batch")
     given = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs).arguments
     return tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == count else None, dict(given))
-
-
-def _is_float64(network: nn.Module) -> bool:
-    return any(parameter.dtype == torch.float64 for parameter in network.parameters())
 
 
 def _reason(error: Exception) -> str:

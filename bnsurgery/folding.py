@@ -88,6 +88,9 @@ def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:
         return "its parameters or statistics are not finite"
     if (scale == 1).all() and (shift == 0).all():
         return None
+    parent = model.get_submodule(inserted.norm.rpartition(".")[0])
+    if not isinstance(parent, Normed) and model.get_submodule(inserted.layer)._forward_hooks:
+        return f"'{inserted.layer}' has forward hooks, which may change what reaches the norm: remove them first"
     if inserted.site.anchor != inserted.site.name:
         if target is None:
             return (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .errors import BNSurgeryError
 from .folding import fold_
 from .layer_kinds import device_and_dtype
 from .module_tree import replace
@@ -35,7 +36,7 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
 
     Raises:
         FoldError: a norm that has to be folded cannot be.
-        BNSurgeryError: the model carries no record.
+        BNSurgeryError: the model carries no record, or a layer with its norm inside has forward hooks.
     """
     done, model = record(bn_model), copy.deepcopy(bn_model)
     kept: list[InsertedSite] = []
@@ -57,6 +58,10 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
     for norm, parent, layer, identity, site in found:
         stock = _stock(norm)
         if isinstance(parent, Normed):
+            if parent._forward_hooks:
+                raise BNSurgeryError(
+                    f"to_torch: '{site.layer}' has forward hooks, which run behind its norm: remove them first"
+                )
             detach_(parent)
             replace(model, parent, nn.Sequential(parent, stock).train(parent.training))
         else:

@@ -155,6 +155,18 @@ def test_real_network_on_every_photograph(real, tmp_path):
     assert torch.equal(got.argmax(1), expected.argmax(1))
 
 
+def test_one_sample_is_example_enough(tmp_path):
+    network = NETWORKS["srcnn"]
+    (batch,) = network.batches(1, 4)
+    bn_model = train_(insert(network.make(), [batch]))
+    export(bn_model, tmp_path / "net.onnx", to="onnx", example=batch[:1])
+    export(bn_model, tmp_path / "net.pt2", to="exported-program", example=batch[:1])
+    with torch.no_grad():
+        expected = bn_model(batch)
+    for code in (ONNX.format(file="net.onnx"), PROGRAM.format(file="net.pt2")):
+        torch.testing.assert_close(elsewhere(tmp_path, code, batch), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_has_no_place_is_refused_and_leaves_nothing(squeezenet, tmp_path):
     x = torch.randn(2, 3, 64, 64)
     with pytest.raises(ExportError, match="torchvision has no squeezenet1_1_bn"):
@@ -200,7 +212,7 @@ def test_onnx_of_a_network_in_float64_says_what_to_do(tmp_path):
     network = NETWORKS["convnet+mlp f64"]
     (batch,) = network.batches(1, 2)
     bn_model = insert(network.make(), [batch])
-    with pytest.raises(ExportError, match=r"onnxruntime cannot load Sequential: .* export model.float\(\)"):
+    with pytest.raises(ExportError, match=r"onnxruntime cannot load Sequential: .* in float64: export model.float\(\)"):
         export(bn_model, tmp_path / "net.onnx", to="onnx", example=batch)
     assert not list(tmp_path.iterdir())
 

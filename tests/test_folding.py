@@ -63,6 +63,17 @@ def test_custom_network_folds_back(options, custom, images):
     assert_same_network(fold(insert(custom, [images(8, 32)], **options)), custom)
 
 
+def test_hooks_between_a_layer_and_its_norm_are_in_the_way(images):
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1)).eval()
+    model[0].register_forward_hook(lambda module, args, out: out + 1)
+    bn_model = insert(model, [images(4, 8)])
+    assert fold(bn_model)[0].bias is not None  # untrained there is nothing to fold
+    with torch.no_grad():
+        bn_model[1].weight.mul_(2)
+    with pytest.raises(FoldError, match="fold: '1': '0' has forward hooks"):
+        fold(bn_model)
+
+
 def test_a_negative_zero_bias_keeps_its_sign(images):
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1)).eval()
     with torch.no_grad():

@@ -72,6 +72,12 @@ def test_norms_over_the_last_dimension_are_folded():
     assert str(stock) == str(model) and equal(stock, model, x)
 
 
+def test_hooks_behind_a_carried_norm_are_in_the_way(custom, x):
+    custom.squeeze.register_forward_hook(lambda module, args, out: out + 1)
+    with pytest.raises(BNSurgeryError, match="to_torch: 'squeeze' has forward hooks"):
+        to_torch(insert(custom, [x]))
+
+
 def test_needs_a_record():
     with pytest.raises(BNSurgeryError, match="carries no record"):
         to_torch(nn.Sequential(nn.Conv2d(3, 3, 1)))
