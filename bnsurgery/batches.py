@@ -59,6 +59,12 @@ class Inputs:
             return len(self.args[0])
         return next((len(tensor) for tensor in self.tensors if tensor.ndim), 1)
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of one sample, where the input is one tensor of real numbers; else None."""
+        only = self.args[0] if len(self.args) == 1 and not self.kwargs else None
+        return tuple(only.shape[1:]) if isinstance(only, Tensor) and only.is_floating_point() else None
+
     def map(self, function: Callable[[Any], Any]) -> "Inputs":
         """With `function` applied to every tensor and other leaf."""
         args, kwargs = tree_map(function, (self.args, self.kwargs))
@@ -161,9 +167,15 @@ def run(operation: str, model: nn.Module, batch: Inputs) -> Any:
     except torch.OutOfMemoryError as error:
         raise CalibrationError(f"{operation}: out of memory on a batch of {batch.samples}: use smaller ones") from error
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AssertionError) as error:
-        several = " A tuple is several arguments: pass a list as one." if len(batch.args) > 1 else ""
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        advice = ""
+        if isinstance(error, TypeError) and "argument" in str(error):
+            advice = (
+                " A tuple is several arguments, a list one: pass a list as one."
+                if len(batch.args) > 1
+                else " Several inputs go into a tuple of their own, ((a, b), label), or into a dict."
+            )
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise CalibrationError(
             f"{operation}: {type(model).__name__} failed on an input of shape {batch.shapes()}, "
-            f"{batch.tensors[0].dtype}: {reason}{several}"
+            f"{batch.tensors[0].dtype}: {reason}.{advice}"
         ) from error

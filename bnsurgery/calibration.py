@@ -108,7 +108,8 @@ def warn_of_dead_channels(moments: dict[str, ChannelMoments], eps: float) -> Non
         listed = ", ".join(f"'{name}' {dead[name]} of {len(moments[name].mean)}" for name in worst)
         warnings.warn(
             f"channels with a variance below eps ({eps:g}) on this data, dead or nearly: {sum(dead.values())} in "
-            f"{len(dead)} layers, most in {listed}. They stay exact; training may amplify them.",
+            f"{len(dead)} layer{'s' if len(dead) > 1 else ''}, most in {listed}. They stay exact; training may "
+            "amplify them.",
             BNSurgeryWarning,
             stacklevel=4,
         )

@@ -138,7 +138,8 @@ def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) ->
         options = Options(the_record.absorb_bias, the_record.fuse_relu, the_record.eps, the_record.momentum)
         sites = edit_(skeleton, [inserted.site for inserted in the_record.sites], options)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration) as error:
-        raise CheckpointError(f"load: '{path}': its record does not fit {the_record.model}: {error}") from error
+        what = the_record.model if model is None else f"the {type(model).__name__} given: it is of a {the_record.model}"
+        raise CheckpointError(f"load: '{path}': its record does not fit {what}: {error}") from error
     if sites != the_record.sites:
         raise CheckpointError(f"load: '{path}': its record names other layers than {the_record.model} has")
     return skeleton.eval()

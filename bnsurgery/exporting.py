@@ -68,7 +68,17 @@ class Export:
 
     def __str__(self) -> str:
         what = f"{self.network}, {self.format}: {self.origin}"
-        return f"{what}\n{self.equivalence}\n\nWrote {self.path}.\nNext: {self.usage}"
+        return f"{what}\n{self.proof}\n\nWrote {self.path}.\nNext: {self.usage}"
+
+    @property
+    def proof(self) -> str:
+        """`equivalence` in a line: float32 rounds when weights are folded or another runtime computes."""
+        if self.equivalence.bit_identical:
+            return str(self.equivalence)
+        return (
+            f"eval mode    the same function to {self.equivalence.max_rel:.1e} of the largest output, on "
+            f"{self.equivalence.samples} inputs (rounding; {_TOLERANCE:g} would be refused)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -97,7 +107,7 @@ def export(
         bn_model: from `insert` or `load`, trained since or not; not changed.
         path: the file to write.
         to: the format.
-        example: an input batch, as for `plan`; only for networks that are not torchvision's.
+        example: an input batch, as for `plan`; needed where the input is not one tensor of real numbers.
         keep_bn: leave the BatchNorm layers in, as torch's own; "torchvision" has no place for them.
         overwrite: whether an old file may be replaced.
 
@@ -127,9 +137,8 @@ def export(
                     "output; nothing is left of it"
                 )
     name = _name(to, done)
-    classes = done.architecture.num_classes if done.architecture is not None else 0
     origin = pretrained.origin(done, folds_back) if folded is not None else "with its BatchNorm"
-    return Export(str(path), to, name, origin, folds_back, equivalence, _usage(to, path, name, classes, keep_bn))
+    return Export(str(path), to, name, origin, folds_back, equivalence, _usage(to, path, done, keep_bn))
 
 
 @dataclass(frozen=True)
@@ -178,12 +187,10 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
         inputs = Inputs.of(example)
         # torch.export takes a size of 1 for a constant.
         return (join([inputs, inputs]) or inputs) if inputs.samples == 1 else inputs
+    shape: Sequence[int] | None = done.input_shape
     if done.task is not None:
-        shape: Sequence[int] = (len(done.task.mean), done.task.image_size, done.task.image_size)
-    elif done.architecture is not None or "image_size" in done.provenance:
-        preprocess = pretrained.preprocessing_of(done, bn_model)
-        shape = (len(preprocess.mean), *preprocess.crop_size * (2 if len(preprocess.crop_size) == 1 else 1))
-    else:
+        shape = (len(done.task.mean), done.task.image_size, done.task.image_size)
+    if shape is None:
         raise ExportError(f"export: what a {done.model} takes is not known: pass example=, a batch of its inputs")
     # Any input shows whether two networks are one function; noise needs no data.
     return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
@@ -299,7 +306,7 @@ def _name(to: str, done: SurgeryRecord) -> str:
     return f"{name}_bn" if to == "torchvision-bn" else name
 
 
-def _usage(to: str, path: Path, name: str, classes: int, keep_bn: bool) -> str:
+def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> str:
     load = (
         f'torch.load("{path}", weights_only=True)'
         if path.suffix in _PICKLES
@@ -307,7 +314,9 @@ def _usage(to: str, path: Path, name: str, classes: int, keep_bn: bool) -> str:
     )
     if to == "state-dict" and keep_bn:
         return f"{load}, for a network with BatchNorm in these places"
-    made = f"torchvision.models.{name}(num_classes={classes})" if classes else f"{name}(...)"
+    made = f"...  # what {done.provenance.get('model', done.model)} makes"
+    if done.architecture is not None:
+        made = f"torchvision.models.{_name(to, done)}(num_classes={done.architecture.num_classes})"
     return {
         "onnx": f'onnxruntime.InferenceSession("{path}")',
         "exported-program": f'torch.export.load("{path}").module()',

@@ -1,10 +1,12 @@
 """The output layer of a classifier: find it, and put a new one there for another number of classes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .batches import Inputs
 from .errors import BNSurgeryError
 from .layer_kinds import LAYERS, Layer
 from .module_tree import replace
@@ -13,14 +15,17 @@ from .tracing import Trace
 _STD = 0.01  # as torchvision initializes the last layer of VGG and SqueezeNet
 
 
-def find_head(model: nn.Module) -> str:
+def find_head(model: nn.Module, shape: Sequence[int] | None = None) -> str:
     """The fqn of the one conv or dense layer with no other between it and the output.
+
+    Args:
+        shape: of one input, (C, H, W); code that looks at its input's shape cannot be followed without.
 
     Raises:
         UntraceableModelError: the forward pass cannot be followed.
         BNSurgeryError: there is none, or more than one, or a norm stands behind it.
     """
-    trace = Trace(model)
+    trace = Trace(model, Inputs((torch.zeros(1, *shape),)) if shape is not None else None)
     heads = [
         name
         for module, name in trace.names.items()

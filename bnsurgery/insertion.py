@@ -78,8 +78,9 @@ def insert(
 
     Args:
         model: a BN-free network; not changed.
-        batches: calibration inputs in `model`'s own preprocessing: an iterable of tensors, or of tuples whose first
-            item is the input.
+        batches: calibration inputs in `model`'s own preprocessing: an iterable of tensors, of dicts of keyword
+            arguments, or of tuples or lists, as a DataLoader gives, whose first item is the input: a tensor, a dict, a
+            tuple of several arguments, or a list as one (of images, for a detector).
         placement: "pre-activation" or "post-activation", see `plan`.
         layers: "all", "conv", "dense", or a predicate (fqn, module) -> bool.
         head: also put one behind the output layer.
@@ -110,8 +111,8 @@ def insert(
     bn_model = _copy(reference)
     moments = calibrate(reference, the_plan, batches, progress=progress)
     insert_(bn_model, the_plan, moments, options)
-    if drop_lrn:
-        attach_record(bn_model, replace_fields(record(bn_model), dropped_lrn=find_lrn(model)))
+    dropped = find_lrn(model) if drop_lrn else ()
+    attach_record(bn_model, replace_fields(record(bn_model), dropped_lrn=dropped, input_shape=example.shape))
     if not absorb_bias:
         _check_result(reference, bn_model, example.take(0, 1))
     return bn_model

@@ -37,8 +37,8 @@ def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, droppe
         change = sum((b - a).double().square().sum().item() for a, b in zip(before, after, strict=True))
         size = sum(a.double().square().sum().item() for a in before)
     warnings.warn(
-        f"{dropped} LocalResponseNorm layers dropped, which changes the function: the outputs move by "
-        f"{100 * (change / size) ** 0.5 if size else torch.inf:.3g} % on the first calibration batch. "
+        f"{dropped} LocalResponseNorm layer{'s' if dropped > 1 else ''} dropped, which changes the function: the "
+        f"outputs move by {100 * (change / size) ** 0.5 if size else torch.inf:.3g} % on the first calibration batch. "
         "What is inserted keeps the function of the network without them; fine-tune it.",
         BNSurgeryWarning,
         stacklevel=3,

@@ -17,6 +17,7 @@ from .layer_kinds import (
     batched_ndim,
     is_activation,
 )
+from .lrn import find_lrn
 from .nn import Normed
 from .tables import table
 from .tracing import Trace, is_norm
@@ -83,7 +84,11 @@ class Skip:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where BatchNorm goes (`sites`, in order of definition) and where not (`skipped`)."""
+    """Where BatchNorm goes (`sites`, in order of definition) and where not (`skipped`).
+
+    Attributes:
+        lrn: fqns of the LocalResponseNorm layers, which stay unless `insert` is told to drop them.
+    """
 
     model: str
     sites: tuple[Site, ...]
@@ -91,6 +96,7 @@ class Plan:
     placement: str
     layers: str
     head: bool
+    lrn: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [
@@ -100,6 +106,10 @@ class Plan:
         text = table(("site", "layer", "channels", "activation", "BatchNorm as"), rows)
         if self.skipped:
             text += "\n\n" + table(("skipped", "layer", "reason"), [(s.name, s.layer, s.reason) for s in self.skipped])
+        if self.lrn:
+            text += (
+                f"\n\nLocalResponseNorm stays: {', '.join(self.lrn)}. drop_lrn takes it out and changes the function."
+            )
         return f"{text}\n\n{self.model}: {len(self.sites)} sites, {len(self.skipped)} skipped, {self.placement}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,7 +165,7 @@ def plan(
             sites.append(found)
     skipped += [_function(trace, node) for node in trace.nodes if node.target in LAYER_FUNCTIONS and not _module(node)]
     chosen = layers if isinstance(layers, str) else getattr(layers, "__name__", "custom")
-    result = Plan(type(model).__name__, tuple(sites), tuple(skipped), placement, chosen, head)
+    result = Plan(type(model).__name__, tuple(sites), tuple(skipped), placement, chosen, head, find_lrn(model))
     _check(result)
     return result
 

@@ -11,7 +11,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from . import factories
 from .checkpoint import read_record
-from .errors import ArchitectureError, BNSurgeryError, CheckpointError
+from .errors import ArchitectureError, BNSurgeryError, CheckpointError, UntraceableModelError
 from .layer_kinds import LAYERS
 from .models import Architecture, identify, state_shapes
 from .surgery_record import SurgeryRecord
@@ -103,7 +103,7 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0) -> tuple[nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = factories.build(name, pretrained=factories.is_timm(name) and weights == "DEFAULT")
-    description = f"as {name} makes them" if weights == "DEFAULT" else f"random, seed {seed}"
+    description = "as they are made" if weights == "DEFAULT" else f"random, seed {seed}"
     if is_file:
         state = read_state_dict(weights)
         if read_record(weights) is not None:
@@ -156,7 +156,10 @@ def own_preprocessing(model: nn.Module, image_size: int | None, normalize: str =
 
 def input_channels(model: nn.Module) -> int:
     """Colour channels that the first layer takes; 3 where it is no conv."""
-    first = next((node.meta.get("module") for node in Trace(model).nodes if is_layer(node)), None)
+    try:
+        first = next((node.meta.get("module") for node in Trace(model).nodes if is_layer(node)), None)
+    except UntraceableModelError:  # without an input: then the first to be defined
+        first = next((module for module in model.modules() if isinstance(module, LAYERS)), None)
     return first.in_channels if isinstance(first, LAYERS) and not isinstance(first, nn.Linear) else 3
 
 

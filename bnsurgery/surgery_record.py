@@ -60,6 +60,7 @@ class SurgeryRecord:
         versions: of the libraries that did it.
         task: what it was fine-tuned to, if it was.
         dropped_lrn: fqns of the LocalResponseNorm layers that were taken out first.
+        input_shape: of one sample on calibration, where the input is one tensor of real numbers.
     """
 
     model: str
@@ -78,6 +79,7 @@ class SurgeryRecord:
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     task: Task | None = None
     dropped_lrn: tuple[str, ...] = ()
+    input_shape: tuple[int, ...] | None = None
     format_version: int = FORMAT_VERSION
 
     def __str__(self) -> str:

@@ -46,8 +46,8 @@ def command(
     from bnsurgery.surgery_record import record
 
     output = output or Path(f"{file.stem.removesuffix('-bn')}-{to}{SUFFIXES[to]}")
-    files.check_writable(output, overwrite=force)
     bn_model = load_checkpoint(file, model)
+    files.check_writable(output, overwrite=force)
     example = None
     if image_size is not None:
         channels = len(pretrained.preprocessing_of(record(bn_model), bn_model, image_size).mean)

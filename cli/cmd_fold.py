@@ -26,12 +26,12 @@ def command(file: Path, model: str | None, output: Path | None, force: bool, as_
     from bnsurgery.surgery_record import record
 
     output = output or Path(f"{file.stem.removesuffix('-bn')}-folded.safetensors")
-    files.check_writable(output, overwrite=force)
     bn_model = load_checkpoint(file, model)
+    files.check_writable(output, overwrite=force)
     result = export(bn_model, output, to="state-dict", overwrite=force)
     done = record(bn_model)
     text = (
-        f"{len(done.sites)} BatchNorm layers folded away; gives {result.origin}\n{result.equivalence}\n\n"
+        f"{len(done.sites)} BatchNorm layers folded away; gives {result.origin}\n{result.proof}\n\n"
         f"Wrote {output}.\nNext: {result.usage}"
     )
     report(text, {"architecture": result.network, **result.to_dict()}, as_json, quiet)

@@ -27,7 +27,8 @@ from .options import (
     default="DEFAULT",
     show_default=True,
     metavar="DEFAULT|NAME|random|PATH",
-    help="The library's weights by name (downloaded once), random ones, or a .pth, .pt or .safetensors file.",
+    help="The library's weights by name (downloaded once), random ones, or a .pth, .pt or .safetensors file; with "
+    "MODULE:FUNCTION a file, or what it makes.",
 )
 @data_options(num_images=64)
 @normalize_option
@@ -85,13 +86,13 @@ def command(
         raise click.UsageError(str(error)) from None
     name, own = named(arch, model)
     output = output or Path(f"{stem(name)}-bn.safetensors")
+    show = not (quiet or as_json)
+    place = pretrained.device(device)
+    if own:
+        source = pretrained.load_own(name, weights, image_size=image_size, normalize=normalize, seed=seed)
     architecture = None if own else models.architecture(name)
     files.check_writable(output, overwrite=force)
-    place = pretrained.device(device)
-    show = not (quiet or as_json)
-    if architecture is None:
-        source = pretrained.load_own(name, weights, image_size=image_size, normalize=normalize, seed=seed)
-    else:
+    if architecture is not None:
         source = pretrained.load(architecture, weights, image_size=image_size, seed=seed, progress=show)
     network = source.model.to(place)
     batches = calibration_batches(
@@ -124,7 +125,8 @@ def command(
     }
     if own:
         provenance |= {"model": name, "image_size": source.preprocess.crop_size[0], "normalize": normalize}
-    done = replace(record(bn_model), provenance=provenance, dropped_lrn=dropped)
+    shape = tuple(sample.shape[1:])
+    done = replace(record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=shape)
     attach_record(bn_model, done)
     checkpoint.save(bn_model, output, overwrite=force)
 

@@ -64,8 +64,12 @@ def command(
             with files.atomic_write(file, overwrite=force) as temporary:
                 temporary.write_text(text, encoding="utf-8")
             wrote.append(f"Wrote {file}.\n")
-    option = "--model " if model is not None else ""
-    text = f"{plan}\n\n{''.join(wrote)}Next: bnsurgery insert {option}{name}"
+    words = ["bnsurgery insert", *(["--model"] if model is not None else []), quote(name)]
+    words += ["--image-size", str(image_size)] if image_size is not None else []
+    words += ["--head"] if choice["head"] else []
+    for option, default in (("layers", "all"), ("placement", "pre-activation")):
+        words += [f"--{option}", choice[option]] if choice[option] != default else []
+    text = f"{plan}\n\n{''.join(wrote)}Next: {' '.join(words)}"
     report(text, {"architecture": name, **plan.to_dict()}, as_json, quiet)
 
 

@@ -238,7 +238,7 @@ def test_lists_are_one_argument():
 
     model = module(forward, conv=nn.Conv2d(3, 4, 3), head=nn.Conv2d(4, 2, 1))
     round_trip(model, [([X[0], X[1, :, :8]], None)])
-    with pytest.raises(CalibrationError, match="A tuple is several arguments: pass a list as one"):
+    with pytest.raises(CalibrationError, match="A tuple is several arguments, a list one: pass a list as one"):
         insert(model, [((X[0], X[1]), None)])
 
 
@@ -442,8 +442,9 @@ def test_lrn_stays_unless_dropped():
         nn.Conv2d(4, 2, 1),
     ).eval()  # fmt: skip
     kept = round_trip(model, [X])
+    assert "LocalResponseNorm stays: 2. drop_lrn takes it out" in str(plan(model, X))
     assert sum(isinstance(m, nn.LocalResponseNorm) for m in kept.modules()) == 1
-    with pytest.warns(BNSurgeryWarning, match=r"1 LocalResponseNorm layers dropped, which changes the function.* %"):
+    with pytest.warns(BNSurgeryWarning, match=r"1 LocalResponseNorm layer dropped, which changes the function.* %"):
         bn_model = insert(model, [X], drop_lrn=True)
     without = copy.deepcopy(model)
     without[2] = nn.Identity()

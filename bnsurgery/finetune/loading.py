@@ -153,6 +153,9 @@ def default_workers() -> int:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the parent finishes its step and saves, and needs workers for that."""
+    """Ctrl-C and job schedulers signal the whole process group: the parent finishes its step and saves, with workers.
+
+    They end when the parent says so, or is gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

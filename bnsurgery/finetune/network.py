@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import bnsurgery
 from bnsurgery import factories, models, pretrained
 from bnsurgery.checkpoint import read_record
-from bnsurgery.copies import on_meta
+from bnsurgery.copies import sharing_tensors
 from bnsurgery.errors import ArchitectureError, BNSurgeryError
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
@@ -112,8 +112,8 @@ def task_of(source: Source, data: Data, config: Config) -> Task:
         mean, std = tuple(normalization.mean), tuple(normalization.std)
     resize = round(size * _RESIZE) if data.photographs else size
     if not keeps_head(source, data.classes, config):
-        return Task(data.classes, find_head(_original(source.model)), size, resize, mean, std)
-    outputs = outputs_of(source.model.get_submodule(find_head(source.model)))
+        return Task(data.classes, find_head(_original(source.model), (channels, size, size)), size, resize, mean, std)
+    outputs = outputs_of(source.model.get_submodule(find_head(source.model, (channels, size, size))))
     if outputs != len(data.classes):
         raise BNSurgeryError(
             f"finetune: the head tells {outputs} classes apart and cannot be kept for {len(data.classes)}: "
@@ -140,11 +140,11 @@ def prepare(
     Raises:
         BNSurgeryError: as `bnsurgery.insert` does.
     """
-    model = source.model
-    head = find_head(model)
+    model, shape = source.model, (len(task.mean), task.image_size, task.image_size)
+    head = find_head(model, shape)
     if config.arm == "plain" and carries_record(model):
         model = bnsurgery.fold(model)
-        head = find_head(model)
+        head = find_head(model, shape)
     if not keeps_head(source, task.classes, config):
         if config.train == "bn":
             raise BNSurgeryError(
@@ -156,7 +156,7 @@ def prepare(
     if carries_record(model):
         provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
         attach_record(model, replace(record(model), task=task, provenance=provenance))
-    return model, model.get_submodule(find_head(model))
+    return model, model.get_submodule(find_head(model, shape))
 
 
 def forget_(model: nn.Module) -> None:
@@ -190,8 +190,8 @@ def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, 
 
 
 def _original(model: nn.Module) -> nn.Module:
-    """The network as it was before an insertion, on the meta device."""
-    skeleton = on_meta(model)
+    """The network as it was before an insertion, but for the numbers in it."""
+    skeleton = sharing_tensors(model)
     if carries_record(model):
         strip_(skeleton, record(model).sites)
     return skeleton

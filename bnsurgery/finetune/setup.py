@@ -157,7 +157,8 @@ def build(
         recalibrate_(network, calibration)  # every layer sees something else now
     conditioner = None
     if recipe.HeadConditioner.suits(config, head):
-        seen = input_moments(network, find_head(network), calibration)
+        shape = (len(task.mean), task.image_size, task.image_size)
+        seen = input_moments(network, find_head(network, shape), calibration)
         conditioner = recipe.HeadConditioner(head, seen.mean, seen.variance.mean())  # type: ignore[arg-type]
     if config.arm != "plain":
         # The schedule ends with the run: the network has come to live with plain BN by then, where batches allow it.

@@ -62,6 +62,7 @@ def start(folder, *args, launcher=(), **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
@@ -190,9 +191,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(folder):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_it(folder, signum, code):
+    """To the whole process group, as a terminal and job schedulers send it: the reading process gets it, too."""
     run = start(folder, "finetune", *FAST, "--epochs", "2000", "--num-workers", "1")
     wait_for((folder / "runs/net-images/metrics.csv").exists, run)
-    run.send_signal(signum)
+    os.killpg(run.pid, signum)
     _, err = run.communicate(timeout=60)
     assert run.returncode == code, err
     assert f"stopped by {signum.name}" in err and "--resume runs/net-images" in err

@@ -82,7 +82,7 @@ def test_round_trip(cli):
 def test_dropping_lrn(cli):
     code, out, err = cli("insert", "--model", "net.py:small", *FEW, "--drop-lrn")
     assert code == 0, err
-    assert "1 LocalResponseNorm layers dropped, which changes the function" in err
+    assert "1 LocalResponseNorm layer dropped, which changes the function" in err
     code, out, err = cli("verify", "small-bn.safetensors", "--model", "net.py:small", "--num-images", "8")
     assert code == 0, err
     assert "bit-identical" in out
@@ -109,6 +109,18 @@ def test_timm(cli):
     assert "the weights it was made from, bit for bit" in out
     code, out, err = cli("plan", "timm:nf_resnet27")
     assert (code, "Did you mean timm:nf_resnet26" in err) == (1, True)
+
+
+def test_what_plan_says_next_keeps_what_was_chosen(cli):
+    code, out, err = cli("plan", "--model", "net.py:grey", "--placement", "post-activation")
+    assert "Next: bnsurgery insert --model net.py:grey --placement post-activation" in out
+    chosen = ["--image-size", "24", "--head", "--layers", "conv"]
+    code, out, err = cli("plan", "--model", "net.py:grey", *chosen)
+    assert code == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("Next: bnsurgery "))
+    code, out, err = cli(*line.removeprefix("Next: bnsurgery ").split(), "--num-images", "8")
+    assert code == 0, err
+    assert "2 BatchNorm layers inserted" in out
 
 
 def test_pictures(cli):

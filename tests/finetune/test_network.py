@@ -10,7 +10,7 @@ from torchvision import models
 
 import bnsurgery
 from bnsurgery import factories, finetune
-from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
+from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError, UntraceableModelError
 from bnsurgery.finetune import network
 from bnsurgery.finetune.recipe import set_dropout_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
@@ -152,6 +152,21 @@ def test_a_head_is_found_and_replaced():
         find_head(normed)
 
 
+def test_a_head_behind_code_that_looks_at_shapes():
+    class Checks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            assert x.shape[1] == 1, "grey"
+            return self.fc(self.conv(x).relu().mean((2, 3)))
+
+    assert find_head(Checks().eval(), (1, 8, 8)) == "fc"
+    with pytest.raises(UntraceableModelError):
+        find_head(Checks().eval())
+
+
 def test_a_factory_is_found_in_a_file_and_in_a_package(tmp_path):
     (tmp_path / "mine.py").write_text("import torch\n\ndef net():\n    return torch.nn.Linear(2, 2)\n\ndef text():\n"
                                       "    return 'x'\n\ndef broken():\n    raise ValueError('no')\n")  # fmt: skip
@@ -171,7 +186,8 @@ def test_a_factory_is_found_in_a_file_and_in_a_package(tmp_path):
 def test_channels_and_sizes_follow_the_network(plain):
     grey = network.task_of(network.given(tiny()), DATA, CONFIG)
     assert (len(grey.mean), grey.resize_size) == (1, 8)
-    colour = network.task_of(network.find(replace(CONFIG, source=str(plain), image_size=64)), DATA, CONFIG)
+    sized = replace(CONFIG, source=str(plain), image_size=64)
+    colour = network.task_of(network.find(sized), DATA, sized)
     assert len(colour.mean) == 3
     photographs = replace(DATA, photographs=True)
     assert network.task_of(network.given(tiny()), photographs, replace(CONFIG, image_size=224)).resize_size == 256
