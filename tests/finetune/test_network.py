@@ -190,7 +190,10 @@ def test_channels_and_sizes_follow_the_network(plain):
     colour = network.task_of(network.find(sized), DATA, sized)
     assert len(colour.mean) == 3
     photographs = replace(DATA, photographs=True)
-    assert network.task_of(network.given(tiny()), photographs, replace(CONFIG, image_size=224)).resize_size == 256
-    five = nn.Sequential(nn.Conv2d(5, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    one, five = (
+        nn.Sequential(nn.Conv2d(channels, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+        for channels in (1, 5)
+    )
+    assert network.task_of(network.given(one), photographs, replace(CONFIG, image_size=224)).resize_size == 256
     with pytest.raises(BNSurgeryError, match="takes 5 channels, expected 1 or 3"):
         network.task_of(network.given(five), DATA, CONFIG)
