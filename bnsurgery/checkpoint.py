@@ -37,13 +37,22 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
         CheckpointError: the file exists and `overwrite` is False, or it cannot be written; an old file is intact.
         BNSurgeryError: the model carries no record.
     """
-    state = bn_model.state_dict()
-    the_record = record(bn_model)
-    if the_record.architecture is not None:
-        original = on_meta(bn_model)
-        strip_(original, the_record.sites)
-        the_record = replace(the_record, architecture=identify_model(original))
+    state, the_record = bn_model.state_dict(), current_record(bn_model)
     write_tensors(state, path, {_KEY: _sealed(the_record.to_json())}, overwrite)
+
+
+def current_record(bn_model: nn.Module) -> SurgeryRecord:
+    """The record, with the architecture that the model is now: its head may have been replaced since.
+
+    Raises:
+        BNSurgeryError: the model carries no record.
+    """
+    the_record = record(bn_model)
+    if the_record.architecture is None:
+        return the_record
+    original = on_meta(bn_model)
+    strip_(original, the_record.sites)
+    return replace(the_record, architecture=identify_model(original))
 
 
 def load(

@@ -20,14 +20,14 @@ from torchvision import models
 
 from . import pretrained
 from .batches import Inputs, join, outputs, placed
+from .checkpoint import current_record
 from .copies import on_meta
 from .errors import ExportError
 from .files import atomic_write
 from .folding import fold as fold_model
-from .layer_kinds import LAYERS
 from .modes import evaluating
 from .stock import to_torch
-from .surgery_record import SurgeryRecord, record, state_digest
+from .surgery_record import SurgeryRecord, state_digest
 from .verification import EquivalenceReport, verify
 from .weights import read_state_dict
 
@@ -119,8 +119,8 @@ def export(
         BNSurgeryError: the model carries no record.
     """
     path = Path(path)
-    done = record(bn_model)
-    _check(to, path, done, keep_bn)
+    done = current_record(bn_model)
+    _check(to, done, keep_bn)
     inputs = placed(bn_model, _example(bn_model, done, example))
     with evaluating(bn_model):
         folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model)
@@ -153,7 +153,7 @@ class _Written:
     keep_bn: bool
 
 
-def _check(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> None:
+def _check(to: str, done: SurgeryRecord, keep_bn: bool) -> None:
     if to not in SUFFIXES:
         raise ValueError(f"export: to must be one of {tuple(SUFFIXES)}, got {to!r}")
     architecture = done.architecture
@@ -167,9 +167,8 @@ def _check(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> None:
                 f"export: torchvision has no {architecture.name}_bn: use state-dict with keep_bn, or onnx"
             )
         normed = {site.site.name for site in done.sites if site.site.kind == "conv"}
-        with_bn = architecture.build("meta")
-        bare = [n for n, m in with_bn.named_modules() if isinstance(m, LAYERS) and not isinstance(m, nn.Linear)]
-        missing = [name for name in bare if name not in normed]
+        convs = [n for n, m in architecture.build("meta").named_modules() if isinstance(m, nn.Conv2d)]
+        missing = [name for name in convs if name not in normed]
         if missing or done.placement != "pre-activation":
             what = f"'{missing[0]}' has none" if missing else f"here it is {done.placement}"
             raise ExportError(f"export: {architecture.name}_bn has BatchNorm right behind every convolution; {what}")

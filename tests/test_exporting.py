@@ -1,5 +1,6 @@
 """Every format is loaded back in a process that does not import bnsurgery, and computes the same."""
 
+import copy
 import subprocess
 import sys
 
@@ -106,6 +107,14 @@ def test_the_stock_network_with_batchnorm(tmp_path):
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
     keys = load_file(tmp_path / "net.safetensors")
     assert sum(name.endswith("running_mean") for name in keys) == 8
+
+
+def test_a_head_replaced_since_the_insertion(squeezenet, tmp_path):
+    bn_model = copy.deepcopy(squeezenet)
+    bn_model.classifier[1] = nn.Conv2d(512, 4, 1)
+    x = torch.randn(2, 3, 64, 64)
+    result = export(bn_model, tmp_path / "net.safetensors", to="torchvision", example=x)
+    assert "squeezenet1_1(num_classes=4)" in result.usage
 
 
 @pytest.mark.parametrize("to", ["onnx", "exported-program"])
