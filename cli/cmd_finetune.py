@@ -39,6 +39,7 @@ def command(
     Start it with torchrun or accelerate launch for several GPUs or machines.
     """
     from bnsurgery.finetune.config import Config
+    from bnsurgery.finetune.network import own_name
     from bnsurgery.finetune.run_directory import RunDirectory
     from bnsurgery.finetune.runs import resume as resume_run
     from bnsurgery.finetune.runs import run
@@ -63,12 +64,13 @@ def command(
         result = run(config, show=show)
     if _is_main_process():
         best = f"{result.directory}/best.safetensors"
-        custom = f" --model {config.model}" if config.model else ""
+        own = own_name(config)
+        custom = f" --model {own}" if own else ""
         text = (
             f"\n{result}\n\nWrote {best} and, beside it, metrics.csv, curves.png and tensorboard/.\n"
-            f"Next: bnsurgery predict {quote(best)}{custom} IMAGE...\n      "
+            f"Next: bnsurgery predict {quote(best)}{custom} IMAGE...\n"
+            f"      bnsurgery fold {quote(best)}{custom}"
         )
-        text += f'bnsurgery.load("{best}", model=...)' if custom else f"bnsurgery fold {quote(best)}"
         report(text, {**result.to_dict(), "best": best}, as_json, quiet)
 
 

@@ -64,7 +64,7 @@ def find(config: Config) -> Source:
             else None
         )
         return Source(model, f"checkpoint {path.name}", preprocess, done.task)
-    own = config.model or (config.source if factories.is_timm(config.source) else None)
+    own = own_name(config)
     if own:
         weights = config.source if config.model and config.source else config.weights
         model, description = pretrained.own_network(own, weights, config.seed)
@@ -76,6 +76,11 @@ def find(config: Config) -> Source:
         architecture, weights = models.architecture(config.source), config.weights
     found = pretrained.load(architecture, weights, image_size=config.image_size, seed=config.seed)
     return Source(found.model, f"{found.name}, {found.weights}", found.preprocess)
+
+
+def own_name(config: Config) -> str | None:
+    """What `factories.build` makes the network from, where it is not torchvision's."""
+    return config.model or (config.source if factories.is_timm(config.source) else None)
 
 
 def given(model: nn.Module) -> Source:
@@ -155,6 +160,8 @@ def prepare(
         model = bnsurgery.insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
     if carries_record(model):
         provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
+        own = own_name(config)
+        provenance |= {"model": own} if own else {}
         attach_record(model, replace(record(model), task=task, provenance=provenance))
     return model, model.get_submodule(find_head(model, shape))
 
