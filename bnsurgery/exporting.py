@@ -77,7 +77,7 @@ class Export:
             return str(self.equivalence)
         return (
             f"eval mode    the same function to {self.equivalence.max_rel:.1e} of the largest output, on "
-            f"{self.equivalence.samples} inputs (rounding; {_TOLERANCE:g} would be refused)"
+            f"{self.equivalence.samples} inputs (rounding; more than {_TOLERANCE:g} is refused)"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -313,7 +313,8 @@ def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> str:
     )
     if to == "state-dict" and keep_bn:
         return f"{load}, for a network with BatchNorm in these places"
-    made = f"...  # what {done.provenance.get('model', done.model)} makes"
+    head = f", with {len(done.task.classes)} classes" if done.task is not None and done.task.head is not None else ""
+    made = f"...  # what {done.provenance.get('model', done.model)} makes{head}"
     if done.architecture is not None:
         made = f"torchvision.models.{_name(to, done)}(num_classes={done.architecture.num_classes})"
     return {
