@@ -227,7 +227,7 @@ def _write_state(job: _Written) -> None:
 def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
     import onnxruntime
 
-    exported = _capture(job)  # not left to torch.onnx, which falls back to a fixed batch size
+    exported = _capture(job)  # as for the other format, and with its errors
     try:
         program = torch.onnx.export(exported, dynamo=True, optimize=not job.keep_bn, verbose=False)  # or BN is folded
     except Exception as error:  # the exporter's, of many kinds
