@@ -136,7 +136,8 @@ def outputs(result: Any) -> list[Tensor]:
     if is_dataclass(result) and not isinstance(result, type):
         result = [getattr(result, field.name) for field in fields(result)]
     leaves = tree_leaves(result, is_leaf=lambda node: is_dataclass(node) and not isinstance(node, type))
-    nested = [outputs(leaf) if is_dataclass(leaf) else [leaf] for leaf in leaves]
+    leaves = [list(leaf.values()) if isinstance(leaf, Mapping) else leaf for leaf in leaves]  # a dict's subclass
+    nested = [outputs(leaf) if is_dataclass(leaf) or isinstance(leaf, list) else [leaf] for leaf in leaves]
     return [leaf for part in nested for leaf in part if isinstance(leaf, Tensor)]
 
 
@@ -166,7 +167,7 @@ def run(operation: str, model: nn.Module, batch: Inputs) -> Any:
         return model(*batch.args, **batch.kwargs)
     except torch.OutOfMemoryError as error:
         raise CalibrationError(f"{operation}: out of memory on a batch of {batch.samples}: use smaller ones") from error
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         advice = ""
         if isinstance(error, TypeError) and "argument" in str(error):
             advice = (

@@ -36,15 +36,12 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
     place, separator, function = name.rpartition(":")
     if not separator or not place or not function.isidentifier():
         raise ArchitectureError(f"model '{name}': expected package.module:factory, file.py:factory or timm:NAME")
-    try:
-        factory = getattr(_module(place), function)
-    except ModuleNotFoundError as error:
-        raise ArchitectureError(f"model '{name}': {error}. Install it, or give the path of a .py file.") from error
-    except AttributeError:
-        raise ArchitectureError(f"model '{name}': '{place}' has no '{function}'") from None
+    factory = getattr(_module(place), function, None)
+    if factory is None:
+        raise ArchitectureError(f"model '{name}': '{place}' has no '{function}'")
     try:
         model = factory()
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise ArchitectureError(f"model '{name}': calling it failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"model '{name}': returned a {type(model).__name__}, expected a torch.nn.Module")
@@ -76,7 +73,7 @@ def _did_you_mean(close: list[str]) -> str:
 
 def _module(place: str) -> object:
     if not place.endswith(".py"):
-        return importlib.import_module(place)
+        return _package(place)
     path = Path(place).resolve()
     if not path.is_file():
         raise ArchitectureError(f"model: '{place}': no such file")
@@ -86,6 +83,19 @@ def _module(place: str) -> object:
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look a class's module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise ArchitectureError(f"model: '{place}': cannot be run: {type(error).__name__}: {error}") from error
     return module
+
+
+def _package(place: str) -> object:
+    """Import a module by name, from the current folder too, which an installed command does not look into by itself."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise ArchitectureError(f"model '{place}': {error}. Install it, or give the path of a .py file.") from error
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise ArchitectureError(f"model '{place}': cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))

@@ -1,7 +1,7 @@
 """Put BatchNorm into a network: the edit of the module tree, and the parameters that change nothing."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
 from typing import Any
@@ -103,8 +103,11 @@ def insert(
     """
     options = Options(absorb_bias, fuse_relu, eps, momentum)
     options.check(placement)
-    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws a seed at every start
+    if isinstance(batches, Iterator):  # its random numbers go on from here
         example, batches = peek(batches)
+    else:
+        with torch.random.fork_rng(devices=[]):  # a shuffling loader draws a seed at every start
+            example, batches = peek(batches)
     reference = _without_lrn(model, example) if drop_lrn else model
     the_plan = plan(reference, example, placement=placement, layers=layers, head=head)
     _check_model(model)

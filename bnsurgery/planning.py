@@ -232,9 +232,9 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
 def _can_take_over(trace: Trace, activation: nn.Module | None) -> bool:
     """Whether the norm may apply this ReLU itself and leave an Identity in its place: nobody else must look at it.
 
-    Code that branches on shapes could apply it to something else on other shapes.
+    Code that branches could apply it to something else on other inputs.
     """
-    if type(activation) is not nn.ReLU or _is_hooked(activation):
+    if type(activation) is not nn.ReLU or _is_hooked(activation) or activation in trace.uncertain:
         return False
     return not trace.callers(activation) & trace.shaped
 
@@ -270,14 +270,14 @@ def _in_sequential(trace: Trace, anchor: nn.Module) -> bool:
     """Whether the norm can be the anchor's next sibling in a `nn.Sequential`, renumbering those behind it.
 
     Only where the Sequential's own forward makes every call: code that picks children or weights by index would be
-    misled. And only where the anchor stands in one place, since the other one would run without its norm.
+    misled, on other inputs too. And only where the anchor stands in one place: the other would run without its norm.
     """
     parents = [parent for parent in trace.names for child in parent._modules.values() if child is anchor]
     if len(parents) != 1 or type(parents[0]).forward is not nn.Sequential.forward:
         return False
     children = list(parents[0].children())
     callers = set().union(*(trace.callers(child) for child in children))
-    return callers == {parents[0]} and not trace.read.intersection(children)
+    return callers == {parents[0]} and not (trace.read | trace.uncertain).intersection(children)
 
 
 def _module(node: fx.Node) -> nn.Module | None:

@@ -1,5 +1,6 @@
 """What feeds what in a model's forward pass, and who calls it: as far as the code can be followed."""
 
+import inspect
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ class Trace:
         names: first fully qualified name of every module, by module.
         opaque: the modules whose forward cannot be followed, and why not.
         shaped: the modules whose forward was followed on the example's shapes alone, and may go other ways on others.
+        uncertain: the modules inside of those two, which other inputs, shapes or flags may use in other ways.
         read: the modules whose parameters the code of another reads.
 
     Raises:
@@ -53,6 +55,7 @@ class Trace:
         with observing(model):
             self._follow(model, placed(model, example.take(0, 1)) if example is not None else None)
             self._descend()
+        self.uncertain = {inner for outer in [*self.opaque, *self.shaped] for inner in outer.modules()}
         if not self._has_layers() and self.opaque and any(isinstance(module, LAYERS) for module in self.names):
             culprit, reason = next(iter(self.opaque.items()))
             raise UntraceableModelError(
@@ -140,6 +143,8 @@ class Trace:
 
     def _follow(self, root: nn.Module, example: Inputs | None) -> None:
         """Add the graph of `root`, with what breaks inside it as leaves; or note that it is opaque itself."""
+        if any(isinstance(p.default, bool) for p in inspect.signature(root.forward).parameters.values()):
+            self.shaped.add(root)  # a flag: set otherwise, it may lead another way
         while root not in self.opaque:
             tracer = Tracer(root, set(self.opaque), self.shaped)
             try:

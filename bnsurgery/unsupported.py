@@ -5,6 +5,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import UntraceableModelError
+from .layer_kinds import LAYERS
 
 _WRAPPERS = {
     nn.DataParallel: "pass model.module",
@@ -58,4 +59,6 @@ def _is_quantized(module: nn.Module) -> bool:
     if type(module).__module__.startswith(_QUANTIZED_PACKAGES) and "quantized" in type(module).__module__:
         return True
     parameters = list(module.parameters(recurse=False))
-    return any(type(p).__module__.startswith(_QUANTIZED_PACKAGES) or not p.is_floating_point() for p in parameters)
+    if any(type(p).__module__.startswith(_QUANTIZED_PACKAGES) for p in parameters):
+        return True
+    return isinstance(module, LAYERS) and any(not (p.is_floating_point() or p.is_complex()) for p in parameters)

@@ -289,6 +289,73 @@ def test_code_that_branches_on_shapes_keeps_its_relu():
     assert plan(flat, X).sites[0].relu == "relu"
 
 
+class Sharing(nn.Module):
+    """Opaque, and it may use a ReLU that others use, too."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        return self.act(x - 100) if x.mean() > 50 else x
+
+
+def by_value(self, x):
+    x = self.features[2](self.features[0](x).tanh()) if x.mean() > 100 else self.features(x)
+    return self.head(x)
+
+
+def by_flag(self, x, early=False):
+    return self.features[2](self.features[0](x)) if early else self.head(self.features(x))
+
+
+def by_shape(self, x):
+    x = self.features[1](self.features[0](x)) if x.shape[-1] > 20 else self.features(x)
+    return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "args"),
+    [(by_value, (X + 1000,)), (by_flag, (X, True)), (by_shape, (torch.randn(2, 3, 24, 24),))],
+)
+@pytest.mark.parametrize("fuse_relu", [True, False])
+def test_what_the_example_does_not_take_is_right_as_well(forward, args, fuse_relu):
+    features = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+    model = module(forward, features=features, head=nn.Conv2d(4, 2, 1))
+    bn_model = round_trip(model, [X], fuse_relu=fuse_relu)
+    with torch.no_grad():
+        assert torch.equal(bn_model(*args), model(*args))
+
+
+def test_a_relu_that_opaque_code_may_use_stays():
+    relu = nn.ReLU()
+    model = module(
+        lambda self, x: self.head(self.gate(self.relu(self.conv(x)))),
+        conv=nn.Conv2d(3, 4, 1), relu=relu, gate=Sharing(relu), head=nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    bn_model = round_trip(model, [X])
+    with torch.no_grad():
+        assert torch.equal(bn_model(X * 1e4), model(X * 1e4))
+
+
+def test_a_generators_random_numbers_go_on():
+    seen = []
+
+    def crops():
+        for _ in range(3):
+            seen.append(torch.randn(4, 3, 8, 8))
+            yield seen[-1]
+
+    insert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval(), crops())
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_tables_of_integers_are_not_quantized():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    model.table = nn.Parameter(torch.arange(8), requires_grad=False)
+    round_trip(model, [X])
+
+
 def test_writing_into_a_tensor():
     def forward(self, x):
         y = self.conv(x)
@@ -345,7 +412,8 @@ def test_a_network_whose_own_code_cannot_be_followed_is_followed_in_parts():
         why["features.2"] == "output of 'features', whose further way cannot be followed (the head option takes it too)"
     )
     assert sites(model, X, head=True) == ["features.0", "features.2"]
-    assert type(bn_model.features[1]) is bnsurgery.nn.BatchNorm2d
+    assert hasattr(bn_model.features[0], "norm")  # and nothing is renumbered, or taken over, that other inputs may use
+    assert type(bn_model.features[1]) is nn.ReLU
 
 
 def test_a_part_that_opaque_code_indexes_too_is_not_renumbered():
