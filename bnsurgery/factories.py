@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from torch import nn
@@ -36,11 +37,13 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
     place, separator, function = name.rpartition(":")
     if not separator or not place or not function.isidentifier():
         raise ArchitectureError(f"model '{name}': expected package.module:factory, file.py:factory or timm:NAME")
-    factory = getattr(_module(place), function, None)
+    with redirect_stdout(sys.stderr):  # what this code prints is no part of a command's output
+        factory = getattr(_module(place), function, None)
     if factory is None:
         raise ArchitectureError(f"model '{name}': '{place}' has no '{function}'")
     try:
-        model = factory()
+        with redirect_stdout(sys.stderr):
+            model = factory()
     except (Exception, SystemExit) as error:  # the user's own code
         raise ArchitectureError(f"model '{name}': calling it failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):

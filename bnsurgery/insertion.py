@@ -256,8 +256,8 @@ def _norm_class(site: Site) -> type[BatchNorm1d | BatchNorm2d | BatchNorm3d]:
 
 
 def _bias(layer: nn.Module) -> torch.Tensor | None:
-    """The bias that may be dropped: of torch's own layers. A user's code may count on its own."""
-    return layer.bias if isinstance(layer, LAYERS) else None
+    """The bias that may be dropped: a plain one, of torch's own layers. A user's code may count on its own."""
+    return layer._parameters.get("bias") if isinstance(layer, LAYERS) else None
 
 
 def _norm_dtype(layer: nn.Module) -> torch.dtype:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -85,6 +86,8 @@ def command(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     name, own = named(arch, model)
+    if not own and normalize != "auto":
+        raise click.UsageError("--normalize is for networks of your own: torchvision's weights say how.")
     output = output or Path(f"{stem(name)}-bn.safetensors")
     show = not (quiet or as_json)
     place = pretrained.device(device)
@@ -133,13 +136,13 @@ def command(
     summary = summarize(done, moments)
     skipped = [skip.to_dict() for skip in sites.skipped]
     left_out = f" ({len(batches.skipped)} damaged ones left out)" if batches.skipped else ""
-    custom = f" --model {name}" if own else ""
+    custom = f" --model {quote(name)}" if own else ""
     text = (
         f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
         f"weights      {source.weights}\nimages       {batches.used}: {batches.description}{left_out}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n"
-        f"Next: bnsurgery verify {output}{custom}\n"
+        f"Next: bnsurgery verify {quote(str(output))}{custom}\n"
         f'      bnsurgery.load("{output}"{", model=..." if own else ""})'
     )
     facts = {

@@ -1,6 +1,7 @@
 """bnsurgery verify."""
 
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -67,8 +68,10 @@ def command(
     tolerance = 0.0 if untouched and place.type == "cpu" else 1e-5
     ok = result.within(tolerance)
     origin = pretrained.origin(done, untouched)
-    custom = f" --model {model}" if model else ""
-    text = f"{file} against {against}\n{result}\nfolds back to {origin}\n\nNext: bnsurgery fold {file}{custom}"
+    custom = f" --model {quote(model)}" if model else ""
+    text = (
+        f"{file} against {against}\n{result}\nfolds back to {origin}\n\nNext: bnsurgery fold {quote(str(file))}{custom}"
+    )
     facts = {"ok": ok, "against": against, "folds_back": untouched, **result.to_dict()}
     report(text, facts, as_json, quiet)
     if not ok:

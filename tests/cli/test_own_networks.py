@@ -142,6 +142,7 @@ def test_pictures(cli):
     [
         (["insert", "--model", "net.py:small"], 1, "pass --image-size"),
         (["insert", "vgg16", "--model", "net.py:small"], 2, "Name one network"),
+        (["insert", "vgg11", "--normalize", "none"], 2, "--normalize is for networks of your own"),
         (["insert", "net.py:small"], 2, "did you mean --model net.py:small"),
         (
             ["insert", "--model", "net.py:sound", *FEW],
@@ -166,6 +167,20 @@ def test_bad_calls(args, code, message, cli):
     got, out, err = cli(*args)
     assert (got, out) == (code, "")
     assert message in err and "Traceback" not in err
+
+
+def test_a_package_here_and_code_that_prints_fails_or_leaves(cli):
+    Path("mine").mkdir()
+    Path("mine/__init__.py").write_text("")
+    Path("mine/net.py").write_text("print('hello')\nfrom net import grey\n")
+    code, out, err = cli("plan", "--model", "mine.net:grey", "--json")
+    assert code == 0, err
+    assert json.loads(out)["sites"] and "hello" in err
+    for name, text in (("bad", "from os import nope"), ("leaves", "raise SystemExit(3)"), ("broken", "def (")):
+        Path(f"mine/{name}.py").write_text(text)
+        for model in (f"mine.{name}:net", f"mine/{name}.py:net"):
+            code, out, err = cli("plan", "--model", model)
+            assert (code, out) == (1, "") and "cannot be" in err
 
 
 def test_a_checkpoint_never_says_what_code_to_run(cli):
