@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import finetune, nn, ops
+    from . import finetune, nn, ops, report
     from .calibration import calibrate, recalibrate_
     from .checkpoint import load, save
     from .exporting import Export, export
@@ -87,6 +87,7 @@ __all__ = [
     "plan",
     "recalibrate_",
     "record",
+    "report",
     "save",
     "set_process_group_",
     "set_statistics_",
@@ -96,7 +97,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("finetune", "nn", "ops"):
+    if name in ("finetune", "nn", "ops", "report"):
         return import_module(f".{name}", __name__)
     if name in _HOMES:
         value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -182,6 +182,10 @@ def preprocessing_of(
     Raises:
         ArchitectureError: as `own_preprocessing`.
     """
+    if record.task is not None and image_size is None:
+        task = record.task
+        kind = ImageClassification if len(task.mean) == 3 else _Grey
+        return kind(crop_size=task.image_size, resize_size=task.resize_size, mean=task.mean, std=task.std)
     if record.architecture is not None:
         return preprocessing(record.architecture, str(record.provenance.get("weights")), image_size)
     noted = record.provenance

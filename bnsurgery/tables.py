@@ -2,21 +2,36 @@
 
 from collections.abc import Iterable, Sequence
 
+WIDTH = 80  # columns of a terminal that nobody has widened
+_SHORTEST = 12  # columns that even a crowded table leaves to a text
+
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns two spaces apart; those that hold only numbers, but for the first, are aligned right."""
-    cells = [[_text(cell) for cell in row] for row in rows]
-    numeric = [i > 0 and bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(headers))]
+    """Columns two spaces apart; those that hold only numbers, but for the first, are aligned right.
+
+    What is wider than 80 columns has its longest texts wrapped.
+    """
+    cells = [[cell_text(cell) for cell in row] for row in rows]
+    numeric = [i > 0 and bool(cells) and all(is_number(row[i]) for row in cells) for i in range(len(headers))]
     widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths) > _SHORTEST:
+        widths[widths.index(max(widths))] -= 1
 
-    def line(values: Sequence[str]) -> str:
-        pads = (v.rjust(w) if right else v.ljust(w) for v, w, right in zip(values, widths, numeric, strict=True))
-        return "  ".join(pads).rstrip()
+    def lines(values: Sequence[str]) -> list[str]:
+        parts = [_wrap(value, width) for value, width in zip(values, widths, strict=True)]
+        found = []
+        for i in range(max(len(part) for part in parts)):
+            row = [part[i] if i < len(part) else "" for part in parts]
+            pads = (v.rjust(w) if right else v.ljust(w) for v, w, right in zip(row, widths, numeric, strict=True))
+            found.append("  ".join(pads).rstrip())
+        return found
 
-    return "\n".join([line(headers), line(["─" * width for width in widths]), *map(line, cells)])
+    body = [line for row in cells for line in lines(row)]
+    return "\n".join([*lines(headers), *lines(["─" * width for width in widths]), *body])
 
 
-def _text(cell: object) -> str:
+def cell_text(cell: object) -> str:
+    """A value as it stands in a table: three significant digits of a number, a dash for None."""
     if cell is None:
         return "–"
     text = f"{cell:#.3g}".rstrip(".") if isinstance(cell, float) else str(cell)
@@ -24,9 +39,21 @@ def _text(cell: object) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a cell's text is a number, with or without a percent sign, or the dash."""
     try:
         float(text.rstrip("%"))
     except ValueError:
         return text == "–"
     return True
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width`: broken at spaces, behind a dot or underscore, or else anywhere."""
+    found = []
+    while len(text) > width:
+        ends = [text.rfind(" ", 0, width + 1), *(text.rfind(c, 0, width) + 1 for c in "._/")]
+        end = max(ends) if max(ends) > width // 3 else width
+        found.append(text[:end].rstrip())
+        text = text[end:].lstrip()
+    return [*found, text]

@@ -28,6 +28,8 @@ class EquivalenceReport:
         train_drift: by batch size, ‖train − reference‖₂/‖reference‖₂ over the outputs when the candidate's BatchNorm
             layers are in train mode, by this process's batch or as `set_statistics_` has it (dropout off); sizes beyond
             the number of samples are left out.
+        worst: where `max_abs` is: number of the output tensor, sample over all batches, then the index in that sample;
+            None where there is no difference.
     """
 
     samples: int
@@ -36,6 +38,7 @@ class EquivalenceReport:
     max_rel: float
     top1_agreement: float | None
     train_drift: dict[int, float]
+    worst: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         same = "bit-identical" if self.bit_identical else "NOT bit-identical"
@@ -43,12 +46,22 @@ class EquivalenceReport:
             f"eval mode    {same} on {self.samples} image{'s' if self.samples != 1 else ''}; "
             f"largest difference {self.max_abs:.3g}, relative {self.max_rel:.3g}"
         ]
+        if self.worst is not None:
+            lines.append(f"             at {self.place()}")
         if self.top1_agreement is not None:
-            lines[0] += f"\n             top-1 agreement {100 * self.top1_agreement:.4g} %"
+            lines.append(f"             top-1 agreement {100 * self.top1_agreement:.4g} %")
         if self.train_drift:
             drifts = ", ".join(f"{100 * drift:.3g} % at {size}" for size, drift in self.train_drift.items())
             lines.append(f"train mode   drift by batch size: {drifts}")
         return "\n".join(lines)
+
+    def place(self) -> str:
+        """`worst` in words: "image 3, index [281], counted from 0"; empty where there is no difference."""
+        if self.worst is None:
+            return ""
+        output, image, *index = self.worst
+        which = f" of output tensor {output}" if output else ""
+        return f"image {image}, index {list(index)}{which}, counted from 0"
 
     def within(self, tolerance: float) -> bool:
         """Whether the outputs differ by at most `tolerance` of the largest; 0 asks for the same bits."""
@@ -111,6 +124,7 @@ class _Comparison:
         self._equal = True
         self._max_abs = self._scale = 0.0
         self._agreeing: int | None = 0
+        self._worst: tuple[int, ...] | None = None
 
     def add(self, batch: Inputs, expected: list[Tensor], got: list[Tensor]) -> None:
         shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
@@ -118,7 +132,7 @@ class _Comparison:
             raise CalibrationError(f"verify: the outputs' shapes differ: got {shapes[1]}, expected {shapes[0]}")
         if not expected:
             raise CalibrationError("verify: the networks return no tensors, so there is nothing to compare")
-        for want, have in zip(expected, got, strict=True):
+        for number, (want, have) in enumerate(zip(expected, got, strict=True)):
             for whose, tensor in (("reference", want), ("candidate", have)):
                 if not tensor.isfinite().all():
                     raise CalibrationError(
@@ -128,7 +142,12 @@ class _Comparison:
             if want.numel():
                 expected64, got64 = want.double(), have.double()
                 self._scale = max(self._scale, expected64.abs().max().item())
-                self._max_abs = max(self._max_abs, (got64 - expected64).abs().max().item())
+                difference = (got64 - expected64).abs()
+                largest = difference.max().item()
+                if largest > self._max_abs:
+                    self._max_abs = largest
+                    first, *index = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)] or [0]
+                    self._worst = (number, self.samples + first, *index)
         if self._agreeing is not None and len(expected) == 1 and expected[0].ndim == 2:
             self._agreeing += int((expected[0].argmax(1) == got[0].argmax(1)).sum())
         else:
@@ -144,7 +163,7 @@ class _Comparison:
     def report(self, drift: dict[int, float]) -> EquivalenceReport:
         agreement = None if self._agreeing is None else self._agreeing / self.samples
         relative = self._max_abs / self._scale if self._scale else self._max_abs
-        return EquivalenceReport(self.samples, self._equal, self._max_abs, relative, agreement, drift)
+        return EquivalenceReport(self.samples, self._equal, self._max_abs, relative, agreement, drift, self._worst)
 
 
 def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> dict[int, float]:

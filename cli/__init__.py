@@ -13,7 +13,7 @@ import click
 from bnsurgery import __version__
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 
-_COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "predict", "fold", "export", "archs")
+_COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "report", "predict", "fold", "export", "archs")
 
 
 class _LazyGroup(click.Group):
@@ -77,9 +77,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int = 1) -> int:
-    click.echo(f"Error: {message}", err=True)
+    _complain("Error", "red", message)
     return code
 
 
+def _complain(what: str, colour: str, message: Warning | str) -> None:
+    color = False if os.environ.get("NO_COLOR") else None
+    click.echo(f"{click.style(f'{what}:', fg=colour, bold=True)} {message}", err=True, color=color)
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(f"Warning: {message}", err=True)
+    _complain("Warning", "yellow", message)

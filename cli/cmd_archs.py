@@ -2,7 +2,7 @@
 
 import click
 
-from .options import print_options, report
+from .options import print_options, show
 
 
 @click.command("archs")
@@ -15,7 +15,7 @@ def command(as_json: bool, quiet: bool) -> None:
     rows = [models.summary(name) for name in models.names()]
     headers = ("ARCH", "conv", "dense", "M params", "min px", "weights")
     text = table(headers, [(r.name, r.conv, r.dense, r.parameters, r.min_size, ", ".join(r.weights)) for r in rows])
-    report(
+    show(
         f"{text}\n\nNext: bnsurgery plan vgg16, or bnsurgery insert vgg16",
         {"architectures": [row.to_dict() for row in rows]},
         as_json,

@@ -1,5 +1,6 @@
 """bnsurgery compare."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import click
 
 from bnsurgery.finetune.config import RATES
 
-from .options import print_options, report
+from .options import print_options, show
 from .recipe_options import recipe_options
+from .reporting import check_report, force_option, report_options, write_report
 
 
 class _List(click.ParamType):
@@ -53,6 +55,8 @@ class _List(click.ParamType):
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat with so many seeds.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Trials at a time.  [default: as memory and processors allow]")
 @recipe_options(leave_out=("lr", "save_every"))
+@report_options
+@force_option
 @print_options
 def command(
     source: str | None,
@@ -62,6 +66,9 @@ def command(
     rates: tuple[float, ...],
     seeds: int,
     jobs: int | None,
+    page: Path | None,
+    plot: Path | None,
+    force: bool,
     as_json: bool,
     quiet: bool,
     **recipe: Any,
@@ -74,10 +81,18 @@ def command(
     """
     from bnsurgery.finetune.config import Config
     from bnsurgery.finetune.trials import compare
+    from bnsurgery.report import comparison
 
     name = Path(source or str(recipe["model"])).stem.replace(":", "-")
     output = output or f"runs/compare-{name}-{Path(data).name}"
     config = Config(source=source or "", data=data, output=output, **recipe)
+    reporting = check_report(page, plot, force)
     result = compare(config, arms=arms, rates=rates, seeds=seeds, jobs=jobs, show=not (quiet or as_json))
-    text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json."
-    report(text, {**result.to_dict(), "output": output}, as_json, quiet)
+    wrote = write_report(comparison(result), page, plot, force) if reporting else ""
+    words = ["bnsurgery", "report", output]
+    best = next((arm for arm in result.summary() if arm.arm == "bn" and arm.lr is not None), None)
+    if best is not None:
+        network = ["--model", str(recipe["model"])] if recipe["model"] else [str(source)]
+        words = ["bnsurgery", "finetune", *network, "--data", data, "--lr", f"{best.lr:g}"]
+    text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {shlex.join(words)}"
+    show(text, {**result.to_dict(), "output": output}, as_json, quiet)

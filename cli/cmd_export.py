@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import image_size_option, load_checkpoint, model_option, output_options, print_options, report
+from .options import image_size_option, load_checkpoint, model_option, output_options, print_options, show
 
 _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
 
@@ -54,4 +54,4 @@ def command(
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(2, channels, image_size, image_size, generator=generator)
     result = export(bn_model, output, to=to, example=example, keep_bn=keep_bn, overwrite=force)  # type: ignore[arg-type]
-    report(str(result), result.to_dict(), as_json, quiet)
+    show(str(result), result.to_dict(), as_json, quiet)

@@ -7,8 +7,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from .options import print_options, report
+from .options import print_options, show
 from .recipe_options import recipe_options
+from .reporting import check_report, force_option, report_options, write_report
 
 
 @click.command("finetune")
@@ -18,6 +19,8 @@ from .recipe_options import recipe_options
 @click.option("--resume", metavar="RUN", type=click.Path(path_type=Path), help="Go on with a run that was stopped.")
 @recipe_options()
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything random.")
+@report_options
+@force_option
 @print_options
 @click.pass_context
 def command(
@@ -26,6 +29,9 @@ def command(
     data: str | None,
     output: str | None,
     resume: Path | None,
+    page: Path | None,
+    plot: Path | None,
+    force: bool,
     as_json: bool,
     quiet: bool,
     **recipe: Any,
@@ -43,8 +49,10 @@ def command(
     from bnsurgery.finetune.run_directory import RunDirectory
     from bnsurgery.finetune.runs import resume as resume_run
     from bnsurgery.finetune.runs import run
+    from bnsurgery.report import training
 
-    show = not (quiet or as_json)
+    loud = not (quiet or as_json)
+    reporting = check_report(page, plot, force)
     if resume is not None:
         config, _ = RunDirectory(resume).read_config()
         named = {"source": source, "data": data, "output": output}
@@ -54,24 +62,25 @@ def command(
         changed = [f"{name} {old!r}, not {new!r}" for name, (old, new) in pairs.items() if old != new]
         if changed:
             raise click.UsageError(f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave that out.")
-        result = resume_run(resume, model=recipe["model"], show=show)
+        result = resume_run(resume, model=recipe["model"], show=loud)
     else:
         if data is None:
             raise click.UsageError("Missing option '--data': a folder of images, digits, or a torchvision dataset.")
         name = Path(source or str(recipe["model"])).stem.replace(":", "-")
         output = output or f"runs/{name}-{Path(data).name}"
         config = Config(source=source or "", data=data, output=output, **recipe)
-        result = run(config, show=show)
+        result = run(config, show=loud)
     if _is_main_process():
+        wrote = write_report(training(result, config), page, plot, force) if reporting else ""
         best = f"{result.directory}/best.safetensors"
         own = own_name(config)
         custom = f" --model {own}" if own else ""
         text = (
-            f"\n{result}\n\nWrote {best} and, beside it, metrics.csv, curves.png and tensorboard/.\n"
+            f"\n{result}\n\nWrote {best} and, beside it, metrics.csv, curves.png and tensorboard/.\n{wrote}"
             f"Next: bnsurgery predict {quote(best)}{custom} IMAGE...\n"
             f"      bnsurgery fold {quote(best)}{custom}"
         )
-        report(text, {**result.to_dict(), "best": best}, as_json, quiet)
+        show(text, {**result.to_dict(), "best": best}, as_json, quiet)
 
 
 def _was_given(context: click.Context, name: str) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import load_checkpoint, model_option, output_options, print_options, report
+from .options import load_checkpoint, model_option, output_options, print_options, show
 
 
 @click.command("fold")
@@ -34,4 +34,4 @@ def command(file: Path, model: str | None, output: Path | None, force: bool, as_
         f"{len(done.sites)} BatchNorm layers folded away; gives {result.origin}\n{result.proof}\n\n"
         f"Wrote {output}.\nNext: {result.usage}"
     )
-    report(text, {"architecture": result.network, **result.to_dict()}, as_json, quiet)
+    show(text, {"architecture": result.network, **result.to_dict()}, as_json, quiet)

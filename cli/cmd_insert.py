@@ -15,9 +15,10 @@ from .options import (
     normalize_option,
     output_options,
     print_options,
-    report,
+    show,
     sites_options,
 )
+from .reporting import check_report, report_options, write_report
 
 
 @click.command("insert")
@@ -38,6 +39,7 @@ from .options import (
 @click.option("--fuse-relu/--no-fuse-relu", default=True, help="Let the BatchNorm apply the ReLU behind it, or not.")
 @click.option("--drop-lrn", is_flag=True, help="First take out LocalResponseNorm layers. This changes the function.")
 @output_options("File to write.  [default: ARCH-bn.safetensors, here]")
+@report_options
 @print_options
 def command(
     arch: str | None,
@@ -56,6 +58,8 @@ def command(
     drop_lrn: bool,
     output: Path | None,
     force: bool,
+    page: Path | None,
+    plot: Path | None,
     as_json: bool,
     quiet: bool,
     **choice: Any,
@@ -89,14 +93,15 @@ def command(
     if not own and normalize != "auto":
         raise click.UsageError("--normalize is for networks of your own: torchvision's weights say how.")
     output = output or Path(f"{stem(name)}-bn.safetensors")
-    show = not (quiet or as_json)
+    loud = not (quiet or as_json)
     place = pretrained.device(device)
     if own:
         source = pretrained.load_own(name, weights, image_size=image_size, normalize=normalize, seed=seed)
     architecture = None if own else models.architecture(name)
     files.check_writable(output, overwrite=force)
+    reporting = check_report(page, plot, force)
     if architecture is not None:
-        source = pretrained.load(architecture, weights, image_size=image_size, seed=seed, progress=show)
+        source = pretrained.load(architecture, weights, image_size=image_size, seed=seed, progress=loud)
     network = source.model.to(place)
     batches = calibration_batches(
         data,
@@ -113,7 +118,7 @@ def command(
         lrn.drop_lrn_(network, dropped)
         lrn.warn_of_change(with_lrn, network, Inputs.of(next(iter(batches))), len(dropped))
     sites = plan(network if own else on_meta(network), pretrained.example(source), **choice)
-    moments = calibrate(network, sites, batches, progress=show)
+    moments = calibrate(network, sites, batches, progress=loud)
     bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
     insert_(bn_model, sites, moments, options)
     sample = torch.cat(list(islice(batches, _CHECKED)))[:_CHECKED]
@@ -132,6 +137,12 @@ def command(
     done = replace(record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=shape)
     attach_record(bn_model, done)
     checkpoint.save(bn_model, output, overwrite=force)
+    wrote = ""
+    if reporting:
+        from bnsurgery.report import insertion
+
+        tolerance = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
+        wrote = write_report(insertion(network, bn_model, batches, tolerance=tolerance), page, plot, force)
 
     summary = summarize(done, moments)
     skipped = [skip.to_dict() for skip in sites.skipped]
@@ -141,7 +152,7 @@ def command(
         f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
         f"weights      {source.weights}\nimages       {batches.used}: {batches.description}{left_out}\n"
         f"{equivalence}\n\n"
-        f"Wrote {output}.\n"
+        f"Wrote {output}.\n{wrote}"
         f"Next: bnsurgery verify {quote(str(output))}{custom}\n"
         f'      bnsurgery.load("{output}"{", model=..." if own else ""})'
     )
@@ -154,7 +165,7 @@ def command(
         "skipped": skipped,
         "equivalence": equivalence.to_dict(),
     }
-    report(text, facts, as_json, quiet)
+    show(text, facts, as_json, quiet)
 
 
 def stem(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import image_size_option, model_option, named, print_options, report, sites_options
+from .options import image_size_option, model_option, named, print_options, show, sites_options
 
 
 @click.command("plan")
@@ -41,7 +41,7 @@ def command(
     path = Path(name)
     if not own and path.is_file() and (done := read_record(path)) is not None:
         custom = f" --model {done.provenance.get('model', 'MODULE:FUNCTION')}" if done.architecture is None else ""
-        report(f"{done}\n\nNext: bnsurgery verify {quote(name)}{custom}", {"record": done.to_dict()}, as_json, quiet)
+        show(f"{done}\n\nNext: bnsurgery verify {quote(name)}{custom}", {"record": done.to_dict()}, as_json, quiet)
         return
     for file in (dot, svg):
         if file is not None:
@@ -70,7 +70,7 @@ def command(
     for option, default in (("layers", "all"), ("placement", "pre-activation")):
         words += [f"--{option}", choice[option]] if choice[option] != default else []
     text = f"{plan}\n\n{''.join(wrote)}Next: {' '.join(words)}"
-    report(text, {"architecture": name, **plan.to_dict()}, as_json, quiet)
+    show(text, {"architecture": name, **plan.to_dict()}, as_json, quiet)
 
 
 _SIDE = 224  # pixels: of an own network's input where it is not said; a plan hardly depends on it

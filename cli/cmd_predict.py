@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import device_option, load_checkpoint, model_option, print_options, report
+from .options import device_option, load_checkpoint, model_option, print_options, show
 
 
 @click.command("predict")
@@ -35,6 +35,6 @@ def command(
         except DataError as error:  # the others are wanted all the same
             bad[image] = str(error)
     text = "\n".join(map(str, found))
-    report(text, {"predictions": [prediction.to_dict() for prediction in found], "bad": bad}, as_json, quiet)
+    show(text, {"predictions": [prediction.to_dict() for prediction in found], "bad": bad}, as_json, quiet)
     if bad:
         raise DataError("\n       ".join(bad.values()))

@@ -5,7 +5,8 @@ from shlex import quote
 
 import click
 
-from .options import data_options, load_checkpoint, model_option, normalize_option, print_options, report
+from .options import data_options, load_checkpoint, model_option, normalize_option, print_options, show
+from .reporting import check_report, force_option, report_options, write_report
 
 
 @click.command("verify")
@@ -18,6 +19,8 @@ from .options import data_options, load_checkpoint, model_option, normalize_opti
 )
 @data_options(num_images=32)
 @normalize_option
+@report_options
+@force_option
 @print_options
 def command(
     file: Path,
@@ -31,6 +34,9 @@ def command(
     skip_bad: bool,
     seed: int,
     device: str,
+    page: Path | None,
+    plot: Path | None,
+    force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -48,6 +54,7 @@ def command(
     from bnsurgery.verification import verify
 
     place = pretrained.device(device)
+    reporting = check_report(page, plot, force)
     bn_model = load_checkpoint(file, model)
     done = record(bn_model)
     folded = folding.fold(bn_model)
@@ -64,16 +71,22 @@ def command(
     batches = calibration_batches(
         data, num_images=num_images, batch_size=batch_size, preprocess=preprocess, seed=seed, skip_bad=skip_bad
     )
-    result = verify(reference.to(place), bn_model.to(place), batches)
+    reference, bn_model = reference.to(place), bn_model.to(place)
+    result = verify(reference, bn_model, batches)
     tolerance = 0.0 if untouched and place.type == "cpu" else 1e-5
+    wrote = ""
+    if reporting:
+        from bnsurgery.report import insertion
+
+        found = insertion(reference, bn_model, batches, result=result, tolerance=tolerance, title=file.name)
+        wrote = write_report(found, page, plot, force)
     ok = result.within(tolerance)
     origin = pretrained.origin(done, untouched)
     custom = f" --model {quote(model)}" if model else ""
-    text = (
-        f"{file} against {against}\n{result}\nfolds back to {origin}\n\nNext: bnsurgery fold {quote(str(file))}{custom}"
-    )
+    hint = f"Next: bnsurgery fold {quote(str(file))}{custom}"
+    text = f"{file} against {against}\n{result}\nfolds back to {origin}\n\n{wrote}{hint}"
     facts = {"ok": ok, "against": against, "folds_back": untouched, **result.to_dict()}
-    report(text, facts, as_json, quiet)
+    show(text, facts, as_json, quiet)
     if not ok:
         raise BNSurgeryError(
             f"verify: '{file}' differs from {against} by {result.max_rel:.3g} of the largest output, "

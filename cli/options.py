@@ -1,6 +1,8 @@
 """Options that several commands share, and how they print."""
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -102,12 +104,26 @@ print_options = _together(
 )
 
 
-def report(text: str, data: dict[str, Any], as_json: bool, quiet: bool = False) -> None:
+def show(text: str, data: dict[str, Any], as_json: bool, quiet: bool = False) -> None:
     """Print a result as the user asked for it."""
     if as_json:
         click.echo(json.dumps(data, ensure_ascii=False))
     elif not quiet:
-        click.echo(text)
+        click.echo(_coloured(text), color=False if os.environ.get("NO_COLOR") else None)
+
+
+def _coloured(text: str) -> str:
+    """With the words that matter in colour; click takes colours out where stdout is no terminal."""
+    for pattern, style in _STYLES:
+        text = re.sub(pattern, lambda match, style=style: click.style(match[0], **style), text)  # type: ignore[misc]
+    return text
+
+
+_STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"NOT bit-identical", {"fg": "red", "bold": True}),
+    (r"(?<!NOT )bit-identical", {"fg": "green", "bold": True}),
+    (r"(?m)^Next:", {"bold": True}),
+)
 
 
 def named(arch: str | None, model: str | None, what: str = "ARCH") -> tuple[str, bool]:

@@ -1,10 +1,14 @@
 """Did BatchNorm help? The same fine-tuning with and without it, over learning rates and seeds."""
 
+import json
 import statistics
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from bnsurgery.errors import CheckpointError
 from bnsurgery.tables import table
+from bnsurgery.typed_json import parse
 
 from .run_directory import Row
 
@@ -74,6 +78,25 @@ class Comparison:
 
     task: str
     trials: tuple[Trial, ...]
+
+    @classmethod
+    def read(cls, directory: str | Path) -> "Comparison":
+        """What `compare` wrote into `directory`.
+
+        Raises:
+            CheckpointError: it is not finished, or the file is damaged.
+        """
+        path = Path(directory) / "comparison.json"
+        try:
+            data = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"'{directory}': no comparison.json: no comparison was finished there") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"'{path}': cannot be read: {error}") from error
+        if not isinstance(data, dict) or not {"task", "trials"} <= set(data):
+            raise CheckpointError(f"'{path}': no comparison is in it")
+        found: Comparison = parse(cls, {"task": data["task"], "trials": data["trials"]}, path.name)
+        return found
 
     def of(self, arm: str, lr: float | None = None) -> list[Trial]:
         """The trials of an arm, at one rate or at all."""

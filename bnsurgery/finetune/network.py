@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnsurgery
 from bnsurgery import factories, models, pretrained
+from bnsurgery.advice import statistics_for
 from bnsurgery.checkpoint import read_record
 from bnsurgery.copies import sharing_tensors
 from bnsurgery.errors import ArchitectureError, BNSurgeryError
@@ -24,8 +25,6 @@ from .datasets import Data
 
 _UNIT = (0.0,), (1.0,)
 _RESIZE = 256 / 224  # of a photograph's shorter side to the input, as torchvision evaluates
-_TINY, _SMALL = 4, 32  # batch sizes below which statistics are hopeless, and poor
-_DRIFT = 0.2  # relative; above, a small batch's statistics change what the network computes too much
 
 
 @dataclass(frozen=True)
@@ -186,14 +185,7 @@ def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, 
         return config.statistics, "as asked"
     if config.train == "head":
         return "running", "only the head is trained, so the features shall stay as they are"
-    size = config.batch_size
-    if size < _TINY:
-        return "running", f"a batch of {size} has no statistics worth the name"
-    if size >= _SMALL:
-        return "batch", f"a batch of {size} is large enough"
-    measured = drift()
-    text = f"batches of {size} drift by {100 * measured:.3g} %"
-    return ("renorm", f"{text}, above {100 * _DRIFT:g} %") if measured > _DRIFT else ("batch", text)
+    return statistics_for(config.batch_size, drift)
 
 
 def _original(model: nn.Module) -> nn.Module:

@@ -14,13 +14,13 @@ from torch import nn
 from bnsurgery import checkpoint
 from bnsurgery.errors import BNSurgeryError, CheckpointError
 from bnsurgery.files import atomic_write, remove_temporaries
+from bnsurgery.report import plot_curves
+from bnsurgery.report.style import write as write_figure
 from bnsurgery.surgery_record import carries_record
 from bnsurgery.typed_json import parse
 
 from .config import Config
 from .datasets import Fingerprint
-from .figures import curves
-from .figures import write as write_figure
 
 _VERSION = 1
 
@@ -152,7 +152,7 @@ class RunDirectory:
         if best is not None and carries_record(best):
             checkpoint.save(best, self.best, overwrite=True)
         self._write_metrics(rows)
-        write_figure(curves(rows), self.path / "curves.png")
+        write_figure(plot_curves(rows), self.path / "curves.png")
         self._write_events(rows)
 
     def _write_events(self, rows: Sequence[Row]) -> None:
@@ -178,6 +178,27 @@ class RunDirectory:
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
         self._write_text("metrics.csv", text.getvalue())
+
+    def read_metrics(self) -> tuple[Row, ...]:
+        """What metrics.csv holds.
+
+        Raises:
+            CheckpointError: there was no validation yet, or the file is damaged.
+        """
+        path = self.path / "metrics.csv"
+        try:
+            with path.open(newline="") as file:
+                found = [
+                    {name: (int if name == "step" else float)(text) for name, text in line.items()}
+                    for line in csv.DictReader(file)
+                ]
+        except FileNotFoundError:
+            raise CheckpointError(f"run '{self.path}': no metrics.csv: there was no validation yet") from None
+        except (OSError, ValueError, TypeError, csv.Error) as error:
+            raise CheckpointError(f"run '{self.path}': metrics.csv cannot be read: {error}") from error
+        if not found:
+            raise CheckpointError(f"run '{self.path}': metrics.csv is empty: there was no validation yet")
+        return tuple(parse(Row, line, f"{path.name}, line {number}") for number, line in enumerate(found, start=2))
 
     def _write_text(self, name: str, text: str) -> None:
         with atomic_write(self.path / name, overwrite=True) as temporary:

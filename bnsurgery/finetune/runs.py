@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnsurgery.errors import BNSurgeryError, DataError
+from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
+from bnsurgery.report import plot_rate_range
+from bnsurgery.report.style import write as write_figure
 from bnsurgery.typed_json import parse
 
-from . import figures
 from .config import Config
 from .datasets import Data, Fingerprint
 from .run_directory import Resolved, Row, RunDirectory
@@ -31,6 +32,20 @@ class Result:
     directory: Path | None
     rows: tuple[Row, ...]
     resolved: Resolved
+
+    @classmethod
+    def read(cls, directory: str | Path) -> "Result":
+        """What the run in `directory` came to, so far.
+
+        Raises:
+            CheckpointError: there was no validation yet, or a file is damaged.
+        """
+        place = RunDirectory(directory)
+        rows = place.read_metrics()
+        state = place.load_state()
+        if state is None:
+            raise CheckpointError(f"run '{directory}': no last/state.pt: it was stopped before its first checkpoint")
+        return cls(Path(directory), rows, _resolved(state))
 
     @property
     def best(self) -> Row:
@@ -129,15 +144,14 @@ def _train(
         state = directory.load_state()
     with forked_random(accelerator):
         torch.manual_seed(config.seed)  # all ranks must build the same network
-        resolved = parse(Resolved, state.get("resolved"), "last/state.pt: resolved") if state is not None else None
+        resolved = _resolved(state) if state is not None else None
         setup = build(config, accelerator, model, data, resolved, show)
         if config.lr == "auto" and resolved is None:
             found = find_rate(setup)
             setup.resolved = replace(setup.resolved, lr=found.chosen)
             if directory is not None and accelerator.is_main_process:
-                figures.write(
-                    figures.rate_range(found.rates, found.losses, found.chosen), directory.path / "lr_range.png"
-                )
+                figure = plot_rate_range(found.rates, found.losses, found.chosen)
+                write_figure(figure, directory.path / "lr_range.png")
         if directory is not None and before is None and accelerator.is_main_process:
             directory.write_config(config, data.fingerprint)  # not before: a refused start leaves no run behind
         torch.manual_seed(config.seed + accelerator.process_index)  # but each draws its own dropout
@@ -156,6 +170,11 @@ def _train(
             if directory is not None:
                 directory.close()
     return Result(directory.path if directory else None, tuple(trainer.rows), setup.resolved)
+
+
+def _resolved(state: dict[str, Any]) -> Resolved:
+    found: Resolved = parse(Resolved, state.get("resolved"), "last/state.pt: resolved")
+    return found
 
 
 def _refuse_other_data(before: Fingerprint, now: Fingerprint) -> None:

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError
 from bnsurgery.files import atomic_write
+from bnsurgery.report import plot_comparison
+from bnsurgery.report.style import write as write_figure
 from bnsurgery.typed_json import parse
 
-from . import figures
 from .comparison import ARMS, Comparison, Trial
 from .config import RATES, Config
 from .datasets import Data
@@ -91,7 +92,7 @@ def compare(
     name = config.source or config.model or type(model).__name__
     result = Comparison(f"{name} on {data.description}", tuple(finished[key] for key in wanted))
     _write(directory / "comparison.json", json.dumps(result.to_dict(), indent=1))
-    figures.write(figures.comparison(result), directory / "comparison.png")
+    write_figure(plot_comparison(result), directory / "comparison.png")
     return result
 
 

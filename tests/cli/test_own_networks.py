@@ -172,7 +172,8 @@ def test_bad_calls(args, code, message, cli):
 def test_a_package_here_and_code_that_prints_fails_or_leaves(cli):
     Path("mine").mkdir()
     Path("mine/__init__.py").write_text("")
-    Path("mine/net.py").write_text("print('hello')\nfrom net import grey\n")
+    network = "nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))"
+    Path("mine/net.py").write_text(f"from torch import nn\nprint('hello')\ndef grey(): return {network}\n")
     code, out, err = cli("plan", "--model", "mine.net:grey", "--json")
     assert code == 0, err
     assert json.loads(out)["sites"] and "hello" in err

@@ -1,0 +1,107 @@
+"""What BatchNorm costs: parameters, and the time and memory of a training step, before and after."""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnsurgery.batches import Inputs, outputs, run
+from bnsurgery.copies import sharing_tensors
+from bnsurgery.errors import BNSurgeryError
+
+IMAGES = 4
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one network.
+
+    Attributes:
+        parameters: how many numbers training changes.
+        seconds: of a forward and backward pass in train mode.
+        kept_bytes: of what autograd keeps in between, without the parameters.
+    """
+
+    parameters: int
+    seconds: float
+    kept_bytes: int
+
+
+def measure_costs(reference: nn.Module, bn_model: nn.Module, batch: Inputs) -> tuple[Cost, Cost] | str:
+    """Time both networks on the first 4 samples of `batch`, taking turns; or say why they cannot be.
+
+    Neither network is changed, nor its statistics or torch's random state.
+    """
+    sample = batch.take(0, IMAGES)
+    if sample.samples < 2:
+        return "a step in train mode needs two images"
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    times: tuple[list[float], list[float]] = ([], [])
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            steps = [_step(network, sample) for network in (reference, bn_model)]
+            kept = [_kept_bytes(step, network) for step, network in zip(steps, (reference, bn_model), strict=True)]
+            for _ in range(_ROUNDS):
+                for step, taken in zip(steps, times, strict=True):
+                    taken.append(step())
+    except BNSurgeryError as error:  # a detector wants targets in train mode
+        return str(error)
+    counts = [sum(p.numel() for p in network.parameters()) for network in (reference, bn_model)]
+    first, second = (
+        Cost(count, statistics.median(taken), size) for count, taken, size in zip(counts, times, kept, strict=True)
+    )
+    return first, second
+
+
+def _step(network: nn.Module, sample: Inputs) -> Callable[[], float]:
+    """A training step without an optimizer on a copy; it returns the seconds it took."""
+    copy = sharing_tensors(network)
+    for module in copy.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.clone()  # train mode writes into these
+    copy.train()
+    parameters = [p for p in copy.parameters() if p.requires_grad]
+    cuda = any(p.is_cuda for p in parameters)
+
+    def step() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = sum((t.float().mean() for t in outputs(run("report", copy, sample))), torch.zeros(()))
+        if isinstance(loss, Tensor) and loss.requires_grad and parameters:
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return step
+
+
+def _kept_bytes(step: Callable[[], float], network: nn.Module) -> int:
+    """Bytes of all storages that autograd keeps in a step, but for the parameters'."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in network.parameters()}
+    with _kept_storages() as kept:
+        step()
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@contextmanager
+def _kept_storages() -> Any:
+    kept: dict[int, int] = {}
+    alive = []  # or a freed storage's address could come up again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept

@@ -1,0 +1,198 @@
+"""The figures of an insertion: statistics by site, pre-activations, channels that say nothing, train-mode drift."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from bnsurgery.advice import statistics_for
+from bnsurgery.verification import EquivalenceReport
+
+from .sites import Histogram, SiteView, view_sites
+from .style import BLUE, GREEN, GREY, INK, ORANGE, PINK, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ROW = 0.2  # inches a site
+_FRAME = 0.75  # inches for title and axis
+_SMALLEST = 1e-6  # σ of a constant channel, on a logarithmic axis
+_NAME = 24  # letters of a site's name; its end says more than its beginning
+_MODE_COLOURS = {"batch": GREEN, "renorm": ORANGE, "running": GREY}
+
+Sites = nn.Module | Sequence[SiteView]
+
+
+def plot_moments(sites: Sites, panels: Sequence[str] = ("mean", "std")) -> "Figure":
+    """The channels' means μ and standard deviations σ at every site: median, quartiles, extremes.
+
+    Args:
+        sites: an inserted network, or what `view_sites` gave.
+        panels: "mean" and "std", side by side.
+    """
+    views = _views(sites)
+    lowest = min(views, key=lambda v: v.std.median().item())
+    highest = max(views, key=lambda v: v.std.median().item())
+    what = {"mean": "means", "std": "standard deviations"}
+    alt = (
+        f"Box plots of the channels' {' and '.join(what[p] for p in panels)} at {len(views)} sites. The median "
+        f"standard deviation goes from {lowest.std.median():.2g} at {lowest.name} to {highest.std.median():.2g} at "
+        f"{highest.name}."
+    )
+    figure, axes = new_figure(alt, columns=len(panels), height=_FRAME + _ROW * len(views))
+    for axis, panel in zip(axes[0], panels, strict=True):
+        if panel == "mean":
+            _boxes(axis, [view.mean.numpy() for view in views])
+            _name_rows(axis, views, "mean of a channel, μ (activation units)")
+            axis.axvline(0, color=INK, linewidth=0.8)
+        else:
+            _boxes(axis, [view.std.clamp(min=_SMALLEST).numpy() for view in views])
+            _name_rows(axis, views, "deviation of a channel, σ (activation units)")
+            axis.set_xscale("log")
+            _mark_eps(axis, views[0].eps)
+    return figure
+
+
+def plot_preactivations(
+    sites: Sites, batches: Iterable[Any] = (), panels: Sequence[str] = ("before", "after")
+) -> "Figure":
+    """Histograms of every site's pre-activations, as they are and normalized channel by channel.
+
+    Args:
+        sites: an inserted network, or what `view_sites` gave for images.
+        batches: with a network: images; the first 16 are looked at.
+        panels: "before" and "after" normalization, side by side.
+    """
+    views = [view for view in _views(sites, batches) if view.before and view.after]
+    reach = max((max(-view.before.low, view.before.high) for view in views if view.before), default=0)
+    said = {
+        "before": f"As they are, they reach to ±{reach:.2g} and differ from site to site.",
+        "after": "Normalized, they have mean 0 and deviation 1; the dotted line is the normal distribution.",
+    }
+    alt = f"Histograms of the pre-activations at {len(views)} sites. {' '.join(said[panel] for panel in panels)}"
+    figure, axes = new_figure(alt, columns=len(panels), height=_FRAME + 1.4 * _ROW * len(views))
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for row, view in enumerate(views):
+            found = view.before if panel == "before" else view.after
+            assert found is not None  # filtered above
+            _ridge(axis, row, found, BLUE if panel == "before" else GREEN, normal=panel == "after")
+        if panel == "before":
+            _name_rows(axis, views, "pre-activation (activation units)")
+            _asinh_axis(axis, reach)
+        else:
+            _name_rows(axis, views, "normalized: (x − μ)/√(σ² + eps)")
+            axis.set_xlim(-4.5, 4.5)
+        axis.set_ylim(len(views) - 0.5, -1.3)
+    return figure
+
+
+def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
+    """The share of every site's channels that are dead, near eps or silent behind their ReLU.
+
+    Args:
+        sites, batches: as in `plot_preactivations`; without images, silent channels are not known.
+    """
+    views = _views(sites, batches)
+    worst = max(views, key=lambda v: v.dead / v.channels)
+    alt = (
+        f"Share of dead, near-eps and silent channels by site. Dead in all: {sum(v.dead for v in views)} of "
+        f"{sum(v.channels for v in views)}"
+        + (f", most at {worst.name}: {worst.dead} of {worst.channels}." if worst.dead else ".")
+    )
+    figure, axes = new_figure(alt, height=_FRAME + 0.35 + _ROW * len(views))
+    axis = axes[0, 0]
+    rows = np.arange(len(views))
+    dead = np.array([100 * v.dead / v.channels for v in views])
+    near = np.array([100 * v.near_eps / v.channels for v in views])
+    silent = np.array([100 * (v.silent or 0) / v.channels for v in views])
+    axis.barh(rows - 0.2, dead, 0.36, color=ORANGE, label="dead: σ² < eps")
+    axis.barh(rows - 0.2, near, 0.36, left=dead, color=PINK, label="near eps: σ² < 10·eps")
+    axis.barh(rows + 0.2, silent, 0.36, color=BLUE, label="silent: never above 0")
+    _name_rows(axis, views, "share of the channels (%)")
+    axis.set_xlim(0, max(5.0, 1.05 * max((dead + near).max(), silent.max())))
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=1, fontsize="small")
+    return figure
+
+
+def plot_drift(result: EquivalenceReport) -> "Figure":
+    """Train-mode drift by batch size, coloured by the statistics mode that the batch size asks for."""
+    drift = {size: 100 * value for size, value in result.train_drift.items()}
+    said = ", ".join(f"{value:.3g} % at {size}" for size, value in drift.items())
+    figure, axes = new_figure(f"Train-mode drift of the outputs by batch size: {said or 'not measured'}.")
+    axis = axes[0, 0]
+    axis.plot(list(drift), list(drift.values()), color=GREY, linewidth=1, zorder=1)
+    labelled = set()
+    for size, value in drift.items():
+        mode, _ = statistics_for(size, lambda value=value: value / 100)  # type: ignore[misc]
+        label = mode if mode not in labelled else None
+        labelled.add(mode)
+        axis.scatter([size], [value], color=_MODE_COLOURS[mode], s=36, label=label, zorder=2)
+        axis.annotate(f"{value:.3g} %", (size, value), xytext=(0, 7), textcoords="offset points", ha="center")
+    if drift:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(drift), [str(size) for size in drift])
+        axis.minorticks_off()
+        axis.legend(frameon=False, title="statistics mode", loc="upper right")
+    axis.set_ylim(0, 1.25 * max(drift.values(), default=1) or 1)
+    axis.margins(x=0.12)
+    axis.set(xlabel="images a batch", ylabel="drift of the outputs (%)")
+    return figure
+
+
+def _views(sites: Sites, batches: Iterable[Any] = ()) -> Sequence[SiteView]:
+    return view_sites(sites, batches) if isinstance(sites, nn.Module) else sites
+
+
+def _mark_eps(axis: Any, eps: float) -> None:
+    """A line at σ = √eps, where the axis reaches there: left of it a channel is dead."""
+    edge = eps**0.5
+    if axis.get_xlim()[0] < edge:
+        axis.axvline(edge, color=ORANGE, linestyle="--", linewidth=1)
+        axis.annotate("√eps", (edge, 1), xycoords=("data", "axes fraction"), color=ORANGE, ha="center", va="bottom")
+
+
+def _asinh_axis(axis: Any, reach: float) -> None:
+    """Linear around 0 and logarithmic further out, as far as ±`reach`, with a tick at every power of ten that fits."""
+    reach = reach or 1.0
+    axis.set_xscale("asinh", linear_width=reach / 100)
+    axis.set_xlim(-reach, reach)
+    powers = [10.0**k for k in range(-12, 13) if reach / 30 <= 10.0**k <= reach]
+    ticks = [*(-power for power in reversed(powers)), 0.0, *powers]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+
+
+def _ridge(axis: Any, row: int, found: Histogram, colour: str, *, normal: bool) -> None:
+    """A histogram standing on its row, scaled to the row's height; with the normal distribution if asked."""
+    at, density = found.centers.numpy(), found.density.numpy()
+    scale = 0.95 / (density.max() or 1)
+    axis.fill_between(at, row, row - scale * density, color=colour, linewidth=0, alpha=0.8)
+    if normal:
+        expected = np.exp(-(at**2) / 2) / np.sqrt(2 * np.pi)
+        axis.plot(at, row - scale * expected, color=INK, linestyle=":", linewidth=0.7)
+
+
+def _boxes(axis: Any, values: list[Any]) -> None:
+    """One box a row: from quartile to quartile, the median, and whiskers to the extremes."""
+    axis.boxplot(
+        values,
+        orientation="horizontal",
+        positions=range(len(values)),
+        widths=0.6,
+        whis=(0, 100),
+        patch_artist=True,
+        boxprops={"facecolor": BLUE, "edgecolor": BLUE, "alpha": 0.55},
+        whiskerprops={"color": BLUE, "linewidth": 0.8},
+        capprops={"color": BLUE, "linewidth": 0.8},
+        medianprops={"color": INK, "linewidth": 1.4},
+        manage_ticks=False,
+    )
+
+
+def _name_rows(axis: Any, views: Sequence[SiteView], label: str) -> None:
+    names = [view.name if len(view.name) <= _NAME else "…" + view.name[1 - _NAME :] for view in views]
+    axis.set_yticks(range(len(views)), names, fontsize="small")
+    axis.set_ylim(len(views) - 0.5, -0.5)  # the first site on top
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel(label)

@@ -1,0 +1,216 @@
+"""The page of an inserted network: what was put in, whether it computes the same, what is known of it, what it costs."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnsurgery.advice import statistics_for
+from bnsurgery.batches import Inputs, inputs
+from bnsurgery.errors import CalibrationError
+from bnsurgery.surgery_record import SurgeryRecord, record
+from bnsurgery.verification import EquivalenceReport, verify
+
+from . import cost, sites
+from .insertion_figures import plot_channels, plot_drift, plot_moments, plot_preactivations
+from .page import Report, Section, table
+from .strip import boxes
+
+DRIFT_SIZES = (2, 4, 8, 16, 32)
+_MIB = 2**20
+
+
+def insertion(
+    reference: nn.Module | Callable[..., Any],
+    bn_model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    result: EquivalenceReport | None = None,
+    tolerance: float = 0.0,
+    title: str | None = None,
+) -> Report:
+    """Look at an inserted network on images, and report.
+
+    Both networks run on all images (`verify`), a few of them once more for the histograms, and four in train mode for
+    the cost. Neither is changed, nor torch's random state.
+
+    Args:
+        reference: the network without BatchNorm, or any function that gives its outputs; then there is no cost.
+        bn_model: what `insert` or `load` gave.
+        batches: as for `insert`, but they are gone through several times: no generator.
+        result: of a `verify` of these two that was done already.
+        tolerance: how far apart the outputs may be and still count as equal, as in `EquivalenceReport.within`.
+        title: of the page.
+
+    Raises:
+        BNSurgeryError: `bn_model` carries no record.
+        CalibrationError: no data, or a batch that a network does not take.
+        ValueError: `batches` can be gone through once only.
+    """
+    if iter(batches) is batches:
+        raise ValueError("report: batches can be gone through only once: pass a list or a DataLoader")
+    done = record(bn_model)
+    if result is None:
+        result = verify(reference, bn_model, batches, drift_batch_sizes=DRIFT_SIZES)
+    views = sites.view_sites(bn_model, batches)
+    good = result.within(tolerance)
+    return Report(
+        title=title or f"{_name(done)} with BatchNorm",
+        verdict=_verdict(done, result, good),
+        good=good,
+        facts=_facts(done, result),
+        sections=(
+            _network(bn_model, done),
+            _statistics(views, done),
+            _preactivations(views),
+            _channels(views),
+            _drift(result),
+            _cost(reference, bn_model, batches),
+        ),
+        terms=(
+            "bit-identical",
+            "largest difference",
+            "top-1 agreement",
+            "pre-activation",
+            "normalized",
+            "step",
+            "kept for backward",
+            "batch",
+            "renorm",
+            "running",
+        ),
+    )
+
+
+def _name(done: SurgeryRecord) -> str:
+    return done.architecture.name if done.architecture is not None else done.model
+
+
+def _verdict(done: SurgeryRecord, result: EquivalenceReport, good: bool) -> str:
+    images = f"{result.samples} image{'s' if result.samples != 1 else ''}"
+    start = f"{len(done.sites)} BatchNorm layers, "
+    if result.bit_identical:
+        return f"{start}and in eval mode the same output bits on {images}."
+    if good:
+        return f"{start}and in eval mode the same outputs on {images} up to {result.max_rel:.2g} of the largest."
+    return f"{start}and the outputs are NOT the same: they differ by {result.max_rel:.2g} of the largest on {images}."
+
+
+def _facts(done: SurgeryRecord, result: EquivalenceReport) -> tuple[tuple[str, str], ...]:
+    difference = f"{result.max_abs:.3g}, relative {result.max_rel:.3g}"
+    pairs: list[tuple[str, str]] = [
+        ("bit-identical", "yes" if result.bit_identical else "no"),
+        ("largest difference", difference + (f", at {result.place()}" if result.worst is not None else "")),
+    ]
+    if result.top1_agreement is not None:
+        pairs.append(("top-1 agreement", f"{100 * result.top1_agreement:.4g} %"))
+    noted = done.provenance
+    for name, key in (("weights", "weights"), ("calibrated on", "data"), ("fine-tuned on", "task")):
+        if key in noted:
+            text = str(noted[key])
+            pairs.append((name, f"{noted['images']}: {text}" if key == "data" and "images" in noted else text))
+    absorb = ", biases absorbed" if done.absorb_bias else ""
+    pairs += [
+        ("placement", f"{done.placement}, layers={done.layers}{absorb}"),
+        ("eps, momentum", f"{done.eps:g}, {done.momentum if done.momentum is not None else 'cumulative'}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in done.versions.items())),
+    ]
+    return tuple(pairs)
+
+
+def _network(bn_model: nn.Module, done: SurgeryRecord) -> Section:
+    taken = sum(site.relu is not None for site in done.sites)
+    text = f"In order of definition. {len(done.sites)} BatchNorm layers were inserted"
+    text += (
+        f"; {taken} of them apply the ReLU behind them themselves, and an Identity keeps its place." if taken else "."
+    )
+    return Section("The network", (text,), strip=boxes(bn_model))
+
+
+def _statistics(views: Sequence[sites.SiteView], done: SurgeryRecord) -> Section:
+    rows = [
+        (v.name, v.layer, v.channels, v.mean.abs().median().item(), v.std.median().item(), v.dead, v.near_eps, v.silent)
+        for v in views
+    ]
+    note = " Where a bias was absorbed, μ is without it." if done.absorb_bias else ""
+    text = (
+        "What BatchNorm normalizes by at every site: a mean and a standard deviation a channel, over all calibration "
+        f"images and positions.{note} The boxes go from quartile to quartile of the channels, the whiskers to the "
+        "extremes."
+    )
+    headers = ("site", "layer", "channels", "|μ|", "σ", "dead", "near eps", "silent")
+    return Section(
+        "Statistics by site",
+        (text,),
+        table(headers, rows),
+        figures={f"moments-{panel}": plot_moments(views, (panel,)) for panel in ("mean", "std")},
+    )
+
+
+def _preactivations(views: Sequence[sites.SiteView]) -> Section:
+    text = (
+        f"What the layers put out on the first {sites.IMAGES} images, all channels together: as it is, and normalized "
+        "channel by channel. The BatchNorm's weight and bias then undo the normalization, exactly."
+    )
+    return Section(
+        "Pre-activations",
+        (text,),
+        figures={
+            f"preactivations-{panel}": plot_preactivations(views, panels=(panel,)) for panel in ("before", "after")
+        },
+    )
+
+
+def _channels(views: Sequence[sites.SiteView]) -> Section:
+    total, dead = sum(v.channels for v in views), sum(v.dead for v in views)
+    near, silent = sum(v.near_eps for v in views), sum(v.silent or 0 for v in views)
+    text = f"Of {total} channels: {dead} dead, {near} near eps, {silent} silent on the images looked at." + (
+        " Dead ones stay exact, but training can amplify what little they say; a larger eps damps that." * bool(dead)
+    )
+    return Section("Channels that say little", (text,), figures={"channels": plot_channels(views)})
+
+
+def _drift(result: EquivalenceReport) -> Section:
+    if not result.train_drift:
+        text = "Not measured: it takes at least two images that go into one batch, and outputs with one row an image."
+        return Section("Train-mode drift", (text,))
+    rows = []
+    for size, drift in result.train_drift.items():
+        rows.append((size, f"{100 * drift:.3g}%", *statistics_for(size, lambda drift=drift: drift)))  # type: ignore[misc]
+    text = (
+        "In train mode BatchNorm normalizes by the batch, and the smaller the batch, the further that takes the "
+        "outputs from where they were at the start of training. Train with as large a batch as fits; for small ones "
+        "the table says which statistics mode to set."
+    )
+    if result.samples < DRIFT_SIZES[-1]:
+        text += f" Larger batches than {max(result.train_drift)} need more images than the {result.samples} here."
+    headers = ("images a batch", "drift", "mode to set", "why")
+    return Section("Train-mode drift", (text,), table(headers, rows), figures={"drift": plot_drift(result)})
+
+
+def _cost(reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batches: Iterable[Any]) -> Section:
+    heading = "What it costs"
+    batch: Inputs | None = next(inputs(batches), None)
+    if batch is None:
+        raise CalibrationError("report: no data. Pass at least one batch.")
+    if not isinstance(reference, nn.Module):
+        return Section(heading, ("Not measured: the reference is a function, not a network.",))
+    found = cost.measure_costs(reference, bn_model, batch)
+    if isinstance(found, str):
+        return Section(heading, (f"Not measured: {found}",))
+    before, after = found
+    pairs = (
+        ("parameters", before.parameters, after.parameters),
+        ("step, milliseconds", 1000 * before.seconds, 1000 * after.seconds),
+        ("kept for backward, MiB", before.kept_bytes / _MIB, after.kept_bytes / _MIB),
+    )
+    rows = [(name, old, new, new / old if old else None) for name, old, new in pairs]
+    count = min(cost.IMAGES, batch.samples)
+    device = next((p.device.type for p in bn_model.parameters()), "cpu")
+    threads = f" with {torch.get_num_threads()} threads" if device == "cpu" else ""
+    text = (
+        f"A training step on {count} images, on {device}{threads}, without and with BatchNorm. Folded, the "
+        "network is the original one again, and costs what that costs."
+    )
+    return Section(heading, (text,), table(("", "before", "after", "after ÷ before"), rows))

@@ -1,0 +1,64 @@
+"""How figures look, and how they are written: files of their own, or SVG inside a page in the page's own colours."""
+
+import html
+import io
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnsurgery.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# After Okabe and Ito's palette, which the colour-blind can tell apart; the blue lighter, to stand out from black too.
+BLUE, ORANGE, GREEN, PINK, GREY = "#1f83c4", "#d55e00", "#009e73", "#cc79a7", "#888888"
+INK = "#000000"  # in a page: the page's text colour
+
+_WIDTH = 4.6  # inches: about a phone's width, so that a page never has to shrink a panel
+_DPI = 144
+
+
+def new_figure(alt: str, *, rows: int = 1, columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
+    """A figure and its axes, in an array of shape (rows, columns); no window system, no global state is involved.
+
+    Args:
+        alt: what it shows, in words, for those who cannot see it; kept as the figure's label.
+        height: inches of one panel.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH * columns, height * rows), layout="constrained", dpi=_DPI)
+    figure.set_label(alt)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.4, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def write(figure: "Figure", path: Path, *, overwrite: bool = True) -> None:
+    """Write a figure as PNG or SVG, as the name says, atomically; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    kind = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else {}
+    with atomic_write(path, overwrite=overwrite) as temporary, rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(temporary, format=kind, metadata=metadata)
+
+
+def inline_svg(figure: "Figure", name: str) -> str:
+    """The figure as an `<svg>` element: black becomes the page's colour, text stays text, `name` keeps ids apart."""
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Ids that matplotlib counts up (figure_1, text_1, ...) would be the same in every figure of a page.
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    label = html.escape(str(figure.get_label()))
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

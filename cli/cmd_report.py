@@ -1,0 +1,100 @@
+"""bnsurgery report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import data_options, load_checkpoint, model_option, normalize_option, output_options, print_options, show
+from .reporting import check_report, plot_option, write_report
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bnsurgery.data import ImageBatches
+    from bnsurgery.report import Report
+
+
+@click.command("report")
+@click.argument("file", type=click.Path(path_type=Path, exists=True))
+@model_option
+@data_options(num_images=32)
+@normalize_option
+@output_options("File to write.  [default: FILE's name, .html, here]")
+@plot_option
+@print_options
+def command(
+    file: Path,
+    model: str | None,
+    data: str,
+    num_images: int,
+    batch_size: int,
+    image_size: int | None,
+    normalize: str,
+    skip_bad: bool,
+    seed: int,
+    device: str,
+    output: Path | None,
+    force: bool,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show what was done to a network, as a page with figures.
+
+    FILE is a checkpoint of `bnsurgery insert` or `finetune`, which is compared with its own folded network on images;
+    or the directory of a run of `finetune` or `compare`, which needs none. The page is one file that needs no network.
+    """
+    from bnsurgery import pretrained
+    from bnsurgery.data import calibration_batches
+    from bnsurgery.surgery_record import record
+
+    output = output or Path(f"{file.resolve().stem}.html")
+    check_report(output, plot, force)
+    if file.is_dir() or file.suffix == ".json":
+        found = of_directory(file if file.is_dir() else file.parent)
+    else:
+        place = pretrained.device(device)
+        bn_model = load_checkpoint(file, model)
+        preprocess = pretrained.preprocessing_of(record(bn_model), bn_model, image_size, normalize)
+        batches = calibration_batches(
+            data, num_images=num_images, batch_size=batch_size, preprocess=preprocess, seed=seed, skip_bad=skip_bad
+        )
+        found = _of_checkpoint(bn_model.to(place), batches, file.name)
+    text = write_report(found, output, plot, force)
+    show(
+        f"{found.title}\n{found.verdict}\n\n{text}Next: open {output} in a browser.",
+        _facts(found, output),
+        as_json,
+        quiet,
+    )
+
+
+def of_directory(directory: Path) -> "Report":
+    """The page of what `finetune` or `compare` left in a directory."""
+    from bnsurgery.errors import CheckpointError
+    from bnsurgery.finetune import Comparison, Result
+    from bnsurgery.finetune.run_directory import RunDirectory
+    from bnsurgery.report import comparison, training
+
+    if (directory / "comparison.json").exists():
+        return comparison(Comparison.read(directory))
+    if (directory / "config.json").exists():
+        return training(Result.read(directory), RunDirectory(directory).read_config()[0])
+    raise CheckpointError(
+        f"report: '{directory}': no run of finetune or compare is there, nor a finished one of compare"
+    )
+
+
+def _of_checkpoint(bn_model: "nn.Module", batches: "ImageBatches", name: str) -> "Report":
+    from bnsurgery import folding
+    from bnsurgery.report import insertion
+    from bnsurgery.surgery_record import record, state_digest
+
+    folded = folding.fold(bn_model)
+    untouched = state_digest(folded.state_dict()) == record(bn_model).weights_digest
+    return insertion(folded, bn_model, batches, tolerance=0.0 if untouched else 1e-5, title=name)
+
+
+def _facts(found: "Report", output: Path) -> dict[str, object]:
+    return {"output": str(output), "title": found.title, "verdict": found.verdict, "good": found.good}

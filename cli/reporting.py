@@ -1,0 +1,64 @@
+"""--report and --plot: checked before the work starts, written when it is done."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from bnsurgery.report import Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+plot_option = click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="DIR", help="Write every figure as SVG and PNG into this folder."
+)
+
+
+def report_options(function: F) -> F:
+    """--report and --plot."""
+    page = click.option(
+        "--report",
+        "page",
+        type=click.Path(path_type=Path),
+        metavar="FILE.html",
+        help="Write a page that shows what was done, with figures; takes a few seconds more.",
+    )
+    return page(plot_option(function))
+
+
+force_option = click.option("--force", is_flag=True, help="Replace the files of --report and --plot if they exist.")
+
+
+def check_report(page: Path | None, plot: Path | None, force: bool) -> bool:
+    """Whether a report is wanted at all; that it can be made and written is made sure of.
+
+    Raises:
+        CheckpointError: a file is there already, or cannot be written.
+        BNSurgeryError: matplotlib or Jinja is not installed.
+    """
+    from bnsurgery.errors import CheckpointError
+    from bnsurgery.files import check_writable
+    from bnsurgery.report.page import make_folder, require_libraries
+
+    if page is None and plot is None:
+        return False
+    require_libraries()
+    if page is not None:
+        check_writable(page, overwrite=force)
+    if plot is not None and any(make_folder(plot).iterdir()) and not force:
+        raise CheckpointError(f"write: '{plot}': got a folder with something in it, expected an empty one, or --force")
+    return True
+
+
+def write_report(report: "Report", page: Path | None, plot: Path | None, force: bool) -> str:
+    """Write what was asked for, and say so in a line each."""
+    wrote = []
+    if page is not None:
+        report.save(page, overwrite=force)
+        wrote.append(f"Wrote {page}.\n")
+    if plot is not None:
+        count = len(report.save_figures(plot, overwrite=force))
+        wrote.append(f"Wrote {count} figures into {plot}.\n")
+    return "".join(wrote)
