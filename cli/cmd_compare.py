@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from bnsurgery.finetune.config import RATES
 
@@ -58,7 +59,9 @@ class _List(click.ParamType):
 @report_options
 @force_option
 @print_options
+@click.pass_context
 def command(
+    context: click.Context,
     source: str | None,
     data: str,
     output: str | None,
@@ -92,7 +95,25 @@ def command(
     words = ["bnsurgery", "report", output]
     best = next((arm for arm in result.summary() if arm.arm == "bn" and arm.lr is not None), None)
     if best is not None:
-        network = ["--model", str(recipe["model"])] if recipe["model"] else [str(source)]
-        words = ["bnsurgery", "finetune", *network, "--data", data, "--lr", f"{best.lr:g}"]
+        words = ["bnsurgery", "finetune", *_given(context), "--lr", f"{best.lr:g}"]
     text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {shlex.join(words)}"
     show(text, {**result.to_dict(), "output": output}, as_json, quiet)
+
+
+def _given(context: click.Context) -> list[str]:
+    """What was said on the command line that `finetune` takes too, as words."""
+    words = []
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params[str(parameter.name)]
+        if name in _OURS or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if isinstance(parameter, click.Argument):
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            words += [parameter.opts[0], str(value)]
+    return words
+
+
+_OURS = ("output", "arms", "rates", "seeds", "jobs", "page", "plot", "force", "as_json", "quiet")

@@ -2,12 +2,13 @@
 
 import json
 import statistics
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bnsurgery.errors import CheckpointError
-from bnsurgery.tables import table
+from bnsurgery.tables import WIDTH, table
 from bnsurgery.typed_json import parse
 
 from .run_directory import Row
@@ -171,7 +172,7 @@ class Comparison:
             "to plain's: steps until plain's accuracy is first reached"
         )
         chart = table(("by rate", *(f"{lr:g}" for lr in rates)), by_rate)
-        return f"{self.task}\n\n{table(headers, rows)}\n\n{legend}\n\n{chart}\n\n{self.verdict()}"
+        return f"{self.task}\n\n{table(headers, rows)}\n\n{legend}\n\n{chart}\n\n{textwrap.fill(self.verdict(), WIDTH)}"
 
     def verdict(self) -> str:
         """What it comes to, in a sentence: whoever won."""

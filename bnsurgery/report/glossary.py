@@ -27,8 +27,8 @@ TERMS = {
     "function, the last plain BatchNorm.",
     "running": "set_statistics_(model, 'running'): frozen statistics, trainable weight and bias.",
     "parameters": "Numbers that training changes.",
-    "step": "Forward and backward pass of the whole network in train mode, without an optimizer: median of three, the "
-    "two networks taking turns.",
+    "training step": "Forward and backward pass of the whole network in train mode, without an optimizer: median of "
+    "three, the two networks taking turns.",
     "kept for backward": "Bytes of the activations and statistics that autograd keeps from the forward pass until the "
     "backward pass, parameters not counted: what decides on the batch size that fits.",
     "accuracy": "Share of the validation images that are classified right.",

@@ -192,7 +192,7 @@ def _boxes(axis: Any, values: list[Any]) -> None:
 
 def _name_rows(axis: Any, views: Sequence[SiteView], label: str) -> None:
     names = [view.name if len(view.name) <= _NAME else "…" + view.name[1 - _NAME :] for view in views]
-    axis.set_yticks(range(len(views)), names, fontsize="small")
+    axis.set_yticks(range(len(views)), names, fontsize="small", parse_math=False)  # a name may hold a "$"
     axis.set_ylim(len(views) - 0.5, -0.5)  # the first site on top
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel(label)

@@ -1,4 +1,4 @@
-"""The page of an inserted network: what was put in, whether it computes the same, what is known of it, what it costs."""
+"""The page of an inserted network: what was put in, whether it computes the same, what it says and costs."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -74,7 +74,7 @@ def insertion(
             "top-1 agreement",
             "pre-activation",
             "normalized",
-            "step",
+            "training step",
             "kept for backward",
             "batch",
             "renorm",
@@ -202,7 +202,7 @@ def _cost(reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batche
     before, after = found
     pairs = (
         ("parameters", before.parameters, after.parameters),
-        ("step, milliseconds", 1000 * before.seconds, 1000 * after.seconds),
+        ("training step, milliseconds", 1000 * before.seconds, 1000 * after.seconds),
         ("kept for backward, MiB", before.kept_bytes / _MIB, after.kept_bytes / _MIB),
     )
     rows = [(name, old, new, new / old if old else None) for name, old, new in pairs]

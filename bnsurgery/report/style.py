@@ -44,8 +44,16 @@ def write(figure: "Figure", path: Path, *, overwrite: bool = True) -> None:
 
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else {}
+    _settle(figure)
     with atomic_write(path, overwrite=overwrite) as temporary, rc_context({"svg.hashsalt": path.name}):
         figure.savefig(temporary, format=kind, metadata=metadata)
+
+
+def _settle(figure: "Figure") -> None:
+    """Lay the panels out once: constrained layout goes on improving by fractions of a pixel at every drawing."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def inline_svg(figure: "Figure", name: str) -> str:
@@ -53,6 +61,7 @@ def inline_svg(figure: "Figure", name: str) -> str:
     from matplotlib import rc_context
 
     text = io.StringIO()
+    _settle(figure)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()

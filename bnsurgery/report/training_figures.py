@@ -22,6 +22,8 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
         rows: what a run measured, `finetune.Result.rows`.
         panels: "loss" and "accuracy", side by side.
     """
+    from matplotlib.ticker import MaxNLocator
+
     last = rows[-1]
     alt = (
         f"{' and '.join(panels)} by epoch, in training and validation. At the end, after {last.epoch:.3g} epochs: "
@@ -34,6 +36,7 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
             points = [scale * getattr(row, f"{kind}_{panel}") for row in rows]
             axis.plot([row.epoch for row in rows], points, color=colour, marker="o", markersize=3, label=label)
         axis.set(xlabel="epoch", ylabel="accuracy (%)" if panel == "accuracy" else "loss (cross entropy, nats)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(frameon=False)
     return figure
 

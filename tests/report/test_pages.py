@@ -1,0 +1,204 @@
+"""Pages and figures: what they say, that they need nothing else, and that names in them are only names."""
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import bnsurgery
+from bnsurgery import finetune, report
+from bnsurgery.finetune.comparison import Comparison, Trial
+from bnsurgery.finetune.run_directory import Resolved, Row
+from bnsurgery.report.glossary import TERMS
+
+
+def rows(*accuracies):
+    return tuple(
+        Row(i + 1.0, 10 * (i + 1), 0.1, 1.0 / (i + 1), a, 1.1 / (i + 1), a, 99.0) for i, a in enumerate(accuracies)
+    )
+
+
+RESULT = finetune.Result(None, rows(0.5, 0.75), Resolved(0.1, "batch", "a batch of 64 is large enough"))
+COMPARISON = Comparison(
+    "tiny on patterns",
+    (
+        Trial("plain", 0.1, 0, "none", None, rows(0.3, 0.6), 2.0),
+        Trial("plain", 1.0, 0, "none", "the loss is NaN after step 3", (), 1.0),
+        Trial("bn", 0.1, 0, "batch", None, rows(0.4, 0.7), 3.0),
+        Trial("bn", 1.0, 0, "batch", None, rows(0.5, 0.8), 5.0),
+    ),
+)
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def page(odd, inserted, batches):
+    return report.insertion(odd, inserted, batches)
+
+
+def test_insertion(page, batches):
+    assert page.good is True and "same output bits on 12 images" in page.verdict
+    text = re.sub(r"\s+", " ", Outline(page.to_html()).text)
+    assert "3 BatchNorm layers were inserted; 1 of them" in text
+    drift = bnsurgery.verify(nn.Identity(), nn.Identity(), batches).train_drift
+    assert drift == {}  # and so the page of the odd network has its own:
+    for heading in ("The network", "Statistics by site", "Pre-activations", "Train-mode drift", "What it costs"):
+        assert heading in text
+    assert re.search(r"\d+ dead, \d+ near eps, \d+ silent", text)
+    assert "a batch of 2 has no statistics worth the name" in text
+    assert "activation units" in text and "√eps" in text
+
+
+def test_a_difference_is_said_and_where(odd, inserted, batches):
+    with torch.no_grad():
+        inserted.head.bias[2] += 0.5
+    page = report.insertion(odd, inserted, batches)
+    assert page.good is False and "NOT the same" in page.verdict
+    where = dict(page.facts)["largest difference"]
+    assert re.search(r"0\.5, relative .*, at image \d+, index \[2\]", where)
+    assert report.insertion(odd, inserted, batches, tolerance=1e3).good is True
+
+
+def test_a_trained_network_and_few_images(odd, inserted, batches):
+    page = report.insertion(bnsurgery.fold(inserted), inserted, [batches[0][:1]])
+    text = Outline(page.to_html()).text
+    assert "Not measured: it takes at least two images" in text and "needs two images" in text
+
+
+def test_a_generator_is_refused(odd, inserted, batches):
+    with pytest.raises(ValueError, match="only once"):
+        report.insertion(odd, inserted, iter(batches))
+
+
+def test_a_function_as_reference(odd, inserted, batches):
+    text = Outline(report.insertion(lambda x: odd(x), inserted, batches).to_html()).text
+    assert "the reference is a function" in text
+
+
+def test_comparison():
+    page = report.comparison(COMPARISON)
+    text = Outline(page.to_html()).text
+    assert page.verdict == COMPARISON.verdict() and page.verdict in text
+    assert "plain at 1, seed 0: the loss is NaN after step 3" in text
+    assert "diverges" in text and "80.00%" in text
+    labels = {name: figure.get_label() for name, figure in page.figures.items()}
+    assert "× at 1" in labels["by-rate"] and "bn ends at 80.0 % at rate 1" in labels["by-step"]
+    assert "plain 2" in labels["time"] and "bn 4" in labels["time"]  # without the one that diverged
+
+
+def test_training(tmp_path):
+    config = finetune.Config(data="patterns", output="runs/x", source="vgg11")
+    page = report.training(RESULT, config)
+    text = Outline(page.to_html()).text
+    assert page.verdict == "75.00 % of the validation images right, in epoch 2 of 2."
+    assert "vgg11 fine-tuned on patterns" in text and "a batch of 64 is large enough" in text
+
+
+@pytest.fixture(params=["insertion", "comparison", "training"])
+def any_page(request):
+    if request.param == "insertion":
+        return request.getfixturevalue("page")
+    config = finetune.Config(data="<i>data</i>", output="runs/x", source="vgg11")
+    return report.comparison(COMPARISON) if request.param == "comparison" else report.training(RESULT, config)
+
+
+def test_self_contained_and_only_text(any_page):
+    html = any_page.to_html()
+    outline = Outline(html)
+    names = {tag for tag, _ in outline.tags}
+    assert not names & {"script", "iframe", "object", "embed", "b", "i", "img"}  # <b>, <i>: names in the network, data
+    for tag, attributes in outline.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("href", "src", "xlink:href"):
+                assert value.startswith(("#", "data:")), (tag, value)
+    addresses = set(re.findall(r"https?://[^\s\"'<)]+", html))
+    assert all(a.startswith("http://www.w3.org/") for a in addresses)  # namespaces, which nobody fetches
+    assert "@import" not in html and "url(http" not in html
+    ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_alt_texts_and_definitions(any_page):
+    outline = Outline(any_page.to_html())
+    drawings = [attributes for tag, attributes in outline.tags if tag == "svg"]
+    assert len(drawings) == len(any_page.figures) > 0
+    assert all(len(d["aria-label"]) > 20 and d["role"] == "img" for d in drawings)
+    tips = [attributes["title"] for tag, attributes in outline.tags if tag == "abbr"]
+    assert tips and all(tip in TERMS.values() and tip in outline.text for tip in tips)
+
+
+def test_the_same_twice(odd, inserted, batches):
+    """But for the cost, which is a time."""
+    pages = [report.insertion(odd, inserted, batches) for _ in range(2)]
+    first, second = (dataclasses.replace(page, sections=page.sections[:-1]).to_html() for page in pages)
+    assert first == second
+
+
+def test_saved_whole_or_not_at_all(page, tmp_path):
+    path = tmp_path / "page.html"
+    page.save(path)
+    assert path.read_text(encoding="utf-8") == page.to_html()
+    with pytest.raises(bnsurgery.CheckpointError, match="existing file"):
+        page.save(path)
+    page.save(path, overwrite=True)
+    written = page.save_figures(tmp_path / "new" / "figures")
+    assert {p.name for p in written} == {f"{name}.{kind}" for name in page.figures for kind in ("svg", "png")}
+    for picture in written:
+        if picture.suffix == ".png":
+            with Image.open(picture) as image:
+                assert len(image.convert("L").getcolors(maxcolors=256) or range(256)) > 10  # something is drawn
+        else:
+            assert "<svg" in picture.read_text()
+    with pytest.raises(bnsurgery.CheckpointError, match="existing file"):
+        page.save_figures(tmp_path / "new" / "figures")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(bnsurgery.CheckpointError, match="name another folder"):
+        page.save_figures(tmp_path / "file" / "in")
+
+
+def test_plots_from_python(inserted, batches):
+    """What is drawn, read back from the axes."""
+    figure = report.plot_moments(inserted)
+    means, deviations = figure.axes
+    assert [label.get_text() for label in means.get_yticklabels()] == ["part.<b>$x$</b>", "twice", "tokens"]
+    assert deviations.get_xscale() == "log"
+    medians = [line.get_xdata()[0] for line in means.lines if line.get_linewidth() == 1.4]
+    expected = [v.mean.quantile(0.5).item() for v in report.view_sites(inserted)]
+    assert medians == pytest.approx(expected)
+    drift = bnsurgery.verify(inserted, inserted, batches, drift_batch_sizes=(2, 4)).train_drift
+    axis = report.plot_drift(bnsurgery.verify(inserted, inserted, batches, drift_batch_sizes=(2, 4))).axes[0]
+    assert list(axis.lines[0].get_ydata()) == pytest.approx([100 * drift[2], 100 * drift[4]])
+    assert len(report.plot_preactivations(inserted, batches).axes) == 2
+    bars = report.plot_channels(inserted, batches).axes[0].patches
+    assert bars[0].get_width() == pytest.approx(100 / 6)  # one of the first site's six channels is dead
+
+
+def test_plots_of_a_comparison():
+    steps, rates = report.plot_comparison(COMPARISON).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in steps.lines} == {
+        "plain at 0.1": pytest.approx([30, 60]),
+        "bn at 1": pytest.approx([50, 80]),
+    }
+    crosses = [line for line in rates.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in crosses] == [[1.0]]
+    loss, accuracy = report.plot_curves(RESULT.rows).axes
+    assert list(accuracy.lines[1].get_ydata()) == [50, 75] and list(loss.lines[0].get_ydata()) == [1.0, 0.5]
