@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu lint bench bench-op bench-finetune clean
+.PHONY: demo test test-gpu lint docs bench bench-op bench-finetune clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
@@ -18,6 +18,10 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# into site/; the variable stops a notice of mkdocs-material's that is not about these pages
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.benchmarks
 	$(BIN)/python -m benchmarks.startup
@@ -44,4 +48,4 @@ bench-finetune: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf demo-results .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf demo-results site .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class Config:
     """One run of `bnsurgery.finetune.run`.
 
-    The network:
+    Attributes: The network
         source: name of an architecture, or a file: plain weights or a bnsurgery checkpoint. May be empty with `model`.
         model: "package.module:factory" or "file.py:factory", a function without arguments that makes the network.
         weights: of an architecture: "DEFAULT" or another name in torchvision's enum, "random", or a file.
@@ -35,7 +35,7 @@ class Config:
         arm: "bn", or what `compare` sets beside it: "plain" without BatchNorm, "bn-naive" with a fresh one (weight 1,
             bias 0), which forgets what the network computed.
 
-    The data:
+    Attributes: The data
         data: a folder (train/ and val/ with one folder a class, or one folder a class), "digits", or a torchvision
             dataset such as "CIFAR10".
         root: where torchvision's datasets are kept.
@@ -49,7 +49,7 @@ class Config:
             "auto" chooses by the data.
         num_workers: processes that read images; None for one less than the processors, at most 8.
 
-    The recipe:
+    Attributes: The recipe
         epochs: passes over the training images.
         batch_size: images a step, over all processes.
         lr: peak learning rate, None for a default by batch size, or "auto" for a range test.
@@ -65,14 +65,14 @@ class Config:
             size and measured drift.
         recalibrate: images whose population statistics replace the running ones before a validation.
 
-    The machine:
+    Attributes: The machine
         precision: "bf16" or "fp16" mixed precision, "no"; "auto" is bf16 where a GPU has it.
         channels_last: memory layout of images and convolutions.
         compile: use torch.compile.
         device: "auto" for a GPU where there is one, or "cpu".
         seed: of everything random.
 
-    The run:
+    Attributes: The run
         output: its directory.
         evaluations: validations an epoch.
         save_every: seconds between checkpoints within an epoch.

@@ -55,7 +55,8 @@ def compare(
         jobs: trials at a time, each in a process with its share of the processors; None for as many as memory and
             processors allow. More than one needs `model` and `data` to be picklable, and a main module that can be
             imported.
-        model, data: see `run`.
+        model: see `run`.
+        data: see `run`.
         show: print what happens.
 
     Raises:

@@ -173,7 +173,6 @@ class BatchNorm1d(Insertable, nn.BatchNorm1d):
     the cumulative average is kept on the device.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in `torch.nn.BatchNorm1d`.
         activation: None, or "relu" to apply ReLU to the output in the same pass; also an attribute.
 
     Raises:

@@ -54,8 +54,10 @@ def batch_norm(
 
     Args:
         input: (N, C, *), floating point, of any layout.
-        running_mean, running_var: (C,); changed in place with `training`, where both may be None.
-        weight, bias: (C,) or None, for 1 and 0; best float32, also beside a half-precision input.
+        running_mean: (C,); changed in place with `training`, where it may be None.
+        running_var: as `running_mean`; None where that is.
+        weight: (C,), or None for 1; best float32, also beside a half-precision input.
+        bias: (C,), or None for 0; as `weight`.
         training: normalize by the batch.
         momentum: share of the batch in the new running statistics; a 0-dim tensor keeps a changing one on the device.
         eps: added to the variance.
