@@ -1,19 +1,190 @@
-"""The Python in the documentation runs, block after block."""
+"""The documentation tells the truth: its Python runs and prints what it says, its commands exist, its site is whole."""
 
+import html
+import importlib
+import math
+import os
 import re
+import shlex
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from bnsurgery.cli import cli as group
+from bnsurgery.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+_FENCE = re.compile(r'```(\w+)(?: title="(.+)")?')
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
+@dataclass
+class Block:
+    """A fenced or indented block: its language ("" where indented), its file's name, and the words in front of it."""
+
+    language: str
+    title: str | None
+    before: str
+    text: str = ""
+
+
+def blocks(markdown: str) -> list[Block]:
+    found: list[Block] = []
+    before, fenced, indented = "", False, False
+    for line in markdown.splitlines():
+        if fenced:
+            fenced = line != "```"
+            found[-1].text += f"{line}\n" if fenced else ""
+        elif match := _FENCE.fullmatch(line):
+            found.append(Block(match[1], match[2], before.strip()))
+            before, fenced, indented = "", True, False
+        elif line.startswith("    ") and (indented or before.endswith("\n\n")):
+            if not indented:
+                found.append(Block("", None, before.strip()))
+                before, indented = "", True
+            found[-1].text += f"{line[4:]}\n"
+        else:
+            indented = indented and not line
+            before += f"{line}\n"
+    return found
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The lines of a shell block in words, and of an indented one those that are commands of ours."""
+    if block.language not in ("sh", ""):
+        return []
+    lines = [line for line in block.text.splitlines() if block.language or line.startswith("bnsurgery ")]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def agree(printed: str, expected: str) -> bool:
+    """The same words; numbers within a tenth, or both next to nothing, for they are measured or rounding noise."""
+    texts = [[line.rstrip() for line in text.strip().splitlines()] for text in (printed, expected)]
+    if [_NUMBER.sub("#", line) for line in texts[0]] != [_NUMBER.sub("#", line) for line in texts[1]]:
+        return False
+    numbers = [[float(number) for line in text for number in _NUMBER.findall(line)] for text in texts]
+    return all(math.isclose(a, b, rel_tol=0.1) or max(a, b) < 1e-3 for a, b in zip(*numbers, strict=True))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder with photos/, and the surroundings that torchrun gives to a single process."""
+    rng = np.random.default_rng(0)
+    for name, low in (("cats", 0), ("dogs", 100)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(low, low + 150, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    names: dict[str, object] = {"__name__": "docs"}
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield tmp_path
+    AcceleratorState._reset_state(True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # pages use what torch deprecates, and networks with random weights
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text or "```sh" in text])
+def test_what_a_page_shows_runs(page, folder, capfd):
+    names: dict[str, object] = {"__name__": "__main__"}
+    found = blocks(PAGES[page])
+    for number, (block, following) in enumerate(zip(found, [*found[1:], None], strict=True), 1):
+        where = f"{page}, block {number}"
+        if block.language == "python":
+            if block.title:
+                (folder / block.title).write_text(block.text)
+            if "group.WORLD" in block.text and "init_process_group" not in block.text:
+                torch.distributed.init_process_group("gloo")
+            exec(compile(block.text, where, "exec"), names)
+            printed = capfd.readouterr().out
+            if following is not None and following.language in ("text", "") and following.before.startswith("prints"):
+                assert agree(printed, following.text), f"{where} prints\n{printed}"
+        elif block.language == "sh" and not re.search(r"\bvgg1[69]\b", block.text):
+            for words in commands(block):
+                run(words, where)
+                capfd.readouterr()
+
+
+def run(words: list[str], where: str) -> None:
+    if words[0] == "bnsurgery":
+        with pytest.raises(SystemExit) as exit_:
+            main(words[1:])
+        assert exit_.value.code == 0, f"{where}: {shlex.join(words)}"
+        return
+    assert words[0] == "torchrun", f"{where}: how is {words[0]} to be run?"
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{where}: {done.stderr}"
+
+
+COMMANDS = [(page, words) for page, text in PAGES.items() for block in blocks(text) for words in commands(block)]
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words) for _, words in COMMANDS])
+def test_a_command_has_these_options(page, words):
+    for start in ("bnsurgery", "bnsurgery.cli"):  # behind a launcher, too
+        if start in words:
+            name, *args = words[words.index(start) + 1 :]
+            command = group.get_command(click.Context(group), name)
+            assert command is not None, f"{page}: no command {name}"
+            command.make_context(name, args)
+
+
+def test_every_page_with_commands_was_read():
+    """Or the two tests above would pass on nothing."""
+    assert {"README.md", "docs/index.md", "docs/howto/multi-gpu.md"} <= {page for page, _ in COMMANDS}
+    assert len(COMMANDS) > 15
+    expected = [block for text in PAGES.values() for block in blocks(text) if block.before.startswith("prints")]
+    assert len(expected) > 10
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    return folder
+
+
+def test_the_site_needs_no_network(site):
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|link|img)\b[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text())
+        assert not loaded, page
+
+
+def test_the_site_has_every_command_and_option(site):
+    page = html.unescape((site / "reference" / "cli" / "index.html").read_text())
+    sections = dict(re.findall(r'<h3 id="bnsurgery-(\w+)">(.*?)(?=<h3|</article>)', page, re.DOTALL))
+    context = click.Context(group)
+    assert list(sections) == sorted(group.list_commands(context))
+    for name, text in sections.items():
+        command = group.get_command(context, name)
+        for parameter in command.params:
+            for option in [*parameter.opts, *parameter.secondary_opts]:
+                if option.startswith("-"):
+                    assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), f"{name} {option}"
+
+
+@pytest.mark.parametrize("module", ["bnsurgery", "bnsurgery.finetune", "bnsurgery.nn", "bnsurgery.ops"])
+def test_the_site_has_every_public_name(site, module):
+    page = (site / "reference" / "api" / "index.html").read_text()
+    missing = [name for name in importlib.import_module(module).__all__ if f'id="{module}.{name}"' not in page]
+    assert not missing
