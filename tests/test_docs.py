@@ -183,7 +183,7 @@ def test_the_site_has_every_command_and_option(site):
                     assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), f"{name} {option}"
 
 
-@pytest.mark.parametrize("module", ["bnsurgery", "bnsurgery.finetune", "bnsurgery.nn", "bnsurgery.ops"])
+@pytest.mark.parametrize("module", ["bnsurgery", *(f"bnsurgery.{part}" for part in ("finetune", "report", "nn", "ops"))])
 def test_the_site_has_every_public_name(site, module):
     page = (site / "reference" / "api" / "index.html").read_text()
     missing = [name for name in importlib.import_module(module).__all__ if f'id="{module}.{name}"' not in page]
