@@ -91,7 +91,8 @@ def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
     """The share of every site's channels that are dead, near eps or silent behind their ReLU.
 
     Args:
-        sites, batches: as in `plot_preactivations`; without images, silent channels are not known.
+        sites: as in `plot_preactivations`.
+        batches: as there; without images, silent channels are not known.
     """
     views = _views(sites, batches)
     worst = max(views, key=lambda v: v.dead / v.channels)
