@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu lint docs bench bench-op bench-finetune clean
+.PHONY: demo test test-gpu lint docs notebooks bench bench-op bench-finetune clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
@@ -22,6 +22,11 @@ lint: .venv/.installed
 # into site/; the variable stops a notice of mkdocs-material's that is not about these pages
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# runs them with their full settings and keeps the outputs: some ten minutes
+notebooks: .venv/.installed
+	cd notebooks && for name in *.ipynb; do \
+	  ../$(BIN)/jupyter-execute --inplace --NotebookClient.record_timing=False $$name || exit 1; done
 
 bench: .venv/.benchmarks
 	$(BIN)/python -m benchmarks.startup

@@ -82,7 +82,7 @@ def pretrained_small_vgg() -> nn.Module:
     return setup.network
 
 
-def _real() -> Any:
+def real() -> Any:
     spec = importlib.util.spec_from_file_location("real", REAL)
     assert spec is not None and spec.loader is not None
     module = sys.modules["real"] = importlib.util.module_from_spec(spec)
@@ -94,7 +94,7 @@ def _mnist(train: int, val: int, quarter_turns: int) -> Data:
     """Random MNIST images, turned, from the training and the test set."""
     parts: list[tuple[Tensor, Tensor]] = []
     for split, count in (("train", train), ("test", val)):
-        images, labels = _real().mnist(split)
+        images, labels = real().mnist(split)
         chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
         images = (images[chosen] * 255).round().to(torch.uint8)
         parts.append((torch.rot90(images, quarter_turns, (2, 3)).contiguous(), labels[chosen]))
@@ -103,12 +103,12 @@ def _mnist(train: int, val: int, quarter_turns: int) -> Data:
 
 
 def _mnist_cnn() -> nn.Module:
-    model: nn.Module = _real().mnist_cnn()
+    model: nn.Module = real().mnist_cnn()
     return model
 
 
 def _vgg19_quarter() -> nn.Module:
-    return nn.Sequential(*_real().vgg19_quarter_width(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(*real().vgg19_quarter_width(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
 TASKS = {

@@ -1,5 +1,6 @@
 """Prove that two networks compute the same, and say what train mode will do to the inserted one."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .batches import Inputs, inputs, join, outputs, run
 from .errors import CalibrationError
 from .modes import observing, training_norms
+from .tables import WIDTH
 
 # Groups of samples averaged for one drift figure; the figure settles within a few per cent, the cost stays bounded.
 _DRIFT_GROUPS = 4
@@ -52,7 +54,8 @@ class EquivalenceReport:
             lines.append(f"             top-1 agreement {100 * self.top1_agreement:.4g} %")
         if self.train_drift:
             drifts = ", ".join(f"{100 * drift:.3g} % at {size}" for size, drift in self.train_drift.items())
-            lines.append(f"train mode   drift by batch size: {drifts}")
+            text = f"drift by batch size: {drifts}"
+            lines.append(textwrap.fill(text, WIDTH, initial_indent="train mode   ", subsequent_indent=" " * 13))
         return "\n".join(lines)
 
     def place(self) -> str:

@@ -81,17 +81,18 @@ class Comparison:
     trials: tuple[Trial, ...]
 
     @classmethod
-    def read(cls, directory: str | Path) -> "Comparison":
-        """What `compare` wrote into `directory`.
+    def read(cls, path: str | Path) -> "Comparison":
+        """What `compare` wrote: its directory, or the file comparison.json.
 
         Raises:
             CheckpointError: it is not finished, or the file is damaged.
         """
-        path = Path(directory) / "comparison.json"
+        path = Path(path)
+        path = path / "comparison.json" if path.is_dir() else path
         try:
             data = json.loads(path.read_text())
         except FileNotFoundError:
-            raise CheckpointError(f"'{directory}': no comparison.json: no comparison was finished there") from None
+            raise CheckpointError(f"'{path}': not there: no comparison was finished in that place") from None
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"'{path}': cannot be read: {error}") from error
         if not isinstance(data, dict) or not {"task", "trials"} <= set(data):

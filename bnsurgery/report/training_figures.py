@@ -62,7 +62,7 @@ def plot_comparison(result: "Comparison", panels: Sequence[str] = ("steps", "rat
         panels: "steps" (accuracy by step, each arm at its best rate, the band between smallest and largest seed),
             "rates" (accuracy at the end by learning rate, a cross where a seed diverged), "seconds" (of a run).
     """
-    draw = {"steps": _steps, "rates": _rates, "seconds": _seconds}
+    draw = {"steps": _steps, "rates": draw_rates, "seconds": _seconds}
     figure, axes = new_figure(" ".join(_in_words(result, panel) for panel in panels), columns=len(panels))
     for axis, panel in zip(axes[0], panels, strict=True):
         draw[panel](axis, result)
@@ -83,13 +83,15 @@ def _steps(axis: Any, result: "Comparison") -> None:
     axis.legend(frameon=False)
 
 
-def _rates(axis: Any, result: "Comparison") -> None:
+def draw_rates(axis: Any, result: "Comparison") -> None:
+    """Accuracy at the end by learning rate, onto an axis of the caller's."""
     for summary in result.summary():
         colour = _ARMS[summary.arm]
         ended = {lr: 100 * value for lr, value in summary.by_rate.items() if value is not None}
         axis.plot(list(ended), list(ended.values()), color=colour, marker="o", markersize=4, label=summary.arm)
         diverged = [lr for lr, value in summary.by_rate.items() if value is None]
-        axis.plot(diverged, [0.0] * len(diverged), color=colour, marker="x", linestyle="none", clip_on=False)
+        if diverged:  # an empty line that is not clipped would throw the layout out
+            axis.plot(diverged, [0.0] * len(diverged), color=colour, marker="x", linestyle="none", clip_on=False)
     axis.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy (%)", ylim=(0, None))
     axis.set_title("at the end (×: diverged)")
     axis.legend(frameon=False)
