@@ -23,7 +23,8 @@ from bnsurgery.cli import cli as group
 from bnsurgery.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+_FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in _FILES}
 PACKAGES = ["bnsurgery", "bnsurgery.finetune", "bnsurgery.report", "bnsurgery.nn", "bnsurgery.ops"]
 _FENCE = re.compile(r'```(\w+)(?: title="(.+)")?')
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
@@ -79,7 +80,9 @@ def agree(printed: str, expected: str) -> bool:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder with photos/, and the surroundings that torchrun gives to a single process."""
+    """An empty folder with photos/, and the surroundings that torchrun gives to a single process, with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small networks gain nothing by more, and lose much where processors are busy
     rng = np.random.default_rng(0)
     for name, low in (("cats", 0), ("dogs", 100)):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -93,6 +96,7 @@ def folder(tmp_path, monkeypatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
     yield tmp_path
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state(True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
