@@ -1,7 +1,9 @@
 """Run a network for a look at it and leave its modes, statistics and the random state as they were."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +25,45 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def keeping_attributes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module has the attributes and buffers it had: code may keep what it computed, or count calls.
+
+    Lists, dicts and sets get their items back; what changes inside of other objects is not seen.
+    """
+    before = []
+    for module in model.modules():
+        attributes = dict(vars(module))
+        contents = {name: copy.copy(value) for name, value in attributes.items() if type(value) in (list, dict, set)}
+        buffers = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+        before.append((module, attributes, contents, buffers))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, attributes, contents, buffers in before:
+                vars(module).clear()
+                vars(module).update(attributes)
+                for name, items in contents.items():
+                    _refill(attributes[name], items)
+                for name, values in buffers.items():
+                    module._buffers[name].copy_(values)  # type: ignore[union-attr]
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(items)
+
+
+@contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """`evaluating`, without autograd, and with torch's random state (CPU and CUDA) restored afterwards."""
+    """`evaluating` and `keeping_attributes`, without autograd; torch's random state is put back, too."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), evaluating(model), torch.inference_mode():
+    with (
+        torch.random.fork_rng(devices=devices),
+        keeping_attributes(model),
+        evaluating(model),
+        torch.inference_mode(),
+    ):
         yield
 
 

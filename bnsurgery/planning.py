@@ -132,7 +132,7 @@ def plan(
 
     Args:
         model: any network of conv, dense, activation, pooling, reshaping and arithmetic.
-        example: an input batch, or a tuple whose first item is one; one sample is enough.
+        example: a batch, as for `insert`; one sample is enough.
         placement: "pre-activation" puts the norm between layer and activation, as in the BN paper; "post-activation"
             puts it behind the activation, from where it folds back only into a dense layer or a conv without padding.
         layers: "all", "conv", "dense", or a predicate (fqn, module) -> bool.
@@ -206,9 +206,11 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
             anchor = activation
         elif trace.only_user(module) is None:
             return "no activation module of its own to put the norm behind (a function, or shared with other layers)"
-    if hasattr(anchor, "norm"):
-        return "has an attribute 'norm' of its own, where the BatchNorm would go"
     in_sequential = _in_sequential(trace, anchor)
+    if not in_sequential and hasattr(anchor, "norm"):
+        return "has an attribute 'norm' of its own, where the BatchNorm would go"
+    if not in_sequential and "forward" in vars(anchor):
+        return "its forward was replaced on the object (a wrapper, an adapter), which would pass its BatchNorm by"
     # The hooks of a layer that carries its norm run behind the norm: they must not see the ReLU's output.
     fusible = placement == "pre-activation" and (in_sequential or not _is_hooked(anchor))
     relu = activation if fusible and _can_take_over(trace, activation) else None

@@ -114,13 +114,15 @@ class Trace:
                 waiting.extend(node.users)
 
     def obstacle(self, module: nn.Module) -> str | None:
-        """The opaque module that `module` is in, or is called by, in words; None where there is none."""
+        """The module around `module` that was not looked into, in words; None where there is none."""
         name = self.names[module]
-        around = [m for m in self.opaque if m is not module and _is_within(name, self.names[m])]
+        outer = [m for m in self.names if m is not module and _is_within(name, self.names[m])]
+        around = [m for m in outer if m in self.opaque or self.calls(m)]
         if not around:
             return None
         innermost = max(around, key=lambda m: len(self.names[m]))
-        return f"inside {self._called(innermost)}, whose forward cannot be followed"
+        why = "whose forward cannot be followed" if innermost in self.opaque else "which is taken as one"
+        return f"inside {self._called(innermost)}, {why}"
 
     def part(self, module: nn.Module) -> str | None:
         """The part of an opaque model that `module` was followed in, in words; None where the whole was followed."""

@@ -1,6 +1,7 @@
 """Models whose code or set-up could make the edit go wrong without a word: right, or refused by name."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -208,9 +209,101 @@ def test_a_freshly_pruned_network_can_be_inserted_into(x):
 
 def test_a_model_that_cannot_be_copied_says_so(x):
     model = convs()
-    model.cache = model[0].weight * 2  # a tensor with a gradient history, which torch refuses to copy
-    with pytest.raises(BNSurgeryError, match="Sequential cannot be copied: .*no_grad"):
+    model.lock = threading.Lock()
+    with pytest.raises(BNSurgeryError, match="Sequential cannot be copied: .*such as a lock"):
         insert(model, [x])
+
+
+def test_what_code_keeps_is_as_it_was(x):
+    """Neither what fx passes around nor tensors of inference mode, on which nothing could be trained."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+            self.seen, self.grid = [], None
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.last = self.first(x)
+            self.seen.append(self.last)
+            self.grid = torch.ones(1, 4, 1, 1) if self.grid is None else self.grid
+            self.calls += 1
+            return self.second(torch.relu(self.last) * self.grid)
+
+    model = Keeps().eval()
+    bn_model = insert(model, [x])
+    bnsurgery.verify(model, bn_model, [x])
+    for network in (model, bn_model, fold(bn_model)):
+        assert (network.seen, network.grid, network.calls.item()) == ([], None, 0)
+        assert not hasattr(network, "last")
+        network.train()(x).sum().backward()
+    assert len(insert(model.eval(), [x]).seen) == 1  # now a tensor with a gradient history is kept, which goes along
+
+
+def test_a_forward_on_the_object_is_not_passed_by(x):
+    """Adapters put one there; a norm inside of that layer would never run."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)))
+
+    model = Plain().eval()
+    original = model.first.forward
+    model.first.forward = lambda x: original(x) + 1
+    found = plan(model, x, head=True)
+    assert [site.name for site in found.sites] == ["second"] and "replaced on the object" in found.skipped[0].reason
+    assert_round_trip(model, x, head=True)
+
+
+def test_absorbing_a_bias_that_other_code_reads_is_refused(x):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x))) + self.first.bias.sum()
+
+    assert_round_trip(Reads().eval(), x)
+    with pytest.raises(BNSurgeryError, match="computes something else"):
+        insert(Reads().eval(), [x], absorb_bias=True)
+
+
+def test_outputs_that_cannot_be_compared_are_said(x):
+    class Opaque:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    class Wraps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = convs()
+
+        def forward(self, x):
+            return Opaque(self.inner(x))
+
+    with pytest.warns(bnsurgery.BNSurgeryWarning, match="returns no tensors"):
+        insert(Wraps().eval(), [x])
+
+
+def test_a_random_forward_is_compared_on_the_same_numbers(x):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = convs()
+            self.count = len(self.inner)
+
+        def forward(self, x):
+            noise = torch.rand(1)
+            return self.inner(x) + noise + (0 if len(self.inner) == self.count else 1)
+
+    with pytest.raises(BNSurgeryError, match="computes something else"):
+        insert(Noisy().eval(), [x])
 
 
 @pytest.mark.parametrize("tail", ["flatten(2)", "none"])
