@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.tasks import TASKS
-from bnsurgery import finetune, models, pretrained
+from bnsurgery import finetune, models, pretrained, report
 
 SEED = 0
 RESULTS = Path("demo-results")
@@ -38,7 +38,8 @@ def compare() -> None:
     config = replace(task.config, source="small VGG", output=str(RESULTS), epochs=4)
     options = {"arms": ("plain", "bn", "bn-naive"), "rates": (0.01, 0.1, 1.0), "seeds": 2, "jobs": 2}
     result = finetune.compare(config, model=task.network(), data=task.data(), show=True, **options)
-    print(f"\n{result}\n\nThe figure: {RESULTS / 'comparison.png'}")
+    report.comparison(result).save(RESULTS / "comparison.html")
+    print(f"\n{result}\n\nTo look at: {RESULTS / 'comparison.html'}")
 
 
 def main() -> int:
