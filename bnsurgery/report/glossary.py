@@ -26,6 +26,13 @@ TERMS = {
     "renorm": "set_statistics_(model, 'renorm'): Batch Renormalization (Ioffe 2017); the first step is the pretrained "
     "function, the last plain BatchNorm.",
     "running": "set_statistics_(model, 'running'): frozen statistics, trainable weight and bias.",
+    "images a batch": "What train mode normalizes by at a time, on one device or, with a process group, on all.",
+    "placement": "Whether BatchNorm stands before the activation, as in the BN paper, or behind it; and which layers "
+    "were asked for.",
+    "eps, momentum": "Of the BatchNorms: eps is added to the variance; the momentum is that of the running statistics.",
+    "before": "The network without BatchNorm.",
+    "after": "The network with BatchNorm.",
+    "after ÷ before": "1: the same; 1.5: half as much again.",
     "parameters": "Numbers that training changes.",
     "training step": "Forward and backward pass of the whole network in train mode, without an optimizer: median of "
     "three, the two networks taking turns.",
@@ -36,6 +43,16 @@ TERMS = {
     "at rate": "The learning rate with the highest accuracy at the end: the one at which the arm is judged.",
     "trains to": "Largest learning rate that diverged with no seed and ends within 10 points of the arm's accuracy.",
     "to plain's": "Training steps until the accuracy first reached what plain's best rate ends with.",
+    "steps": "Training steps of a run: batches that the optimizer saw.",
+    "step": "Training steps done so far.",
+    "epoch": "Passes over the training images done so far.",
+    "learning rate": "Of the last step.",
+    "peak learning rate": "The largest of the schedule, which rises to it and falls to 0 from there.",
+    "training loss": "Cross entropy in nats, mean over the images of the steps since the last validation.",
+    "training accuracy": "Share of these images that were classified right, augmented as they are.",
+    "validation loss": "Cross entropy in nats, mean over the validation images.",
+    "validation accuracy": "Share of the validation images that are classified right.",
+    "statistics": "What the BatchNorms normalized by in training: a mode of set_statistics_.",
     "seconds": "Time of one whole run, setting up included, mean over rates and seeds. Runs that shared the machine "
     "slow each other down alike.",
     "plain": "The network as it is, without BatchNorm.",

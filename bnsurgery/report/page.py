@@ -120,7 +120,8 @@ class Report:
 
     def _used(self) -> Iterator[str]:
         headers = [header for section in self.sections if section.table for header in section.table.headers]
-        return (term for term in TERMS if term in (*headers, *self.terms))
+        names = [name for name, _ in self.facts]
+        return (term for term in TERMS if term in (*headers, *names, *self.terms))
 
 
 def require_libraries() -> None:

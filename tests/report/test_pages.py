@@ -14,6 +14,7 @@ from bnsurgery import finetune, report
 from bnsurgery.finetune.comparison import Comparison, Trial
 from bnsurgery.finetune.run_directory import Resolved, Row
 from bnsurgery.report.glossary import TERMS
+from bnsurgery.tables import is_number
 
 
 def rows(*accuracies):
@@ -144,6 +145,9 @@ def test_alt_texts_and_definitions(any_page):
     assert all(len(d["aria-label"]) > 20 and d["role"] == "img" for d in drawings)
     tips = [attributes["title"] for tag, attributes in outline.tags if tag == "abbr"]
     assert tips and all(tip in TERMS.values() and tip in outline.text for tip in tips)
+    for table in (section.table for section in any_page.sections if section.table):
+        for header, numeric in zip(table.headers, table.numeric, strict=True):
+            assert not numeric or header in TERMS or is_number(header), f"what is {header}?"
 
 
 def test_the_same_twice(odd, inserted, batches):
