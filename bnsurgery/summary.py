@@ -52,6 +52,6 @@ def summarize(record: SurgeryRecord, moments: dict[str, ChannelMoments]) -> Inse
     for inserted in record.sites:
         site = moments[inserted.site.name]
         dead = int((site.variance < record.eps).sum())
-        mean, std = site.mean.abs().median().item(), site.variance.sqrt().median().item()
+        mean, std = (values.quantile(0.5).item() for values in (site.mean.abs(), site.variance.sqrt()))
         rows.append(SiteSummary(inserted.site.name, inserted.norm, inserted.site.channels, mean, std, dead))
     return InsertionSummary(tuple(rows))

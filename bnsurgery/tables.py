@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 WIDTH = 80  # columns of a terminal that nobody has widened
+_FULL = 1e6  # below, a number is written out
+_NO_NUMBER = ("–", "diverges")  # what may stand in a column of numbers
 _SHORTEST = 12  # columns that even a crowded table leaves to a text
 
 
@@ -34,18 +36,23 @@ def cell_text(cell: object) -> str:
     """A value as it stands in a table: three significant digits of a number, a dash for None."""
     if cell is None:
         return "–"
-    text = f"{cell:#.3g}".rstrip(".") if isinstance(cell, float) else str(cell)
+    text = _digits(cell) if isinstance(cell, float) else str(cell)
     # Names can come from a stranger's file: nothing in them may steer the terminal.
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell's text is a number, with or without a percent sign, or the dash."""
+    """Whether a cell's text is a number, with or without a percent sign, or stands for a missing one."""
     try:
         float(text.rstrip("%"))
     except ValueError:
-        return text == "–"
+        return text in _NO_NUMBER
     return True
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, in full up to a million."""
+    return f"{value:.0f}" if 100 <= abs(value) < _FULL else f"{value:#.3g}"
 
 
 def _wrap(text: str, width: int) -> list[str]:

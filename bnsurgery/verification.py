@@ -15,6 +15,7 @@ from .tables import WIDTH
 
 # Groups of samples averaged for one drift figure; the figure settles within a few per cent, the cost stays bounded.
 _DRIFT_GROUPS = 4
+_TOGETHER = "\0"  # a space at which no line is broken
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class EquivalenceReport:
         if self.top1_agreement is not None:
             lines.append(f"             top-1 agreement {100 * self.top1_agreement:.4g} %")
         if self.train_drift:
-            drifts = ", ".join(f"{100 * drift:.3g} % at {size}" for size, drift in self.train_drift.items())
+            pairs = [f"{100 * drift:.3g} % at {size}" for size, drift in self.train_drift.items()]
+            drifts = ", ".join(pair.replace(" ", _TOGETHER) for pair in pairs)
             text = f"drift by batch size: {drifts}"
-            lines.append(textwrap.fill(text, WIDTH, initial_indent="train mode   ", subsequent_indent=" " * 13))
-        return "\n".join(lines)
+            lines += textwrap.wrap(text, WIDTH, initial_indent="train mode   ", subsequent_indent=" " * 13)
+        return "\n".join(lines).replace(_TOGETHER, " ")
 
     def place(self) -> str:
         """`worst` in words: "image 3, index [281], counted from 0"; empty where there is no difference."""

@@ -11,7 +11,7 @@ from bnsurgery.finetune.config import RATES
 
 from .options import print_options, show
 from .recipe_options import recipe_options
-from .reporting import check_report, force_option, report_options, write_report
+from .reporting import check_report, force_option, report_options, write_report, written
 
 
 class _List(click.ParamType):
@@ -89,7 +89,7 @@ def command(
     name = Path(source or str(recipe["model"])).stem.replace(":", "-")
     output = output or f"runs/compare-{name}-{Path(data).name}"
     config = Config(source=source or "", data=data, output=output, **recipe)
-    reporting = check_report(page, plot, force)
+    reporting = check_report(page, plot, force, output, source)
     result = compare(config, arms=arms, rates=rates, seeds=seeds, jobs=jobs, show=not (quiet or as_json))
     wrote = write_report(comparison(result), page, plot, force) if reporting else ""
     words = ["bnsurgery", "report", output]
@@ -97,7 +97,7 @@ def command(
     if best is not None:
         words = ["bnsurgery", "finetune", *_given(context), "--lr", f"{best.lr:g}"]
     text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {shlex.join(words)}"
-    show(text, {**result.to_dict(), "output": output}, as_json, quiet)
+    show(text, {**result.to_dict(), "output": output, **written(page, plot)}, as_json, quiet)
 
 
 def _given(context: click.Context) -> list[str]:

@@ -9,7 +9,7 @@ from click.core import ParameterSource
 
 from .options import print_options, show
 from .recipe_options import recipe_options
-from .reporting import check_report, force_option, report_options, write_report
+from .reporting import check_report, force_option, report_options, write_report, written
 
 
 @click.command("finetune")
@@ -52,7 +52,7 @@ def command(
     from bnsurgery.report import training
 
     loud = not (quiet or as_json)
-    reporting = check_report(page, plot, force)
+    reporting = check_report(page, plot, force, output or resume, source)
     if resume is not None:
         config, _ = RunDirectory(resume).read_config()
         named = {"source": source, "data": data, "output": output}
@@ -80,7 +80,7 @@ def command(
             f"Next: bnsurgery predict {quote(best)}{custom} IMAGE...\n"
             f"      bnsurgery fold {quote(best)}{custom}"
         )
-        show(text, {**result.to_dict(), "best": best}, as_json, quiet)
+        show(text, {**result.to_dict(), "best": best, **written(page, plot)}, as_json, quiet)
 
 
 def _was_given(context: click.Context, name: str) -> bool:

@@ -18,7 +18,7 @@ from .options import (
     show,
     sites_options,
 )
-from .reporting import check_report, report_options, write_report
+from .reporting import check_report, report_options, write_report, written
 
 
 @click.command("insert")
@@ -99,7 +99,7 @@ def command(
         source = pretrained.load_own(name, weights, image_size=image_size, normalize=normalize, seed=seed)
     architecture = None if own else models.architecture(name)
     files.check_writable(output, overwrite=force)
-    reporting = check_report(page, plot, force)
+    reporting = check_report(page, plot, force, output, weights)
     if architecture is not None:
         source = pretrained.load(architecture, weights, image_size=image_size, seed=seed, progress=loud)
     network = source.model.to(place)
@@ -123,7 +123,8 @@ def command(
     insert_(bn_model, sites, moments, options)
     sample = torch.cat(list(islice(batches, _CHECKED)))[:_CHECKED]
     equivalence = verify(network, bn_model, [sample], drift_batch_sizes=(_CHECKED,))
-    if not equivalence.within(0.0 if place.type == "cpu" and not absorb_bias else 1e-5):
+    allowed = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
+    if not equivalence.within(allowed):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
     provenance: dict[str, str | int] = {
         "weights": source.weights,
@@ -141,8 +142,7 @@ def command(
     if reporting:
         from bnsurgery.report import insertion
 
-        tolerance = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
-        wrote = write_report(insertion(network, bn_model, batches, tolerance=tolerance), page, plot, force)
+        wrote = write_report(insertion(network, bn_model, batches, tolerance=allowed), page, plot, force)
 
     summary = summarize(done, moments)
     skipped = [skip.to_dict() for skip in sites.skipped]
@@ -164,6 +164,7 @@ def command(
         "sites": summary.to_dict(),
         "skipped": skipped,
         "equivalence": equivalence.to_dict(),
+        **written(page, plot),
     }
     show(text, facts, as_json, quiet)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import data_options, load_checkpoint, model_option, normalize_option, output_options, print_options, show
-from .reporting import check_report, plot_option, write_report
+from .reporting import check_report, plot_option, write_report, written
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("report")
-@click.argument("file", type=click.Path(path_type=Path, exists=True))
+@click.argument("file", type=click.Path(path_type=Path))
 @model_option
 @data_options(num_images=32)
 @normalize_option
@@ -47,12 +47,15 @@ def command(
     """
     from bnsurgery import pretrained
     from bnsurgery.data import calibration_batches
+    from bnsurgery.errors import CheckpointError
     from bnsurgery.surgery_record import record
 
     output = output or Path(f"{file.resolve().stem}.html")
-    check_report(output, plot, force)
+    if not file.exists():
+        raise CheckpointError(f"report: '{file}': no such file or directory")
+    check_report(output, plot, force, file)
     if file.is_dir() or file.suffix == ".json":
-        found = of_directory(file if file.is_dir() else file.parent)
+        found = _of_results(file)
     else:
         place = pretrained.device(device)
         bn_model = load_checkpoint(file, model)
@@ -62,28 +65,23 @@ def command(
         )
         found = _of_checkpoint(bn_model.to(place), batches, file.name)
     text = write_report(found, output, plot, force)
-    show(
-        f"{found.title}\n{found.verdict}\n\n{text}Next: open {output} in a browser.",
-        _facts(found, output),
-        as_json,
-        quiet,
-    )
+    facts = {"output": str(output), "title": found.title, "verdict": found.verdict, "good": found.good}
+    text = f"{found.title}\n{found.verdict}\n\n{text}Next: open {output} in a browser."
+    show(text, {**facts, **written(output, plot)}, as_json, quiet)
 
 
-def of_directory(directory: Path) -> "Report":
-    """The page of what `finetune` or `compare` left in a directory."""
+def _of_results(place: Path) -> "Report":
+    """The page of what `finetune` or `compare` left in a directory, or of a comparison's file."""
     from bnsurgery.errors import CheckpointError
     from bnsurgery.finetune import Comparison, Result
     from bnsurgery.finetune.run_directory import RunDirectory
     from bnsurgery.report import comparison, training
 
-    if (directory / "comparison.json").exists():
-        return comparison(Comparison.read(directory))
-    if (directory / "config.json").exists():
-        return training(Result.read(directory), RunDirectory(directory).read_config()[0])
-    raise CheckpointError(
-        f"report: '{directory}': no run of finetune or compare is there, nor a finished one of compare"
-    )
+    if place.is_file() or (place / "comparison.json").exists():
+        return comparison(Comparison.read(place))
+    if (place / "config.json").exists():
+        return training(Result.read(place), RunDirectory(place).read_config()[0])
+    raise CheckpointError(f"report: '{place}': neither a run of finetune nor a finished one of compare is there")
 
 
 def _of_checkpoint(bn_model: "nn.Module", batches: "ImageBatches", name: str) -> "Report":
@@ -94,7 +92,3 @@ def _of_checkpoint(bn_model: "nn.Module", batches: "ImageBatches", name: str) ->
     folded = folding.fold(bn_model)
     untouched = state_digest(folded.state_dict()) == record(bn_model).weights_digest
     return insertion(folded, bn_model, batches, tolerance=0.0 if untouched else 1e-5, title=name)
-
-
-def _facts(found: "Report", output: Path) -> dict[str, object]:
-    return {"output": str(output), "title": found.title, "verdict": found.verdict, "good": found.good}

@@ -6,7 +6,7 @@ from shlex import quote
 import click
 
 from .options import data_options, load_checkpoint, model_option, normalize_option, print_options, show
-from .reporting import check_report, force_option, report_options, write_report
+from .reporting import check_report, force_option, report_options, write_report, written
 
 
 @click.command("verify")
@@ -54,7 +54,7 @@ def command(
     from bnsurgery.verification import verify
 
     place = pretrained.device(device)
-    reporting = check_report(page, plot, force)
+    reporting = check_report(page, plot, force, file, weights)
     bn_model = load_checkpoint(file, model)
     done = record(bn_model)
     folded = folding.fold(bn_model)
@@ -85,7 +85,7 @@ def command(
     custom = f" --model {quote(model)}" if model else ""
     hint = f"Next: bnsurgery fold {quote(str(file))}{custom}"
     text = f"{file} against {against}\n{result}\nfolds back to {origin}\n\n{wrote}{hint}"
-    facts = {"ok": ok, "against": against, "folds_back": untouched, **result.to_dict()}
+    facts = {"ok": ok, "against": against, "folds_back": untouched, **result.to_dict(), **written(page, plot)}
     show(text, facts, as_json, quiet)
     if not ok:
         raise BNSurgeryError(

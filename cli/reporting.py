@@ -23,7 +23,7 @@ def report_options(function: F) -> F:
         "page",
         type=click.Path(path_type=Path),
         metavar="FILE.html",
-        help="Write a page that shows what was done, with figures; takes a few seconds more.",
+        help="Write a page that shows what was done, with figures; runs both networks on all images for it.",
     )
     return page(plot_option(function))
 
@@ -31,11 +31,15 @@ def report_options(function: F) -> F:
 force_option = click.option("--force", is_flag=True, help="Replace the files of --report and --plot if they exist.")
 
 
-def check_report(page: Path | None, plot: Path | None, force: bool) -> bool:
+def check_report(page: Path | None, plot: Path | None, force: bool, *others: str | Path | None) -> bool:
     """Whether a report is wanted at all; that it can be made and written is made sure of.
 
+    Args:
+        others: what the command reads or writes besides: the page must not take its place. A folder among them, or
+            that of the figures, is made if the page goes into it.
+
     Raises:
-        CheckpointError: a file is there already, or cannot be written.
+        CheckpointError: a file is there already, cannot be written, or is one of the others.
         BNSurgeryError: matplotlib or Jinja is not installed.
     """
     from bnsurgery.errors import CheckpointError
@@ -45,10 +49,17 @@ def check_report(page: Path | None, plot: Path | None, force: bool) -> bool:
     if page is None and plot is None:
         return False
     require_libraries()
+    if plot is not None:
+        if any(make_folder(plot).iterdir()) and not force:
+            raise CheckpointError(f"write: '{plot}': got a folder that is not empty, expected an empty one, or --force")
+        check_writable(plot / "figure.svg", overwrite=True)
     if page is not None:
+        places = {Path(other).resolve() for other in (*others, plot) if other is not None}
+        if page.resolve() in places:
+            raise CheckpointError(f"write: '{page}': this command needs that file itself: give the report another name")
+        if page.parent.resolve() in places:
+            make_folder(page.parent)
         check_writable(page, overwrite=force)
-    if plot is not None and any(make_folder(plot).iterdir()) and not force:
-        raise CheckpointError(f"write: '{plot}': got a folder with something in it, expected an empty one, or --force")
     return True
 
 
@@ -62,3 +73,8 @@ def write_report(report: "Report", page: Path | None, plot: Path | None, force: 
         count = len(report.save_figures(plot, overwrite=force))
         wrote.append(f"Wrote {count} figures into {plot}.\n")
     return "".join(wrote)
+
+
+def written(page: Path | None, plot: Path | None) -> dict[str, str]:
+    """For --json: where the report and the figures are."""
+    return {name: str(path) for name, path in (("report", page), ("plot", plot)) if path is not None}

@@ -52,7 +52,7 @@ def measure_costs(reference: nn.Module, bn_model: nn.Module, batch: Inputs) -> t
                     taken.append(step())
     except BNSurgeryError as error:  # a detector wants targets in train mode
         return str(error)
-    counts = [sum(p.numel() for p in network.parameters()) for network in (reference, bn_model)]
+    counts = [sum(p.numel() for p in network.parameters() if p.requires_grad) for network in (reference, bn_model)]
     first, second = (
         Cost(count, statistics.median(taken), size) for count, taken, size in zip(counts, times, kept, strict=True)
     )
@@ -76,7 +76,10 @@ def _step(network: nn.Module, sample: Inputs) -> Callable[[], float]:
         start = time.perf_counter()
         loss = sum((t.float().mean() for t in outputs(run("report", copy, sample))), torch.zeros(()))
         if isinstance(loss, Tensor) and loss.requires_grad and parameters:
-            torch.autograd.grad(loss, parameters, allow_unused=True)
+            try:
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+            except RuntimeError as error:  # code that works in place on what the backward pass needs
+                raise BNSurgeryError(f"its backward pass fails: {str(error).splitlines()[0]}") from error
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start

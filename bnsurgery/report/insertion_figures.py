@@ -7,6 +7,7 @@ import numpy as np
 from torch import nn
 
 from bnsurgery.advice import statistics_for
+from bnsurgery.tables import cell_text
 from bnsurgery.verification import EquivalenceReport
 
 from .sites import Histogram, SiteView, view_sites
@@ -32,12 +33,12 @@ def plot_moments(sites: Sites, panels: Sequence[str] = ("mean", "std")) -> "Figu
         panels: "mean" and "std", side by side.
     """
     views = _views(sites)
-    lowest = min(views, key=lambda v: v.std.median().item())
-    highest = max(views, key=lambda v: v.std.median().item())
+    lowest = min(views, key=lambda v: v.median_std)
+    highest = max(views, key=lambda v: v.median_std)
     what = {"mean": "means", "std": "standard deviations"}
     alt = (
         f"Box plots of the channels' {' and '.join(what[p] for p in panels)} at {len(views)} sites. The median "
-        f"standard deviation goes from {lowest.std.median():.2g} at {lowest.name} to {highest.std.median():.2g} at "
+        f"standard deviation goes from {lowest.median_std:.2g} at {lowest.name} to {highest.median_std:.2g} at "
         f"{highest.name}."
     )
     figure, axes = new_figure(alt, columns=len(panels), height=_FRAME + _ROW * len(views))
@@ -63,12 +64,17 @@ def plot_preactivations(
         sites: an inserted network, or what `view_sites` gave for images.
         batches: with a network: images; the first 16 are looked at.
         panels: "before" and "after" normalization, side by side.
+
+    Raises:
+        ValueError: there are no images.
     """
     views = [view for view in _views(sites, batches) if view.before and view.after]
-    reach = max((max(-view.before.low, view.before.high) for view in views if view.before), default=0)
+    if not views:
+        raise ValueError("plot_preactivations: no histograms without images: pass batches")
+    reach = max(max(-view.before.low, view.before.high) for view in views if view.before)
     said = {
-        "before": f"As they are, they reach to ±{reach:.2g} and differ from site to site.",
-        "after": "Normalized, they have mean 0 and deviation 1; the dotted line is the normal distribution.",
+        "before": f"As they are, from {-reach:.2g} to {reach:.2g}.",
+        "after": "Normalized channel by channel; the dotted line is the normal distribution.",
     }
     alt = f"Histograms of the pre-activations at {len(views)} sites. {' '.join(said[panel] for panel in panels)}"
     figure, axes = new_figure(alt, columns=len(panels), height=_FRAME + 1.4 * _ROW * len(views))
@@ -78,7 +84,7 @@ def plot_preactivations(
             assert found is not None  # filtered above
             _ridge(axis, row, found, BLUE if panel == "before" else GREEN, normal=panel == "after")
         if panel == "before":
-            _name_rows(axis, views, "pre-activation (activation units)")
+            _name_rows(axis, views, "before normalization, x (activation units)")
             _asinh_axis(axis, reach)
         else:
             _name_rows(axis, views, "normalized: (x − μ)/√(σ² + eps)")
@@ -116,8 +122,13 @@ def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
     return figure
 
 
-def plot_drift(result: EquivalenceReport) -> "Figure":
-    """Train-mode drift by batch size, coloured by the statistics mode that the batch size asks for."""
+def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
+    """Train-mode drift by batch size, coloured by the statistics mode that the batch size asks for.
+
+    Args:
+        result: what `verify` gave.
+        advise: whether to say modes; for a network whose mode was "batch" when it was verified.
+    """
     drift = {size: 100 * value for size, value in result.train_drift.items()}
     said = ", ".join(f"{value:.3g} % at {size}" for size, value in drift.items())
     figure, axes = new_figure(f"Train-mode drift of the outputs by batch size: {said or 'not measured'}.")
@@ -125,16 +136,17 @@ def plot_drift(result: EquivalenceReport) -> "Figure":
     axis.plot(list(drift), list(drift.values()), color=GREY, linewidth=1, zorder=1)
     labelled = set()
     for size, value in drift.items():
-        mode, _ = statistics_for(size, lambda value=value: value / 100)  # type: ignore[misc]
+        mode = statistics_for(size, lambda value=value: value / 100)[0] if advise else ""  # type: ignore[misc]
         label = mode if mode not in labelled else None
         labelled.add(mode)
-        axis.scatter([size], [value], color=_MODE_COLOURS[mode], s=36, label=label, zorder=2)
+        axis.scatter([size], [value], color=_MODE_COLOURS.get(mode, BLUE), s=36, label=label or None, zorder=2)
         axis.annotate(f"{value:.3g} %", (size, value), xytext=(0, 7), textcoords="offset points", ha="center")
     if drift:
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(drift), [str(size) for size in drift])
         axis.minorticks_off()
-        axis.legend(frameon=False, title="statistics mode", loc="upper right")
+        if advise:
+            axis.legend(frameon=False, title="statistics mode", loc="upper right")
     axis.set_ylim(0, 1.25 * max(drift.values(), default=1) or 1)
     axis.margins(x=0.12)
     axis.set(xlabel="images a batch", ylabel="drift of the outputs (%)")
@@ -150,7 +162,7 @@ def _mark_eps(axis: Any, eps: float) -> None:
     edge = eps**0.5
     if axis.get_xlim()[0] < edge:
         axis.axvline(edge, color=ORANGE, linestyle="--", linewidth=1)
-        axis.annotate("√eps", (edge, 1), xycoords=("data", "axes fraction"), color=ORANGE, ha="center", va="bottom")
+        axis.annotate("√eps", (edge, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
 
 
 def _asinh_axis(axis: Any, reach: float) -> None:
@@ -192,7 +204,8 @@ def _boxes(axis: Any, values: list[Any]) -> None:
 
 
 def _name_rows(axis: Any, views: Sequence[SiteView], label: str) -> None:
-    names = [view.name if len(view.name) <= _NAME else "…" + view.name[1 - _NAME :] for view in views]
+    names = [cell_text(view.name) for view in views]
+    names = [name if len(name) <= _NAME else "…" + name[1 - _NAME :] for name in names]
     axis.set_yticks(range(len(views)), names, fontsize="small", parse_math=False)  # a name may hold a "$"
     axis.set_ylim(len(views) - 0.5, -0.5)  # the first site on top
     axis.tick_params(axis="y", length=0)

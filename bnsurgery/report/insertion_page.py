@@ -1,6 +1,7 @@
 """The page of an inserted network: what was put in, whether it computes the same, what it says and costs."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from bnsurgery.advice import statistics_for
 from bnsurgery.batches import Inputs, inputs
 from bnsurgery.errors import CalibrationError
+from bnsurgery.nn.identity import kernel_scale_shift
 from bnsurgery.surgery_record import SurgeryRecord, record
 from bnsurgery.verification import EquivalenceReport, verify
 
@@ -27,7 +29,7 @@ def insertion(
     batches: Iterable[Any],
     *,
     result: EquivalenceReport | None = None,
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
     title: str | None = None,
 ) -> Report:
     """Look at an inserted network on images, and report.
@@ -39,8 +41,9 @@ def insertion(
         reference: the network without BatchNorm, or any function that gives its outputs; then there is no cost.
         bn_model: what `insert` or `load` gave.
         batches: as for `insert`, but they are gone through several times: no generator.
-        result: of a `verify` of these two that was done already.
-        tolerance: how far apart the outputs may be and still count as equal, as in `EquivalenceReport.within`.
+        result: of a `verify` of these two on these batches that was done already.
+        tolerance: how far apart the outputs may be and still count as equal, as in `EquivalenceReport.within`; where it
+            is None, not at all for what computes its input, and 1e-5 for what was trained or had its biases absorbed.
         title: of the page.
 
     Raises:
@@ -54,7 +57,8 @@ def insertion(
     if result is None:
         result = verify(reference, bn_model, batches, drift_batch_sizes=DRIFT_SIZES)
     views = sites.view_sites(bn_model, batches)
-    good = result.within(tolerance)
+    exact = _is_exact(bn_model, done)
+    good = result.within((0.0 if exact else 1e-5) if tolerance is None else tolerance)
     return Report(
         title=title or f"{_name(done)} with BatchNorm",
         verdict=_verdict(done, result, good),
@@ -63,9 +67,9 @@ def insertion(
         sections=(
             _network(bn_model, done),
             _statistics(views, done),
-            _preactivations(views),
+            _preactivations(views, done, exact),
             _channels(views),
-            _drift(result),
+            _drift(result, _statistics_modes(bn_model, done)),
             _cost(reference, bn_model, batches),
         ),
         terms=(
@@ -81,6 +85,18 @@ def insertion(
             "running",
         ),
     )
+
+
+def _is_exact(bn_model: nn.Module, done: SurgeryRecord) -> bool:
+    """Whether every BatchNorm computes its very input, as after an insertion that absorbed no bias, before training."""
+    norms = [bn_model.get_submodule(site.norm) for site in done.sites]
+    tensors = [[norm.running_mean, norm.running_var, norm.weight, norm.bias] for norm in norms]
+    pairs = (kernel_scale_shift(*found, eps=norm.eps) for found, norm in zip(tensors, norms, strict=True))  # type: ignore
+    return all((scale == 1).all() and (shift == 0).all() for scale, shift in pairs)
+
+
+def _statistics_modes(bn_model: nn.Module, done: SurgeryRecord) -> set[str]:
+    return {str(bn_model.get_submodule(site.norm).statistics) for site in done.sites}
 
 
 def _name(done: SurgeryRecord) -> str:
@@ -129,15 +145,12 @@ def _network(bn_model: nn.Module, done: SurgeryRecord) -> Section:
 
 
 def _statistics(views: Sequence[sites.SiteView], done: SurgeryRecord) -> Section:
-    rows = [
-        (v.name, v.layer, v.channels, v.mean.abs().median().item(), v.std.median().item(), v.dead, v.near_eps, v.silent)
-        for v in views
-    ]
+    rows = [(v.name, v.layer, v.channels, v.median_mean, v.median_std, v.dead, v.near_eps, v.silent) for v in views]
     note = " Where a bias was absorbed, μ is without it." if done.absorb_bias else ""
     text = (
-        "What BatchNorm normalizes by at every site: a mean and a standard deviation a channel, over all calibration "
-        f"images and positions.{note} The boxes go from quartile to quartile of the channels, the whiskers to the "
-        "extremes."
+        "What BatchNorm normalizes by in eval mode at every site: a mean and a standard deviation a channel. They were "
+        f"measured on the calibration images; training goes on from there.{note} The boxes go from quartile to "
+        "quartile of the channels, the whiskers to the extremes."
     )
     headers = ("site", "layer", "channels", "|μ|", "σ", "dead", "near eps", "silent")
     return Section(
@@ -148,10 +161,14 @@ def _statistics(views: Sequence[sites.SiteView], done: SurgeryRecord) -> Section
     )
 
 
-def _preactivations(views: Sequence[sites.SiteView]) -> Section:
+def _preactivations(views: Sequence[sites.SiteView], done: SurgeryRecord, exact: bool) -> Section:
+    what = "the layers" if done.placement == "pre-activation" else "the activations, behind which BatchNorm stands,"
+    outside = max(h.outside for view in views for h in (view.before, view.after) if h is not None)
     text = (
-        f"What the layers put out on the first {sites.IMAGES} images, all channels together: as it is, and normalized "
-        "channel by channel. The BatchNorm's weight and bias then undo the normalization, exactly."
+        f"What {what} put out on the first {sites.IMAGES} images, all channels together: as it is, and normalized "
+        f"channel by channel. {'Weight and bias then undo that, exactly' if exact else 'Weight and bias come then'}. "
+        f"The histograms reach five deviations to either side; at most {100 * outside:.2g} % of a site's values lie "
+        "further out."
     )
     return Section(
         "Pre-activations",
@@ -171,22 +188,28 @@ def _channels(views: Sequence[sites.SiteView]) -> Section:
     return Section("Channels that say little", (text,), figures={"channels": plot_channels(views)})
 
 
-def _drift(result: EquivalenceReport) -> Section:
+def _drift(result: EquivalenceReport, modes: set[str]) -> Section:
+    # A batch of all images may be what calibration saw: its drift is rounding noise, and says nothing.
+    result = replace(result, train_drift={n: d for n, d in result.train_drift.items() if n < result.samples})
     if not result.train_drift:
-        text = "Not measured: it takes at least two images that go into one batch, and outputs with one row an image."
+        text = "Not measured: it takes two batches of two images or more, and outputs with one row an image."
         return Section("Train-mode drift", (text,))
-    rows = []
+    if modes != {"batch"}:
+        text = f"Measured in the statistics mode that is set, {' and '.join(sorted(modes))}: see set_statistics_."
+        rows = [(size, f"{100 * drift:.3g}%") for size, drift in result.train_drift.items()]
+        figures = {"drift": plot_drift(result, advise=False)}
+        return Section("Train-mode drift", (text,), table(("images a batch", "drift"), rows), figures=figures)
+    advised = []
     for size, drift in result.train_drift.items():
-        rows.append((size, f"{100 * drift:.3g}%", *statistics_for(size, lambda drift=drift: drift)))  # type: ignore[misc]
+        mode, reason = statistics_for(size, lambda drift=drift: drift)  # type: ignore[misc]
+        advised.append((size, f"{100 * drift:.3g}%", mode, reason))
     text = (
         "In train mode BatchNorm normalizes by the batch, and the smaller the batch, the further that takes the "
-        "outputs from where they were at the start of training. Train with as large a batch as fits; for small ones "
-        "the table says which statistics mode to set."
+        "outputs from those of eval mode, with which training shall start. Train with as large a batch as fits; for "
+        "small ones the table says which statistics mode to set."
     )
-    if result.samples < DRIFT_SIZES[-1]:
-        text += f" Larger batches than {max(result.train_drift)} need more images than the {result.samples} here."
     headers = ("images a batch", "drift", "mode to set", "why")
-    return Section("Train-mode drift", (text,), table(headers, rows), figures={"drift": plot_drift(result)})
+    return Section("Train-mode drift", (text,), table(headers, advised), figures={"drift": plot_drift(result)})
 
 
 def _cost(reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batches: Iterable[Any]) -> Section:
@@ -211,6 +234,6 @@ def _cost(reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batche
     threads = f" with {torch.get_num_threads()} threads" if device == "cpu" else ""
     text = (
         f"A training step on {count} images, on {device}{threads}, without and with BatchNorm. Folded, the "
-        "network is the original one again, and costs what that costs."
+        "network has the original architecture again, and costs what that costs."
     )
     return Section(heading, (text,), table(("", "before", "after", "after ÷ before"), rows))

@@ -82,6 +82,9 @@ class Report:
             loader=PackageLoader("bnsurgery.report", "."),
             autoescape=True,
             undefined=StrictUndefined,
+            finalize=lambda value: (
+                value if isinstance(value, Markup) or not isinstance(value, str) else cell_text(value)
+            ),
             trim_blocks=True,
             lstrip_blocks=True,
         )

@@ -22,16 +22,27 @@ _NEAR = 10  # times eps
 
 @dataclass
 class Histogram:
-    """How often values fall into equal bins between `low` and `high`, in the units of the values."""
+    """How often values fall into equal bins between `low` and `high`, in the units of the values.
+
+    Attributes:
+        total: how many values were looked at, those outside of the bins included.
+    """
 
     low: float
     high: float
+    total: int = 0
     counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
 
     def add(self, values: Tensor) -> None:
-        """Count these; what lies outside is left out."""
+        """Count these."""
+        self.total += values.numel()
         found = torch.histc(values.float(), _BINS, self.low, self.high)
         self.counts += found.double().cpu()
+
+    @property
+    def outside(self) -> float:
+        """Share of the values that lie outside of the bins."""
+        return 1 - self.counts.sum().item() / max(1, self.total)
 
     @property
     def centers(self) -> Tensor:
@@ -78,6 +89,16 @@ class SiteView:
         return len(self.mean)
 
     @property
+    def median_mean(self) -> float:
+        """Median of |μ| over the channels."""
+        return self.mean.abs().quantile(0.5).item()
+
+    @property
+    def median_std(self) -> float:
+        """Median of σ over the channels."""
+        return self.std.quantile(0.5).item()
+
+    @property
     def dead(self) -> int:
         """Channels with σ² < eps."""
         return int((self.std.square() < self.eps).sum())
@@ -100,7 +121,7 @@ def view_sites(bn_model: nn.Module, batches: Iterable[Any] = ()) -> tuple[SiteVi
 
     Raises:
         BNSurgeryError: the model was not made by `insert` or `load`.
-        CalibrationError: a batch that the model does not take.
+        CalibrationError: a batch that the model does not take, or running statistics that are not finite.
     """
     views = {site.norm: _view(bn_model, site) for site in record(bn_model).sites}
     # A pooled site is called more than once, and adds up: so the histograms are there before the first call.
@@ -156,6 +177,8 @@ def _view(bn_model: nn.Module, inserted: InsertedSite) -> SiteView:
     norm, site = _norm(bn_model, inserted.norm), inserted.site
     assert norm.running_mean is not None and norm.running_var is not None  # `insert` makes them so
     mean, std = norm.running_mean.double().cpu(), norm.running_var.double().cpu().sqrt()
+    if not (mean.isfinite() & std.isfinite()).all():
+        raise CalibrationError(f"report: '{inserted.norm}': NaN or Inf in its running statistics")
     return SiteView(site.name, site.layer, inserted.norm, site.activation, mean, std, norm.eps)
 
 

@@ -1,12 +1,13 @@
 """A network as a strip of boxes: its layers in order of definition, with what was inserted marked."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from bnsurgery.layer_kinds import LAYERS, is_activation
-from bnsurgery.nn import Normed
 from bnsurgery.surgery_record import record
+from bnsurgery.tables import cell_text
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,34 @@ class Box:
 
 
 def boxes(bn_model: nn.Module) -> dict[str, list[Box]]:
-    """The layers without children, in order of definition, by the network's top-level part that they are in."""
+    """The layers in order of definition, a BatchNorm behind its layer, by the network's top-level part."""
     done = record(bn_model)
     norms = {site.norm for site in done.sites}
     relus = {site.relu for site in done.sites}
+    part_of = {site.norm: _part(site.layer) for site in done.sites}  # of a norm inside its layer: the layer's
     found: dict[str, list[Box]] = {}
-
-    def add(name: str, module: nn.Module) -> None:
-        box = _box(name, module, norms, relus)
-        found.setdefault(name.split(".")[0] if "." in name else "", []).append(box)
-
-    for name, module in bn_model.named_modules():
-        if isinstance(module, Normed) or not any(True for _ in module.children()):
-            add(name, module)
+    for name, module in _layers(bn_model, ""):
+        found.setdefault(part_of.get(name, _part(name)), []).append(_box(name, module, norms, relus))
     return found
 
 
+def _part(name: str) -> str:
+    return name.split(".")[0] if "." in name else ""
+
+
+def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """What has no layers inside; a conv or dense layer as well, and behind it the BatchNorm that it carries."""
+    children = [(key, child) for key, child in module.named_children() if key != "parametrizations"]
+    if isinstance(module, LAYERS) or not children:
+        yield name, module
+    if isinstance(module, LAYERS):
+        children = [(key, child) for key, child in children if key == "norm"]
+    for key, child in children:
+        yield from _layers(child, f"{name}.{key}" if name else key)
+
+
 def _box(name: str, module: nn.Module, norms: set[str], relus: set[str | None]) -> Box:
-    kind = type(module).__name__.removeprefix("Normed" if isinstance(module, Normed) else "")
+    kind = next(cls.__name__ for cls in type(module).__mro__ if not cls.__name__.startswith(("Normed", "Parametrized")))
     if name in norms:
         return Box(name, f"BN {module.num_features}", "inserted")
     if name in relus:
@@ -52,4 +63,4 @@ def _box(name: str, module: nn.Module, norms: set[str], relus: set[str | None]) 
         return Box(
             name, f"{kind} {module.out_features if dense else module.out_channels}", "dense" if dense else "conv"
         )
-    return Box(name, kind, "activation" if is_activation(module) else "other")
+    return Box(name, cell_text(kind), "activation" if is_activation(module) else "other")

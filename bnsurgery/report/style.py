@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnsurgery.files import atomic_write
+from bnsurgery.tables import cell_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,5 +70,5 @@ def inline_svg(figure: "Figure", name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Ids that matplotlib counts up (figure_1, text_1, ...) would be the same in every figure of a page.
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    label = html.escape(str(figure.get_label()))
+    label = html.escape(cell_text(figure.get_label()))
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

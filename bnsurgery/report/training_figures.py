@@ -28,7 +28,8 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
     alt = (
         f"{' and '.join(panels)} by epoch, in training and validation. At the end, after {last.epoch:.3g} epochs: "
         f"validation loss {last.val_loss:.3g}, accuracy {100 * last.val_accuracy:.2f} %."
-    ).capitalize()
+    )
+    alt = alt[0].upper() + alt[1:]
     figure, axes = new_figure(alt, columns=len(panels))
     for axis, panel in zip(axes[0], panels, strict=True):
         scale = 100 if panel == "accuracy" else 1
@@ -85,15 +86,28 @@ def _steps(axis: Any, result: "Comparison") -> None:
 
 def draw_rates(axis: Any, result: "Comparison") -> None:
     """Accuracy at the end by learning rate, onto an axis of the caller's."""
-    for summary in result.summary():
+    arms = result.summary()
+    for number, summary in enumerate(arms):
         colour = _ARMS[summary.arm]
         ended = {lr: 100 * value for lr, value in summary.by_rate.items() if value is not None}
-        axis.plot(list(ended), list(ended.values()), color=colour, marker="o", markersize=4, label=summary.arm)
         diverged = [lr for lr, value in summary.by_rate.items() if value is None]
+        label = f"{summary.arm}, × diverged" if diverged else summary.arm
+        axis.plot(list(ended), list(ended.values()), color=colour, marker="o", markersize=4, label=label)
         if diverged:  # an empty line that is not clipped would throw the layout out
-            axis.plot(diverged, [0.0] * len(diverged), color=colour, marker="x", linestyle="none", clip_on=False)
+            # Side by side, or one arm's cross would hide another's.
+            beside = 1.12 ** (number - (len(arms) - 1) / 2)
+            axis.plot(
+                [lr * beside for lr in diverged],
+                [0.0] * len(diverged),
+                color=colour,
+                marker="x",
+                linestyle="none",
+                clip_on=False,
+            )
     axis.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy (%)", ylim=(0, None))
-    axis.set_title("at the end (×: diverged)")
+    if not any(value is not None for summary in arms for value in summary.by_rate.values()):
+        axis.set_ylim(0, 100)
+    axis.set_title("at the end")
     axis.legend(frameon=False)
 
 
@@ -104,7 +118,7 @@ def _seconds(axis: Any, result: "Comparison") -> None:
         axis.annotate(f" {value:.3g} s", (value, arm), va="center")
     axis.invert_yaxis()
     axis.margins(x=0.18)
-    axis.set(xlabel="seconds a run, mean over rates and seeds")
+    axis.set(xlabel="seconds a run, mean over those that did not diverge")
 
 
 def seconds_by_arm(result: "Comparison") -> dict[str, float]:

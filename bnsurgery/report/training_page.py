@@ -48,7 +48,7 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
     return Report(
         title=title or f"{name} fine-tuned on {config.data}",
         verdict=f"{100 * best.val_accuracy:.2f} % of the validation images right, in epoch {best.epoch:.4g} "
-        f"of {result.final.epoch:.4g}.",
+        f"of {config.epochs}.{_unfinished(result, config)}",
         good=None,
         facts=(
             ("accuracy", f"{_percent(best.val_accuracy)} at best, {_percent(result.final.val_accuracy)} at the end"),
@@ -90,7 +90,7 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         for s in summary
     ]
     diverged = [f"{t.arm} at {t.lr:g}, seed {t.seed}: {t.diverged}" for t in result.trials if t.diverged]
-    panels = {"by-step": "steps", "by-rate": "rates", "time": "seconds"}
+    panels = {"by-step": "steps", "by-rate": "rates", **({"time": "seconds"} if seconds else {})}
     figures = {name: plot_comparison(result, (panel,)) for name, panel in panels.items()}
     return Report(
         title=title or f"Does BatchNorm help? {result.task}",
@@ -112,11 +112,17 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
                 ("Accuracy at the end, mean over the seeds; a rate diverges where one of the seeds does.",),
                 table(("arm", *(f"{lr:g}" for lr in rates)), by_rate),
             ),
-            Section("Time", figures={"time": figures["time"]}),
+            *([Section("Time", figures={"time": figures["time"]})] if seconds else []),
             *([Section("What diverged", tuple(diverged))] if diverged else []),
         ),
         terms=tuple(result.arms),
     )
+
+
+def _unfinished(result: "Result", config: "Config") -> str:
+    if result.final.epoch >= config.epochs:
+        return ""
+    return f" The run was stopped, or is running: its last validation was in epoch {result.final.epoch:.4g}."
 
 
 def _percent(share: float | None) -> str | None:

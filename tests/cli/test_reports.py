@@ -60,6 +60,27 @@ def test_nothing_is_started_that_cannot_be_written(command, folder):
     assert Path("r.html").read_text() == "mine" and not Path("new.safetensors").exists() and not Path("runs").exists()
 
 
+def test_a_report_takes_no_other_file_s_place(folder):
+    kept = Path("bn.safetensors").read_bytes()
+    for command in (
+        ["insert", *FEW, "-o", "new.safetensors", "--report", "new.safetensors"],
+        ["insert", *FEW, "-o", "new.safetensors", "--report", "./new.safetensors", "--force"],
+        ["verify", "bn.safetensors", *FEW, "--report", "bn.safetensors", "--force"],
+        ["report", "bn.safetensors", *FEW, "-o", "bn.safetensors", "--force"],
+    ):
+        code, _, err = folder(*command)
+        assert code == 1 and "needs that file itself" in err
+    assert Path("bn.safetensors").read_bytes() == kept and not Path("new.safetensors").exists()
+
+
+def test_a_report_beside_what_it_is_of(folder):
+    code, out, err = folder("finetune", *RUN, "-o", "runs/x", "--report", "runs/x/report.html", "--json")
+    assert code == 0 and json.loads(out)["report"] == "runs/x/report.html", err
+    code, out, err = folder("verify", "bn.safetensors", *FEW, "--plot", "f", "--report", "f/page.html", "--json")
+    assert code == 0 and (json.loads(out)["plot"], json.loads(out)["report"]) == ("f", "f/page.html"), err
+    assert Path("runs/x/report.html").exists() and Path("f/page.html").exists()
+
+
 def test_force(folder):
     Path("r.html").write_text("mine")
     assert folder("verify", "bn.safetensors", *FEW, "--report", "r.html", "--force", "--quiet") == (0, "", "")
@@ -110,14 +131,14 @@ def test_damaged_and_empty_places(folder):
     Path("run/config.json").write_text(Path("run2/config.json").read_text())
     Path("run2/metrics.csv").write_text("epoch,step\n1.0,two\n")
     for place, message in (
-        ("empty", "no run of finetune or compare"),
+        ("empty", "neither a run of finetune"),
         ("cmp", "comparison.json"),
         ("run", "no metrics.csv"),
         ("run2", "metrics.csv cannot be read"),
     ):
         code, out, err = folder("report", place, "-o", "x.html")
         assert (code, out) == (1, "") and message in err, err
-    assert folder("report", "missing")[0] == 2 and not Path("x.html").exists()
+    assert folder("report", "missing")[0] == 1 and not Path("x.html").exists()
 
 
 def test_without_matplotlib(folder, monkeypatch):
@@ -138,6 +159,15 @@ def test_tables_fit_a_terminal():
     columns = [line[: len("backbone.stages.3.bl")].strip() for line in text.splitlines()[2:]]
     assert "".join(columns).startswith("backbone.stages.3") and "".join(text.split()).count("averylong") >= 1
     assert "0.123" in text and "512" in text
+
+
+def test_numbers_are_aligned_and_written_out():
+    text = table(("arm", "0.1", "seconds"), [("plain", "5.00%", 2712.3), ("bn", "diverges", 0.5), ("naive", None, 1e7)])
+    assert text.splitlines()[2:] == [
+        "plain     5.00%      2712",
+        "bn     diverges     0.500",
+        "naive         –  1.00e+07",
+    ]
 
 
 @pytest.mark.parametrize(

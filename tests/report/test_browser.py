@@ -50,6 +50,20 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+def contrast(one, other):
+    """WCAG 2.2's, from 1 to 21."""
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+# Background and text colour of what has a background of its own.
+BOXES = """[...document.querySelectorAll('.box, .verdict, dt, abbr')].map(e => {
+  const style = getComputedStyle(e);
+  const own = style.backgroundColor == 'rgba(0, 0, 0, 0)' ? getComputedStyle(document.body) : style;
+  return [own.backgroundColor, style.color];
+})"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page(scheme, chromium, page):
     tab = chromium.new_page(color_scheme=scheme)
@@ -67,10 +81,11 @@ def test_page(scheme, chromium, page):
     assert {url for url in requests if not url.startswith("data:")} == {page}
     back, text = tab.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
     assert (luminance(back) < 0.1) == (scheme == "dark")
-    lighter, darker = sorted((luminance(back), luminance(text)), reverse=True)
-    assert (lighter + 0.05) / (darker + 0.05) > 7  # WCAG 2.2's contrast for AAA
+    assert contrast(back, text) > 7  # WCAG 2.2's AAA
     colours = tab.evaluate("[...document.querySelectorAll('figure text')].map(t => getComputedStyle(t).fill)")
-    assert text in colours  # the figures' words have the page's colour
+    assert set(colours) == {text}  # the figures' words have the page's colour
+    for on, ink in tab.evaluate(BOXES):
+        assert contrast(on, ink) > 4.5  # AA, for small text
     tab.close()
 
 
