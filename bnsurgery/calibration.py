@@ -149,7 +149,9 @@ def _watching(
 
 def _feed(operation: str, model: nn.Module, batches: Iterable[Any], progress: bool) -> None:
     total = len(batches) if isinstance(batches, Sized) else None
-    for batch in tqdm(inputs(batches), desc=operation, total=total, unit="batch", disable=not progress, leave=False):
+    for batch in tqdm(
+        inputs(batches), desc=operation, total=total, unit="batch", disable=None if progress else True, leave=False
+    ):
         run(operation, model, batch)
 
 

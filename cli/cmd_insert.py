@@ -122,7 +122,8 @@ def command(
     bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
     insert_(bn_model, sites, moments, options)
     sample = torch.cat(list(islice(batches, _CHECKED)))[:_CHECKED]
-    equivalence = verify(network, bn_model, [sample], drift_batch_sizes=(_CHECKED,))
+    sizes = (2, 4, 8, 16, 32) if reporting else (_CHECKED,)
+    equivalence = verify(network, bn_model, batches if reporting else [sample], drift_batch_sizes=sizes)
     allowed = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
     if not equivalence.within(allowed):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
@@ -142,7 +143,9 @@ def command(
     if reporting:
         from bnsurgery.report import insertion
 
-        wrote = write_report(insertion(network, bn_model, batches, tolerance=allowed), page, plot, force)
+        wrote = write_report(
+            insertion(network, bn_model, batches, result=equivalence, tolerance=allowed), page, plot, force
+        )
 
     summary = summarize(done, moments)
     skipped = [skip.to_dict() for skip in sites.skipped]

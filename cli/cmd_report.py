@@ -46,6 +46,7 @@ def command(
     or the directory of a run of `finetune` or `compare`, which needs none. The page is one file that needs no network.
     """
     from bnsurgery import pretrained
+    from bnsurgery.checkpoint import read_record
     from bnsurgery.data import calibration_batches
     from bnsurgery.errors import CheckpointError
     from bnsurgery.surgery_record import record
@@ -58,6 +59,8 @@ def command(
         found = _of_results(file)
     else:
         place = pretrained.device(device)
+        if read_record(file) is None:
+            raise CheckpointError(f"report: '{file}': not a checkpoint of insert or finetune, nor a run's directory")
         bn_model = load_checkpoint(file, model)
         preprocess = pretrained.preprocessing_of(record(bn_model), bn_model, image_size, normalize)
         batches = calibration_batches(
@@ -91,4 +94,5 @@ def _of_checkpoint(bn_model: "nn.Module", batches: "ImageBatches", name: str) ->
 
     folded = folding.fold(bn_model)
     untouched = state_digest(folded.state_dict()) == record(bn_model).weights_digest
-    return insertion(folded, bn_model, batches, tolerance=0.0 if untouched else 1e-5, title=name)
+    facts = {"compared with": "its own folded network", "images": f"{batches.used}: {batches.description}"}
+    return insertion(folded, bn_model, batches, tolerance=0.0 if untouched else 1e-5, title=name, facts=facts)

@@ -78,15 +78,18 @@ def command(
     if reporting:
         from bnsurgery.report import insertion
 
-        found = insertion(reference, bn_model, batches, result=result, tolerance=tolerance, title=file.name)
+        facts = {"compared with": against, "images": f"{batches.used}: {batches.description}"}
+        found = insertion(
+            reference, bn_model, batches, result=result, tolerance=tolerance, title=file.name, facts=facts
+        )
         wrote = write_report(found, page, plot, force)
     ok = result.within(tolerance)
     origin = pretrained.origin(done, untouched)
     custom = f" --model {quote(model)}" if model else ""
     hint = f"Next: bnsurgery fold {quote(str(file))}{custom}"
     text = f"{file} against {against}\n{result}\nfolds back to {origin}\n\n{wrote}{hint}"
-    facts = {"ok": ok, "against": against, "folds_back": untouched, **result.to_dict(), **written(page, plot)}
-    show(text, facts, as_json, quiet)
+    told = {"ok": ok, "against": against, "folds_back": untouched, **result.to_dict(), **written(page, plot)}
+    show(text, told, as_json, quiet)
     if not ok:
         raise BNSurgeryError(
             f"verify: '{file}' differs from {against} by {result.max_rel:.3g} of the largest output, "

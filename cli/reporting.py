@@ -54,6 +54,8 @@ def check_report(page: Path | None, plot: Path | None, force: bool, *others: str
             raise CheckpointError(f"write: '{plot}': got a folder that is not empty, expected an empty one, or --force")
         check_writable(plot / "figure.svg", overwrite=True)
     if page is not None:
+        if page.suffix.lower() not in (".html", ".htm"):
+            raise CheckpointError(f"write: '{page}': a report is an HTML page: give it a name that ends in .html")
         places = {Path(other).resolve() for other in (*others, plot) if other is not None}
         if page.resolve() in places:
             raise CheckpointError(f"write: '{page}': this command needs that file itself: give the report another name")

@@ -49,7 +49,7 @@ class ArmSummary:
 
     Attributes:
         accuracy: at the best rate; None where every rate diverged.
-        spread: largest minus smallest accuracy over the seeds, at the best rate.
+        spread: largest minus smallest accuracy over the seeds, at the best rate; None for a single seed.
         lr: the best rate.
         largest_lr: the largest rate that diverged with no seed and ends within 10 points of `accuracy`.
         steps: training steps of a run.
@@ -143,7 +143,8 @@ class Comparison:
         reached = None
         if plain is not None:
             reached = next((step for step, mean, _, _ in self.curve(arm, lr) if mean >= plain), None)
-        return ArmSummary(arm, modes, accuracy, max(ends) - min(ends), lr, max(trains), steps, reached, by_rate)
+        spread = max(ends) - min(ends) if len(ends) > 1 else None
+        return ArmSummary(arm, modes, accuracy, spread, lr, max(trains), steps, reached, by_rate)
 
     def __str__(self) -> str:
         seeds = len({trial.seed for trial in self.trials})

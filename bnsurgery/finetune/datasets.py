@@ -234,7 +234,7 @@ def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple
         labels += [label] * len(found)
     bad: dict[int, str] = {}
     if skip_bad:
-        for index, path in enumerate(tqdm(paths, desc="checking images", disable=not show, leave=False)):
+        for index, path in enumerate(tqdm(paths, desc="checking images", disable=None if show else True, leave=False)):
             try:
                 load_image(path)
             except DataError as error:

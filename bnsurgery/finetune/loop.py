@@ -153,7 +153,7 @@ class Trainer:
             total=self.steps_per_epoch * self.config.batch_size,
             initial=self.setup.batches.start * self.config.batch_size,
             unit="img",
-            disable=not self.show,
+            disable=None if self.show else True,  # None: where stderr is no terminal
             leave=False,
         )
 

@@ -82,7 +82,9 @@ def compare(
             finished[key] = _read(path)
         else:
             pending.append((key, trial_config(config, *key)))
-    with tqdm(total=len(wanted), initial=len(finished), desc="compare", unit="trial", disable=not show) as bar:
+    with tqdm(
+        total=len(wanted), initial=len(finished), desc="compare", unit="trial", disable=None if show else True
+    ) as bar:
         for key, trial in _run_all(pending, model, data, jobs):
             _write(_path(directory, key), json.dumps(asdict(trial)))
             finished[key] = trial

@@ -36,10 +36,11 @@ def plot_moments(sites: Sites, panels: Sequence[str] = ("mean", "std")) -> "Figu
     lowest = min(views, key=lambda v: v.median_std)
     highest = max(views, key=lambda v: v.median_std)
     what = {"mean": "means", "std": "standard deviations"}
+    means = [view.mean.quantile(0.5).item() for view in views]
     alt = (
-        f"Box plots of the channels' {' and '.join(what[p] for p in panels)} at {len(views)} sites. The median "
-        f"standard deviation goes from {lowest.median_std:.2g} at {lowest.name} to {highest.median_std:.2g} at "
-        f"{highest.name}."
+        f"Box plots of the channels' {' and '.join(what[p] for p in panels)} at {len(views)} sites. "
+        f"The medians of the means lie between {min(means):.2g} and {max(means):.2g}; the median standard deviation "
+        f"goes from {lowest.median_std:.2g} at {lowest.name} to {highest.median_std:.2g} at {highest.name}."
     )
     figure, axes = new_figure(alt, columns=len(panels), height=_FRAME + _ROW * len(views))
     for axis, panel in zip(axes[0], panels, strict=True):
@@ -50,7 +51,7 @@ def plot_moments(sites: Sites, panels: Sequence[str] = ("mean", "std")) -> "Figu
         else:
             _boxes(axis, [view.std.clamp(min=_SMALLEST).numpy() for view in views])
             _name_rows(axis, views, "deviation of a channel, σ (activation units)")
-            axis.set_xscale("log")
+            _log_axis(axis)
             _mark_eps(axis, views[0].eps)
     return figure
 
@@ -84,7 +85,7 @@ def plot_preactivations(
             assert found is not None  # filtered above
             _ridge(axis, row, found, BLUE if panel == "before" else GREEN, normal=panel == "after")
         if panel == "before":
-            _name_rows(axis, views, "before normalization, x (activation units)")
+            _name_rows(axis, views, "before normalization, x (activation units; asinh scale)")
             _asinh_axis(axis, reach)
         else:
             _name_rows(axis, views, "normalized: (x − μ)/√(σ² + eps)")
@@ -103,9 +104,10 @@ def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
     views = _views(sites, batches)
     worst = max(views, key=lambda v: v.dead / v.channels)
     alt = (
-        f"Share of dead, near-eps and silent channels by site. Dead in all: {sum(v.dead for v in views)} of "
-        f"{sum(v.channels for v in views)}"
-        + (f", most at {worst.name}: {worst.dead} of {worst.channels}." if worst.dead else ".")
+        f"Share of dead, near-eps and silent channels by site. In all, of {sum(v.channels for v in views)}: "
+        f"{sum(v.dead for v in views)} dead, {sum(v.near_eps for v in views)} near eps, "
+        f"{sum(v.silent or 0 for v in views)} silent"
+        + (f"; most dead ones at {worst.name}: {worst.dead} of {worst.channels}." if worst.dead else ".")
     )
     figure, axes = new_figure(alt, height=_FRAME + 0.35 + _ROW * len(views))
     axis = axes[0, 0]
@@ -125,11 +127,13 @@ def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
 def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
     """Train-mode drift by batch size, coloured by the statistics mode that the batch size asks for.
 
+    A batch of all images is left out: those may be the calibration images, on which the drift is rounding noise.
+
     Args:
         result: what `verify` gave.
         advise: whether to say modes; for a network whose mode was "batch" when it was verified.
     """
-    drift = {size: 100 * value for size, value in result.train_drift.items()}
+    drift = {size: 100 * value for size, value in telling_drift(result).items()}
     said = ", ".join(f"{value:.3g} % at {size}" for size, value in drift.items())
     figure, axes = new_figure(f"Train-mode drift of the outputs by batch size: {said or 'not measured'}.")
     axis = axes[0, 0]
@@ -146,15 +150,31 @@ def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
         axis.set_xticks(list(drift), [str(size) for size in drift])
         axis.minorticks_off()
         if advise:
-            axis.legend(frameon=False, title="statistics mode", loc="upper right")
+            axis.legend(frameon=False, title="statistics mode")
     axis.set_ylim(0, 1.25 * max(drift.values(), default=1) or 1)
     axis.margins(x=0.12)
     axis.set(xlabel="images a batch", ylabel="drift of the outputs (%)")
     return figure
 
 
+def telling_drift(result: EquivalenceReport) -> dict[int, float]:
+    """The drift by batch size, without a batch of all images: calibrated on the same, its drift is rounding noise."""
+    return {size: drift for size, drift in result.train_drift.items() if size < result.samples}
+
+
 def _views(sites: Sites, batches: Iterable[Any] = ()) -> Sequence[SiteView]:
     return view_sites(sites, batches) if isinstance(sites, nn.Module) else sites
+
+
+def _log_axis(axis: Any) -> None:
+    """Logarithmic, with ticks that are written out and have room: at the powers of ten, and 2 and 5 if they are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark_eps(axis: Any, eps: float) -> None:
@@ -172,7 +192,7 @@ def _asinh_axis(axis: Any, reach: float) -> None:
     axis.set_xlim(-reach, reach)
     powers = [10.0**k for k in range(-12, 13) if reach / 30 <= 10.0**k <= reach]
     ticks = [*(-power for power in reversed(powers)), 0.0, *powers]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
     axis.minorticks_off()
 
 

@@ -1,11 +1,11 @@
 """The page of an inserted network: what was put in, whether it computes the same, what it says and costs."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnsurgery.advice import statistics_for
 from bnsurgery.batches import Inputs, inputs
@@ -15,12 +15,13 @@ from bnsurgery.surgery_record import SurgeryRecord, record
 from bnsurgery.verification import EquivalenceReport, verify
 
 from . import cost, sites
-from .insertion_figures import plot_channels, plot_drift, plot_moments, plot_preactivations
+from .insertion_figures import plot_channels, plot_drift, plot_moments, plot_preactivations, telling_drift
 from .page import Report, Section, table
 from .strip import boxes
 
 DRIFT_SIZES = (2, 4, 8, 16, 32)
 _MIB = 2**20
+_LISTED = 8  # channels of a site that are named
 
 
 def insertion(
@@ -31,6 +32,7 @@ def insertion(
     result: EquivalenceReport | None = None,
     tolerance: float | None = None,
     title: str | None = None,
+    facts: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
     """Look at an inserted network on images, and report.
 
@@ -45,6 +47,7 @@ def insertion(
         tolerance: how far apart the outputs may be and still count as equal, as in `EquivalenceReport.within`; where it
             is None, not at all for what computes its input, and 1e-5 for what was trained or had its biases absorbed.
         title: of the page.
+        facts: more of them, by name, such as where the images come from.
 
     Raises:
         BNSurgeryError: `bn_model` carries no record.
@@ -63,11 +66,11 @@ def insertion(
         title=title or f"{_name(done)} with BatchNorm",
         verdict=_verdict(done, result, good),
         good=good,
-        facts=_facts(done, result),
+        facts=(*facts.items(), *_facts(done, result)),
         sections=(
             _network(bn_model, done),
             _statistics(views, done),
-            _preactivations(views, done, exact),
+            _preactivations(views, done, exact, min(sites.IMAGES, result.samples)),
             _channels(views),
             _drift(result, _statistics_modes(bn_model, done)),
             _cost(reference, bn_model, batches),
@@ -161,11 +164,11 @@ def _statistics(views: Sequence[sites.SiteView], done: SurgeryRecord) -> Section
     )
 
 
-def _preactivations(views: Sequence[sites.SiteView], done: SurgeryRecord, exact: bool) -> Section:
+def _preactivations(views: Sequence[sites.SiteView], done: SurgeryRecord, exact: bool, images: int) -> Section:
     what = "the layers" if done.placement == "pre-activation" else "the activations, behind which BatchNorm stands,"
     outside = max(h.outside for view in views for h in (view.before, view.after) if h is not None)
     text = (
-        f"What {what} put out on the first {sites.IMAGES} images, all channels together: as it is, and normalized "
+        f"What {what} put out on {images} of the images, all channels together: as it is, and normalized "
         f"channel by channel. {'Weight and bias then undo that, exactly' if exact else 'Weight and bias come then'}. "
         f"The histograms reach five deviations to either side; at most {100 * outside:.2g} % of a site's values lie "
         "further out."
@@ -185,22 +188,32 @@ def _channels(views: Sequence[sites.SiteView]) -> Section:
     text = f"Of {total} channels: {dead} dead, {near} near eps, {silent} silent on the images looked at." + (
         " Dead ones stay exact, but training can amplify what little they say; a larger eps damps that." * bool(dead)
     )
-    return Section("Channels that say little", (text,), figures={"channels": plot_channels(views)})
+    listed = [(v.name, *(_numbers(found) for found in (v.is_dead, v.is_near_eps, v.is_silent))) for v in views]
+    listed = [row for row in listed if any(row[1:])]
+    found = table(("site", "dead", "near eps", "silent"), listed) if listed else None
+    text += " The table has their numbers, counted from 0." if listed else ""
+    return Section("Channels that say little", (text,), found, figures={"channels": plot_channels(views)})
+
+
+def _numbers(found: Tensor | None) -> str:
+    """Which channels, the first few of them."""
+    numbers = found.nonzero().flatten().tolist() if found is not None else []
+    more = f", … {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else ""
+    return ", ".join(map(str, numbers[:_LISTED])) + more
 
 
 def _drift(result: EquivalenceReport, modes: set[str]) -> Section:
-    # A batch of all images may be what calibration saw: its drift is rounding noise, and says nothing.
-    result = replace(result, train_drift={n: d for n, d in result.train_drift.items() if n < result.samples})
-    if not result.train_drift:
+    drifts = telling_drift(result)
+    if not drifts:
         text = "Not measured: it takes two batches of two images or more, and outputs with one row an image."
         return Section("Train-mode drift", (text,))
     if modes != {"batch"}:
         text = f"Measured in the statistics mode that is set, {' and '.join(sorted(modes))}: see set_statistics_."
-        rows = [(size, f"{100 * drift:.3g}%") for size, drift in result.train_drift.items()]
+        rows = [(size, f"{100 * drift:.3g}%") for size, drift in drifts.items()]
         figures = {"drift": plot_drift(result, advise=False)}
         return Section("Train-mode drift", (text,), table(("images a batch", "drift"), rows), figures=figures)
     advised = []
-    for size, drift in result.train_drift.items():
+    for size, drift in drifts.items():
         mode, reason = statistics_for(size, lambda drift=drift: drift)  # type: ignore[misc]
         advised.append((size, f"{100 * drift:.3g}%", mode, reason))
     text = (

@@ -99,21 +99,36 @@ class SiteView:
         return self.std.quantile(0.5).item()
 
     @property
+    def is_dead(self) -> Tensor:
+        """By channel: σ² < eps."""
+        return self.std.square() < self.eps
+
+    @property
+    def is_near_eps(self) -> Tensor:
+        """By channel: eps ≤ σ² < 10·eps."""
+        return (self.std.square() < _NEAR * self.eps) & ~self.is_dead
+
+    @property
+    def is_silent(self) -> Tensor | None:
+        """By channel: never above 0, where a ReLU follows; None where that is not known."""
+        if self.largest is None or self.activation not in ("ReLU", "relu", "relu_"):
+            return None
+        return self.largest <= 0
+
+    @property
     def dead(self) -> int:
-        """Channels with σ² < eps."""
-        return int((self.std.square() < self.eps).sum())
+        """How many channels are."""
+        return int(self.is_dead.sum())
 
     @property
     def near_eps(self) -> int:
-        """Channels with eps ≤ σ² < 10·eps."""
-        return int((self.std.square() < _NEAR * self.eps).sum()) - self.dead
+        """How many channels are."""
+        return int(self.is_near_eps.sum())
 
     @property
     def silent(self) -> int | None:
-        """Channels that a ReLU follows and that were never above 0; None where that is not known."""
-        if self.largest is None or self.activation not in ("ReLU", "relu", "relu_"):
-            return None
-        return int((self.largest <= 0).sum())
+        """How many channels are; None where that is not known."""
+        return int(self.is_silent.sum()) if self.is_silent is not None else None
 
 
 def view_sites(bn_model: nn.Module, batches: Iterable[Any] = ()) -> tuple[SiteView, ...]:

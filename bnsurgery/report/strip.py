@@ -1,7 +1,7 @@
 """A network as a strip of boxes: its layers in order of definition, with what was inserted marked."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -18,11 +18,13 @@ class Box:
         name: fqn.
         label: class and channels, short.
         kind: "inserted", "taken" (a ReLU that the BatchNorm applies), "conv", "dense", "activation" or "other".
+        site: of a layer with a BatchNorm: its name in the original network, as the tables have it.
     """
 
     name: str
     label: str
     kind: str
+    site: str = ""
 
 
 def boxes(bn_model: nn.Module) -> dict[str, list[Box]]:
@@ -30,10 +32,12 @@ def boxes(bn_model: nn.Module) -> dict[str, list[Box]]:
     done = record(bn_model)
     norms = {site.norm for site in done.sites}
     relus = {site.relu for site in done.sites}
+    sites = {site.layer: site.site.name for site in done.sites}
     part_of = {site.norm: _part(site.layer) for site in done.sites}  # of a norm inside its layer: the layer's
     found: dict[str, list[Box]] = {}
     for name, module in _layers(bn_model, ""):
-        found.setdefault(part_of.get(name, _part(name)), []).append(_box(name, module, norms, relus))
+        box = replace(_box(name, module, norms, relus), site=sites.get(name, ""))
+        found.setdefault(part_of.get(name, _part(name)), []).append(box)
     return found
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .style import BLUE, GREEN, GREY, INK, ORANGE, PINK, new_figure
+from .style import BLUE, INK, ORANGE, PINK, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +38,7 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
             axis.plot([row.epoch for row in rows], points, color=colour, marker="o", markersize=3, label=label)
         axis.set(xlabel="epoch", ylabel="accuracy (%)" if panel == "accuracy" else "loss (cross entropy, nats)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlim(left=0)
         axis.legend(frameon=False)
     return figure
 
@@ -80,7 +81,9 @@ def _steps(axis: Any, result: "Comparison") -> None:
         label = f"{summary.arm} at {summary.lr:g}"
         axis.plot(at, [100 * v for v in mean], color=colour, label=label, marker="o", markersize=3)
         axis.fill_between(at, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, linewidth=0)
-    axis.set(xlabel="training step", ylabel="validation accuracy (%)", title="each arm at its best rate")
+    axis.set(
+        xlabel="training step", ylabel="validation accuracy (%)", title="each arm at its best rate", xlim=(0, None)
+    )
     axis.legend(frameon=False)
 
 
@@ -113,11 +116,12 @@ def draw_rates(axis: Any, result: "Comparison") -> None:
 
 def _seconds(axis: Any, result: "Comparison") -> None:
     seconds = seconds_by_arm(result)
-    axis.barh(list(seconds), list(seconds.values()), color=[GREY if a == "plain" else GREEN for a in seconds])
+    axis.barh(list(seconds), list(seconds.values()), color=[_ARMS[arm] for arm in seconds])
     for arm, value in seconds.items():
-        axis.annotate(f" {value:.3g} s", (value, arm), va="center")
+        axis.annotate(f"  {value:.3g} s", (value, arm), va="center")
     axis.invert_yaxis()
-    axis.margins(x=0.18)
+    axis.grid(False)
+    axis.margins(x=0.2)
     axis.set(xlabel="seconds a run, mean over those that did not diverge")
 
 

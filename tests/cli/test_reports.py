@@ -61,16 +61,18 @@ def test_nothing_is_started_that_cannot_be_written(command, folder):
 
 
 def test_a_report_takes_no_other_file_s_place(folder):
-    kept = Path("bn.safetensors").read_bytes()
+    kept = Path("bn.safetensors").rename("bn.html").read_bytes()
     for command in (
-        ["insert", *FEW, "-o", "new.safetensors", "--report", "new.safetensors"],
-        ["insert", *FEW, "-o", "new.safetensors", "--report", "./new.safetensors", "--force"],
-        ["verify", "bn.safetensors", *FEW, "--report", "bn.safetensors", "--force"],
-        ["report", "bn.safetensors", *FEW, "-o", "bn.safetensors", "--force"],
+        ["insert", *FEW, "-o", "new.html", "--report", "new.html"],
+        ["insert", *FEW, "-o", "new.html", "--report", "./new.html", "--force"],
+        ["verify", "bn.html", *FEW, "--report", "bn.html", "--force"],
+        ["report", "bn.html", *FEW, "--force"],
     ):
         code, _, err = folder(*command)
         assert code == 1 and "needs that file itself" in err
-    assert Path("bn.safetensors").read_bytes() == kept and not Path("new.safetensors").exists()
+    assert Path("bn.html").read_bytes() == kept and not Path("new.html").exists()
+    code, _, err = folder("verify", "bn.safetensors", *FEW, "--report", "page.pdf")
+    assert code == 1 and "ends in .html" in err
 
 
 def test_a_report_beside_what_it_is_of(folder):

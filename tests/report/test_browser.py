@@ -57,7 +57,7 @@ def contrast(one, other):
 
 
 # Background and text colour of what has a background of its own.
-BOXES = """[...document.querySelectorAll('.box, .verdict, dt, abbr')].map(e => {
+BOXES = """[...document.querySelectorAll('.box, .verdict, dt, .term')].map(e => {
   const style = getComputedStyle(e);
   const own = style.backgroundColor == 'rgba(0, 0, 0, 0)' ? getComputedStyle(document.body) : style;
   return [own.backgroundColor, style.color];

@@ -88,7 +88,10 @@ def test_tables_of_an_insertion(odd, inserted, batches):
     """Every number again, from what it is defined by."""
     result = bnsurgery.verify(odd, inserted, batches, drift_batch_sizes=report.insertion_page.DRIFT_SIZES)
     page = report.insertion(odd, inserted, batches)
-    statistics, drift, costs = tables(page).values()
+    statistics, channels, drift, costs = tables(page).values()
+    listed = dict(zip(channels.headers, channels.rows[0], strict=True))
+    assert (listed["site"], listed["dead"], listed["near eps"]) == ("part.<b>$x$</b>", "0", "2")
+    assert "1" in listed["silent"].split(", ")
     for row in statistics.rows:
         norm = inserted.get_submodule({s.site.name: s.norm for s in bnsurgery.record(inserted).sites}[row[0]])
         mean, std = norm.running_mean.double(), norm.running_var.double().sqrt()
@@ -232,8 +235,10 @@ def test_alt_texts_and_definitions(any_page):
     drawings = [attributes for tag, attributes in outline.tags if tag == "svg"]
     assert len(drawings) == len(any_page.figures) > 0
     assert all(len(d["aria-label"]) > 20 and d["role"] == "img" for d in drawings)
-    tips = [attributes["title"] for tag, attributes in outline.tags if tag == "abbr"]
-    assert tips and all(tip in TERMS.values() and tip in outline.text for tip in tips)
+    words = [attributes for tag, attributes in outline.tags if attributes.get("class") == "term"]
+    assert words and all(word["title"] in TERMS.values() and word["title"] in outline.text for word in words)
+    anchors = {attributes.get("id") for _, attributes in outline.tags}
+    assert {word["href"].removeprefix("#") for word in words} <= anchors
     for table in (section.table for section in any_page.sections if section.table):
         for header, numeric in zip(table.headers, table.numeric, strict=True):
             assert not numeric or header in TERMS or is_number(header), f"what is {header}?"
