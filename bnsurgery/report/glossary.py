@@ -36,7 +36,7 @@ TERMS = {
     "after ÷ before": "1: the same; 1.5: half as much again.",
     "parameters": "Numbers that training changes: those that take a gradient.",
     "training step": "Forward and backward pass of the whole network in train mode, without an optimizer: the "
-    "fastest of at least three, the two networks taking turns.",
+    "fastest of at least three, the two networks taking turns. On a busy machine no more than a hint.",
     "kept for backward": "Bytes of the activations and statistics that autograd keeps from the forward pass until the "
     "backward pass, parameters not counted: what decides on the batch size that fits.",
     "accuracy": "Share of the validation images that are classified right.",

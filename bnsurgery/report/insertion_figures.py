@@ -85,7 +85,7 @@ def plot_preactivations(
             assert found is not None  # filtered above
             _ridge(axis, row, found, BLUE if panel == "before" else GREEN, normal=panel == "after")
         if panel == "before":
-            _name_rows(axis, views, "before normalization, x (activation units; asinh scale)")
+            _name_rows(axis, views, "before normalization, x (asinh scale)")
             _asinh_axis(axis, reach)
         else:
             _name_rows(axis, views, "normalized: (x − μ)/√(σ² + eps)")
