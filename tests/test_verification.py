@@ -141,3 +141,22 @@ def test_refusals(custom, images):
         verify(custom, broken, [images(2, 32)])
     with pytest.raises(CalibrationError, match="no tensors"):
         verify(lambda x: None, Nothing(), [images(2, 32)])
+
+
+def test_where_the_largest_difference_is():
+    """Over all batches and outputs: image 6 is the third of the second batch."""
+    first, second = torch.zeros(4, 5), torch.zeros(4, 2, 3)
+    calls = iter([0.0, 1.0])
+
+    def candidate(x):
+        found = first.clone(), second.clone()
+        found[1][2, 1, 0] += next(calls)
+        return found
+
+    class Network(nn.Module):
+        def forward(self, x):
+            return candidate(x)
+
+    report = verify(lambda x: (first, second), Network(), [torch.zeros(4, 1)] * 2, drift_batch_sizes=())
+    assert report.worst == (1, 6, 1, 0)
+    assert "at image 6, index [1, 0] of output tensor 1, counted from 0" in str(report)

@@ -84,6 +84,10 @@ def test_page(scheme, chromium, page):
     assert contrast(back, text) > 7  # WCAG 2.2's AAA
     colours = tab.evaluate("[...document.querySelectorAll('figure text')].map(t => getComputedStyle(t).fill)")
     assert set(colours) == {text}  # the figures' words have the page's colour
+    strokes = tab.evaluate(
+        "[...document.querySelectorAll('figure use, figure path')].map(e => getComputedStyle(e).stroke)"
+    )
+    assert text in strokes  # as have their axes
     for on, ink in tab.evaluate(BOXES):
         assert contrast(on, ink) > 4.5  # AA, for small text
     tab.close()
