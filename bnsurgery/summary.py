@@ -38,7 +38,7 @@ class InsertionSummary:
     def __str__(self) -> str:
         rows = [(s.name, s.channels, s.mean, s.std, s.dead) for s in self.sites]
         return table(("site", "channels", "|μ|", "σ", "σ² < eps"), rows) + (
-            "\n|μ|, σ: medians over the channels, in activation units; σ² < eps: dead, or nearly"
+            "\n|μ|, σ: medians over channels, in activation units; σ² < eps: dead, or nearly"
         )
 
     def to_dict(self) -> list[dict[str, Any]]:

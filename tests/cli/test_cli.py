@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -264,15 +265,20 @@ def test_ctrl_c_while_calibrating_writes_nothing(tmp_path, weights):
     # A shell's background jobs ignore SIGINT, and their children do.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from cli import main; main()"
     command = ["insert", "squeezenet1_1", "--weights", weights, "--num-images", "100000", "-o", tmp_path / "out"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    terminal, stderr = os.openpty()  # elsewhere no progress bar is drawn
+    termios.tcsetwinsize(stderr, (24, 80))
+    pipes = {"stdout": subprocess.PIPE, "stderr": stderr}
     with subprocess.Popen([sys.executable, "-c", code, *map(str, command)], cwd=ROOT, **pipes) as process:
+        os.close(stderr)
         seen = b""
         while b"batch" not in seen:  # the progress bar: calibration has begun
-            chunk = os.read(process.stderr.fileno(), 4096)
+            chunk = os.read(terminal, 4096)
             assert chunk, seen.decode()
             seen += chunk
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=60)
+    err = os.read(terminal, 1 << 16)
+    os.close(terminal)
     assert process.returncode == 130, err
     assert b"interrupted; nothing was written" in err
     assert b"Traceback" not in err
