@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -138,12 +139,14 @@ def test_a_non_finite_channel_is_named(images):
         calibrate(model, plan(model, images(2, 8)), [images(2, 8)])
 
 
-def test_progress_goes_to_stderr(custom, images, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_goes_to_stderr_if_that_is_a_terminal(terminal, custom, images, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     calibrate(custom, plan(custom, images(2, 32)), [images(2, 32)], progress=True)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "calibrate" in err
-    assert "0/1" in err
+    assert ("calibrate" in err) == terminal
+    assert ("0/1" in err) == terminal
 
 
 def test_recalibrate_gives_the_population_statistics(custom, images):
