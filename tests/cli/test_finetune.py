@@ -67,8 +67,10 @@ def start(folder, *args, launcher=(), **environment):
     )
 
 
-def test_finetune_predict_and_resume(cli, folder):
-    code, out, err = cli("finetune", *FAST)
+def test_finetune_predict_and_resume(cli, folder, monkeypatch):
+    with monkeypatch.context() as terminal:
+        terminal.setattr(sys.stderr, "isatty", lambda: True)
+        code, out, err = cli("finetune", *FAST)
     assert code == 0, err
     best = "runs/net-images/best.safetensors"
     assert f"Next: bnsurgery predict {best} --model net.py:tiny IMAGE..." in out
@@ -80,8 +82,9 @@ def test_finetune_predict_and_resume(cli, folder):
     assert all(sum(p["probabilities"]) == pytest.approx(1) for p in found)
     code, _, err = cli("finetune", "--resume", "runs/net-images")
     assert code == 1 and "made by running 'net.py:tiny'" in err  # a file must not decide what code is run
-    code, out, _ = cli("finetune", "--resume", "runs/net-images", "--model", "net.py:tiny")
+    code, out, err = cli("finetune", "--resume", "runs/net-images", "--model", "net.py:tiny")
     assert code == 0 and "after 18 steps" in out
+    assert "epoch" not in err  # no bar elsewhere
     code, _, err = cli("finetune", "--resume", "runs/net-images", "--model", "net.py:tiny", "--epochs", 5)
     assert code == 2 and "epochs 3, not 5" in err
     code, _, err = cli("finetune", *FAST)
