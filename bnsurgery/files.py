@@ -1,67 +1,89 @@
 """Writing a file whole or not at all; free of torch, so that a command can check its output early."""
 
+import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
+from .locks import LockedError, locked
+
+_PREFIX = ".bnsurgery-"  # of every lock and temporary file
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     """Give a temporary file to write, and put it at `path` when the block ends without an error.
 
-    Until then an old file at `path` stays as it is, and after any exception nothing is left of the new one. A symbolic
-    link is written through, not replaced.
+    Until then an old file at `path` stays as it is, and after any exception nothing is left of the new one; what a
+    killed process leaves is removed by the next one that writes there. The file is synced to disk before it gets its
+    name, and the directory afterwards. A symbolic link is written through, not replaced.
 
     Args:
         path: where the file shall be.
-        overwrite: whether a file that is there already may be replaced. Where not, one that another process puts there
+        overwrite: whether a file that is there already may be replaced. Where not, one that somebody else puts there
             during the block is kept as well.
 
     Yields:
         An empty hidden file in the same directory; the block writes it, in place or by a rename over it.
 
     Raises:
-        CheckpointError: the file cannot be written: it exists, the disk is full, a directory is missing, ...
+        CheckpointError: the file cannot be written: it exists, another process is writing it, the disk is full, a
+            directory is missing, ...
     """
     target = _target(path, overwrite=overwrite)
     try:
-        with _temporary_beside(target) as temporary:
+        with _alone(target), _temporary_beside(target) as temporary:
             mode = temporary.stat().st_mode  # what the umask grants
             yield temporary
             temporary.chmod(mode)  # safetensors writes files that only their owner can read
             _sync(temporary)
-            if not overwrite:
-                # Claims the name: fails if it was taken meanwhile, also on file systems without hard links.
-                os.close(os.open(target, os.O_CREAT | os.O_EXCL))
-            temporary.replace(target)
-            with suppress(OSError):  # some file systems cannot sync a directory; the file is in place by now
-                _sync(target.parent)
+            _put(temporary, target, overwrite)
+            _sync_directory(target.parent)
     except FileExistsError:
         raise _exists(target) from None
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk and the like in its own error
         raise _unwritable(target, error) from error
 
 
-def check_writable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Find out whether `atomic_write` can work here, before hours are spent on what it shall write.
+@contextmanager
+def claimed(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[None]:
+    """Make sure that `atomic_write` can work here, and keep every other process from it until the block ends.
+
+    For the hours that are spent on what shall be written.
 
     Raises:
-        CheckpointError: `path` exists and may not be replaced, is no regular file, or its directory is missing or takes
-            no new file. The permission bits do not tell that (root, read-only mounts), so one is created and removed.
+        CheckpointError: `path` exists and may not be replaced, is no regular file, another process has claimed it, or
+            its directory is missing or takes no new file. The permission bits do not tell that (root, read-only
+            mounts), so one is created and removed.
     """
     target = _target(path, overwrite=overwrite)
-    try:
-        with _temporary_beside(target):
-            pass
-    except OSError as error:
-        raise _unwritable(target, error) from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_alone(target))
+            with _temporary_beside(target):
+                pass
+        except OSError as error:
+            raise _unwritable(target, error) from error
+        yield
+
+
+def check_writable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Find out whether `atomic_write` can work here.
+
+    Raises:
+        CheckpointError: as `claimed`.
+    """
+    with claimed(path, overwrite=overwrite):
+        pass
 
 
 def _target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -86,10 +108,72 @@ def _target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     return target
 
 
+def make_folder(directory: str | os.PathLike[str]) -> Path:
+    """The folder, made where it is missing, and synced.
+
+    Raises:
+        CheckpointError: it cannot be.
+    """
+    folder = Path(directory)
+    try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            _sync_directory(made.parent)
+    except OSError as error:
+        raise CheckpointError(f"write: '{folder}': {error.strerror}: name another folder") from error
+    return folder
+
+
+@contextmanager
+def only_process_in(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes from this folder until the block ends; what killed ones left half-written is removed.
+
+    Raises:
+        CheckpointError: one is in it, named with its process id.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder.resolve() / f"{_PREFIX}folder.lock"))
+            _tidy(folder)
+        except LockedError as error:
+            raise CheckpointError(
+                f"{what} '{folder}': {error} is at work in it. Wait until it is done or stop it, or name another "
+                "--output."
+            ) from None
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        yield
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Hold the lock of `target`; what a killed process left of it is removed."""
+    try:
+        with locked(_lock_of(target)) as first:
+            if first:
+                _remove_temporaries(_lock_of(target))
+            yield
+    except LockedError as error:
+        raise CheckpointError(
+            f"write: '{target}': {error} is writing it. Wait until it is done, or choose another place."
+        ) from None
+
+
+def _lock_of(target: Path) -> Path:
+    # A digest, because a name may be as long as names can be.
+    return target.with_name(f"{_PREFIX}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}.lock")
+
+
+def _remove_temporaries(lock: Path) -> None:
+    for leftover in lock.parent.glob(f"{lock.stem}-*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def _temporary_beside(target: Path) -> Iterator[Path]:
     """An empty hidden file in the directory of `target`, gone afterwards unless it was renamed."""
-    temporary = target.with_name(f".bnsurgery-{uuid4().hex}.tmp")
+    temporary = target.with_name(f"{_lock_of(target).stem}-{uuid4().hex[:8]}.tmp")
     # Not tempfile: its files stay unreadable for everyone else, whatever the umask.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666))
     try:
@@ -98,11 +182,29 @@ def _temporary_beside(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(*directories: Path) -> None:
-    """Delete what `atomic_write` left in these directories when its process was killed; nobody else may be writing."""
-    for directory in directories:
-        for leftover in directory.glob(".bnsurgery-*.tmp"):
-            leftover.unlink(missing_ok=True)
+def _tidy(folder: Path) -> None:
+    """Remove what killed processes left of any file in `folder` and its folders; what another is writing stays."""
+    for pattern in (f"{_PREFIX}*.lock", f"*/{_PREFIX}*.lock"):
+        for lock in folder.resolve().glob(pattern):
+            with suppress(LockedError), locked(lock):
+                _remove_temporaries(lock)
+
+
+def _put(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Give the file its name, in one step.
+
+    Raises:
+        FileExistsError: the name was taken meanwhile.
+    """
+    if not overwrite:
+        try:
+            return os.link(temporary, target)  # fails where something is, which a rename does not
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+        if target.exists():
+            raise FileExistsError
+    temporary.replace(target)
 
 
 def _sync(path: Path) -> None:
@@ -111,6 +213,15 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    """So that the name survives a power failure; some file systems cannot."""
+    try:
+        _sync(path)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def _exists(target: Path) -> CheckpointError:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import image_size_option, load_checkpoint, model_option, output_options, print_options, show
+from .options import claim, image_size_option, load_checkpoint, model_option, output_options, print_options, show
 
 _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
 
@@ -41,13 +41,13 @@ def command(
     """  # noqa: D301 (the \b is click's: leave the lines as they are)
     import torch
 
-    from bnsurgery import files, pretrained
+    from bnsurgery import pretrained
     from bnsurgery.exporting import SUFFIXES, export
     from bnsurgery.surgery_record import record
 
     output = output or Path(f"{file.stem.removesuffix('-bn')}-{to}{SUFFIXES[to]}")
     bn_model = load_checkpoint(file, model)
-    files.check_writable(output, overwrite=force)
+    claim(output, force)
     example = None
     if image_size is not None:
         channels = len(pretrained.preprocessing_of(record(bn_model), bn_model, image_size).mean)

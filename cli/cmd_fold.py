@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import load_checkpoint, model_option, output_options, print_options, show
+from .options import claim, load_checkpoint, model_option, output_options, print_options, show
 
 
 @click.command("fold")
@@ -21,13 +21,12 @@ def command(file: Path, model: str | None, output: Path | None, force: bool, as_
     folds back to the bits it started from; a trained one to the same function within 1e-5. Other formats: `bnsurgery
     export`.
     """
-    from bnsurgery import files
     from bnsurgery.exporting import export
     from bnsurgery.surgery_record import record
 
     output = output or Path(f"{file.stem.removesuffix('-bn')}-folded.safetensors")
     bn_model = load_checkpoint(file, model)
-    files.check_writable(output, overwrite=force)
+    claim(output, force)
     result = export(bn_model, output, to="state-dict", overwrite=force)
     done = record(bn_model)
     text = (

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .options import (
+    claim,
     data_options,
     model_option,
     named,
@@ -72,7 +73,7 @@ def command(
     """
     import torch
 
-    from bnsurgery import checkpoint, files, lrn, models, pretrained
+    from bnsurgery import checkpoint, lrn, models, pretrained
     from bnsurgery.batches import Inputs
     from bnsurgery.calibration import calibrate
     from bnsurgery.copies import on_meta, sharing_tensors
@@ -98,7 +99,7 @@ def command(
     if own:
         source = pretrained.load_own(name, weights, image_size=image_size, normalize=normalize, seed=seed)
     architecture = None if own else models.architecture(name)
-    files.check_writable(output, overwrite=force)
+    claim(output, force)
     reporting = check_report(page, plot, force, output, weights)
     if architecture is not None:
         source = pretrained.load(architecture, weights, image_size=image_size, seed=seed, progress=loud)

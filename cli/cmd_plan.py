@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import image_size_option, model_option, named, print_options, show, sites_options
+from .options import claim, image_size_option, model_option, named, print_options, show, sites_options
 
 
 @click.command("plan")
@@ -45,7 +45,7 @@ def command(
         return
     for file in (dot, svg):
         if file is not None:
-            files.check_writable(file, overwrite=force)
+            claim(file, force)
     if own:
         weights = "random" if name.startswith("timm:") else "DEFAULT"
         found = pretrained.load_own(name, weights, image_size=image_size or _SIDE)

@@ -97,6 +97,13 @@ def output_options(help: str) -> Callable[[F], F]:
     )
 
 
+def claim(output: Path, force: bool) -> None:
+    """Make sure that `output` can be written, and keep other processes from it until the command is done."""
+    from bnsurgery.files import claimed
+
+    click.get_current_context().with_resource(claimed(output, overwrite=force))
+
+
 # How to report.
 print_options = _together(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),

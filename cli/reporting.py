@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .options import claim
+
 if TYPE_CHECKING:
     from bnsurgery.report import Report
 
@@ -43,8 +45,8 @@ def check_report(page: Path | None, plot: Path | None, force: bool, *others: str
         BNSurgeryError: matplotlib or Jinja is not installed.
     """
     from bnsurgery.errors import CheckpointError
-    from bnsurgery.files import check_writable
-    from bnsurgery.report.page import make_folder, require_libraries
+    from bnsurgery.files import check_writable, make_folder
+    from bnsurgery.report.page import require_libraries
 
     if page is None and plot is None:
         return False
@@ -61,7 +63,7 @@ def check_report(page: Path | None, plot: Path | None, force: bool, *others: str
             raise CheckpointError(f"write: '{page}': this command needs that file itself: give the report another name")
         if page.parent.resolve() in places:
             make_folder(page.parent)
-        check_writable(page, overwrite=force)
+        claim(page, force)
     return True
 
 

@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from bnsurgery import checkpoint
 from bnsurgery.errors import BNSurgeryError, CheckpointError
-from bnsurgery.files import atomic_write, remove_temporaries
+from bnsurgery.files import atomic_write, make_folder, only_process_in
 from bnsurgery.report import plot_curves
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.surgery_record import carries_record
@@ -80,22 +81,23 @@ class RunDirectory:
         """Everything that is needed to go on."""
         return self.path / "last" / "state.pt"
 
-    def prepare(self, *, new: bool) -> None:
-        """Make the directory, or tidy up what a killed run left half-written in it.
+    @contextmanager
+    def alone(self, *, new: bool) -> Iterator[None]:
+        """Make the directory, and keep other processes from it until the block ends.
+
+        What a killed run left half-written is removed.
 
         Raises:
-            BNSurgeryError: a run is in it already, or it cannot be made.
+            BNSurgeryError: a run is in it already, or another process is, or it cannot be made.
         """
         if new and (self.path / "config.json").exists():
             raise BNSurgeryError(
                 f"run '{self.path}': a run is there already. Go on with it (--resume {self.path}) "
                 "or name another --output."
             )
-        try:
-            self.last.parent.mkdir(parents=True, exist_ok=True)
-            remove_temporaries(self.path, self.last.parent)
-        except OSError as error:
-            raise BNSurgeryError(f"run '{self.path}': {error.strerror}: name another --output.") from error
+        make_folder(self.last.parent)
+        with only_process_in(self.path, "run"):
+            yield
 
     def write_config(self, config: Config, data: Fingerprint) -> None:
         """config.json: the configuration, and what the data is known by."""

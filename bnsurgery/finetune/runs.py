@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from .datasets import Data, Fingerprint
 from .run_directory import Resolved, Row, RunDirectory
 from .setup import build, forked_random, load_data, processes
 from .stopping import listening
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,26 @@ def _train(
     show: bool,
 ) -> Result:
     accelerator = processes(config)
+    show = show and accelerator.is_main_process
+    if directory is None or not accelerator.is_main_process:
+        return _train_alone(config, accelerator, directory, model, data, before, show)
+    with directory.alone(new=before is None):
+        return _train_alone(config, accelerator, directory, model, data, before, show)
+
+
+def _train_alone(
+    config: Config,
+    accelerator: "Accelerator",
+    directory: RunDirectory | None,
+    model: nn.Module | None,
+    data: Data | None,
+    before: Fingerprint | None,
+    show: bool,
+) -> Result:
     from .loop import Trainer  # these two need accelerate, whose absence has been reported by now
     from .rate_range import find_rate
 
-    show = show and accelerator.is_main_process
     state = None
-    if directory is not None and accelerator.is_main_process:
-        directory.prepare(new=before is None)
     data = data or load_data(config, show)
     if before is not None:
         _refuse_other_data(before, data.fingerprint)

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError
-from bnsurgery.files import atomic_write
+from bnsurgery.files import atomic_write, make_folder, only_process_in
 from bnsurgery.report import plot_comparison
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.typed_json import parse
@@ -71,31 +71,15 @@ def compare(
     if processes(config).num_processes > 1:
         raise BNSurgeryError("compare: every trial is one process: start it without torchrun or accelerate launch")
     data = data or load_data(config, show)
-    directory = Path(config.output)
-    _claim(directory, config, asdict(data.fingerprint))
-    wanted = [(arm, lr, seed) for seed in range(seeds) for lr in rates for arm in arms]
-    finished: dict[tuple[str, float, int], Trial] = {}
-    pending = []
-    for key in wanted:
-        path = _path(directory, key)
-        if path.exists():
-            finished[key] = _read(path)
-        else:
-            pending.append((key, trial_config(config, *key)))
-    with tqdm(
-        total=len(wanted), initial=len(finished), desc="compare", unit="trial", disable=None if show else True
-    ) as bar:
-        for key, trial in _run_all(pending, model, data, jobs):
-            _write(_path(directory, key), json.dumps(asdict(trial)))
-            finished[key] = trial
-            if show:
-                end = f"{100 * trial.rows[-1].val_accuracy:.2f} %" if not trial.diverged else "diverged"
-                tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
-            bar.update()
-    name = config.source or config.model or type(model).__name__
-    result = Comparison(f"{name} on {data.description}", tuple(finished[key] for key in wanted))
-    _write(directory / "comparison.json", json.dumps(result.to_dict(), indent=1))
-    write_figure(plot_comparison(result), directory / "comparison.png")
+    directory = make_folder(config.output)
+    with only_process_in(directory, "compare"):
+        _claim(directory, config, asdict(data.fingerprint))
+        wanted = [(arm, lr, seed) for seed in range(seeds) for lr in rates for arm in arms]
+        finished = _finish(directory, config, wanted, model, data, jobs, show)
+        name = config.source or config.model or type(model).__name__
+        result = Comparison(f"{name} on {data.description}", tuple(finished[key] for key in wanted))
+        _write(directory / "comparison.json", json.dumps(result.to_dict(), indent=1))
+        write_figure(plot_comparison(result), directory / "comparison.png")
     return result
 
 
@@ -120,6 +104,37 @@ def run_trial(key: tuple[str, float, int], config: Config, model: nn.Module | No
     except DivergedError as error:
         return Trial(*key, "", str(error), (), time.perf_counter() - start)
     return Trial(*key, result.resolved.statistics, None, result.rows, time.perf_counter() - start)
+
+
+def _finish(
+    directory: Path,
+    config: Config,
+    wanted: Sequence[Key],
+    model: nn.Module | None,
+    data: Data,
+    jobs: int | None,
+    show: bool,
+) -> dict[Key, Trial]:
+    """All trials, of which those that `directory` holds are read, and the others run and written there."""
+    finished: dict[Key, Trial] = {}
+    pending = []
+    for key in wanted:
+        path = _path(directory, key)
+        if path.exists():
+            finished[key] = _read(path)
+        else:
+            pending.append((key, trial_config(config, *key)))
+    with tqdm(
+        total=len(wanted), initial=len(finished), desc="compare", unit="trial", disable=None if show else True
+    ) as bar:
+        for key, trial in _run_all(pending, model, data, jobs):
+            _write(_path(directory, key), json.dumps(asdict(trial)))
+            finished[key] = trial
+            if show:
+                end = f"{100 * trial.rows[-1].val_accuracy:.2f} %" if not trial.diverged else "diverged"
+                tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
+            bar.update()
+    return finished
 
 
 def _run_all(
@@ -200,10 +215,7 @@ def _claim(directory: Path, config: Config, data: dict[str, Any]) -> None:
     shared = {name: value for name, value in asdict(config).items() if name not in _VARIED}
     mine = json.loads(json.dumps({"config": shared, "data": data}))
     path = directory / "shared.json"
-    try:
-        (directory / "trials").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BNSurgeryError(f"compare: '{directory}': {error.strerror}: name another --output") from error
+    make_folder(directory / "trials")
     if not path.exists():
         return _write(path, json.dumps(mine, indent=1))
     theirs = _load(path)

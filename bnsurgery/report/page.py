@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bnsurgery
-from bnsurgery.errors import BNSurgeryError, CheckpointError
-from bnsurgery.files import atomic_write, check_writable
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.files import atomic_write, check_writable, make_folder
 from bnsurgery.tables import cell_text, is_number
 
 from .glossary import TERMS
@@ -132,20 +132,6 @@ def require_libraries() -> None:
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         raise BNSurgeryError(f"report: needs {' and '.join(missing)}: pip install 'bnsurgery[report]'")
-
-
-def make_folder(directory: str | Path) -> Path:
-    """The folder, made where it is missing.
-
-    Raises:
-        CheckpointError: it cannot be.
-    """
-    folder = Path(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"write: '{folder}': {error.strerror}: name another folder") from error
-    return folder
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
