@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,6 +126,23 @@ def write_tensors(
         )
     with atomic_write(path, overwrite=overwrite) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def torch_save(state: Mapping[str, Any], temporary: Path) -> None:
+    """`torch.save` into the file that `atomic_write` gave.
+
+    Not by its name, which torch would write into the file: equal states give equal bytes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # how torch reports that a write failed, the last ones when it tidies up
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) -> nn.Module:

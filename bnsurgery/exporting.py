@@ -20,7 +20,7 @@ from torchvision import models
 
 from . import pretrained
 from .batches import Inputs, join, outputs, placed
-from .checkpoint import current_record
+from .checkpoint import current_record, torch_save
 from .copies import on_meta
 from .errors import ExportError
 from .files import atomic_write
@@ -219,7 +219,7 @@ def _write_state(job: _Written) -> None:
     state = job.network.state_dict().items()
     tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in state}
     if job.suffix in _PICKLES:
-        torch.save(tensors, job.temporary)
+        torch_save(tensors, job.temporary)
     else:
         save_file(tensors, job.temporary, metadata={"format": "pt"})
 

@@ -51,7 +51,7 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
     except FileExistsError:
         raise _exists(target) from None
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk and the like in its own error
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def claimed(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[None]:
             with _temporary_beside(target):
                 pass
         except OSError as error:
-            raise _unwritable(target, error) from error
+            raise unwritable(target, error) from error
         yield
 
 
@@ -98,7 +98,7 @@ def _target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
             ) from None
         return target
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
     if stat.S_ISDIR(mode):
         raise CheckpointError(f"write: '{target}': got a directory, expected a file name. Name a file inside it.")
     if not stat.S_ISREG(mode):  # renaming over /dev/null would destroy the device
@@ -142,7 +142,7 @@ def only_process_in(folder: Path, what: str) -> Iterator[None]:
                 "--output."
             ) from None
         except OSError as error:
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
         yield
 
 
@@ -179,7 +179,8 @@ def _temporary_beside(target: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # mostly it was renamed; on a broken disk, the error to report is another
+            temporary.unlink()
 
 
 def _tidy(folder: Path) -> None:
@@ -230,6 +231,7 @@ def _exists(target: Path) -> CheckpointError:
     )
 
 
-def _unwritable(target: Path, error: Exception) -> CheckpointError:
+def unwritable(target: Path, error: Exception) -> CheckpointError:
+    """What went wrong in writing, in words."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return CheckpointError(f"write: '{target}': {reason}. Choose another place, or make room or permission there.")

@@ -60,7 +60,8 @@ def locked(path: Path) -> Iterator[bool]:
         with _mutex:
             _held[key].times -= 1
             if not _held[key].times:
-                path.unlink(missing_ok=True)  # before the lock goes: afterwards it may be another's
+                with suppress(OSError):  # a disk that has become read-only; the file alone is no lock
+                    path.unlink()  # before the lock goes: afterwards it may be another's
                 os.close(_held.pop(key).descriptor)
 
 

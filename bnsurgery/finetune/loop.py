@@ -85,6 +85,8 @@ class Trainer:
         Raises:
             Interrupted: `stop` was asked for; the run is saved.
             DivergedError: see there; nothing is saved any more, so what was saved before stays.
+            DataError: an image is damaged, or a process that reads them died; the run is saved.
+            CheckpointError: a file cannot be written; what was saved before stays.
         """
         self.objective.train()
         while self.step < self.steps:
@@ -93,11 +95,18 @@ class Trainer:
             with self._bar(epoch) as bar:
                 try:
                     self._train_epoch(bar, stop)
-                except DataError:
+                except DataError as error:
+                    self._look(bar)
                     if stop.signum:  # it killed the processes that read images, too
-                        self._look(bar)
                         self._save_if_due(stop, validated=False)
-                    raise
+                    if self.directory is None or self.accelerator.num_processes > 1:  # the other ranks are elsewhere
+                        raise
+                    self.save()
+                    raise DataError(f"{error} Saved at step {self.step} of {self.steps}. {self._go_on()}") from error
+                except CheckpointError as error:
+                    if self.directory is None or not self.directory.last.exists():
+                        raise
+                    raise CheckpointError(f"{error} The checkpoint before is intact. {self._go_on()}") from error
 
     def _train_epoch(self, bar: Any, stop: StopRequest) -> None:
         for images, labels in self.setup.train:
@@ -245,10 +254,7 @@ class Trainer:
             self.save()
         if signum and self.step < self.steps:
             where = f"at step {self.step} of {self.steps}"
-            advice = "not saved"
-            if self.directory is not None:
-                code = f" --model {self.config.model}" if self.config.model else ""
-                advice = f"saved. Go on with: bnsurgery finetune --resume {quote(str(self.directory.path))}{code}"
+            advice = "not saved" if self.directory is None else f"saved. {self._go_on()}"
             raise Interrupted(f"finetune: stopped by {signal.Signals(signum).name} {where}; {advice}", signum)
 
     def save(self) -> None:
@@ -320,6 +326,11 @@ class Trainer:
             f"finetune: diverged at step {step} (epoch {math.ceil(step / self.steps_per_epoch)}), peak learning rate "
             f"{rate:.3g}: {what}.{kept} Try --lr {rate / 3:.1g} or --clip 1, with another --output."
         )
+
+    def _go_on(self) -> str:
+        assert self.directory is not None
+        code = f" --model {quote(self.config.model)}" if self.config.model else ""
+        return f"Go on with: bnsurgery finetune --resume {quote(str(self.directory.path))}{code}"
 
     def _restart_clock(self) -> None:
         self._clock, self._timed = time.perf_counter(), 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from bnsurgery.typed_json import parse
 
 from .config import Config
 from .datasets import Fingerprint
+
+if TYPE_CHECKING:
+    from .events import EventFile
 
 _VERSION = 1
 
@@ -69,7 +72,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._events: Any = None  # TensorBoard's writer, from the first event on
+        self._events: EventFile | None = None  # from the first on
 
     @property
     def best(self) -> Path:
@@ -123,13 +126,7 @@ class RunDirectory:
     def save_state(self, state: dict[str, Any]) -> None:
         """last/state.pt: tensors, numbers and text in one file, so that it is always of one moment."""
         with atomic_write(self.last, overwrite=True) as temporary:
-            try:
-                torch.save({**state, "version": _VERSION}, temporary)
-            except RuntimeError as error:  # how torch reports a full disk
-                raise CheckpointError(
-                    f"write: '{self.last}': {str(error).splitlines()[0]}. Is the disk full? "
-                    "The checkpoint before is intact."
-                ) from error
+            checkpoint.torch_save({**state, "version": _VERSION}, temporary)
 
     def load_state(self) -> dict[str, Any] | None:
         """What `save_state` wrote last; None where the run did not get that far.
@@ -155,24 +152,15 @@ class RunDirectory:
             checkpoint.save(best, self.best, overwrite=True)
         self._write_metrics(rows)
         write_figure(plot_curves(rows), self.path / "curves.png")
-        self._write_events(rows)
+        self._write_events(rows[-1])
 
-    def _write_events(self, rows: Sequence[Row]) -> None:
-        """The last row as TensorBoard's events; what a killed run wrote beyond its checkpoint is purged."""
-        from torch.utils.tensorboard import SummaryWriter
+    def _write_events(self, row: Row) -> None:
+        from .events import EventFile  # needs TensorBoard
 
-        row = rows[-1]
         if self._events is None:
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=row.step)
-        for name, value in asdict(row).items():
-            if name not in ("epoch", "step"):
-                self._events.add_scalar(name.replace("_", "/", 1), value, row.step)
-        self._events.flush()
-
-    def close(self) -> None:
-        """Nothing more is logged."""
-        if self._events is not None:
-            self._events.close()
+            self._events = EventFile(self.path / "tensorboard", row.step)
+        scalars = {name.replace("_", "/", 1): value for name, value in asdict(row).items()}
+        self._events.add({name: value for name, value in scalars.items() if name not in ("epoch", "step")}, row.step)
 
     def _write_metrics(self, rows: Sequence[Row]) -> None:
         text = io.StringIO()

@@ -179,12 +179,8 @@ def _train_alone(
             if before is not None and state is None:
                 print("resume       no checkpoint was saved yet: from the beginning")
             print("\n".join([*setup.facts, f"peak rate    {setup.resolved.lr:.3g}{how}"]), flush=True)
-        try:
-            with listening() as stop:
-                trainer.fit(stop)
-        finally:
-            if directory is not None:
-                directory.close()
+        with listening() as stop:
+            trainer.fit(stop)
     return Result(directory.path if directory else None, tuple(trainer.rows), setup.resolved)
 
 

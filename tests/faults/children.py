@@ -1,0 +1,163 @@
+"""Run the command line in a forked child that can be killed, or whose files can be made to fail."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import shim
+
+PATIENCE = 120  # seconds until a child counts as hanging
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a child.
+
+    Attributes:
+        kind: for the table.
+        call: number of the file-changing call that is hit, 0 for none.
+        error: errno of that call, 0 to be killed in it.
+        lasting: whether all later ones fail, too.
+        seconds: after which it is killed, None for not.
+    """
+
+    kind: str = ""
+    call: int = 0
+    error: int = 0
+    lasting: bool = False
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended.
+
+    Attributes:
+        code: exit status, negative for a signal; None where it hung.
+        output: stdout and stderr.
+        calls: file-changing calls it made; None where it was killed.
+        phase: what it was doing last, as it said itself.
+        seconds: how long it ran.
+    """
+
+    code: int | None
+    output: str
+    calls: int | None
+    phase: str
+    seconds: float
+
+    @property
+    def killed(self) -> bool:
+        return self.code == -signal.SIGKILL
+
+
+def command(folder: Path, args: list[str], fault: Fault = Fault()) -> Outcome:
+    """`bnsurgery ARGS` in `folder`."""
+
+    def work(say: Callable[[str], None]) -> None:
+        from bnsurgery.cli import main
+
+        _announce_phases(say)
+        shim.arm(folder, fault.call, fault.error, fault.lasting)
+        main(args)
+
+    return _fork(folder, work, fault)
+
+
+def call(folder: Path, function: Callable[[], Any]) -> Any:
+    """What `function` returns in a child: torch must compute nothing in a process that is forked later."""
+    result = folder.parent / "result.json"
+
+    def work(say: Callable[[str], None]) -> None:
+        result.write_text(json.dumps(function()))
+
+    outcome = _fork(folder, work, Fault())
+    if outcome.code != 0:
+        raise AssertionError(outcome.output)
+    return json.loads(result.read_text())
+
+
+def _announce_phases(say: Callable[[str], None]) -> None:
+    """Let a fine-tuning run say when it trains, validates and saves."""
+    from bnsurgery.finetune.loop import Trainer
+
+    def announced(name: str, phase: str) -> None:
+        method = getattr(Trainer, name)
+
+        def announcing(*args: Any, **kwargs: Any) -> Any:
+            say(phase)
+            return method(*args, **kwargs)
+
+        setattr(Trainer, name, announcing)
+
+    announced("train_step", "epoch")
+    announced("_validate", "validation")
+    announced("save", "checkpoint")
+
+
+def say(pipe: int, what: str) -> None:
+    """Tell the parent a line."""
+    os.write(pipe, f"{what}\n".encode())
+
+
+def _fork(folder: Path, work: Callable[[Callable[[str], None]], None], fault: Fault) -> Outcome:
+    log = folder.parent / "log.txt"
+    reading, writing = os.pipe()
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            os.close(reading)
+            os.chdir(folder)
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            try:
+                work(lambda phase: say(writing, phase))
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 0
+            say(writing, f"calls {shim.calls()}")
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(writing)
+    said, status = _wait(child, reading, start, fault.seconds)
+    os.close(reading)
+    lines = said.split()
+    code = None if status is None else os.waitstatus_to_exitcode(status)
+    calls = int(lines[-1]) if "calls" in lines else None
+    phases = [line for line in lines if not line.isdigit() and line != "calls"]
+    output = log.read_text(errors="replace")
+    return Outcome(code, output, calls, phases[-1] if phases else "start", time.monotonic() - start)
+
+
+def _wait(child: int, reading: int, start: float, seconds: float | None) -> tuple[str, int | None]:
+    """What the child said, and its status; None where it had to be killed for hanging."""
+    os.set_blocking(reading, False)
+    said = b""
+    hung = False
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        with suppress(BlockingIOError):
+            said += os.read(reading, 1 << 16)
+        if done:
+            return said.decode(), None if hung else status
+        passed = time.monotonic() - start
+        hung = hung or passed > PATIENCE
+        if hung or (seconds is not None and passed > seconds):
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
