@@ -26,7 +26,7 @@ class _Held:
     times: int = 0
 
 
-_held: dict[tuple[int, Path], _Held] = {}  # by process: a forked child inherits this dict, but not the locks
+_held: dict[Path, _Held] = {}
 _mutex = threading.Lock()
 
 
@@ -34,9 +34,9 @@ _mutex = threading.Lock()
 def locked(path: Path) -> Iterator[bool]:
     """Hold the lock file `path` until the block ends; within one process as often as wanted.
 
-    A POSIX record lock, which works between the hosts of a network file system, too. The file says who holds it and is
-    removed in the end; one that a killed process left behind is taken over. Where the file system has no locks, nothing
-    is locked.
+    The system's lock (flock), which works between the hosts of most network file systems, too. The file says who holds
+    it and is removed in the end; one that a killed process left behind is taken over. Where the file system has no
+    locks, nothing is locked. A forked child does not hold what its parent holds.
 
     Args:
         path: of the lock file, its directory without links.
@@ -48,21 +48,31 @@ def locked(path: Path) -> Iterator[bool]:
         LockedError: another process holds it.
         OSError: the file cannot be made.
     """
-    key = os.getpid(), path
     with _mutex:
-        first = key not in _held
-        if first:
-            _held[key] = _Held(_acquire(path))
-        _held[key].times += 1
+        first = path not in _held
+        held = _Held(_acquire(path)) if first else _held[path]
+        _held[path] = held
+        held.times += 1
     try:
         yield first
     finally:
         with _mutex:
-            _held[key].times -= 1
-            if not _held[key].times:
+            held.times -= 1
+            if not held.times and _held.get(path) is held:  # else this is a child that was forked in the block
                 with suppress(OSError):  # a disk that has become read-only; the file alone is no lock
                     path.unlink()  # before the lock goes: afterwards it may be another's
-                os.close(_held.pop(key).descriptor)
+                os.close(_held.pop(path).descriptor)
+
+
+def _let_go_in_child() -> None:
+    """Or a data loader's worker would go on holding the lock when its parent was killed."""
+    global _mutex
+    _mutex = threading.Lock()
+    while _held:
+        os.close(_held.popitem()[1].descriptor)
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _acquire(path: Path) -> int:
@@ -70,7 +80,7 @@ def _acquire(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
