@@ -118,12 +118,14 @@ def test_a_forked_child_does_not_hold_what_its_parent_holds(tmp_path):
         "            except LockedError as error: print(error, flush=True)\n"
         "            time.sleep(seconds); os._exit(0)\n"
         "        if not seconds: os.wait()\n"
-        "    os._exit(9)\n"  # as if killed: the second child lives on
+        "    sys.stdin.readline(); os._exit(9)\n"  # as if killed: the second child lives on
     )
     command = [sys.executable, "-c", script, tmp_path / "lock"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as parent:
         try:
             assert [parent.stdout.readline().split(" on ")[0] for _ in range(2)] == [f"process {parent.pid}"] * 2
+            parent.stdin.close()
             assert parent.wait() == 9
             with locked(tmp_path / "lock") as first:
                 assert first
