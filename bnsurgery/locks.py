@@ -81,19 +81,23 @@ def _acquire(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return descriptor
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
             raise LockedError(holder) from None
         except OSError as error:
-            if error.errno in _UNSUPPORTED:
-                return descriptor
-            os.close(descriptor)
-            raise
+            if error.errno not in _UNSUPPORTED:
+                os.close(descriptor)
+                raise
+        if _is_at(descriptor, path):
+            try:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            except OSError:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+                raise
+            return descriptor
         os.close(descriptor)  # its holder removed it while we were waiting: that file is nobody's any more
 
 

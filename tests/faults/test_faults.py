@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(("command", "kills", "errors"), [("insert", 32, 3), ("fold", 32, 3), ("finetune", 16, 2)])
+@pytest.mark.parametrize(("command", "kills", "errors"), [("insert", 48, 4), ("fold", 80, 15), ("finetune", 16, 2)])
 def test_nothing_is_lost(command, kills, errors):
     args = ["--only", command, "--kills", str(kills), "--errors", str(errors)]
     done = subprocess.run(

@@ -73,13 +73,14 @@ class OneFile:
         if with_old:
             target.write_bytes(OLD)
         old = workspace.digest(target)
-        outcome = children.command(folder, self.args, fault)
+        args = self.args if with_old else [word for word in self.args if word != "--force"]
+        outcome = children.command(folder, args, fault)
         line.trials += 1
         line.check_end(outcome, fault)
         found = workspace.digest(target)
         end = "new" if found == self.new else "old" if found == old else "broken"
         line.ends[end] += 1
-        where = f"{fault.kind}, call {fault.call} of {self.calls}"
+        where = f"{fault.kind}, call {fault.call} of {self.calls}, {'with' if with_old else 'no'} file before"
         line.check(end != "broken", f"{where}: the file is broken")
         line.check(outcome.killed or bool(outcome.code) or end == "new", f"{where}: exit status 0, but no new file")
         if fault.error and fault.error != errno.EROFS:
