@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from bnsurgery.cli import main
 from bnsurgery.errors import CheckpointError
 from bnsurgery.files import atomic_write, claimed, only_process_in
 from bnsurgery.locks import locked
@@ -150,3 +151,13 @@ def test_threads_share_it_until_the_last_is_done(tmp_path):
     for thread in threads:
         thread.join()
     assert names(tmp_path) == []
+
+
+def test_a_command_is_refused_before_it_works(tmp_path, capfd):
+    """Not after an hour of calibration."""
+    target = tmp_path / "out.safetensors"
+    with another_process("claimed(sys.argv[1], overwrite=True)", target) as process:
+        with pytest.raises(SystemExit, match="1"):
+            main(["insert", "squeezenet1_1", "--weights", "random", "-o", str(target)])
+        assert f"process {process.pid} on" in capfd.readouterr().err
+    assert not target.exists()

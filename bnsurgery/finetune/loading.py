@@ -6,6 +6,7 @@ same to the bit, and several processes the same as one.
 
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -118,7 +119,7 @@ class Loader:
             DataError: an image is damaged, or a worker died.
         """
         try:
-            yield from self._loader
+            yield from _started(self._loader)
         except DataError as error:  # from a worker it comes with the worker's traceback
             raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
         except RuntimeError as error:
@@ -128,6 +129,19 @@ class Loader:
                 f"images: a process that reads them died ({str(error).splitlines()[0]}). If memory ran out, use "
                 "--num-workers 0 or a smaller --batch-size."
             ) from error
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """A pass over `loader`, which learns of a dead worker when it wants something of it.
+
+    Torch's handler of SIGCHLD raises at once, wherever the process is: between two assignments, or writing a file.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    return iterator
 
 
 def plain_loader(

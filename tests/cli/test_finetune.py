@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -229,3 +230,52 @@ def _rows(run):
 
     with (run / "metrics.csv").open() as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_a_run_belongs_to_one_process_and_to_the_next_as_soon_as_it_is_killed(folder, cli):
+    """A process that reads images outlives its killed parent by seconds, but does not keep the run."""
+    endless = [
+        *FAST[:-6],
+        "--num-workers",
+        "1",
+        "--lr",
+        "0.1",
+        "--device",
+        "cpu",
+        "--epochs",
+        "20000",
+        "--save-every",
+        "0",
+    ]
+    first = start(folder, "finetune", *endless)
+    run = folder / "runs" / "net-images"
+    wait_for((run / "last" / "state.pt").exists, first)
+    resume = ("finetune", "--resume", "runs/net-images", "--model", "net.py:tiny")
+    for args in (resume, ("finetune", *endless)):
+        code, _, err = cli(*args)
+        assert code == 1
+        assert f"process {first.pid} on" in err or "a run is there already" in err
+    readers = psutil.Process(first.pid).children()
+    assert readers
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    step = torch.load(run / "last" / "state.pt", weights_only=True)["step"]
+    second = start(folder, *resume)
+    wait_for(lambda: torch.load(run / "last" / "state.pt", weights_only=True)["step"] > step, second)
+    second.send_signal(signal.SIGTERM)
+    _, err = second.communicate()
+    assert second.returncode == 143, err
+
+
+def test_when_a_process_that_reads_images_dies_nothing_is_lost(folder):
+    args = [*FAST[:-6], "--num-workers", "1", "--lr", "0.1", "--device", "cpu", "--epochs", "20000"]
+    run = start(folder, "finetune", *args)
+    wait_for((folder / "runs/net-images/metrics.csv").exists, run)
+    for reader in psutil.Process(run.pid).children():
+        reader.kill()
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 1, err
+    assert "a process that reads them died" in err and "Traceback" not in err, err
+    step = torch.load(folder / "runs/net-images/last/state.pt", weights_only=True)["step"]
+    assert f"Saved at step {step} of" in err
+    assert "Go on with: bnsurgery finetune --resume runs/net-images --model net.py:tiny" in err
