@@ -2,17 +2,33 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu lint docs notebooks bench bench-op bench-finetune clean
+.PHONY: demo test test-gpu test-oldest faults audit package lint docs notebooks bench bench-op bench-finetune clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-gpu: .venv/.installed
 	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make test-gpu: torch finds no CUDA device')"
 	$(BIN)/pytest -m gpu
+
+# with the oldest versions that pyproject.toml admits, in an environment of its own
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/pytest -n 2 --dist worksteal
+
+# kills processes and breaks disks, some twenty minutes; the tests run a sample
+faults: .venv/.installed
+	$(BIN)/python -m tests.faults
+
+# known vulnerabilities of what is installed; asks a server
+audit: .venv/.audit
+	$(BIN)/pip-audit --local --skip-editable --strict
+
+# builds wheel and sdist, and uses each in a clean environment
+package:
+	PYTHON=$(PYTHON) .ci/package
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -52,5 +68,15 @@ bench-finetune: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@
 
+.venv/.audit: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[dev]' --constraint constraints-oldest.txt
+	touch $@
+
 clean:
-	rm -rf demo-results site .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf demo-results site .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -87,6 +87,7 @@ class Trainer:
             DivergedError: see there; nothing is saved any more, so what was saved before stays.
             DataError: an image is damaged, or a process that reads them died; the run is saved.
             CheckpointError: a file cannot be written; what was saved before stays.
+            BNSurgeryError: the device ran out of memory or failed; what was saved before stays.
         """
         self.objective.train()
         while self.step < self.steps:
@@ -104,9 +105,10 @@ class Trainer:
                     self.save()
                     raise DataError(f"{error} Saved at step {self.step} of {self.steps}. {self._go_on()}") from error
                 except CheckpointError as error:
-                    if self.directory is None or not self.directory.last.exists():
-                        raise
-                    raise CheckpointError(f"{error} The checkpoint before is intact. {self._go_on()}") from error
+                    raise CheckpointError(f"{error}{self._intact()}") from error
+                except torch.AcceleratorError as error:  # a GPU that failed: no further call to it will work
+                    reason = str(error).strip().splitlines()[0]
+                    raise BNSurgeryError(f"finetune: the device failed: {reason}.{self._intact()}") from error
 
     def _train_epoch(self, bar: Any, stop: StopRequest) -> None:
         for images, labels in self.setup.train:
@@ -326,6 +328,11 @@ class Trainer:
             f"finetune: diverged at step {step} (epoch {math.ceil(step / self.steps_per_epoch)}), peak learning rate "
             f"{rate:.3g}: {what}.{kept} Try --lr {rate / 3:.1g} or --clip 1, with another --output."
         )
+
+    def _intact(self) -> str:
+        if self.directory is None or not self.directory.last.exists():
+            return ""
+        return f" The checkpoint before is intact. {self._go_on()}"
 
     def _go_on(self) -> str:
         assert self.directory is not None
