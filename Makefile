@@ -14,9 +14,9 @@ test-gpu: .venv/.installed
 	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make test-gpu: torch finds no CUDA device')"
 	$(BIN)/pytest -m gpu
 
-# with the oldest versions that pyproject.toml admits, in an environment of its own
+# with the oldest versions that pyproject.toml admits, in an environment of its own; they warn of what has come since
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/pytest -n 2 --dist worksteal
+	.venv-oldest/bin/pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
 
 # kills processes and breaks disks, some twenty minutes; the tests run a sample
 faults: .venv/.installed
