@@ -1,9 +1,12 @@
 """Run the command line in a forked child that can be killed, or whose files can be made to fail."""
 
+import itertools
 import json
 import os
+import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +29,7 @@ class Fault:
         error: errno of that call, 0 to be killed in it.
         lasting: whether all later ones fail, too.
         seconds: after which it is killed, None for not.
+        step: number of the training step in which it is killed, 0 for none.
     """
 
     kind: str = ""
@@ -33,6 +37,7 @@ class Fault:
     error: int = 0
     lasting: bool = False
     seconds: float | None = None
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def command(folder: Path, args: list[str], fault: Fault = Fault()) -> Outcome:
         from bnsurgery.cli import main
 
         _announce_phases(say)
+        if fault.step:
+            _die_in_step(fault.step)
         shim.arm(folder, fault.call, fault.error, fault.lasting)
         main(args)
 
@@ -100,6 +107,20 @@ def _announce_phases(say: Callable[[str], None]) -> None:
     announced("train_step", "epoch")
     announced("_validate", "validation")
     announced("save", "checkpoint")
+
+
+def _die_in_step(number: int) -> None:
+    """Be killed while a training step computes: a thread does it, some milliseconds after its start."""
+    from bnsurgery.finetune.loop import Trainer
+
+    step, steps = Trainer.train_step, itertools.count(1)
+
+    def dying(*args: Any, **kwargs: Any) -> None:
+        if next(steps) == number:
+            threading.Timer(random.uniform(0, 0.004), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        step(*args, **kwargs)
+
+    Trainer.train_step = dying  # type: ignore[method-assign]
 
 
 def say(pipe: int, what: str) -> None:

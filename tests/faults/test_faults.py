@@ -1,5 +1,6 @@
 """A sample of `python -m tests.faults`, which says more and takes some twenty minutes."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,16 +13,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(("command", "kills", "errors"), [("insert", 48, 4), ("fold", 80, 15), ("finetune", 16, 2)])
-def test_nothing_is_lost(command, kills, errors):
+@pytest.mark.parametrize(
+    ("command", "kills", "errors", "done"), [("insert", 48, 4, 6), ("fold", 80, 15, 10), ("finetune", 18, 2, 9)]
+)
+def test_nothing_is_lost(command, kills, errors, done):
     args = ["--only", command, "--kills", str(kills), "--errors", str(errors)]
-    done = subprocess.run(
+    found = subprocess.run(
         [sys.executable, "-m", "tests.faults", *args],
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(__file__).parents[2],
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 things wrong" in done.stdout
-    assert f"{kills // 8 if command != 'finetune' else kills // 2} kills" in done.stdout
+    assert found.returncode == 0, found.stdout + found.stderr
+    (count,) = re.findall(r"(\d+) kills; 0 things wrong", found.stdout)
+    assert int(count) >= done

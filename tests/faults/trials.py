@@ -3,7 +3,7 @@
 import errno
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from .children import Fault, Outcome
 from .workspace import RESUME, START, Command
 
 OLD = b"the old version, which is no checkpoint"
+_A_RUN = 8  # kills a run, at most
 ERRORS = {"disk full": (errno.ENOSPC, True), "EIO": (errno.EIO, False), "read-only": (errno.EROFS, True)}
 
 
@@ -38,7 +39,7 @@ class Line:
 
     def check_end(self, outcome: Outcome, fault: Fault) -> None:
         """A killed process is dead; one with an error says so, and exits with 1."""
-        where = f"{fault.kind} at call {fault.call}" if fault.call else f"{fault.kind} after {fault.seconds:.2f} s"
+        where = str(fault)
         self.check(outcome.code is not None, f"{where}: hangs")
         self.check("Traceback" not in outcome.output, f"{where}: traceback: {outcome.output[-600:]}")
         if fault.error and outcome.code != 0:
@@ -103,14 +104,9 @@ class Run:
         self.calls, self.seconds = first.calls, first.seconds
         self.bits = children.call(folder, lambda: workspace.read_run(folder))
 
-    def until_done(self, line: Line, faults: Iterator[Fault]) -> int:
-        """Start a run, let the faults happen to it one after the other, going on after each, then let it end.
-
-        Returns:
-            How many faults really hit.
-        """
+    def until_done(self, line: Line, faults: Iterator[Fault]) -> None:
+        """Start a run, let the faults happen to it one after the other, going on after each, then let it end."""
         folder = workspace.copy(self.base, self.scratch / "trial")
-        hits = 0
         for fault in faults:
             outcome = children.command(folder, self._args(folder), fault)
             line.check_end(outcome, fault)
@@ -118,7 +114,6 @@ class Run:
                 if fault.error == errno.EROFS:  # where it could not even tidy up
                     children.command(folder, list(RESUME))
                 break
-            hits += 1
             line.trials += 1
             line.ends[outcome.phase] += 1
             self._look(line, folder, fault)
@@ -127,7 +122,6 @@ class Run:
             line.check(last.code == 0, f"cannot go on: {last.output[-400:]}")
         line.check(self._look(line, folder, Fault("the end")) == self.bits, "other bits in the end")
         line.check(not workspace.leavings(folder), f"left behind {workspace.leavings(folder)}")
-        return hits
 
     def _args(self, folder: Path) -> list[str]:
         return list(RESUME if (folder / "run" / "config.json").exists() else START)
@@ -163,14 +157,16 @@ def errors_of_one_file(one: OneFile, count: int) -> Iterator[Line]:
 
 def kills_of_a_run(run: Run, count: int, chance: random.Random) -> Iterator[Line]:
     """Several to each run, until it has got to its end in spite of them."""
-    line = Line("finetune, killed in a call that changes a file")
-    while line.trials < count // 2:
-        run.until_done(line, (Fault("kill", chance.randint(1, run.calls // 2)) for _ in range(count)))
-    yield line
-    line = Line("finetune, killed at any time")
-    while line.trials < count - count // 2:
-        run.until_done(line, (Fault("kill", seconds=chance.uniform(0, 0.8 * run.seconds)) for _ in range(count)))
-    yield line
+    ways: dict[str, Callable[[], Fault]] = {
+        "in a call that changes a file": lambda: Fault("kill", chance.randint(1, run.calls // 2)),
+        "in a training step": lambda: Fault("kill", step=chance.randint(1, 6)),
+        "at any time": lambda: Fault("kill", seconds=chance.uniform(0, 0.8 * run.seconds)),
+    }
+    for way, fault in ways.items():
+        line = Line(f"finetune, killed {way}")
+        while line.trials < count / len(ways):
+            run.until_done(line, (fault() for _ in range(_A_RUN)))
+        yield line
 
 
 def errors_of_a_run(run: Run, count: int) -> Iterator[Line]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,8 +136,3 @@ def read_run(folder: Path) -> dict[str, Any]:
         found["last"] = state_digest(state["network"])
         found["step"] = state["step"]
     return found
-
-
-def words(args: Sequence[str]) -> list[str]:
-    """As `children.command` takes them."""
-    return list(args)
