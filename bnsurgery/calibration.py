@@ -180,16 +180,16 @@ def _non_finite(
     if samples:
         listed = ", ".join(map(str, samples[:8])) + (" and others" if len(samples) > 8 else "")
         cause = (
-            f"whose input is NaN or Inf in {dtype} in sample {listed} (counted from 0). Leave that out or repair it."
+            f", whose input is NaN or Inf in {dtype} in sample {listed} (counted from 0). Leave that out or repair it."
         )
     else:
         cause = (
-            "(counted from 0), whose input is finite. Look for non-finite weights, or activations beyond "
+            " (counted from 0), whose input is finite. Look for non-finite weights, or activations beyond "
             f"{torch.finfo(dtype).max:.3g}, the largest {dtype}: a wider one may do, and a cast afterwards."
         )
     return NonFiniteError(
         f"{operation}: '{name}' ({type(model.get_submodule(name)).__name__}): NaN or Inf in {bad[name]} of "
-        f"{len(measured[name].mean)} channels, first in batch {number}, {cause}"
+        f"{len(measured[name].mean)} channels, first in batch {number}{cause}"
     )
 
 
