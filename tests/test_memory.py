@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 
 from bnsurgery import calibrate, fold, insert, plan
 from bnsurgery.batches import out_of_memory
@@ -25,16 +26,25 @@ torch.nn.functional.conv2d(torch.rand(1, 3, 64, 64), torch.rand(4, 3, 3, 3))
 kibibytes = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 limit = (kibibytes + 1024 * int(sys.argv[1])) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-main(sys.argv[2:])
 """
+COMMAND = LIMITED + "main(sys.argv[2:])"
+READING = (
+    LIMITED
+    + """
+batches = data.image_batches([Path(sys.argv[2])], lambda image: torch.zeros(3, 4, 4), 1, skip_bad=True)
+try:
+    list(batches)
+except data.DataError as error:
+    print(error, batches.skipped)
+"""
+)
 needs_limits = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc are Linux's")
 
 
-def insert_with(mebibytes, folder, *options):
-    """`bnsurgery insert squeezenet1_0` with that much memory for tensors; its exit code, stdout and stderr."""
-    command = [sys.executable, "-c", LIMITED, str(mebibytes), "insert", "squeezenet1_0", "--weights", "random"]
+def child(script, folder, *arguments):
+    """Its exit code, stdout and stderr."""
     done = subprocess.run(
-        [*command, *map(str, options)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -42,6 +52,11 @@ def insert_with(mebibytes, folder, *options):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"},
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def insert_with(mebibytes, folder, *options):
+    """`bnsurgery insert squeezenet1_0` with that much memory for tensors."""
+    return child(COMMAND, folder, mebibytes, "insert", "squeezenet1_0", "--weights", "random", *options)
 
 
 @needs_limits
@@ -88,7 +103,16 @@ def test_errors_that_say_that_memory_ran_out():
     assert not out_of_memory(ValueError("can't allocate memory"))
 
 
-def test_an_image_that_memory_does_not_hold_is_not_left_out_as_damaged():
+@needs_limits
+def test_an_image_that_memory_does_not_hold_is_not_damaged(tmp_path):
+    """It is decoded to 103 MiB."""
+    Image.new("RGB", (6000, 6000)).save(tmp_path / "large.png")
+    code, out, err = child(READING, tmp_path, 40, "large.png")
+    assert code == 0, err
+    assert out == "images: out of memory on a batch of 1: use smaller images (--image-size). []\n"
+
+
+def test_a_tensor_that_memory_does_not_hold_is_not_damage_either():
     batches = ImageBatches(range(3), lambda item: torch.empty(2**60), 8, description="huge", skip_bad=True)
     with pytest.raises(DataError, match="out of memory on a batch of 8: use smaller ones, for instance of 4"):
         list(batches)
