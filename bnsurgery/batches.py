@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import CalibrationError
 
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
 _EXPECTED = "expected a tensor, a dict of keyword arguments, or a tuple whose first item is the input"
 
 
@@ -76,6 +77,11 @@ class Inputs:
         if len(self.args) == 1 and isinstance(self.args[0], list):
             return Inputs((self.args[0][start:stop],), self.kwargs)
         return self.map(lambda x: x[start:stop] if isinstance(x, Tensor) and x.ndim and len(x) == count else x)
+
+    def non_finite(self) -> list[int]:
+        """The samples, counted from 0, in which a real number is NaN or infinite."""
+        parts = [self.take(i, i + 1).tensors for i in range(self.samples)]
+        return [i for i, part in enumerate(parts) if not all(bool(tensor.isfinite().all()) for tensor in part)]
 
     def shapes(self) -> str:
         """The tensors' shapes, for messages."""
@@ -156,18 +162,35 @@ def placed(model: nn.Module, batch: Inputs) -> Inputs:
     return batch.map(place)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: on the CPU torch and C++ have words of their own for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def use_less(operation: str, batch_size: int) -> str:
+    """What to say where memory ran out on a batch: what to do, with a number."""
+    if batch_size == 1:
+        return f"{operation}: out of memory on a batch of 1: use smaller images (--image-size)."
+    return (
+        f"{operation}: out of memory on a batch of {batch_size}: use smaller ones, for instance of {batch_size // 2} "
+        "(--batch-size, batch_size=)."
+    )
+
+
 def run(operation: str, model: nn.Module, batch: Inputs) -> Any:
     """`model(batch)` on the model's device and in its floating-point dtype, on a copy: some models work in place.
 
     Raises:
-        CalibrationError: the model does not take the batch.
+        CalibrationError: the model does not take the batch, or memory runs out.
     """
-    batch = placed(model, batch)
     try:
+        batch = placed(model, batch)
         return model(*batch.args, **batch.kwargs)
-    except torch.OutOfMemoryError as error:
-        raise CalibrationError(f"{operation}: out of memory on a batch of {batch.samples}: use smaller ones") from error
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
+        if out_of_memory(error):
+            raise CalibrationError(use_less(operation, batch.samples)) from error
         advice = ""
         if isinstance(error, TypeError) and "argument" in str(error):
             advice = (

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from .batches import inputs, run
+from .batches import Inputs, inputs, placed, run
 from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError, NonFiniteError
 from .modes import observing, training_norms
 from .moments import ChannelMoments
@@ -38,8 +38,10 @@ def calibrate(
         By site name, in the plan's order, on the CPU.
 
     Raises:
-        CalibrationError: no data, a batch that the model does not take, a site that is not reached, has fewer than 2
-            samples or non-finite values; the message names the site.
+        CalibrationError: no data, a batch that the model does not take or memory does not hold, a site that is not
+            reached or has fewer than 2 samples; on every rank, where it is raised on one.
+        NonFiniteError: a site has non-finite values; the message names it, the first batch that gave them, and the
+            samples of that batch whose input has them already, both counted from 0.
 
     References: Wu & Johnson 2021, arXiv:2105.07576, section 3 (population statistics instead of moving averages).
     """
@@ -48,10 +50,8 @@ def calibrate(
     first = {site.name for site in plan.sites if not site.in_sequential}
     last_dim = {site.name for site in plan.sites if site.channel_dim == -1}
     with _watching(anchors, output=True, first=first, last_dim=last_dim) as measured, observing(model):
-        _feed("calibrate", model, batches, progress)
-    moments = _gather(measured, anchors)
-    _check("calibrate", moments, anchors)
-    return moments
+        failure = _feed("calibrate", model, batches, measured, progress)
+    return _gather("calibrate", measured, anchors, failure)
 
 
 def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> None:
@@ -76,9 +76,8 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
     last_dim = {name for name, norm in norms.items() if isinstance(norm, LastDimBatchNorm1d)}
     with _watching(norms, output=False, last_dim=last_dim) as measured, training_norms(bn_model, by_batch=True):
-        _feed("recalibrate_", bn_model, batches, progress)
-    moments = _gather(measured, norms)
-    _check("recalibrate_", moments, norms)
+        failure = _feed("recalibrate_", bn_model, batches, measured, progress)
+    moments = _gather("recalibrate_", measured, norms, failure)
     with torch.no_grad():
         for name in norms:
             bn_model.get_buffer(f"{name}.running_mean").copy_(moments[name].mean)
@@ -93,10 +92,8 @@ def input_moments(model: nn.Module, name: str, batches: Iterable[Any]) -> Channe
     """
     modules = {name: model.get_submodule(name)}
     with _watching(modules, output=False) as measured, observing(model):
-        _feed("measure", model, batches, progress=False)
-    moments = _gather(measured, modules)
-    _check("measure", moments, modules)
-    return moments[name]
+        failure = _feed("measure", model, batches, measured, progress=False)
+    return _gather("measure", measured, modules, failure)[name]
 
 
 def warn_of_dead_channels(moments: dict[str, ChannelMoments], eps: float) -> None:
@@ -147,41 +144,82 @@ def _watching(
             handle.remove()
 
 
-def _feed(operation: str, model: nn.Module, batches: Iterable[Any], progress: bool) -> None:
+def _feed(
+    operation: str, model: nn.Module, batches: Iterable[Any], measured: dict[str, ChannelMoments], progress: bool
+) -> BNSurgeryError | None:
+    """Run the batches until one fails. The error is given back: a rank that raised would leave the others waiting."""
     total = len(batches) if isinstance(batches, Sized) else None
-    for batch in tqdm(
+    bar = tqdm(
         inputs(batches), desc=operation, total=total, unit="batch", disable=None if progress else True, leave=False
-    ):
-        run(operation, model, batch)
+    )
+    try:
+        for number, batch in enumerate(bar):
+            run(operation, model, batch)
+            if not _are_finite(measured):
+                return _non_finite(operation, model, measured, number, batch)
+    except BNSurgeryError as error:
+        return error
+    return None
 
 
-def _gather(measured: dict[str, ChannelMoments], sites: dict[str, nn.Module]) -> dict[str, ChannelMoments]:
-    """Move to the CPU, and merge over the ranks in rank order, so that all get the same bits."""
+def _are_finite(measured: dict[str, ChannelMoments]) -> bool:
+    """One look at all sites together, so that a GPU is waited for once a batch."""
+    tensors = [tensor for site in measured.values() for tensor in (site.mean, site.m2)]
+    return not tensors or bool(torch.cat([tensor.to(tensors[0].device) for tensor in tensors]).isfinite().all())
+
+
+def _non_finite(
+    operation: str, model: nn.Module, measured: dict[str, ChannelMoments], number: int, batch: Inputs
+) -> NonFiniteError:
+    """Says where it came from, after the first batch that did it."""
+    bad = {name: int((~(site.mean.isfinite() & site.m2.isfinite())).sum()) for name, site in measured.items()}
+    name = next(name for name, channels in bad.items() if channels)  # the first that ran
+    taken = placed(model, batch)
+    dtype = next((tensor.dtype for tensor in taken.tensors if tensor.is_floating_point()), torch.get_default_dtype())
+    samples = taken.non_finite()
+    if samples:
+        listed = ", ".join(map(str, samples[:8])) + (" and others" if len(samples) > 8 else "")
+        cause = (
+            f", whose input is NaN or Inf in {dtype} in sample {listed} (counted from 0). Leave that out or repair it."
+        )
+    else:
+        cause = (
+            " (counted from 0), whose input is finite. Look for non-finite weights, or activations beyond "
+            f"{torch.finfo(dtype).max:.3g}, the largest {dtype}: a wider one may do, and a cast afterwards."
+        )
+    return NonFiniteError(
+        f"{operation}: '{name}' ({type(model.get_submodule(name)).__name__}): NaN or Inf in {bad[name]} of "
+        f"{len(measured[name].mean)} channels, first in batch {number}{cause}"
+    )
+
+
+def _gather(
+    operation: str,
+    measured: dict[str, ChannelMoments],
+    sites: dict[str, nn.Module],
+    failure: BNSurgeryError | None,
+) -> dict[str, ChannelMoments]:
+    """Move to the CPU, and merge over the ranks in rank order, so that all get the same bits; or all the same error."""
     local = {name: (m.count, m.mean.cpu(), m.m2.cpu()) for name, m in measured.items()}
-    shards: list[dict[str, tuple[int, Tensor, Tensor]]] = [local]
+    shards: list[tuple[BNSurgeryError | None, dict[str, tuple[int, Tensor, Tensor]]]] = [(failure, local)]
     if distributed.is_available() and distributed.is_initialized():
-        shards = [{}] * distributed.get_world_size()
-        distributed.all_gather_object(shards, local)
+        shards *= distributed.get_world_size()
+        distributed.all_gather_object(shards, (failure, local))
+    if failure is not None:
+        raise failure
+    for rank, (error, _) in enumerate(shards):
+        if error is not None:
+            raise type(error)(f"rank {rank}: {error}")
     result: dict[str, ChannelMoments] = {}
-    for name in sites:
-        for shard in shards:
+    for name, module in sites.items():
+        for _, shard in shards:
             if name in shard:
                 moments = ChannelMoments(*shard[name])
                 result[name] = result[name].merge(moments) if name in result else moments
-    return result
-
-
-def _check(operation: str, moments: dict[str, ChannelMoments], sites: dict[str, nn.Module]) -> None:
-    for name, module in sites.items():
         where = f"{operation}: '{name}' ({type(module).__name__})"
-        if name not in moments:
+        if name not in result:
             raise CalibrationError(f"{where}: saw no data. Pass at least one batch that reaches it.")
-        site = moments[name]
-        if site.count < 2:
-            raise CalibrationError(f"{where}: saw {site.count} sample per channel, expected 2 or more. Pass more data.")
-        bad = int((~(site.mean.isfinite() & site.m2.isfinite())).sum())
-        if bad:
-            raise NonFiniteError(
-                f"{where}: NaN or Inf in {bad} of {len(site.mean)} channels. Look for non-finite weights or inputs, "
-                "or activations that overflow."
-            )
+        count = result[name].count
+        if count < 2:
+            raise CalibrationError(f"{where}: saw {count} sample per channel, expected 2 or more. Pass more data.")
+    return result

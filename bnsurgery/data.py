@@ -1,8 +1,10 @@
 """Calibration images: found, decoded whatever their mode, refused by name where damaged, and given in batches."""
 
 import importlib.util
+import math
 import os
 import random
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -12,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
 
+from .batches import out_of_memory, use_less
 from .errors import DataError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -30,6 +32,11 @@ _SAMPLES = ("china.jpg", "flower.jpg")
 # Eight of the 24 themselves: 0.08, 0.14 and 0.04 σ, and 5, 4 and 8 %. Flips change nothing (0.001 σ).
 _CROP_AREA = (0.01, 0.3)
 _CROP_ASPECT = (3 / 4, 4 / 3)
+
+# Filters of warnings belong to the process. Held over a fork, so that no worker process starts with it shut.
+_SILENCE = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_SILENCE.acquire, after_in_parent=_SILENCE.release, after_in_child=_SILENCE.release)
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -78,8 +85,16 @@ class ImageBatches(Generic[Item]):
         """Read and give one batch after the other; all but the last are full, whatever was skipped.
 
         Raises:
-            DataError: an image is bad and `skip_bad` is off, or all are bad.
+            DataError: an image is bad and `skip_bad` is off, all are bad, or memory runs out on a batch.
         """
+        try:
+            yield from self._stacked()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise DataError(use_less("images", self._batch_size)) from error
+
+    def _stacked(self) -> Iterator[Tensor]:
         batch: list[Tensor] = []
         for item in self._items:
             if item in self._bad:
@@ -91,15 +106,21 @@ class ImageBatches(Generic[Item]):
                     raise
                 self._bad[item] = str(error)
             if len(batch) == self._batch_size:
-                yield torch.stack(batch)
-                batch.clear()
+                yield _stack(batch)
         if batch:
-            yield torch.stack(batch)
+            yield _stack(batch)
         if not self.used:
             first = next(iter(self._bad.values()), "there is none")
             raise DataError(
                 f"images: {self.description}: got no usable image of {len(self._items)}. The first: {first}"
             )
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    """One batch of the images, which leave the list: they need not be in memory twice while it is worked on."""
+    batch = torch.stack(images)
+    images.clear()
+    return batch
 
 
 def calibration_batches(
@@ -185,7 +206,7 @@ def load_image(path: str | Path) -> Image.Image:
     try:
         if not Path(path).is_file():  # opening a pipe would hang
             raise _unusable(path, "not a regular file" if Path(path).exists() else "no such file")
-        with warnings.catch_warnings():
+        with _SILENCE, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about oddities that do not change the pixels
             with Image.open(path, formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded
@@ -196,7 +217,7 @@ def load_image(path: str | Path) -> Image.Image:
                     raise _unusable(path, f"{image.width} x {image.height} pixels, a strip rather than a picture")
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # damage makes Pillow's decoders raise just about anything
         raise _unusable(path, str(error)) from error
@@ -225,12 +246,8 @@ def sample_crops(num: int, batch_size: int, *, preprocess: ImageClassification, 
     """
     photographs = [load_image(path) for path in _sample_paths()]
     (size,) = set(preprocess.crop_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())  # torch.manual_seed would seed GPUs too
-        crops: list[_Crop] = [
-            (index % 2, RandomResizedCrop.get_params(photographs[index % 2], list(_CROP_AREA), list(_CROP_ASPECT)))
-            for index in range(num)
-        ]
+    generator = torch.Generator().manual_seed(seed)
+    crops: list[_Crop] = [(index % 2, _random_box(photographs[index % 2].size, generator)) for index in range(num)]
 
     def read(crop: _Crop) -> Tensor:
         which, box = crop
@@ -241,6 +258,22 @@ def sample_crops(num: int, batch_size: int, *, preprocess: ImageClassification, 
         return F.normalize(F.to_tensor(image), preprocess.mean, preprocess.std)
 
     return ImageBatches(crops, read, batch_size, description="crops of scikit-learn's two photographs")
+
+
+def _random_box(size: tuple[int, int], generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop of uniform area and log-uniform aspect, anywhere in a photograph.
+
+    As torchvision's RandomResizedCrop, but for the generator: that draws from the process's, which threads share.
+    """
+    width, height = size
+    area = width * height * torch.empty(1).uniform_(*_CROP_AREA, generator=generator).item()
+    low, high = torch.tensor(_CROP_ASPECT).log().tolist()
+    aspect = torch.empty(1).uniform_(low, high, generator=generator).exp().item()
+    crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    top, left = (
+        int(torch.randint(room + 1, (1,), generator=generator)) for room in (height - crop_height, width - crop_width)
+    )
+    return top, left, crop_height, crop_width
 
 
 def _sample_paths() -> list[Path]:

@@ -74,6 +74,10 @@ def insert(
     = μ, running_var = σ² and the weight = √(σ² + eps) whose rounding makes the layer exactly the identity. In train
     mode it normalizes by the batch and so drifts with small batches: see `verify`.
 
+    Threads may insert, calibrate, verify and fold at once, each its own model, while others compute: the bits are those
+    of one after the other. But torch's random state belongs to the process and is put back at the end, with whatever
+    another thread drew meanwhile: pass loaders that shuffle by a generator of their own.
+
     In a `nn.Sequential` the norm follows its layer and what is behind is renumbered, which with `layers="conv"` gives
     torchvision's vgg*_bn layout; elsewhere it becomes the layer's child `norm`, and the layer keeps its keys.
 

@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ _STARS: dict[Any, tuple[str, Any]] = {
 }
 _UNREGISTERED = "<unregistered>"
 _CONSTANT = "<constant>"
+# While it traces, fx replaces nn.Module's __call__ and __getattr__ for the whole process: one trace at a time.
+_TRACING = threading.RLock()
 
 
 class _Unknown:
@@ -93,6 +96,8 @@ class ValueProxy(fx.Proxy):
 class Tracer(fx.Tracer):
     """fx's tracer, noting for every module those whose forward called it, and where it broke.
 
+    It follows the thread that made it: what other threads run meanwhile is computed as ever.
+
     Attributes:
         callers: by module, the registered modules whose forward called it.
         read: the modules of whose parameters the code of another makes use.
@@ -106,6 +111,7 @@ class Tracer(fx.Tracer):
         self._callers: list[nn.Module] = [root]
         self._bound: dict[str, Any] = {}
         self._evaluating = False
+        self._thread = threading.get_ident()
         self._owners = {parameter: module for module in root.modules() for parameter in module._parameters.values()}
         self.callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)
         self.read: set[nn.Module] = set()
@@ -127,7 +133,8 @@ class Tracer(fx.Tracer):
             for name, value in constants.items()
             if value is not inspect.Parameter.empty and not _holds_tensors(value)
         }
-        return self.trace(model, concrete_args=constants)
+        with _TRACING:
+            return self.trace(model, concrete_args=constants)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name == _UNREGISTERED:
@@ -144,7 +151,7 @@ class Tracer(fx.Tracer):
             return _UNREGISTERED
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._evaluating:
+        if not self._follows():
             return forward(*args, **kwargs)
         registered = self.path_of_module(m) != _UNREGISTERED
         self.callers[m].add(self._callers[-1])
@@ -198,12 +205,16 @@ class Tracer(fx.Tracer):
         return ValueProxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self._evaluating:
+        if not self._follows():
             return attr_val
         owner = self._owners.get(attr_val) if isinstance(attr_val, nn.Parameter) else None
         if owner is not None and owner is not self._callers[-1]:
             self.read.add(owner)
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _follows(self) -> bool:
+        """Whether what runs now is the code that is traced."""
+        return threading.get_ident() == self._thread and not self._evaluating
 
     def _evaluate(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         values = map_aggregate((args, kwargs), _value)
