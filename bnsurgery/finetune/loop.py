@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from bnsurgery.batches import out_of_memory, use_less
 from bnsurgery.calibration import recalibrate_
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError
 from bnsurgery.modes import evaluating
@@ -131,13 +132,11 @@ class Trainer:
         try:
             loss, accuracy = self.objective(images, labels)
             self.accelerator.backward(loss)
-        except torch.OutOfMemoryError as error:
-            raise BNSurgeryError(
-                f"finetune: out of memory on {len(images)} images: use a smaller --batch-size or --image-size"
-            ) from error
-        except Exception as error:  # a compiler raises what it likes; eager code has run once by now
-            if not self.config.compile:
-                raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise BNSurgeryError(use_less("finetune", self.config.batch_size) + self._intact()) from error
+            if not self.config.compile or isinstance(error, torch.AcceleratorError):
+                raise  # what a compiler raises is anything; eager code has run once by now
             reason = (str(error).strip().splitlines() or [""])[0]
             raise BNSurgeryError(f"finetune: --compile: {type(error).__name__}: {reason}. Try without it.") from error
         if self.setup.conditioner is not None:

@@ -328,36 +328,3 @@ def _wider():
     model = tiny()
     model[6], model[9] = nn.Linear(128, 24), nn.Linear(24, 4)
     return model
-
-
-class _FailingDevice(nn.Module):
-    """Raises what PyTorch raises when a GPU has failed: there is none here to pull out."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.network, self.left = tiny(), after
-
-    def forward(self, x):
-        if self.training:
-            self.left -= 1
-            if not self.left:
-                raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
-        return self.network(x)
-
-
-def test_a_device_that_fails_leaves_the_checkpoint(data, config):
-    model = _FailingDevice(after=15)
-    with pytest.raises(BNSurgeryError, match=r"device failed: CUDA error: unspecified launch failure\. The checkpoint"):
-        finetune.run(config(arm="plain", head="keep", lr=0.1, save_every=0), model=model, data=data)
-    assert RunDirectory(config().output).load_state()["step"] == 14
-
-
-def test_half_an_event_at_the_end_is_skipped(model, data, config):
-    """What a killed run may leave of TensorBoard's file, the one that is appended to."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    result = finetune.run(config(epochs=3), model=model, data=data)
-    (events,) = (result.directory / "tensorboard").iterdir()
-    events.write_bytes(events.read_bytes()[:-20])
-    read = EventAccumulator(str(events.parent)).Reload()
-    assert [event.step for event in read.Scalars("val/loss")] == [row.step for row in result.rows[:-1]]

@@ -1,0 +1,59 @@
+"""A device that fails, memory that runs out, a file cut short: what is left of a run."""
+
+import pytest
+import torch
+from tiny_task import tiny
+from torch import nn
+
+from bnsurgery import finetune
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.finetune.run_directory import RunDirectory
+
+
+class _Failing(nn.Module):
+    """Calls `fail` in a training step."""
+
+    def __init__(self, after: int, fail) -> None:
+        super().__init__()
+        self.network, self.left, self.fail = tiny(), after, fail
+
+    def forward(self, x):
+        if self.training:
+            self.left -= 1
+            if not self.left:
+                self.fail()
+        return self.network(x)
+
+
+def _broken():
+    """Raises what PyTorch raises when a GPU has failed: there is none here to pull out."""
+    raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def _greedy():
+    torch.empty(2**50)  # a petabyte: torch really tries
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (_broken, r"device failed: CUDA error: unspecified launch failure\. The checkpoint before is intact\. Go on"),
+        (_greedy, r"out of memory on a batch of 16: use smaller ones, for instance of 8 .*The checkpoint before is"),
+    ],
+)
+def test_the_checkpoint_before_is_left(data, config, fail, message):
+    model = _Failing(15, fail)
+    with pytest.raises(BNSurgeryError, match=message):
+        finetune.run(config(arm="plain", head="keep", lr=0.1, save_every=0), model=model, data=data)
+    assert RunDirectory(config().output).load_state()["step"] == 14
+
+
+def test_half_an_event_at_the_end_is_skipped(model, data, config):
+    """What a killed run may leave of TensorBoard's file, the one that is appended to."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = finetune.run(config(epochs=3), model=model, data=data)
+    (events,) = (result.directory / "tensorboard").iterdir()
+    events.write_bytes(events.read_bytes()[:-20])
+    read = EventAccumulator(str(events.parent)).Reload()
+    assert [event.step for event in read.Scalars("val/loss")] == [row.step for row in result.rows[:-1]]
