@@ -53,7 +53,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` of shape (N, C, *), then apply the fused activation. Same shape, dtype and layout."""
         self._check_input_dim(input)
-        if torch.compiler.is_exporting() or torch._C._is_tracing():
+        # TorchDynamo of torch 2.14 cannot follow the last question, and needs not.
+        if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
             return self._in_torch(input)
         relu = self.activation == "relu"
         by_batch = self.running_mean is None or (self.training and self.statistics != "running")
