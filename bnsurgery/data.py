@@ -16,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
 
-from .errors import DataError
+from .errors import DataError, printable
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -196,10 +196,10 @@ def load_image(path: str | Path) -> Image.Image:
                     raise _unusable(path, f"{image.width} x {image.height} pixels, a strip rather than a picture")
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # damage makes Pillow's decoders raise just about anything
-        raise _unusable(path, str(error)) from error
+        raise _unusable(path, printable(str(error), 300)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
