@@ -32,7 +32,8 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
 model_option = click.option(
     "--model",
     metavar="MODULE:FUNCTION",
-    help="What makes a network of your own: package.module:function, file.py:function or timm:NAME.",
+    help="What makes a network of your own: package.module:function, file.py:function or timm:NAME. This runs its "
+    "code; never taken from a checkpoint.",
 )
 
 # How images of a network that is not torchvision's are normalized.
