@@ -204,11 +204,11 @@ def _head(path: Path) -> bytes:
         str(path).encode()
     except UnicodeEncodeError:  # which neither safetensors nor torch's mapping can open
         raise _refusal(path, "a file name that is not UTF-8", "Rename the file, or the folder it is in.") from None
-    if not path.exists():
-        raise _refusal(path, "no such file", "Check the path.")
-    if not path.is_file():  # opening a pipe would hang
-        raise _refusal(path, "a directory or device", "Name the file.")
     try:
+        if not path.exists():
+            raise _refusal(path, "no such file", "Check the path.")
+        if not path.is_file():  # opening a pipe would hang
+            raise _refusal(path, "a directory or device", "Name the file.")
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:

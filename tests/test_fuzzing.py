@@ -49,7 +49,7 @@ def test_the_fuzzer_as_a_command(tmp_path):
         "-m",
         "tests.fuzz",
         "--inputs",
-        "5",
+        "2",
         "--targets",
         "misbehaving",
         "--findings",
