@@ -182,7 +182,7 @@ TARGETS = {
     "metrics": Target(_metrics, mutations.table, share=4),
     "comparison": Target(_comparison, mutations.json_text, share=4),
     "trial": Target(_trial, mutations.json_text, share=3),
-    "arguments": Target(_arguments, mutations.arguments, share=2, memory=512),
+    "arguments": Target(_arguments, mutations.arguments, share=5, memory=512),
     "misbehaving": Target(_misbehaving, mutations.raw, share=0),
 }
 
