@@ -23,6 +23,10 @@ JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.
 RECORD = json.loads((CORPUS / "record" / "torchvision").read_bytes())
 
 
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer reads memory from /proc")
+
+
+@needs_linux
 def test_500_inputs(tmp_path):
     outcomes = list(run(jobs(500), seed=1, work=tmp_path))
     assert len(outcomes) == len(jobs(500)) > 490
@@ -31,6 +35,7 @@ def test_500_inputs(tmp_path):
     assert taken >= set(TARGETS) - {"recognise", "misbehaving"}  # the corpus holds sound files, or nothing was tried
 
 
+@needs_linux
 def test_the_fuzzer_sees_what_it_looks_for(tmp_path):
     """Every kind of misbehaviour is in the corpus of a target made for this, and none hides the next."""
     names = sorted(path.name for path in (CORPUS / "misbehaving").iterdir())
@@ -42,6 +47,7 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path):
     }  # fmt: skip
 
 
+@needs_linux
 def test_the_fuzzer_as_a_command(tmp_path):
     root = Path(__file__).resolve().parents[1]
     words = [

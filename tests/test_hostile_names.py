@@ -71,17 +71,17 @@ def test_nothing_in_a_file_steers_the_terminal(tmp_path, monkeypatch, capfd):
         ["predict", "net.safetensors", f"x{ESCAPE}.png", "--json", "--model", "made.py:small"],
         ["fold", f"missing{ESCAPE}"],
         ["insert", "--model", f"{ESCAPE}:x"],
-        ["compare", "vgg11", "--data", "x", "--rates", ESCAPE],
+        ["plan", f"{ESCAPE}:x"],
     ):
         code, out, err = printed(capfd, *words)
         text = (out + err).replace("\n", "")
         assert text.isprintable(), (words, text)
-        assert (code == 0) == ("plan" in words or "--json" in words), (words, out, err)
+        assert (code == 0) == ("--json" in words or words == ["plan", "net.safetensors"]), (words, out, err)
         if "--json" in words:
             told = json.loads(out)
             found = told["record"]["model"] if words[0] == "plan" else told["predictions"][0]["image"]
             assert found == (f"Net{ESCAPE}" if words[0] == "plan" else f"x{ESCAPE}.png")
-        if words[0] == "plan" and "--json" not in words:
+        if words == ["plan", "net.safetensors"]:
             assert "--model 'x; rm -rf /" in out  # one word of a shell's
 
 
@@ -136,7 +136,7 @@ def test_weights_under_a_name_that_is_not_utf_8(odd, content):
         bnsurgery.load(odd)
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(60, method="thread")  # a signal does not wake what waits for a pipe
 def test_pipes_and_loops_are_refused_by_every_command(tmp_path, monkeypatch, squeezenet, capfd):
     monkeypatch.chdir(tmp_path)
     Path("photos", "cats").mkdir(parents=True)

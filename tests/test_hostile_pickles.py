@@ -251,9 +251,9 @@ def test_a_model_named_in_a_file_is_never_imported(folder, checkpoint, sentinel,
     own = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.Flatten(), torch.nn.Linear(2 * 32 * 32, 2)).eval()
     for maker in ("stranger:make", "stranger.py:make"):
         inserted = bnsurgery.insert(own, [torch.randn(4, 3, 32, 32)])
-        bnsurgery.record(inserted).provenance.update(model=maker, image_size=32)
+        bnsurgery.record(inserted).provenance.update(model=maker, image_size=32, batch_size=2)
         bnsurgery.save(inserted, "own.safetensors", overwrite=True)
-        named = Config(source="own.safetensors", data="photos", output="run", model=maker, image_size=32)
+        named = Config(source="own.safetensors", data="photos", output="run", model=maker, image_size=32, batch_size=2)
         RunDirectory("run").write_config(named, open_data("photos", **OPEN).fingerprint)
         for words in (
             ["plan", "own.safetensors"],
