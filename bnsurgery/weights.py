@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from .errors import CheckpointError, printable, shown
+from .unpickling import load_pickle
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts keep it, beside epoch and optimizer
 _ALIGNMENT = 64  # bytes
@@ -175,7 +176,7 @@ def _load(path: Path) -> object:
                 return _load_zip(path)
             if head.startswith(b"\x80"):
                 with path.open("rb") as file:
-                    return torch.load(file, map_location="cpu", weights_only=True)
+                    return load_pickle(file)
     except CheckpointError:
         raise
     except UnpicklingError as error:
@@ -226,10 +227,10 @@ def _load_zip(path: Path) -> object:
     _refuse_expansion(path, sum(entry.file_size for entry in entries))
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if stored and path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return load_pickle(path, mmap=True)
     # Compressed entries cannot be mapped, and a path that ends in .safetensors torch takes for one.
     with path.open("rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load_pickle(file)
 
 
 def _tensors(loaded: object, path: Path) -> dict[str, Tensor]:

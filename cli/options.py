@@ -81,7 +81,11 @@ def data_options(num_images: int) -> Callable[[F], F]:
             help="Folder of JPEG, PNG or WebP images, searched through; or two built-in photographs, cropped.",
         ),
         click.option(
-            "--num-images", type=_POSITIVE, default=num_images, show_default=True, help="How many images at most."
+            "--num-images",
+            type=click.IntRange(1, 1_000_000),
+            default=num_images,
+            show_default=True,
+            help="How many images at most.",
         ),
         click.option("--batch-size", type=_POSITIVE, default=8, show_default=True, help="Images at a time."),
         image_size_option,

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,27 @@ def test_too_little_memory_is_not_called_damage(tmp_path, size):
     _, said = peak_growth(f"{code}; read_state_dict(sys.argv[1])", path)
     assert ("more than there is memory for" in said) == (size > 3)
     assert "damaged file" not in said
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_storage_that_is_called_is_not_printed_number_by_number(tmp_path, legacy):
+    """As torch's unpickler would for its message: a minute for each million numbers. Found by fuzzing."""
+    path, whole = tmp_path / "a.pth", torch.zeros(2**20)
+    torch.save({"a": whole}, path, _use_new_zipfile_serialization=not legacy)
+    called = path.read_bytes().replace(b"ctorch._utils\n_rebuild_tensor_v2\n", b"", 1).replace(b"Q", b"Q)R", 1)
+    if not legacy:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(buffer, "w") as new:
+            for name in old.namelist():
+                data = old.read(name)
+                new.writestr(name, data.replace(b"Q", b"Q)R", 1) if name.endswith(".pkl") else data)
+        called = buffer.getvalue()
+    path.write_bytes(called)
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="holds code or objects"):
+        read_state_dict(path)
+    assert time.perf_counter() - start < 5
+    assert "a UntypedStorage" not in str(torch.ones(2).untyped_storage())  # torch's own are as they were
 
 
 def test_keys_in_messages_are_short_and_printable(tmp_path):

@@ -206,3 +206,18 @@ def test_a_record_is_not_looked_for_in_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="a directory or device"):
         read_record(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["insert", "alexnet", "--weights", "random", "--num-images", str(10**12)],
+        ["compare", "alexnet", "--data", "digits", "--seeds", str(10**9)],
+        ["finetune", "alexnet", "--data", "digits", "--epochs", str(10**400)],
+    ],
+)
+def test_numbers_without_end_are_refused_at_once(words, capfd):
+    """A list of a billion seeds or of a trillion crops would fill the memory first."""
+    code, _, err = printed(capfd, *words)
+    assert code in (1, 2)
+    assert "not in the range" in err or "below 2^31" in err

@@ -34,6 +34,7 @@ NAMES = (
     "evil.csv",
     "evil.onnx",
     "evil.png",
+    "evil.jpg",
     "evil",
 )
 
