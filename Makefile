@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-oldest faults audit package lint docs notebooks bench bench-op bench-finetune clean
+.PHONY: demo test test-gpu test-oldest faults fuzz audit package lint docs notebooks bench bench-op bench-finetune clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
@@ -43,6 +43,10 @@ docs: .venv/.installed
 notebooks: .venv/.installed
 	cd notebooks && for name in *.ipynb; do \
 	  ../$(BIN)/jupyter-execute --inplace --NotebookClient.record_timing=False $$name || exit 1; done
+
+# once, over all readers; `python -m tests.fuzz --atheris SECONDS TARGET` guides one by coverage
+fuzz: .venv/.installed
+	$(BIN)/python -m tests.fuzz --inputs 50000
 
 bench: .venv/.benchmarks
 	$(BIN)/python -m benchmarks.startup

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .copies import on_meta
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
 from .files import atomic_write
 from .folding import strip_
 from .heads import replace_head_
@@ -21,7 +21,7 @@ from .insertion import Options, edit_
 from .lrn import drop_lrn_
 from .models import identify_model
 from .surgery_record import SurgeryRecord, attach_record, record
-from .weights import describe_mismatch, read_state_dict
+from .weights import describe_mismatch, is_safetensors, read_state_dict
 
 # One metadata entry, since safetensors writes several in random order: the record's SHA-256, a space, the record. The
 # digest is there because a flipped bit in the JSON could still parse.
@@ -94,8 +94,10 @@ def read_record(path: str | PathLike[str]) -> SurgeryRecord | None:
     """The record in a safetensors file's metadata; None where there is none, or the file is of another kind.
 
     Raises:
-        CheckpointError: there is a record and it is damaged, or of a newer format.
+        CheckpointError: it is no file that can be read, or there is a record and it is damaged, or of a newer format.
     """
+    if not is_safetensors(path):  # also keeps safe_open from waiting for a pipe to be written
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -148,8 +150,8 @@ def torch_save(state: Mapping[str, Any], temporary: Path) -> None:
 def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) -> nn.Module:
     if model is None and the_record.architecture is None:
         raise CheckpointError(
-            f"load: '{path}' holds a {the_record.model}, which is not one of torchvision's: pass model=, the original "
-            "network (its weights do not matter)"
+            f"load: '{path}' holds a {printable(the_record.model)}, which is not one of torchvision's: pass model=, "
+            "the original network (its weights do not matter)"
         )
     try:
         if model is not None:
@@ -165,10 +167,14 @@ def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) ->
         options = Options(the_record.absorb_bias, the_record.fuse_relu, the_record.eps, the_record.momentum)
         sites = edit_(skeleton, [inserted.site for inserted in the_record.sites], options)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration) as error:
-        what = the_record.model if model is None else f"the {type(model).__name__} given: it is of a {the_record.model}"
-        raise CheckpointError(f"load: '{path}': its record does not fit {what}: {error}") from error
+        name = printable(the_record.model)
+        what = name if model is None else f"the {type(model).__name__} given: it is of a {name}"
+        reason = printable(str(error))
+        raise CheckpointError(f"load: '{path}': its record does not fit {what}: {reason}") from error
     if sites != the_record.sites:
-        raise CheckpointError(f"load: '{path}': its record names other layers than {the_record.model} has")
+        raise CheckpointError(
+            f"load: '{path}': its record names other layers than the {printable(the_record.model)} has"
+        )
     return skeleton.eval()
 
 

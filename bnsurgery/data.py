@@ -18,7 +18,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
 
 from .batches import out_of_memory, use_less
-from .errors import DataError
+from .errors import DataError, printable
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -220,7 +220,7 @@ def load_image(path: str | Path) -> Image.Image:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # damage makes Pillow's decoders raise just about anything
-        raise _unusable(path, str(error)) from error
+        raise _unusable(path, printable(str(error), 300)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,5 +1,7 @@
 """Every error that bnsurgery raises for a caller's mistake or a bad input, and its one warning category."""
 
+_LONGEST = 100  # characters of a value in a message
+
 
 class BNSurgeryError(Exception):
     """Base of all errors below: catch it to catch whatever this package refuses."""
@@ -43,3 +45,19 @@ class DataError(BNSurgeryError):
 
 class BNSurgeryWarning(UserWarning):
     """Something worth knowing that does not stop the work, such as dead channels."""
+
+
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """`text` from a file or its name, for people: nothing in it steers a terminal, and no more than `longest` of it."""
+    short = text if len(text) <= longest else f"{text[:longest]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
+
+
+def shown(value: object) -> str:
+    """Any value from a file, for a message: text quoted, printable and short."""
+    if isinstance(value, str):
+        return f"'{printable(value)}'"
+    try:
+        return printable(repr(value))
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        return f"a {type(value).__name__}"

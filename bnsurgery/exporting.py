@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -22,7 +23,7 @@ from . import pretrained
 from .batches import Inputs, join, outputs, placed
 from .checkpoint import current_record, torch_save
 from .copies import on_meta
-from .errors import ExportError
+from .errors import ExportError, shown
 from .files import atomic_write
 from .folding import fold as fold_model
 from .modes import evaluating
@@ -40,6 +41,7 @@ SUFFIXES = {
     "exported-program": ".pt2",
 }
 _PICKLES = (".pth", ".pt")
+_MAX_INPUT = 2**26  # numbers in one input that is made up: a quarter of a gigabyte
 # Of the largest output: what float32 rounding in a deep network amounts to.
 _TOLERANCE = 1e-5
 
@@ -191,6 +193,10 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
         shape = (len(done.task.mean), done.task.image_size, done.task.image_size)
     if shape is None:
         raise ExportError(f"export: what a {done.model} takes is not known: pass example=, a batch of its inputs")
+    if math.prod(shape) > _MAX_INPUT:  # a file says so
+        raise ExportError(
+            f"export: an input of shape {shown(shape)} is too large to try: pass example=, or --image-size"
+        )
     # Any input shows whether two networks are one function; noise needs no data.
     return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
 

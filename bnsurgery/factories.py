@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -77,7 +78,7 @@ def _did_you_mean(close: list[str]) -> str:
 def _module(place: str) -> object:
     if not place.endswith(".py"):
         return _package(place)
-    path = Path(place).resolve()
+    path = Path(os.path.realpath(place))  # resolve raises where a link leads back to itself
     if not path.is_file():
         raise ArchitectureError(f"model: '{place}': no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)

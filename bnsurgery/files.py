@@ -90,6 +90,10 @@ def _target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The file behind `path`, links followed, after refusing what must not be replaced."""
     target = Path(os.path.realpath(path))
     try:
+        str(target).encode()
+    except UnicodeEncodeError:  # safetensors cannot open it again
+        raise CheckpointError(f"write: {str(target)!a}: got a name that is not UTF-8. Choose another.") from None
+    try:
         mode = target.stat().st_mode
     except FileNotFoundError:
         if not target.parent.exists():

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import pretrained
+from .batches import Inputs, run
 from .data import load_image
 from .errors import BNSurgeryError
 from .modes import observing
@@ -40,14 +41,14 @@ def predict(model: nn.Module, images: Sequence[str | Path], *, top: int = 5) -> 
 
     Raises:
         DataError: an image cannot be read.
+        CalibrationError: the network does not take what its record says.
         BNSurgeryError: the model carries no record, or one that does not tell its input.
     """
     preprocess, names = _input_and_classes(model)
-    device = next(model.parameters()).device
     for path in images:
         tensor = preprocess(load_image(path))
         with observing(model):
-            logits = model(tensor[None].to(device))[0].float()
+            logits = run("predict", model, Inputs((tensor[None],)))[0].float()  # says so where the size does not fit
         probabilities, indices = logits.softmax(0).topk(min(top, len(logits)))
         labels = tuple(names[i] if i < len(names) else str(i) for i in indices.tolist())
         yield Prediction(str(path), labels, tuple(probabilities.tolist()))

@@ -11,10 +11,11 @@ from torchvision.transforms._presets import ImageClassification
 
 from . import factories
 from .checkpoint import read_record
-from .errors import ArchitectureError, BNSurgeryError, CheckpointError, UntraceableModelError
+from .errors import ArchitectureError, BNSurgeryError, CheckpointError, UntraceableModelError, shown
 from .layer_kinds import LAYERS
 from .models import Architecture, identify, state_shapes
 from .surgery_record import SurgeryRecord
+from .task import MAX_SIDE
 from .tracing import Trace, is_layer
 from .weights import check_finite, describe_mismatch, download, read_state_dict
 
@@ -181,6 +182,7 @@ def preprocessing_of(
 
     Raises:
         ArchitectureError: as `own_preprocessing`.
+        CheckpointError: what the record notes is out of range.
     """
     if record.task is not None and image_size is None:
         task = record.task
@@ -188,9 +190,13 @@ def preprocessing_of(
         return kind(crop_size=task.image_size, resize_size=task.resize_size, mean=task.mean, std=task.std)
     if record.architecture is not None:
         return preprocessing(record.architecture, str(record.provenance.get("weights")), image_size)
-    noted = record.provenance
-    size = image_size or (int(noted["image_size"]) if "image_size" in noted else None)
-    return own_preprocessing(model, size, normalize if normalize != "auto" else str(noted.get("normalize", "auto")))
+    noted = {"image_size": None, "normalize": "auto", **record.provenance}
+    size, kind = image_size or noted["image_size"], normalize if normalize != "auto" else noted["normalize"]
+    if size is not None and not (isinstance(size, int) and 1 <= size <= MAX_SIDE):
+        raise CheckpointError(f"record.provenance.image_size: got {shown(size)}, expected 1 to {MAX_SIDE}")
+    if kind not in ("auto", "imagenet", "none"):
+        raise CheckpointError(f"record.provenance.normalize: got {shown(kind)}, expected auto, imagenet or none")
+    return own_preprocessing(model, size, str(kind))
 
 
 def recognise(path: Path) -> Architecture:

@@ -13,12 +13,12 @@ from torch import nn
 
 import bnsurgery
 
-from .errors import BNSurgeryError, CheckpointError
-from .models import Architecture, identify_model
+from .errors import BNSurgeryError, CheckpointError, shown
+from .models import Architecture, identify_model, names
 from .planning import Site
 from .tables import table
 from .task import Task
-from .typed_json import parse
+from .typed_json import loads, parse
 
 FORMAT_VERSION = 1
 _ATTRIBUTE = "_bnsurgery_record"
@@ -100,20 +100,41 @@ class SurgeryRecord:
         """Read what `to_json` wrote, believing nothing.
 
         Raises:
-            CheckpointError: not JSON, of a newer format, or a field is missing, unknown or of the wrong type.
+            CheckpointError: not JSON, of a newer format, or a field is missing, unknown, of the wrong type or out of
+                range.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = loads(text)
+        except ValueError as error:
             raise CheckpointError(f"record: not JSON: {error}") from None
         version = data.get("format_version") if isinstance(data, dict) else None
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise CheckpointError(f"record: got format version {version!r}, expected {FORMAT_VERSION}")
+            raise CheckpointError(f"record: got format version {shown(version)}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"record: written in format version {version}; this bnsurgery reads up to {FORMAT_VERSION}: upgrade it"
+                f"record: written in format version {shown(version)}; this bnsurgery reads up to {FORMAT_VERSION}: "
+                "upgrade it"
             )
-        return typing.cast(SurgeryRecord, parse(cls, data, "record"))
+        found = typing.cast(SurgeryRecord, parse(cls, data, "record"))
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Refuse what no insertion writes; what is left has to fit the network and its tensors."""
+        sizes, architecture = self.input_shape, self.architecture
+        _expect(0 < self.eps <= 1, "eps", self.eps, "above 0 and at most 1")
+        _expect(self.momentum is None or 0 <= self.momentum <= 1, "momentum", self.momentum, "null or 0 to 1")
+        _expect(sizes is None or min(sizes, default=1) >= 1, "input_shape", sizes, "sizes of 1 or more")
+        if architecture is not None:
+            name, classes, dropout = architecture.name, architecture.num_classes, architecture.dropout
+            _expect(name in names(), "architecture.name", name, f"one of {', '.join(names())}")
+            _expect(classes >= 1, "architecture.num_classes", classes, "1 or more")
+            _expect(0 <= dropout <= 1, "architecture.dropout", dropout, "0 to 1")
+
+
+def _expect(sound: bool, name: str, got: object, expected: str) -> None:
+    if not sound:
+        raise CheckpointError(f"record.{name}: got {shown(got)}, expected {expected}. The file is damaged or forged.")
 
 
 def record(bn_model: nn.Module) -> SurgeryRecord:

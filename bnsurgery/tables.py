@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 WIDTH = 80  # columns of a terminal that nobody has widened
 _FULL = 1e6  # below, a number is written out
 _NO_NUMBER = ("–", "diverges")  # what may stand in a column of numbers
+_LONGEST = 400  # characters of a text: names can come from a stranger's file
 _SHORTEST = 12  # columns that even a crowded table leaves to a text
 
 
@@ -38,6 +39,7 @@ def cell_text(cell: object) -> str:
         return "–"
     text = _digits(cell) if isinstance(cell, float) else str(cell)
     # Names can come from a stranger's file: nothing in them may steer the terminal.
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return "".join(c if c.isprintable() else "�" for c in text)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torchvision.transforms import v2
 
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
 
-_MAX_SIDE = 4096  # pixels
+MAX_SIDE = 4096  # pixels
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,16 @@ class Task:
 
     def __post_init__(self) -> None:
         sound = (
-            0 < self.image_size <= _MAX_SIDE
-            and self.image_size <= self.resize_size <= 2 * _MAX_SIDE
+            len(self.classes) >= 1
+            and 0 < self.image_size <= MAX_SIDE
+            and self.image_size <= self.resize_size <= 2 * MAX_SIDE
             and len(self.mean) == len(self.std)
             and len(self.mean) in (1, 3)
             and all(math.isfinite(value) for value in (*self.mean, *self.std))
             and all(std > 0 for std in self.std)
         )
         if not sound:
-            raise CheckpointError(f"task: image sizes, mean or std out of range: {self!s:.200}")
+            raise CheckpointError(f"task: classes, image sizes, mean or std out of range: {shown(self)}")
 
     def preprocess(self, *geometry: v2.Transform) -> v2.Compose:
         """From a PIL image or uint8 tensor (C, H, W) to the network's normalized input.

@@ -19,10 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
-from .errors import CheckpointError
+from .errors import CheckpointError, printable, shown
+from .unpickling import load_pickle
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts keep it, beside epoch and optimizer
 _ALIGNMENT = 64  # bytes
+_MAX_HEADER = 16 * 2**20  # bytes of JSON: 200 times what a network of 1,000 layers has; safetensors would parse 100 MB
+_MAX_EXPANSION = 20  # times its own size that a file may come to in memory: compressed, or by tensors that share memory
+_SMALL = 2**20  # bytes that any file may come to
 _SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -45,6 +49,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return state_dict
 
 
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether the file begins as a safetensors file does, with a header of a plausible length.
+
+    Raises:
+        CheckpointError: it is no file that can be read, is empty, or its header is implausibly long.
+    """
+    path = Path(path)
+    head = _head(path)
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and _MAX_HEADER < length < path.stat().st_size:
+        raise _refusal(path, f"a header of {length:,} bytes", f"Up to {_MAX_HEADER:,} are read; is it a weights file?")
+    return head[8:9] == b"{"
+
+
 def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Refuse weights that are not all finite.
 
@@ -56,7 +74,7 @@ def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str])
         probably_finite = tensor.dtype in _SUMMABLE and tensor.sum().isfinite()
         if not probably_finite and not tensor.isfinite().all():
             raise _refusal(
-                path, f"NaN or Inf in '{name}'", "The training diverged or the file is damaged: use another."
+                path, f"NaN or Inf in {shown(name)}", "The training diverged or the file is damaged: use another."
             )
 
 
@@ -65,9 +83,9 @@ def describe_mismatch(expected: Mapping[str, torch.Size], got: Mapping[str, torc
     both = [key for key in expected if key in got]
     differences = {
         "missing": [key for key in expected if key not in got],
-        "unexpected": [key for key in got if key not in expected],
+        "unexpected": [printable(key) for key in got if key not in expected],
         "of another shape": [
-            f"{key}: got {tuple(got[key])}, expected {tuple(expected[key])}"
+            f"{printable(key)}: got {shown(tuple(got[key]))}, expected {tuple(expected[key])}"
             for key in both
             if got[key] != expected[key]
         ],
@@ -152,25 +170,29 @@ def _load(path: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about old formats and about kinds of tensors refused later
-            if head[8:9] == b"{":  # first, for the length before it may look like either of the others
+            if is_safetensors(path):  # first, for the length before it may look like either of the others
                 return load_file(path)
             if head.startswith(b"PK"):
                 return _load_zip(path)
             if head.startswith(b"\x80"):
                 with path.open("rb") as file:
-                    return torch.load(file, map_location="cpu", weights_only=True)
+                    return load_pickle(file)
     except CheckpointError:
         raise
     except UnpicklingError as error:
         # Only the name is taken from torch's message, which tells how to switch the protection off.
         name = re.search(r"GLOBAL (\S+)", str(error))
-        found = f" ({name[1]!r})" if name else ", or is damaged"
+        found = f" ({shown(name[1])})" if name else ", or is damaged"
         raise _refusal(
             path,
             f"a pickle that holds code or objects other than tensors{found}: refused",
             "If it is a whole model that you trust, load it where it was made and save model.state_dict().",
         ) from None
     except Exception as error:  # a damaged file makes the parsers raise just about anything
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise _refusal(
+                path, "more than there is memory for", "Use a machine with more; or it is damaged, or hostile."
+            ) from error
         raise _refusal(path, "a truncated or damaged file", "Download or copy it again.") from error
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         raise _refusal(path, "what looks like a web page: the download failed", "Download it again.")
@@ -179,11 +201,15 @@ def _load(path: Path) -> object:
 
 def _head(path: Path) -> bytes:
     """The first bytes, after refusing what is no file to read."""
-    if not path.exists():
-        raise _refusal(path, "no such file", "Check the path.")
-    if not path.is_file():  # opening a pipe would hang
-        raise _refusal(path, "a directory or device", "Name the file.")
     try:
+        str(path).encode()
+    except UnicodeEncodeError:  # which neither safetensors nor torch's mapping can open
+        raise _refusal(path, "a file name that is not UTF-8", "Rename the file, or the folder it is in.") from None
+    try:
+        if not path.exists():
+            raise _refusal(path, "no such file", "Check the path.")
+        if not path.is_file():  # opening a pipe would hang
+            raise _refusal(path, "a directory or device", "Name the file.")
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
@@ -198,12 +224,13 @@ def _load_zip(path: Path) -> object:
         entries = archive.infolist()
     if any(PurePosixPath(entry.filename).name == "constants.pkl" for entry in entries):
         raise _refusal(path, "a TorchScript archive", "Save the state_dict() of the model it was made from.")
+    _refuse_expansion(path, sum(entry.file_size for entry in entries))
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if stored and path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return load_pickle(path, mmap=True)
     # Compressed entries cannot be mapped, and a path that ends in .safetensors torch takes for one.
     with path.open("rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load_pickle(file)
 
 
 def _tensors(loaded: object, path: Path) -> dict[str, Tensor]:
@@ -216,20 +243,34 @@ def _tensors(loaded: object, path: Path) -> dict[str, Tensor]:
     state_dict: dict[str, Tensor] = {}
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise _refusal(path, f"a {type(value).__name__} under {key!r}", "Save model.state_dict() alone.")
+            raise _refusal(path, f"a {type(value).__name__} under {shown(key)}", "Save model.state_dict() alone.")
         if value.layout != torch.strided or value.is_quantized or value.is_meta or _is_expanded(value):
             raise _refusal(
                 path,
-                f"a quantized, sparse, expanded or empty-shell tensor '{key}'",
+                f"a quantized, sparse, expanded or empty-shell tensor {shown(key)}",
                 "Save it as a plain one (.dequantize(), .to_dense(), .contiguous()).",
             )
         if value.dtype not in _SUMMABLE and not key.endswith("num_batches_tracked"):
-            raise _refusal(path, f"{value.dtype} under '{key}'", "Save it in float32, float16, bfloat16 or float64.")
-        state_dict[key] = _aligned(value.detach())
+            raise _refusal(
+                path, f"{value.dtype} under {shown(key)}", "Save it in float32, float16, bfloat16 or float64."
+            )
+        state_dict[key] = value.detach()
+    # Tensors can be views of one storage, and what is not aligned is copied.
+    _refuse_expansion(path, sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values()))
+    state_dict = {key: _aligned(tensor) for key, tensor in state_dict.items()}
     prefix = "module."
     if all(key.startswith(prefix) for key in state_dict):
         return {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return state_dict
+
+
+def _refuse_expansion(path: Path, size: int) -> None:
+    if size > max(_SMALL, _MAX_EXPANSION * path.stat().st_size):
+        raise _refusal(
+            path,
+            f"{size:,} bytes in a file of {path.stat().st_size:,}",
+            "Save model.state_dict() with torch.save or safetensors, which do not compress.",
+        )
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any
 import click
 
 from bnsurgery import __version__
-from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
+from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, printable
 
 _COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "report", "predict", "fold", "export", "archs")
+_MAX_LINE, _MAX_LINES = 2000, 200  # characters; of a message
 
 
 class _LazyGroup(click.Group):
@@ -60,7 +61,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         code = cli.main(args=args, prog_name="bnsurgery", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        error.show(usage := io.StringIO())
+        click.echo(_printable(usage.getvalue()), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = _fail("interrupted; nothing was written.", 130)
@@ -83,7 +85,12 @@ def _fail(message: str, code: int = 1) -> int:
 
 def _complain(what: str, colour: str, message: Warning | str) -> None:
     color = False if os.environ.get("NO_COLOR") else None
-    click.echo(f"{click.style(f'{what}:', fg=colour, bold=True)} {message}", err=True, color=color)
+    click.echo(f"{click.style(f'{what}:', fg=colour, bold=True)} {_printable(str(message))}", err=True, color=color)
+
+
+def _printable(message: str) -> str:
+    """Names in it come from files and their names: none steers the terminal or fills it."""
+    return "\n".join(printable(line, _MAX_LINE) for line in message.split("\n")[:_MAX_LINES])
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

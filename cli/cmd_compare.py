@@ -53,7 +53,7 @@ class _List(click.ParamType):
     metavar="R,S,...",
     help="Peak learning rates, tried with every arm.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat with so many seeds.")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Repeat with so many seeds.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Trials at a time.  [default: as memory and processors allow]")
 @recipe_options(leave_out=("lr", "save_every"))
 @report_options

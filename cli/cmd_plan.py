@@ -40,7 +40,8 @@ def command(
     name, own = named(source, model, "ARCH or FILE")
     path = Path(name)
     if not own and path.is_file() and (done := read_record(path)) is not None:
-        custom = f" --model {done.provenance.get('model', 'MODULE:FUNCTION')}" if done.architecture is None else ""
+        made = str(done.provenance.get("model", "MODULE:FUNCTION"))
+        custom = f" --model {quote(made)}" if done.architecture is None else ""
         show(f"{done}\n\nNext: bnsurgery verify {quote(name)}{custom}", {"record": done.to_dict()}, as_json, quiet)
         return
     for file in (dot, svg):

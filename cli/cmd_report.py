@@ -51,9 +51,9 @@ def command(
     from bnsurgery.errors import CheckpointError
     from bnsurgery.surgery_record import record
 
-    output = output or Path(f"{file.resolve().stem}.html")
-    if not file.exists():
+    if not file.exists():  # nor a link that leads back to itself, which cannot be resolved
         raise CheckpointError(f"report: '{file}': no such file or directory")
+    output = output or Path(f"{file.resolve().stem}.html")
     check_report(output, plot, force, file)
     if file.is_dir() or file.suffix == ".json":
         found = _of_results(file)

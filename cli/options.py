@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from bnsurgery.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +32,8 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
 model_option = click.option(
     "--model",
     metavar="MODULE:FUNCTION",
-    help="What makes a network of your own: package.module:function, file.py:function or timm:NAME.",
+    help="What makes a network of your own: package.module:function, file.py:function or timm:NAME. This runs its "
+    "code; never taken from a checkpoint.",
 )
 
 # How images of a network that is not torchvision's are normalized.
@@ -77,7 +81,11 @@ def data_options(num_images: int) -> Callable[[F], F]:
             help="Folder of JPEG, PNG or WebP images, searched through; or two built-in photographs, cropped.",
         ),
         click.option(
-            "--num-images", type=_POSITIVE, default=num_images, show_default=True, help="How many images at most."
+            "--num-images",
+            type=click.IntRange(1, 1_000_000),
+            default=num_images,
+            show_default=True,
+            help="How many images at most.",
         ),
         click.option("--batch-size", type=_POSITIVE, default=8, show_default=True, help="Images at a time."),
         image_size_option,
@@ -112,11 +120,13 @@ print_options = _together(
 
 
 def show(text: str, data: dict[str, Any], as_json: bool, quiet: bool = False) -> None:
-    """Print a result as the user asked for it."""
+    """Print a result as the user asked for it; nothing in it steers the terminal."""
     if as_json:
-        click.echo(json.dumps(data, ensure_ascii=False))
+        text = json.dumps(data, ensure_ascii=False)
+        click.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text))
     elif not quiet:
-        click.echo(_coloured(text), color=False if os.environ.get("NO_COLOR") else None)
+        safe = "\n".join(printable(line, len(line)) for line in text.split("\n"))
+        click.echo(_coloured(safe), color=False if os.environ.get("NO_COLOR") else None)
 
 
 def _coloured(text: str) -> str:
@@ -147,13 +157,16 @@ def named(arch: str | None, model: str | None, what: str = "ARCH") -> tuple[str,
 def load_checkpoint(file: Path, model: str | None) -> "nn.Module":
     """The network in FILE, of a class that --model makes where it is not torchvision's."""
     from bnsurgery import checkpoint, factories
-    from bnsurgery.errors import CheckpointError
 
     done = checkpoint.read_record(file)
     if model is None and done is not None and done.architecture is None:
         made = done.provenance.get("model")
         raise CheckpointError(
-            f"'{file}' holds a {done.model}, which is not one of torchvision's: pass --model "
-            + (f"{made}, as when it was made" if made else "MODULE:FUNCTION, which makes it")
+            f"'{file}' holds a {printable(done.model)}, which is not one of torchvision's: pass --model "
+            + (
+                f"{shlex.quote(printable(str(made)))}, as when it was made, if you trust its code"
+                if made
+                else "MODULE:FUNCTION, which makes it"
+            )
         )
     return checkpoint.load(file, model=factories.build(model) if model else None)

@@ -28,7 +28,12 @@ _DEFAULTS = {field.name: field.default for field in fields(Config)}
 
 # In the order of --help: name of the field, type (None: its CHOICES), help text.
 _OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("model", str, "package.module:function or file.py:function that makes a network of your own."),
+    (
+        "model",
+        str,
+        "package.module:function or file.py:function that makes a network of your own. This runs its code; never taken "
+        "from a checkpoint.",
+    ),
     ("weights", str, "Of ARCH: DEFAULT or another name of torchvision's, random, or a file."),
     ("layers", None, "Which layers get a BatchNorm."),
     ("head", None, "Replace the output layer, or keep it; auto keeps it for the classes that it knows."),

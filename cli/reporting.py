@@ -1,5 +1,6 @@
 """--report and --plot: checked before the work starts, written when it is done."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,10 +59,11 @@ def check_report(page: Path | None, plot: Path | None, force: bool, *others: str
     if page is not None:
         if page.suffix.lower() not in (".html", ".htm"):
             raise CheckpointError(f"write: '{page}': a report is an HTML page: give it a name that ends in .html")
-        places = {Path(other).resolve() for other in (*others, plot) if other is not None}
-        if page.resolve() in places:
+        # realpath, for resolve raises where a link leads back to itself
+        places = {os.path.realpath(other) for other in (*others, plot) if other is not None}
+        if os.path.realpath(page) in places:
             raise CheckpointError(f"write: '{page}': this command needs that file itself: give the report another name")
-        if page.parent.resolve() in places:
+        if os.path.realpath(page.parent) in places:
             make_folder(page.parent)
         claim(page, force)
     return True

@@ -1,6 +1,7 @@
 """Did BatchNorm help? The same fine-tuning with and without it, over learning rates and seeds."""
 
 import json
+import math
 import statistics
 import textwrap
 from dataclasses import asdict, dataclass
@@ -41,6 +42,15 @@ class Trial:
     diverged: str | None
     rows: tuple[Row, ...]
     seconds: float
+
+    def check(self, where: str) -> None:
+        """Refuse what no run comes to.
+
+        Raises:
+            CheckpointError: the rate is no number, or the trial neither diverged nor was validated.
+        """
+        if not math.isfinite(self.lr) or not (self.diverged or self.rows):
+            raise CheckpointError(f"{where}: got a trial of rate {self.lr} with {len(self.rows)} rows, expected an end")
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,8 @@ class Comparison:
         if not isinstance(data, dict) or not {"task", "trials"} <= set(data):
             raise CheckpointError(f"'{path}': no comparison is in it")
         found: Comparison = parse(cls, {"task": data["task"], "trials": data["trials"]}, path.name)
+        for trial in found.trials:
+            trial.check(path.name)
         return found
 
     def of(self, arm: str, lr: float | None = None) -> list[Trial]:

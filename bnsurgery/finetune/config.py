@@ -1,9 +1,11 @@
 """Everything that a fine-tuning run can be told, with the defaults that the literature on BN asks for."""
 
+import math
+import typing
 from dataclasses import dataclass
 from typing import Any
 
-from bnsurgery.errors import BNSurgeryError
+from bnsurgery.errors import BNSurgeryError, shown
 from bnsurgery.typed_json import parse
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # what `compare` tries
@@ -19,6 +21,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "no", "bf16", "fp16"),
     "arm": ("bn", "plain", "bn-naive"),
 }
+_MANY = 2**31
+_MAX_SIDE = 4096  # pixels, as in a Task
+_MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -117,25 +122,31 @@ class Config:
     save_every: float = 300.0
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(Config).items():
+            _check(_is_a(hint, getattr(self, name)), name, getattr(self, name), getattr(hint, "__name__", str(hint)))
         for name, allowed in CHOICES.items():
             _check(getattr(self, name) in allowed, name, getattr(self, name), " | ".join(allowed))
         for name in ("epochs", "batch_size", "evaluations"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("clip", "save_every"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            _check(1 <= getattr(self, name) < _MANY, name, getattr(self, name), "1 or more, and below 2^31")
+        for name in ("clip", "save_every", "weight_decay"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value < math.inf, name, value, "0 or more")
         for name in ("warmup", "label_smoothing", "ema", "dropout"):
             value = getattr(self, name)
             _check(value is None or 0 <= value < 1, name, value, "0 or more, and below 1")
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _check(self.limit is None or self.limit >= 2, "limit", self.limit, "2 or more")
-        _check(self.recalibrate >= 2, "recalibrate", self.recalibrate, "2 or more images")
-        _check(self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
-        _check(self.weight_decay is None or self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _check(2 <= self.recalibrate < _MANY, "recalibrate", self.recalibrate, "2 or more images, and below 2^31")
+        workers, side = self.num_workers, self.image_size
+        _check(workers is None or 0 <= workers <= _MOST_WORKERS, "num_workers", workers, f"0 to {_MOST_WORKERS}")
+        _check(side is None or 1 <= side <= _MAX_SIDE, "image_size", side, f"1 to {_MAX_SIDE}")
         lr = self.lr
         is_rate = isinstance(lr, (int, float)) and 0 < lr < 1e3
         _check(lr is None or lr == "auto" or is_rate, "lr", lr, "above 0 and below 1000, or auto")
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
         _check(bool(self.output), "output", self.output, "the run's directory")
+        # safetensors writes no file of another name, and would say so after the first epoch.
+        _check(_is_utf8(self.output), "output", self.output, "a name in UTF-8")
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> "Config":
@@ -151,4 +162,20 @@ class Config:
 
 def _check(sound: bool, name: str, got: Any, expected: str) -> None:
     if not sound:
-        raise BNSurgeryError(f"finetune: {name}: got {got!r}, expected {expected}")
+        raise BNSurgeryError(f"finetune: {name}: got {shown(got)}, expected {expected}")
+
+
+def _is_a(hint: Any, value: object) -> bool:
+    """Whether `value` is what a field's annotation says; an int will do for a float, a bool for no number."""
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

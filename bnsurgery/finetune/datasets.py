@@ -220,7 +220,10 @@ def _folder(directory: Path, val_fraction: float, seed: int, skip_bad: bool, sho
 
 def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple[str, ...], list[str]]:
     """Every folder in `directory` is a class; its images are found at any depth."""
-    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"data '{directory}': {error.strerror}. Make it readable or pass another folder.") from error
     if not folders:
         raise DataError(f"data '{directory}': got no folder in it, expected one for every class, with its images.")
     paths: list[Path] = []
@@ -240,7 +243,12 @@ def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple
             except DataError as error:
                 bad[index] = str(error)
     kept = [index for index in range(len(paths)) if index not in bad]
-    names = tuple(f"{paths[i].relative_to(directory)} {paths[i].stat().st_size}" for i in kept)
+    try:
+        names = tuple(f"{paths[i].relative_to(directory)} {paths[i].stat().st_size}" for i in kept)
+    except OSError as error:  # a link to nowhere
+        raise DataError(
+            f"data: '{error.filename}': {error.strerror}. Remove it, or leave such out with --skip-bad."
+        ) from error
     split = Split(_Files(tuple(paths[i] for i in kept)), tuple(labels[i] for i in kept), names)
     classes = tuple(folder.name for folder in folders)
     return split, classes, [str(paths[index]) for index in bad]

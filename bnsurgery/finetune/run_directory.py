@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from bnsurgery import checkpoint
-from bnsurgery.errors import BNSurgeryError, CheckpointError
+from bnsurgery.errors import BNSurgeryError, CheckpointError, printable
 from bnsurgery.files import atomic_write, make_folder, only_process_in
 from bnsurgery.report import plot_curves
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.surgery_record import carries_record
-from bnsurgery.typed_json import parse
+from bnsurgery.typed_json import loads, parse
+from bnsurgery.unpickling import load_pickle
 
 from .config import Config
 from .datasets import Fingerprint
@@ -114,11 +114,11 @@ class RunDirectory:
         """
         path = self.path / "config.json"
         try:
-            content = json.loads(path.read_text())
+            content = loads(path.read_text())
         except FileNotFoundError:
             raise CheckpointError(f"run '{self.path}': no config.json: there is no run to resume") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"run '{self.path}': config.json cannot be read: {error}") from error
+            raise CheckpointError(f"run '{self.path}': config.json cannot be read: {printable(str(error))}") from error
         if not isinstance(content, dict) or set(content) != {"config", "data"}:
             raise CheckpointError(f"run '{self.path}': config.json holds something else than config and data")
         return Config.from_dict(content["config"], "config"), parse(Fingerprint, content["data"], "data")
@@ -137,8 +137,10 @@ class RunDirectory:
         if not self.last.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = load_pickle(self.last)
             version = state["version"]
+        except MemoryError:
+            raise
         except Exception as error:  # damage makes the unpickler raise just about anything
             best = f" '{self.best}' is a file of its own: a new run can start from it." if self.best.exists() else ""
             raise CheckpointError(f"'{self.last}': damaged, so this run cannot go on.{best}") from error
@@ -185,7 +187,7 @@ class RunDirectory:
         except FileNotFoundError:
             raise CheckpointError(f"run '{self.path}': no metrics.csv: there was no validation yet") from None
         except (OSError, ValueError, TypeError, csv.Error) as error:
-            raise CheckpointError(f"run '{self.path}': metrics.csv cannot be read: {error}") from error
+            raise CheckpointError(f"run '{self.path}': metrics.csv cannot be read: {printable(str(error))}") from error
         if not found:
             raise CheckpointError(f"run '{self.path}': metrics.csv is empty: there was no validation yet")
         return tuple(parse(Row, line, f"{path.name}, line {number}") for number, line in enumerate(found, start=2))

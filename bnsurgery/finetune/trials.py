@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bnsurgery.errors import BNSurgeryError, CheckpointError
+from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
 from bnsurgery.files import atomic_write, make_folder, only_process_in
 from bnsurgery.report import plot_comparison
 from bnsurgery.report.style import write as write_figure
@@ -219,15 +219,15 @@ def _claim(directory: Path, config: Config, data: dict[str, Any]) -> None:
     if not path.exists():
         return _write(path, json.dumps(mine, indent=1))
     theirs = _load(path)
-    if not isinstance(theirs, dict):
+    if not isinstance(theirs, dict) or not all(isinstance(theirs.get(part), dict) for part in mine):
         raise CheckpointError(f"'{path}': damaged. Remove '{directory}' to start anew.")
     for part in mine:
         for name, value in mine[part].items():
-            before = dict(theirs.get(part) or {}).get(name)
+            before = theirs[part].get(name)
             if before != value:
                 raise BNSurgeryError(
-                    f"compare: '{directory}' holds another comparison, with {name} {str(before)[:60]!r} instead of "
-                    f"{str(value)[:60]!r}: name another --output"
+                    f"compare: '{directory}' holds another comparison, with {name} {shown(before)} instead of "
+                    f"{shown(value)}: name another --output"
                 )
 
 
@@ -238,6 +238,7 @@ def _path(directory: Path, key: Key) -> Path:
 
 def _read(path: Path) -> Trial:
     trial: Trial = parse(Trial, _load(path), path.name)
+    trial.check(path.name)
     return trial
 
 

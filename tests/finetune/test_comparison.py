@@ -124,7 +124,7 @@ def test_trials_in_processes_of_their_own_give_the_same(model, data, config, tmp
 
 def test_another_comparison_is_not_mixed_in(model, data, config):
     compared(config, model, data, arms=("plain",), rates=(0.1,))
-    with pytest.raises(BNSurgeryError, match="holds another comparison, with batch_size '16' instead of '8'"):
+    with pytest.raises(BNSurgeryError, match="holds another comparison, with batch_size 16 instead of 8"):
         finetune.compare(config(epochs=2, batch_size=8), arms=("plain",), rates=(0.1,), model=model, data=data)
     with pytest.raises(BNSurgeryError, match="got arms nonsense"):
         compared(config, model, data, arms=("nonsense",))
