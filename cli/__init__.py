@@ -65,6 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
         click.echo(_printable(usage.getvalue()), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
+        sys.unraisablehook = lambda _: None  # a progress bar that was interrupted half-made complains when it is freed
         code = _fail("interrupted; nothing was written.", 130)
     except BNSurgeryError as error:
         code = _fail(str(error), 128 + getattr(error, "signum", 1 - 128))
