@@ -162,7 +162,7 @@ def placed(model: nn.Module, batch: Inputs) -> Inputs:
     return batch.map(place)
 
 
-def out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException | None) -> bool:
     """Whether `error` says that memory ran out: on the CPU torch and C++ have words of their own for it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

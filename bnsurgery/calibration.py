@@ -112,21 +112,30 @@ def warn_of_dead_channels(moments: dict[str, ChannelMoments], eps: float) -> Non
         )
 
 
+class _Measured(dict[str, ChannelMoments]):
+    """The moments by name, and the dtype of what they are of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[str, torch.dtype] = {}
+
+
 @contextmanager
 def _watching(
     modules: dict[str, nn.Module], *, output: bool, first: Container[str] = (), last_dim: Container[str] = ()
-) -> Iterator[dict[str, ChannelMoments]]:
+) -> Iterator["_Measured"]:
     """Collect the moments of each module's output (or else first input) while inside.
 
     Args:
         first: names of those watched before their own hooks run.
         last_dim: names of those whose channels are the last dimension, not the second.
     """
-    measured: dict[str, ChannelMoments] = {}
+    measured = _Measured()
 
     def add(name: str, tensor: Tensor) -> None:
         moments = ChannelMoments(*channel_moments(tensor.flatten(0, -2) if name in last_dim else tensor))
         measured[name] = measured[name].merge(moments) if name in measured else moments
+        measured.dtypes[name] = tensor.dtype
 
     def watcher(name: str) -> Callable[..., None]:
         if output:
@@ -145,8 +154,8 @@ def _watching(
 
 
 def _feed(
-    operation: str, model: nn.Module, batches: Iterable[Any], measured: dict[str, ChannelMoments], progress: bool
-) -> BNSurgeryError | None:
+    operation: str, model: nn.Module, batches: Iterable[Any], measured: _Measured, progress: bool
+) -> Exception | None:
     """Run the batches until one fails. The error is given back: a rank that raised would leave the others waiting."""
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(
@@ -157,7 +166,7 @@ def _feed(
             run(operation, model, batch)
             if not _are_finite(measured):
                 return _non_finite(operation, model, measured, number, batch)
-    except BNSurgeryError as error:
+    except Exception as error:  # a loader's own, too
         return error
     return None
 
@@ -168,14 +177,12 @@ def _are_finite(measured: dict[str, ChannelMoments]) -> bool:
     return not tensors or bool(torch.cat([tensor.to(tensors[0].device) for tensor in tensors]).isfinite().all())
 
 
-def _non_finite(
-    operation: str, model: nn.Module, measured: dict[str, ChannelMoments], number: int, batch: Inputs
-) -> NonFiniteError:
+def _non_finite(operation: str, model: nn.Module, measured: _Measured, number: int, batch: Inputs) -> NonFiniteError:
     """Says where it came from, after the first batch that did it."""
     bad = {name: int((~(site.mean.isfinite() & site.m2.isfinite())).sum()) for name, site in measured.items()}
     name = next(name for name, channels in bad.items() if channels)  # the first that ran
     taken = placed(model, batch)
-    dtype = next((tensor.dtype for tensor in taken.tensors if tensor.is_floating_point()), torch.get_default_dtype())
+    dtype = measured.dtypes[name]
     samples = taken.non_finite()
     if samples:
         listed = ", ".join(map(str, samples[:8])) + (" and others" if len(samples) > 8 else "")
@@ -195,16 +202,17 @@ def _non_finite(
 
 def _gather(
     operation: str,
-    measured: dict[str, ChannelMoments],
+    measured: _Measured,
     sites: dict[str, nn.Module],
-    failure: BNSurgeryError | None,
+    failure: Exception | None,
 ) -> dict[str, ChannelMoments]:
     """Move to the CPU, and merge over the ranks in rank order, so that all get the same bits; or all the same error."""
     local = {name: (m.count, m.mean.cpu(), m.m2.cpu()) for name, m in measured.items()}
-    shards: list[tuple[BNSurgeryError | None, dict[str, tuple[int, Tensor, Tensor]]]] = [(failure, local)]
+    told = failure if failure is None or isinstance(failure, BNSurgeryError) else CalibrationError(repr(failure))
+    shards: list[tuple[BNSurgeryError | None, dict[str, tuple[int, Tensor, Tensor]]]] = [(told, local)]
     if distributed.is_available() and distributed.is_initialized():
         shards *= distributed.get_world_size()
-        distributed.all_gather_object(shards, (failure, local))
+        distributed.all_gather_object(shards, (told, local))
     if failure is not None:
         raise failure
     for rank, (error, _) in enumerate(shards):

@@ -3,9 +3,12 @@
 import errno
 import hashlib
 import os
+import re
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,7 +17,8 @@ from safetensors import SafetensorError
 from .errors import CheckpointError
 from .locks import LockedError, locked
 
-_PREFIX = ".bnsurgery-"  # of every lock and temporary file
+_PREFIX = ".bnsurgery-"  # of every lock file and temporary folder
+_LOCK = re.compile(r"\.bnsurgery-[0-9a-f]{12}\.lock")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 
@@ -33,7 +37,8 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
             during the block is kept as well.
 
     Yields:
-        An empty hidden file in the same directory; the block writes it, in place or by a rename over it.
+        An empty file in a hidden folder in the same directory; the block writes it, in place or by a
+        rename over it.
 
     Raises:
         CheckpointError: the file cannot be written: it exists, another process is writing it, the disk is full, a
@@ -42,9 +47,9 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
     target = _target(path, overwrite=overwrite)
     try:
         with _alone(target), _temporary_beside(target) as temporary:
-            mode = temporary.stat().st_mode  # what the umask grants
+            mode = (target if target.exists() else temporary).stat().st_mode  # as before, or what the umask grants
             yield temporary
-            temporary.chmod(mode)  # safetensors writes files that only their owner can read
+            temporary.chmod(stat.S_IMODE(mode))  # safetensors writes files that only their owner can read
             _sync(temporary)
             _put(temporary, target, overwrite)
             _sync_directory(target.parent)
@@ -89,10 +94,10 @@ def check_writable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
 def _target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The file behind `path`, links followed, after refusing what must not be replaced."""
     target = Path(os.path.realpath(path))
-    try:
-        str(target).encode()
-    except UnicodeEncodeError:  # safetensors cannot open it again
-        raise CheckpointError(f"write: {str(target)!a}: got a name that is not UTF-8. Choose another.") from None
+    if target.suffix == ".safetensors" and os.fsencode(target).decode(errors="replace") != str(target):
+        raise CheckpointError(
+            f"write: {str(target)!a}: got a name that is not UTF-8, by which safetensors opens no file. Choose another."
+        )
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
@@ -130,16 +135,22 @@ def make_folder(directory: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def only_process_in(folder: Path, what: str) -> Iterator[None]:
+def only_process_in(folder: Path, what: str, files: Iterable[str]) -> Iterator[None]:
     """Keep other processes from this folder until the block ends; what killed ones left half-written is removed.
 
+    Args:
+        folder: exists.
+        what: it is, for messages.
+        files: patterns of what will be written in it.
+
     Raises:
-        CheckpointError: one is in it, named with its process id.
+        CheckpointError: a process is in it, named with its id; or one of the files is a link, which could name a file
+            of value elsewhere: the folder may come from a stranger.
     """
+    folder = folder.resolve()
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder.resolve() / f"{_PREFIX}folder.lock"))
-            _tidy(folder)
+            stack.enter_context(locked(folder / f"{_PREFIX}folder.lock"))
         except LockedError as error:
             raise CheckpointError(
                 f"{what} '{folder}': {error} is at work in it. Wait until it is done or stop it, or name another "
@@ -147,16 +158,19 @@ def only_process_in(folder: Path, what: str) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise unwritable(folder, error) from error
+        link = next((path for pattern in files for path in folder.glob(pattern) if path.is_symlink()), None)
+        if link is not None:
+            raise CheckpointError(f"{what} '{folder}': '{link.name}' is a link, expected a file of its own. Remove it.")
+        _tidy(folder)
         yield
 
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """Hold the lock of `target`; what a killed process left of it is removed."""
+    lock = _lock_of(target)
     try:
-        with locked(_lock_of(target)) as first:
-            if first:
-                _remove_temporaries(_lock_of(target))
+        with locked(lock, lambda: _remove_temporaries(lock)):
             yield
     except LockedError as error:
         raise CheckpointError(
@@ -170,29 +184,32 @@ def _lock_of(target: Path) -> Path:
 
 
 def _remove_temporaries(lock: Path) -> None:
-    for leftover in lock.parent.glob(f"{lock.stem}-*.tmp"):
-        leftover.unlink(missing_ok=True)
+    for entry in lock.parent.iterdir():
+        if entry.name.startswith(f"{lock.stem}-") and entry.suffix == ".tmp":
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 @contextmanager
 def _temporary_beside(target: Path) -> Iterator[Path]:
-    """An empty hidden file in the directory of `target`, gone afterwards unless it was renamed."""
-    temporary = target.with_name(f"{_lock_of(target).stem}-{uuid4().hex[:8]}.tmp")
-    # Not tempfile: its files stay unreadable for everyone else, whatever the umask.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666))
+    """An empty file in a hidden folder of its own beside `target`: some writers make further files beside theirs."""
+    folder = target.with_name(f"{_lock_of(target).stem}-{uuid4().hex[:8]}.tmp")
+    folder.mkdir()
     try:
+        temporary = folder / "new"
+        # Not tempfile: its files stay unreadable for everyone else, whatever the umask.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666))
         yield temporary
     finally:
-        with suppress(OSError):  # mostly it was renamed; on a broken disk, the error to report is another
-            temporary.unlink()
+        shutil.rmtree(folder, ignore_errors=True)  # on a broken disk, the error to report is another
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what killed processes left of any file in `folder` and its folders; what another is writing stays."""
+    """Remove what killed processes left of any file in `folder` and its folders; what somebody is writing stays."""
     for pattern in (f"{_PREFIX}*.lock", f"*/{_PREFIX}*.lock"):
-        for lock in folder.resolve().glob(pattern):
-            with suppress(LockedError), locked(lock):
-                _remove_temporaries(lock)
+        for lock in folder.glob(pattern):
+            if _LOCK.fullmatch(lock.name):
+                with suppress(LockedError, OSError), locked(lock, partial(_remove_temporaries, lock)):
+                    pass
 
 
 def _put(temporary: Path, target: Path, overwrite: bool) -> None:

@@ -4,15 +4,17 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BNSurgeryError
 
+_LONGEST = 1000  # bytes of a lock file
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -31,7 +33,7 @@ _mutex = threading.Lock()
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path` until the block ends; within one process as often as wanted.
 
     The system's lock (flock), which works between the hosts of most network file systems, too. The file says who holds
@@ -40,45 +42,50 @@ def locked(path: Path) -> Iterator[bool]:
 
     Args:
         path: of the lock file, its directory without links.
-
-    Yields:
-        Whether this process did not hold it before.
+        clean: called when the lock is got, before any other thread of this process gets on; not where this process held
+            it already.
 
     Raises:
         LockedError: another process holds it.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or is a link or no file.
     """
     with _mutex:
-        first = path not in _held
-        held = _Held(_acquire(path)) if first else _held[path]
-        _held[path] = held
+        if path not in _held:
+            _held[path] = _Held(_acquire(path))
+            if clean is not None:
+                clean()
+        held = _held[path]
         held.times += 1
     try:
-        yield first
+        yield
     finally:
         with _mutex:
             held.times -= 1
             if not held.times and _held.get(path) is held:  # else this is a child that was forked in the block
-                with suppress(OSError):  # a disk that has become read-only; the file alone is no lock
-                    path.unlink()  # before the lock goes: afterwards it may be another's
-                os.close(_held.pop(path).descriptor)
+                _release(path)
 
 
 def _let_go_in_child() -> None:
     """Or a data loader's worker would go on holding the lock when its parent was killed."""
-    global _mutex
-    _mutex = threading.Lock()
     while _held:
         os.close(_held.popitem()[1].descriptor)
+    _mutex.release()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+# No fork while a thread is between having a lock and noting it.
+os.register_at_fork(before=_mutex.acquire, after_in_parent=_mutex.release, after_in_child=_let_go_in_child)
+
+
+def _release(path: Path) -> None:
+    with suppress(OSError):  # a disk that has become read-only; the file alone is no lock
+        path.unlink()  # before the lock goes: afterwards it may be another's
+    os.close(_held.pop(path).descriptor)
 
 
 def _acquire(path: Path) -> int:
     """A descriptor of the lock file, locked."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _open(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -93,24 +100,41 @@ def _acquire(path: Path) -> int:
             try:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            except OSError:
+                return descriptor
+            except OSError as error:  # EBADF, EINVAL: another user's, and nobody's by now
                 path.unlink(missing_ok=True)
-                os.close(descriptor)
-                raise
-            return descriptor
+                if error.errno not in (errno.EBADF, errno.EINVAL):
+                    os.close(descriptor)
+                    raise
         os.close(descriptor)  # its holder removed it while we were waiting: that file is nobody's any more
+
+
+def _open(path: Path) -> int:
+    """A descriptor of the lock file itself: a link could stand in its place and name a file of value."""
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags | os.O_RDWR, 0o666)
+    except PermissionError:
+        if not os.path.lexists(path):
+            raise
+        descriptor = os.open(path, flags & ~os.O_CREAT | os.O_RDONLY)  # another user's; that is enough to ask
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_size > _LONGEST:
+        os.close(descriptor)
+        raise OSError(errno.EEXIST, "this is no lock: remove it", str(path))
+    return descriptor
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     return False
 
 
 def _holder(descriptor: int) -> str:
     """Who wrote the file; a holder that has only just locked it writes in a moment."""
     for _ in range(20):
-        text = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        text = os.pread(descriptor, _LONGEST, 0).decode(errors="replace").strip()
         if text:
             return text
         time.sleep(0.01)

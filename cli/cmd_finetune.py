@@ -52,7 +52,7 @@ def command(
     from bnsurgery.report import training
 
     loud = not (quiet or as_json)
-    reporting = check_report(page, plot, force, output or resume, source)
+    reporting = _is_main_process() and check_report(page, plot, force, output or resume, source)
     if resume is not None:
         config, _ = RunDirectory(resume).read_config()
         named = {"source": source, "data": data, "output": output}

@@ -46,8 +46,8 @@ def test_write_puts_the_file_there_at_the_end_only(tmp_path):
     target = tmp_path / "a.bin"
     with atomic_write(target, overwrite=False) as temporary:
         temporary.write_bytes(b"new")
-        assert temporary.parent == tmp_path
-        assert temporary.name.startswith(".")
+        assert temporary.parent.parent == tmp_path
+        assert temporary.parent.name.startswith(".")
         assert not target.exists()
     assert target.read_bytes() == b"new"
     assert names(tmp_path) == ["a.bin"]
@@ -81,6 +81,29 @@ def test_overwrite_replaces(tmp_path):
     with atomic_write(target, overwrite=True) as temporary:
         temporary.write_bytes(b"new")
     assert target.read_bytes() == b"new"
+
+
+def test_a_file_that_is_replaced_keeps_who_may_read_it(tmp_path):
+    target = tmp_path / "a.safetensors"
+    target.touch(mode=0o600)
+    with atomic_write(target, overwrite=True) as temporary:
+        save_file({"w": torch.arange(4.0)}, temporary)
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_killed_writer_of_tensors_leaves_is_removed(tmp_path):
+    """Safetensors writes to a name of its own, beside the one it is given."""
+    script = (
+        "import os, sys, torch; from safetensors.torch import save_file; from bnsurgery.files import atomic_write\n"
+        "with atomic_write(sys.argv[1], overwrite=True) as temporary:\n"
+        "    (temporary.parent / '.tmpAbCdEf').write_bytes(bytes(1000)); os.kill(os.getpid(), 9)\n"
+    )
+    target = tmp_path / "a.safetensors"
+    subprocess.run([sys.executable, "-c", script, target], check=False)
+    assert names(tmp_path) != []
+    with atomic_write(target, overwrite=True) as temporary:
+        temporary.write_bytes(b"new")
+    assert names(tmp_path) == ["a.safetensors"]
 
 
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path):

@@ -134,13 +134,14 @@ class Loader:
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     """A pass over `loader`, which learns of a dead worker when it wants something of it.
 
-    Torch's handler of SIGCHLD raises at once, wherever the process is: between two assignments, or writing a file.
+    Torch's handler of SIGCHLD raises at once, wherever the process is: between two assignments, or writing a file. It
+    is installed with the process's first loader and taken back here, also for loaders that come later; one that is
+    there already stays.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
-    signal.signal(signal.SIGCHLD, before)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
     return iterator
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bnsurgery.batches import out_of_memory, use_less
+from bnsurgery.batches import out_of_memory
 from bnsurgery.calibration import recalibrate_
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError
 from bnsurgery.modes import evaluating
@@ -86,7 +86,8 @@ class Trainer:
         Raises:
             Interrupted: `stop` was asked for; the run is saved.
             DivergedError: see there; nothing is saved any more, so what was saved before stays.
-            DataError: an image is damaged, or a process that reads them died; the run is saved.
+            DataError: an image is damaged, or a process that reads them died; in training on one process the run is
+                saved, else what was saved before stays.
             CheckpointError: a file cannot be written; what was saved before stays.
             BNSurgeryError: the device ran out of memory or failed; what was saved before stays.
         """
@@ -97,29 +98,37 @@ class Trainer:
             with self._bar(epoch) as bar:
                 try:
                     self._train_epoch(bar, stop)
-                except DataError as error:
-                    self._look(bar)
-                    if stop.signum:  # it killed the processes that read images, too
-                        self._save_if_due(stop, validated=False)
-                    if self.directory is None or self.accelerator.num_processes > 1:  # the other ranks are elsewhere
-                        raise
-                    self.save()
-                    raise DataError(f"{error} Saved at step {self.step} of {self.steps}. {self._go_on()}") from error
                 except CheckpointError as error:
-                    raise CheckpointError(f"{error}{self._intact()}") from error
+                    raise CheckpointError(f"{error}{self.intact()}") from error
                 except torch.AcceleratorError as error:  # a GPU that failed: no further call to it will work
                     reason = str(error).strip().splitlines()[0]
-                    raise BNSurgeryError(f"finetune: the device failed: {reason}.{self._intact()}") from error
+                    raise BNSurgeryError(f"finetune: the device failed: {reason}.{self.intact()}") from error
 
     def _train_epoch(self, bar: Any, stop: StopRequest) -> None:
-        for images, labels in self.setup.train:
+        for images, labels in self._batches(bar, stop):
             self.train_step(images, labels)
             validate = self._validation_is_due()
             if validate or self.step % self._look_every == 0:
                 self._look(bar)
                 if validate:
-                    self._validate()
+                    try:
+                        self._validate()
+                    except DataError as error:  # not saved: the run that goes on repeats it
+                        raise DataError(f"{error}{self.intact()}") from error
                 self._save_if_due(stop, validate)
+
+    def _batches(self, bar: Any, stop: StopRequest) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of the epoch; where it cannot be read, what is done is saved."""
+        try:
+            yield from self.setup.train
+        except DataError as error:
+            self._look(bar)
+            if stop.signum:  # it killed the processes that read images, too
+                self._save_if_due(stop, validated=False)
+            if self.directory is None or self.accelerator.num_processes > 1:  # the other ranks are elsewhere
+                raise DataError(f"{error}{self.intact()}") from error
+            self.save()
+            raise DataError(f"{error} Saved at step {self.step} of {self.steps}. {self._go_on()}") from error
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """One step of the optimizer on this rank's share of a batch."""
@@ -133,9 +142,7 @@ class Trainer:
             loss, accuracy = self.objective(images, labels)
             self.accelerator.backward(loss)
         except Exception as error:
-            if out_of_memory(error):
-                raise BNSurgeryError(use_less("finetune", self.config.batch_size) + self._intact()) from error
-            if not self.config.compile or isinstance(error, torch.AcceleratorError):
+            if not self.config.compile or out_of_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise  # what a compiler raises is anything; eager code has run once by now
             reason = (str(error).strip().splitlines() or [""])[0]
             raise BNSurgeryError(f"finetune: --compile: {type(error).__name__}: {reason}. Try without it.") from error
@@ -328,7 +335,8 @@ class Trainer:
             f"{rate:.3g}: {what}.{kept} Try --lr {rate / 3:.1g} or --clip 1, with another --output."
         )
 
-    def _intact(self) -> str:
+    def intact(self) -> str:
+        """What is left of the run, and how to go on; nothing where nothing is."""
         if self.directory is None or not self.directory.last.exists():
             return ""
         return f" The checkpoint before is intact. {self._go_on()}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .events import EventFile
 
 _VERSION = 1
+_FILES = ("config.json", "metrics.csv", "*.png", "best.safetensors", "last", "last/state.pt", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Resolved:
 
 
 class RunDirectory:
-    """Every file in it is written to a temporary name and renamed, so it is whole whenever the power fails."""
+    """Every file in it but TensorBoard's is written to a temporary name and renamed: whole whenever the power fails."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -93,13 +95,13 @@ class RunDirectory:
         Raises:
             BNSurgeryError: a run is in it already, or another process is, or it cannot be made.
         """
-        if new and (self.path / "config.json").exists():
-            raise BNSurgeryError(
-                f"run '{self.path}': a run is there already. Go on with it (--resume {self.path}) "
-                "or name another --output."
-            )
         make_folder(self.last.parent)
-        with only_process_in(self.path, "run"):
+        with only_process_in(self.path, "run", _FILES):
+            if new and (self.path / "config.json").exists():
+                raise BNSurgeryError(
+                    f"run '{self.path}': a run is there already. Go on with it (--resume {quote(str(self.path))}) "
+                    "or name another --output."
+                )
             yield
 
     def write_config(self, config: Config, data: Fingerprint) -> None:

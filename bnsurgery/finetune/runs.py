@@ -1,12 +1,15 @@
 """Start a run, or go on with one."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from bnsurgery.batches import out_of_memory
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.report import plot_rate_range
 from bnsurgery.report.style import write as write_figure
@@ -15,7 +18,7 @@ from bnsurgery.typed_json import parse
 from .config import Config
 from .datasets import Data, Fingerprint
 from .run_directory import Resolved, Row, RunDirectory
-from .setup import build, forked_random, load_data, processes
+from .setup import EVALUATED_TOGETHER, build, forked_random, load_data, processes
 from .stopping import listening
 
 if TYPE_CHECKING:
@@ -134,10 +137,46 @@ def _train(
 ) -> Result:
     accelerator = processes(config)
     show = show and accelerator.is_main_process
-    if directory is None or not accelerator.is_main_process:
-        return _train_alone(config, accelerator, directory, model, data, before, show)
-    with directory.alone(new=before is None):
-        return _train_alone(config, accelerator, directory, model, data, before, show)
+    with ExitStack() as stack:
+        refusal = None
+        if directory is not None and accelerator.is_main_process:
+            try:
+                stack.enter_context(directory.alone(new=before is None))
+            except BNSurgeryError as error:
+                refusal = error
+        _raise_on_all(accelerator, refusal)
+        try:
+            return _train_alone(config, accelerator, directory, model, data, before, show)
+        except Exception as error:
+            if not out_of_memory(error) and not out_of_memory(error.__cause__):
+                raise
+            raise _less_memory(config, directory) from error
+
+
+def _raise_on_all(accelerator: "Accelerator", refusal: BNSurgeryError | None) -> None:
+    """Raise what process 0 found, everywhere: the others would wait for it."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        (refusal,) = broadcast_object_list([refusal])
+    if refusal is not None:
+        raise refusal
+
+
+def _less_memory(config: Config, directory: RunDirectory | None) -> BNSurgeryError:
+    advice = "use a smaller --image-size"
+    if config.batch_size > EVALUATED_TOGETHER:
+        advice = (
+            f"use a smaller --batch-size, for instance of {config.batch_size // 2}, or {advice.removeprefix('use ')}"
+        )
+    elif config.batch_size > 1:
+        advice += f" or --batch-size; validation takes {EVALUATED_TOGETHER} images at a time whatever that is"
+    if directory is not None and directory.last.exists():
+        advice = (
+            f"make room and go on with --resume {quote(str(directory.path))}, which keeps its sizes; or start another "
+            f"run with another --output: {advice}"
+        )
+    return BNSurgeryError(f"finetune: out of memory: {advice}.")
 
 
 def _train_alone(

@@ -29,7 +29,7 @@ from .run_directory import Resolved
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_EVALUATED_TOGETHER = 32  # at least: without gradients there is room, and statistics want more than a few images
+EVALUATED_TOGETHER = 32  # at least: without gradients there is room, and statistics want more than a few images
 
 
 @dataclass
@@ -141,7 +141,7 @@ def build(
         "rank": rank,
         "world": world,
         "workers": workers,
-        "batch_size": max(_EVALUATED_TOGETHER, config.batch_size // world),
+        "batch_size": max(EVALUATED_TOGETHER, config.batch_size // world),
     }
     calibration = plain_loader(prepared, images=config.recalibrate, **share)
     val = plain_loader(Prepared(data.val, task, "none", 0), **share)

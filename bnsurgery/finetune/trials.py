@@ -72,7 +72,7 @@ def compare(
         raise BNSurgeryError("compare: every trial is one process: start it without torchrun or accelerate launch")
     data = data or load_data(config, show)
     directory = make_folder(config.output)
-    with only_process_in(directory, "compare"):
+    with only_process_in(directory, "compare", _FILES):
         _claim(directory, config, asdict(data.fingerprint))
         wanted = [(arm, lr, seed) for seed in range(seeds) for lr in rates for arm in arms]
         finished = _finish(directory, config, wanted, model, data, jobs, show)
@@ -85,6 +85,7 @@ def compare(
 
 Key = tuple[str, float, int]  # arm, rate, seed
 _VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every")
+_FILES = ("shared.json", "comparison.*", "trials", "trials/*")
 _USABLE = 0.7  # of the memory that is free
 
 

@@ -38,7 +38,7 @@ def _greedy():
     ("fail", "message"),
     [
         (_broken, r"device failed: CUDA error: unspecified launch failure\. The checkpoint before is intact\. Go on"),
-        (_greedy, r"out of memory on a batch of 16: use smaller ones, for instance of 8 .*The checkpoint before is"),
+        (_greedy, r"out of memory: make room and go on with --resume \S+, which .* use a smaller --image-size or"),
     ],
 )
 def test_the_checkpoint_before_is_left(data, config, fail, message):
