@@ -44,6 +44,7 @@ def run(options: argparse.Namespace, chance: random.Random) -> int:
     for name in _IMPORTED:
         importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)
+    sys.dont_write_bytecode = True  # Python's own temporary files are not the question
     start = time.monotonic()
     base = shim.folder() / "workspace"
     workspace.build(base)
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace, chance: random.Random) -> int:
         for complaint in line.wrong:
             print(f"    WRONG: {complaint}", flush=True)
         wrong += len(line.wrong)
-        killed += line.trials if "killed" in line.what else 0
+        killed += line.deaths
     print(f"{killed} kills; {wrong} things wrong; {time.monotonic() - start:.0f} s")
     return 1 if wrong else 0
 
@@ -66,10 +67,12 @@ def lines(options: argparse.Namespace, base: Path, chance: random.Random) -> Ite
     chosen = [command for command in workspace.commands() if options.only in command.name]
     for command in chosen:
         one = trials.OneFile(command, base, scratch)
+        yield trials.order(command.name, one.unsynced)
         yield from trials.kills_of_one_file(one, options.kills // 2 // len(workspace.commands()), chance)
         yield from trials.errors_of_one_file(one, options.errors)
     if options.only in "finetune":
         training = trials.Run(base, scratch)
+        yield trials.order("finetune", training.unsynced)
         yield from trials.kills_of_a_run(training, options.kills // 2, chance)
         yield from trials.errors_of_a_run(training, options.errors)
 

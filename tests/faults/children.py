@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import random
 import signal
 import sys
 import threading
@@ -30,6 +29,7 @@ class Fault:
         lasting: whether all later ones fail, too.
         seconds: after which it is killed, None for not.
         step: number of the training step in which it is killed, 0 for none.
+        delay: seconds from the start of that step.
     """
 
     kind: str = ""
@@ -38,6 +38,7 @@ class Fault:
     lasting: bool = False
     seconds: float | None = None
     step: int = 0
+    delay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Outcome:
         code: exit status, negative for a signal; None where it hung.
         output: stdout and stderr.
         calls: file-changing calls it made; None where it was killed.
+        log: they, by name and path.
         phase: what it was doing last, as it said itself.
         seconds: how long it ran.
     """
@@ -55,6 +57,7 @@ class Outcome:
     code: int | None
     output: str
     calls: int | None
+    log: list[tuple[str, str]]
     phase: str
     seconds: float
 
@@ -71,7 +74,7 @@ def command(folder: Path, args: list[str], fault: Fault = Fault()) -> Outcome:
 
         _announce_phases(say)
         if fault.step:
-            _die_in_step(fault.step)
+            _die_in_step(fault.step, fault.delay)
         shim.arm(folder, fault.call, fault.error, fault.lasting)
         main(args)
 
@@ -100,7 +103,9 @@ def _announce_phases(say: Callable[[str], None]) -> None:
 
         def announcing(*args: Any, **kwargs: Any) -> Any:
             say(phase)
-            return method(*args, **kwargs)
+            result = method(*args, **kwargs)
+            say("epoch")
+            return result
 
         setattr(Trainer, name, announcing)
 
@@ -109,7 +114,7 @@ def _announce_phases(say: Callable[[str], None]) -> None:
     announced("save", "checkpoint")
 
 
-def _die_in_step(number: int) -> None:
+def _die_in_step(number: int, delay: float) -> None:
     """Be killed while a training step computes: a thread does it, some milliseconds after its start."""
     from bnsurgery.finetune.loop import Trainer
 
@@ -117,7 +122,7 @@ def _die_in_step(number: int) -> None:
 
     def dying(*args: Any, **kwargs: Any) -> None:
         if next(steps) == number:
-            threading.Timer(random.uniform(0, 0.004), os.kill, (os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         step(*args, **kwargs)
 
     Trainer.train_step = dying  # type: ignore[method-assign]
@@ -130,6 +135,7 @@ def say(pipe: int, what: str) -> None:
 
 def _fork(folder: Path, work: Callable[[Callable[[str], None]], None], fault: Fault) -> Outcome:
     log = folder.parent / "log.txt"
+    (folder.parent / "calls.json").unlink(missing_ok=True)
     reading, writing = os.pipe()
     start = time.monotonic()
     child = os.fork()
@@ -146,7 +152,9 @@ def _fork(folder: Path, work: Callable[[Callable[[str], None]], None], fault: Fa
                 code = 0
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 0
-            say(writing, f"calls {shim.calls()}")
+            calls = shim.calls(), shim.log()
+            shim.disarm()
+            (folder.parent / "calls.json").write_text(json.dumps(calls))
         except BaseException:
             import traceback
 
@@ -158,12 +166,12 @@ def _fork(folder: Path, work: Callable[[Callable[[str], None]], None], fault: Fa
     os.close(writing)
     said, status = _wait(child, reading, start, fault.seconds)
     os.close(reading)
-    lines = said.split()
+    phases = said.split()
     code = None if status is None else os.waitstatus_to_exitcode(status)
-    calls = int(lines[-1]) if "calls" in lines else None
-    phases = [line for line in lines if not line.isdigit() and line != "calls"]
+    ended = folder.parent / "calls.json"
+    calls, done = json.loads(ended.read_text()) if ended.exists() else (None, [])
     output = log.read_text(errors="replace")
-    return Outcome(code, output, calls, phases[-1] if phases else "start", time.monotonic() - start)
+    return Outcome(code, output, calls, done, phases[-1] if phases else "start", time.monotonic() - start)
 
 
 def _wait(child: int, reading: int, start: float, seconds: float | None) -> tuple[str, int | None]:

@@ -1,7 +1,7 @@
 /* Preloaded before libc: fails, or kills, at the n-th call that changes a file below a folder.
  *
- * Counted are open for writing, write, pwrite, writev, fsync, fdatasync, ftruncate, rename, link, mkdir, chmod and
- * unlink, whoever makes them: Python, Rust or C++. Nothing happens until shim_arm() is called. */
+ * Counted are open for writing, write, pwrite, writev, fsync, fdatasync, ftruncate, rename, link, mkdir, chmod, unlink
+ * and rmdir, whoever makes them: Python, Rust or C++. Nothing happens until shim_arm() is called. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -21,12 +21,24 @@ static char folder[PATH_MAX];
 static volatile long calls, fatal; /* so far; the first that is hit, 0 for none */
 static volatile int code, lasting; /* errno, 0 to die; whether all later calls fail, too */
 
-void shim_arm(const char *path, long first, int error, int forever) {
-    calls = 0, fatal = first, code = error, lasting = forever;
-    snprintf(folder, sizeof folder, "%s", path);
+long shim_calls(void) { return calls; }
+
+/* What was done, a line each: the name of the call and the path. */
+static char done_log[1 << 20];
+static volatile size_t done_length;
+
+const char *shim_log(void) { return done_log; }
+
+static void note(const char *name, const char *path) {
+    size_t length = strlen(name) + strlen(path) + 3;
+    size_t at = __sync_fetch_and_add(&done_length, length - 1);
+    if (at + length < sizeof done_log) snprintf(done_log + at, length, "%s %s\n", name, path);
 }
 
-long shim_calls(void) { return calls; }
+void shim_arm(const char *path, long first, int error, int forever) {
+    calls = 0, fatal = first, code = error, lasting = forever, done_length = 0, done_log[0] = 0;
+    snprintf(folder, sizeof folder, "%s", path);
+}
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
@@ -38,14 +50,17 @@ static int below(const char *path) {
     return strncmp(whole, folder, strlen(folder)) == 0;
 }
 
-static int open_below(int fd) {
+/* Whether it is open on something there; its path is noted with the call. */
+static int open_below(int fd, const char *name) {
     char link[64], path[PATH_MAX];
     if (!folder[0]) return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, sizeof path - 1);
     if (length < 0) return 0;
     path[length] = 0;
-    return path[0] == '/' && below(path); /* a pipe has no place */
+    if (path[0] != '/' || !below(path)) return 0; /* a pipe has no place */
+    note(name, path);
+    return 1;
 }
 
 /* Whether this call shall fail; errno is set then. Removing a file works on a full disk. */
@@ -66,7 +81,7 @@ static size_t torn(size_t size) {
 
 #define WRITE(name, parameters, real)                                                                                  \
     ssize_t name parameters {                                                                                          \
-        if (!open_below(fd)) return (real);                                                                            \
+        if (!open_below(fd, #name)) return (real);                                                                            \
         size_t whole = size, half = torn(size);                                                                        \
         if (half) {                                                                                                    \
             size = half;                                                                                               \
@@ -83,11 +98,11 @@ WRITE(pwrite, (int fd, const void *data, size_t size, off_t at), REAL(pwrite)(fd
 WRITE(pwrite64, (int fd, const void *data, size_t size, off64_t at), REAL(pwrite64)(fd, data, size, at))
 
 ssize_t writev(int fd, const struct iovec *parts, int count) {
-    return open_below(fd) && hit(0) ? -1 : REAL(writev)(fd, parts, count);
+    return open_below(fd, "writev") && hit(0) ? -1 : REAL(writev)(fd, parts, count);
 }
 
 #define ON_FD(name, parameters, ...)                                                                                   \
-    int name parameters { return open_below(fd) && hit(0) ? -1 : REAL(name)(__VA_ARGS__); }
+    int name parameters { return open_below(fd, #name) && hit(0) ? -1 : REAL(name)(__VA_ARGS__); }
 
 ON_FD(fsync, (int fd), fd)
 ON_FD(fdatasync, (int fd), fd)
@@ -95,14 +110,22 @@ ON_FD(ftruncate, (int fd, off_t size), fd, size)
 ON_FD(ftruncate64, (int fd, off64_t size), fd, size)
 ON_FD(fchmod, (int fd, mode_t mode), fd, mode)
 
-#define ON_PATH(name, removes, parameters, ...)                                                                        \
-    int name parameters { return below(path) && hit(removes) ? -1 : REAL(name)(__VA_ARGS__); }
+#define ON_PATH(name, removes, to, parameters, ...)                                                                    \
+    int name parameters {                                                                                              \
+        if (!below(path)) return REAL(name)(__VA_ARGS__);                                                              \
+        note(#name, to);                                                                                               \
+        return hit(removes) ? -1 : REAL(name)(__VA_ARGS__);                                                            \
+    }
 
-ON_PATH(rename, 0, (const char *path, const char *to), path, to)
-ON_PATH(link, 0, (const char *path, const char *to), path, to)
-ON_PATH(mkdir, 0, (const char *path, mode_t mode), path, mode)
-ON_PATH(chmod, 0, (const char *path, mode_t mode), path, mode)
-ON_PATH(unlink, 1, (const char *path), path)
+ON_PATH(rename, 0, to, (const char *path, const char *to), path, to)
+ON_PATH(link, 0, to, (const char *path, const char *to), path, to)
+ON_PATH(renameat, 0, to, (int a, const char *path, int b, const char *to), a, path, b, to)
+ON_PATH(renameat2, 0, to, (int a, const char *path, int b, const char *to, unsigned int flags), a, path, b, to, flags)
+ON_PATH(linkat, 0, to, (int a, const char *path, int b, const char *to, int flags), a, path, b, to, flags)
+ON_PATH(mkdir, 0, path, (const char *path, mode_t mode), path, mode)
+ON_PATH(chmod, 0, path, (const char *path, mode_t mode), path, mode)
+ON_PATH(unlink, 1, path, (const char *path), path)
+ON_PATH(rmdir, 1, path, (const char *path), path)
 
 #define OPEN(name, parameters, ...)                                                                                    \
     int name parameters {                                                                                              \

@@ -44,9 +44,22 @@ def arm(folder: Path, first: int = 0, error: int = 0, lasting: bool = False) -> 
     library.shim_arm(str(folder.resolve()).encode(), ctypes.c_long(first), error, int(lasting))
 
 
+def disarm() -> None:
+    """Count no more."""
+    ctypes.CDLL(None).shim_arm(b"", ctypes.c_long(0), 0, 0)
+
+
 def calls() -> int:
     """How many there were."""
     library = ctypes.CDLL(None)
     library.shim_calls.restype = ctypes.c_long
     count: int = library.shim_calls()
     return count
+
+
+def log() -> list[tuple[str, str]]:
+    """Every one of them: the name of the call, and the path."""
+    library = ctypes.CDLL(None)
+    library.shim_log.restype = ctypes.c_char_p
+    lines = library.shim_log().decode(errors="surrogateescape").splitlines()
+    return [(name, path) for name, _, path in (line.partition(" ") for line in lines)]

@@ -23,6 +23,7 @@ def test_nothing_is_lost(command, kills, errors, done):
         capture_output=True,
         text=True,
         check=False,
+        timeout=500,
         cwd=Path(__file__).parents[2],
     )
     assert found.returncode == 0, found.stdout + found.stderr

@@ -13,6 +13,7 @@ from .workspace import RESUME, START, Command
 
 OLD = b"the old version, which is no checkpoint"
 _A_RUN = 8  # kills a run, at most
+_ENOUGH = 30  # kills of runs, to have hit every phase of one
 ERRORS = {"disk full": (errno.ENOSPC, True), "EIO": (errno.EIO, False), "read-only": (errno.EROFS, True)}
 
 
@@ -23,12 +24,14 @@ class Line:
     Attributes:
         what: command and fault.
         trials: how many.
+        deaths: how many processes were killed.
         ends: what became of the file, or where the run was, counted.
         wrong: what should not have happened, in words.
     """
 
     what: str
     trials: int = 0
+    deaths: int = 0
     ends: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -40,6 +43,8 @@ class Line:
     def check_end(self, outcome: Outcome, fault: Fault) -> None:
         """A killed process is dead; one with an error says so, and exits with 1."""
         where = str(fault)
+        self.trials += 1
+        self.deaths += outcome.killed
         self.check(outcome.code is not None, f"{where}: hangs")
         self.check("Traceback" not in outcome.output, f"{where}: traceback: {outcome.output[-600:]}")
         if fault.error and outcome.code != 0:
@@ -67,6 +72,8 @@ class OneFile:
         self.new = workspace.digest(folder / command.target)
         workspace.must(children.command(folder, self.args))
         assert workspace.digest(folder / command.target) == self.new, f"{command.name} writes other bytes every time"
+        self.names = workspace.names(folder)
+        self.unsynced = workspace.unsynced(first.log)
 
     def trial(self, line: Line, fault: Fault, with_old: bool) -> None:
         folder = workspace.copy(self.base, self.scratch / "trial")
@@ -76,7 +83,6 @@ class OneFile:
         old = workspace.digest(target)
         args = self.args if with_old else [word for word in self.args if word != "--force"]
         outcome = children.command(folder, args, fault)
-        line.trials += 1
         line.check_end(outcome, fault)
         found = workspace.digest(target)
         end = "new" if found == self.new else "old" if found == old else "broken"
@@ -85,12 +91,13 @@ class OneFile:
         line.check(end != "broken", f"{where}: the file is broken")
         line.check(outcome.killed or bool(outcome.code) or end == "new", f"{where}: exit status 0, but no new file")
         if fault.error and fault.error != errno.EROFS:
-            left = workspace.leavings(folder)
+            left = workspace.names(folder) - self.names
             line.check(not left, f"{where}: left behind {left}")
         again = children.command(folder, self.args)
         line.check(again.code == 0, f"{where}: the next run fails: {again.output[-300:]}")
         line.check(workspace.digest(target) == self.new, f"{where}: the next run writes something else")
-        line.check(not workspace.leavings(folder), f"{where}: the next run leaves {workspace.leavings(folder)}")
+        left = workspace.names(folder) - self.names
+        line.check(not left, f"{where}: the next run leaves {left}")
 
 
 class Run:
@@ -103,6 +110,8 @@ class Run:
         assert first.calls is not None
         self.calls, self.seconds = first.calls, first.seconds
         self.bits = children.call(folder, lambda: workspace.read_run(folder))
+        self.names = workspace.names(folder)
+        self.unsynced = workspace.unsynced(first.log)
 
     def until_done(self, line: Line, faults: Iterator[Fault]) -> None:
         """Start a run, let the faults happen to it one after the other, going on after each, then let it end."""
@@ -114,14 +123,13 @@ class Run:
                 if fault.error == errno.EROFS:  # where it could not even tidy up
                     children.command(folder, list(RESUME))
                 break
-            line.trials += 1
             line.ends[outcome.phase] += 1
             self._look(line, folder, fault)
         else:
             last = children.command(folder, self._args(folder))
             line.check(last.code == 0, f"cannot go on: {last.output[-400:]}")
         line.check(self._look(line, folder, Fault("the end")) == self.bits, "other bits in the end")
-        line.check(not workspace.leavings(folder), f"left behind {workspace.leavings(folder)}")
+        line.check(workspace.names(folder) == self.names, f"left behind {workspace.names(folder) ^ self.names}")
 
     def _args(self, folder: Path) -> list[str]:
         return list(RESUME if (folder / "run" / "config.json").exists() else START)
@@ -134,15 +142,21 @@ class Run:
             return None
 
 
+def order(name: str, unsynced: list[str]) -> Line:
+    """Whether the files of a command were synced, named, and their folders synced, in that order."""
+    return Line(f"{name}, order of writing", trials=1, wrong=unsynced)
+
+
 def kills_of_one_file(one: OneFile, count: int, chance: random.Random) -> Iterator[Line]:
-    """Half of them in calls that change files, half at any time."""
+    """At most half of them in calls that change files, the others at any time."""
     line = Line(f"{one.command.name}, killed in a call that changes a file")
     for number, call in enumerate(spread(one.calls, count // 2)):
         one.trial(line, Fault("kill", call), with_old=bool(number % 2))
     yield line
+    left = count - line.deaths
     line = Line(f"{one.command.name}, killed at any time")
-    for number in range(count - count // 2):
-        one.trial(line, Fault("kill", seconds=chance.uniform(0, one.seconds)), with_old=bool(number % 2))
+    while line.deaths < left:
+        one.trial(line, Fault("kill", seconds=chance.uniform(0, one.seconds)), with_old=bool(line.trials % 2))
     yield line
 
 
@@ -159,14 +173,19 @@ def kills_of_a_run(run: Run, count: int, chance: random.Random) -> Iterator[Line
     """Several to each run, until it has got to its end in spite of them."""
     ways: dict[str, Callable[[], Fault]] = {
         "in a call that changes a file": lambda: Fault("kill", chance.randint(1, run.calls // 2)),
-        "in a training step": lambda: Fault("kill", step=chance.randint(1, 6)),
+        "in a training step": lambda: Fault("kill", step=chance.randint(1, 6), delay=chance.uniform(0, 0.004)),
         "at any time": lambda: Fault("kill", seconds=chance.uniform(0, 0.8 * run.seconds)),
     }
+    hit: Counter[str] = Counter()
     for way, fault in ways.items():
         line = Line(f"finetune, killed {way}")
-        while line.trials < count / len(ways):
+        while line.deaths < count / len(ways):
             run.until_done(line, (fault() for _ in range(_A_RUN)))
         yield line
+        hit.update(line.ends)
+    missed = {"epoch", "validation", "checkpoint"} - set(hit)
+    if count >= _ENOUGH and missed:
+        yield Line("finetune, killed in every phase", wrong=[f"never in: {', '.join(missed)}"])
 
 
 def errors_of_a_run(run: Run, count: int) -> Iterator[Line]:

@@ -89,9 +89,25 @@ def must(outcome: children.Outcome) -> children.Outcome:
     return outcome
 
 
-def leavings(folder: Path) -> list[str]:
-    """Temporary and lock files."""
-    return sorted(path.name for path in folder.rglob(".bnsurgery*"))
+def names(folder: Path) -> set[str]:
+    """Of every file in and below it; TensorBoard's events, named by the time, by their folder."""
+    found = {path.relative_to(folder) for path in folder.rglob("*")}
+    return {str(path.parent if path.parent.name == "tensorboard" else path) for path in found}
+
+
+def unsynced(log: list[tuple[str, str]]) -> list[str]:
+    """Files that got their name before they were synced, or whose folder was not synced afterwards."""
+    wrong = []
+    for at, (call, to) in enumerate(log):
+        target = Path(to)
+        if call.startswith(("rename", "link")) and not target.parent.name.endswith(".tmp"):
+            synced = [number for number, (name, path) in enumerate(log[:at]) if name == "fsync" and ".tmp/" in path]
+            written = [number for number, (name, path) in enumerate(log[:at]) if "write" in name and ".tmp/" in path]
+            if not synced or (written and written[-1] > synced[-1]):
+                wrong.append(f"{target.name} was not synced before it got its name")
+            if ("fsync", str(target.parent)) not in [tuple(entry) for entry in log[at:]]:
+                wrong.append(f"the folder of {target.name} was not synced")
+    return wrong
 
 
 def digest(path: Path) -> str:
