@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python demo.py
 
+# two processes with a thread each: as fast as it gets on two cores
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-gpu: .venv/.installed
 	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make test-gpu: torch finds no CUDA device')"
@@ -16,7 +17,7 @@ test-gpu: .venv/.installed
 
 # with the oldest versions that pyproject.toml admits, in an environment of its own; they warn of what has come since
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
 
 # kills processes and breaks disks, some twenty minutes; the tests run a sample
 faults: .venv/.installed

@@ -47,6 +47,7 @@ def main() -> None:
     text = "\n\n".join(parts) + "\n"
     print(text)
     PLACE.write_text(text)
+    sys.exit("NOT" in text)
 
 
 def calibration(network: nn.Module, images: int) -> str:

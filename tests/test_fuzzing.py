@@ -15,7 +15,7 @@ from bnsurgery.finetune import Config
 from bnsurgery.surgery_record import SurgeryRecord
 from bnsurgery.typed_json import loads, parse
 from tests.fuzz.networks import CORPUS
-from tests.fuzz.session import run
+from tests.fuzz.session import TIME, run
 from tests.fuzz.targets import TARGETS, jobs
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -28,7 +28,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer rea
 
 @needs_linux
 def test_500_inputs(tmp_path):
-    outcomes = list(run(jobs(500), seed=1, work=tmp_path))
+    outcomes = list(run(jobs(500), seed=1, work=tmp_path, limit=3 * TIME))  # other tests run beside it
     assert len(outcomes) == len(jobs(500)) > 490
     assert [(o.job, o.finding) for o in outcomes if o.finding] == []
     taken = {o.job[0] for o in outcomes if o.taken}

@@ -213,7 +213,8 @@ def test_several_processes_give_what_one_gives(folder):
     args += ["--dropout", "0", "--evaluations", "6"]
     port = str(20000 + os.getpid() % 20000)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--no-python"]
-    two = start(folder, "finetune", *args, "-o", "two", launcher=[*launcher, sys.executable])
+    report = ("--report", "two.html")
+    two = start(folder, "finetune", *args, "-o", "two", *report, launcher=[*launcher, sys.executable])
     one = start(folder, "finetune", *args, "-o", "one")
     for process in (one, two):
         _, err = process.communicate(timeout=120)
@@ -223,6 +224,16 @@ def test_several_processes_give_what_one_gives(folder):
     for alone, together in zip(*rows, strict=True):
         assert together["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-5)
         assert together["step"] == alone["step"]
+    assert "<svg" in (folder / "two.html").read_text()
+    ranks = [
+        start(folder, "finetune", *args, "-o", "two", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+              MASTER_ADDR="localhost", MASTER_PORT=str(int(port) + 1))
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:  # what process 0 refuses, all are told
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "a run is there already" in err and "Traceback" not in err
 
 
 def _rows(run):
@@ -254,7 +265,7 @@ def test_a_run_belongs_to_one_process_and_to_the_next_as_soon_as_it_is_killed(fo
     for args in (resume, ("finetune", *endless)):
         code, _, err = cli(*args)
         assert code == 1
-        assert f"process {first.pid} on" in err or "a run is there already" in err
+        assert f"process {first.pid} on" in err
     readers = psutil.Process(first.pid).children()
     assert readers
     first.send_signal(signal.SIGKILL)
@@ -271,9 +282,14 @@ def test_when_a_process_that_reads_images_dies_nothing_is_lost(folder):
     args = [*FAST[:-6], "--num-workers", "1", "--lr", "0.1", "--device", "cpu", "--epochs", "20000"]
     run = start(folder, "finetune", *args)
     wait_for((folder / "runs/net-images/metrics.csv").exists, run)
-    for reader in psutil.Process(run.pid).children():
+    readers = psutil.Process(run.pid).children()
+    assert readers
+    for reader in readers:
         reader.kill()
-    _, err = run.communicate(timeout=60)
+    try:
+        _, err = run.communicate(timeout=100)
+    finally:
+        run.kill()
     assert run.returncode == 1, err
     assert "a process that reads them died" in err and "Traceback" not in err, err
     step = torch.load(folder / "runs/net-images/last/state.pt", weights_only=True)["step"]

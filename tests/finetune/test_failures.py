@@ -1,12 +1,15 @@
 """A device that fails, memory that runs out, a file cut short: what is left of a run."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_task import tiny
 from torch import nn
 
 from bnsurgery import finetune
-from bnsurgery.errors import BNSurgeryError
+from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.finetune.run_directory import RunDirectory
 
 
@@ -46,6 +49,29 @@ def test_the_checkpoint_before_is_left(data, config, fail, message):
     with pytest.raises(BNSurgeryError, match=message):
         finetune.run(config(arm="plain", head="keep", lr=0.1, save_every=0), model=model, data=data)
     assert RunDirectory(config().output).load_state()["step"] == 14
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_what_fails_in_a_validation_is_repeated(model, data, config, which):
+    """An image of the validation split cannot be read for a while: in the first validation, and in the last."""
+    whole = finetune.run(config(epochs=2, output=str(Path(config().output) / "whole")), model=model, data=data)
+    passes = []
+
+    def read(index):
+        if index == 0:
+            passes.append(index)
+            if len(passes) == which:
+                raise DataError("image: 'photo.jpg': the server is away")
+        return data.val.read(index)
+
+    failing = replace(data, val=replace(data.val, read=read))
+    place = str(Path(config().output) / "failing")
+    with pytest.raises(DataError, match="the server is away"):
+        finetune.run(config(epochs=2, output=place, save_every=0), model=model, data=failing)
+    rows = finetune.resume(place, model=model, data=failing).rows
+    assert [(row.step, row.train_loss, row.val_loss) for row in rows] == [
+        (row.step, row.train_loss, row.val_loss) for row in whole.rows
+    ]
 
 
 def test_half_an_event_at_the_end_is_skipped(model, data, config):
