@@ -257,8 +257,9 @@ def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
 
 def _exported_program(job: _Written) -> Callable[..., list[Tensor]]:
     program = _capture(job)
-    with job.temporary.open("wb") as file:  # not by name: it insists on the suffix
-        torch.export.save(program, file)
+    archive = io.BytesIO()  # not the file: on a full disk torch ends the process, and by name it insists on the suffix
+    torch.export.save(program, archive)
+    job.temporary.write_bytes(archive.getbuffer())
     with job.temporary.open("rb") as file:
         again = torch.export.load(file).module()
     return lambda *args, **kwargs: outputs(again(*args, **kwargs))

@@ -19,6 +19,7 @@ from .locks import LockedError, locked
 
 _PREFIX = ".bnsurgery-"  # of every lock file and temporary folder
 _LOCK = re.compile(r"\.bnsurgery-[0-9a-f]{12}\.lock")
+_MAX_TEXT = 1 << 26  # bytes; metrics of a million validations have as many
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 
@@ -132,6 +133,21 @@ def make_folder(directory: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise CheckpointError(f"write: '{folder}': {error.strerror}: name another folder") from error
     return folder
+
+
+def read_text(path: Path) -> str:
+    """What a small file of ours holds.
+
+    Raises:
+        OSError: it cannot be read, is no regular file (opening a pipe would hang), or is implausibly large.
+        ValueError: it is not UTF-8.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a regular file")
+    if status.st_size > _MAX_TEXT:
+        raise OSError(f"{status.st_size:,} bytes, more than any of its kind")
+    return path.read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -75,7 +75,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except MemoryError:
         code = _fail("out of memory: try a smaller --batch-size or --image-size.")
     except OSError as error:
-        code = _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+        code = _fail(
+            f"{error.filename or 'standard output, perhaps after a file was written'}: {error.strerror or error}"
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -90,8 +92,8 @@ def _complain(what: str, colour: str, message: Warning | str) -> None:
 
 
 def _printable(message: str) -> str:
-    """Names in it come from files and their names: none steers the terminal or fills it."""
-    return "\n".join(printable(line, _MAX_LINE) for line in message.split("\n")[:_MAX_LINES])
+    """Names in it come from files and their names: none steers the terminal, fills it, or passes for a message."""
+    return "\n  ".join(printable(line, _MAX_LINE) for line in message.split("\n")[:_MAX_LINES])
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

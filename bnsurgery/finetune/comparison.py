@@ -1,6 +1,5 @@
 """Did BatchNorm help? The same fine-tuning with and without it, over learning rates and seeds."""
 
-import json
 import math
 import statistics
 import textwrap
@@ -9,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bnsurgery.errors import CheckpointError
+from bnsurgery.files import read_text
 from bnsurgery.tables import WIDTH, table
-from bnsurgery.typed_json import parse
+from bnsurgery.typed_json import loads, parse
 
 from .run_directory import Row
 
@@ -100,7 +100,7 @@ class Comparison:
         path = Path(path)
         path = path / "comparison.json" if path.is_dir() else path
         try:
-            data = json.loads(path.read_text())
+            data = loads(read_text(path))
         except FileNotFoundError:
             raise CheckpointError(f"'{path}': not there: no comparison was finished in that place") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -6,12 +6,10 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from shlex import quote
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -20,9 +18,8 @@ from bnsurgery.batches import out_of_memory
 from bnsurgery.calibration import recalibrate_
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError
 from bnsurgery.modes import evaluating
-from bnsurgery.surgery_record import carries_record, record
 
-from . import recipe
+from . import recipe, state
 from .run_directory import Row, RunDirectory
 from .setup import Setup
 from .stopping import Interrupted, StopRequest
@@ -271,58 +268,11 @@ class Trainer:
             return
         if not all(p.detach().isfinite().all() for p in self.trained):
             raise self._diverged(self.step, "a weight is no finite number")
-        states = gather_object([_random_state(self.accelerator.device)])
+        found = state.captured(self)
         if self.accelerator.is_main_process:
-            scaler, conditioner = self.accelerator.scaler, self.setup.conditioner
-            self.directory.save_state(
-                {
-                    "step": self.step,
-                    "resolved": asdict(self.setup.resolved),
-                    "started_from": self._started_from(),
-                    "rows": [asdict(row) for row in self.rows],
-                    "losses": self.losses,
-                    "accuracies": self.accuracies,
-                    "network": self.network.state_dict(),
-                    "optimizer": self.optimizer.optimizer.state_dict(),
-                    "average": self.average,
-                    "scaler": scaler.state_dict() if scaler is not None else {},
-                    "conditioner": conditioner and [conditioner.mean, conditioner.variance],
-                    "random": states,
-                }
-            )
+            self.directory.save_state(found)
         self.accelerator.wait_for_everyone()
         self._saved = time.monotonic()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to where `save` was called.
-
-        Raises:
-            CheckpointError: the state is not this run's.
-        """
-        try:
-            if state["started_from"] != self._started_from():
-                raise ValueError("the weights that it started from have changed")
-            self.step = int(state["step"])
-            self.rows = [Row(**row) for row in state["rows"]]
-            self.losses, self.accuracies = list(state["losses"]), list(state["accuracies"])
-            self.network.load_state_dict(state["network"])
-            self.optimizer.optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for average, saved in zip(self.average, state["average"], strict=True):
-                    average.copy_(saved)
-            if self.setup.conditioner is not None:
-                conditioner = self.setup.conditioner
-                for current, saved in zip((conditioner.mean, conditioner.variance), state["conditioner"], strict=True):
-                    current.copy_(saved)
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            _set_random_state(state["random"][self.accelerator.process_index], self.accelerator.device)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"resume: the saved state does not fit this run: {error}") from error
-
-    def _started_from(self) -> str:
-        """Digest of the network before the insertion."""
-        return record(self.network).weights_digest if carries_record(self.network) else ""
 
     def _diverged(self, step: int, what: str) -> DivergedError:
         kept = ""
@@ -337,9 +287,10 @@ class Trainer:
 
     def intact(self) -> str:
         """What is left of the run, and how to go on; nothing where nothing is."""
-        if self.directory is None or not self.directory.last.exists():
+        if self.directory is None or not self.directory.begun:
             return ""
-        return f" The checkpoint before is intact. {self._go_on()}"
+        kept = "The checkpoint before is intact" if self.directory.last.exists() else "There is no checkpoint yet"
+        return f" {kept}. {self._go_on()}"
 
     def _go_on(self) -> str:
         assert self.directory is not None
@@ -352,17 +303,3 @@ class Trainer:
 
 def _recent(values: list[float]) -> float:
     return statistics.fmean(values[-_LOOK_EVERY:])
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that dropout draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)

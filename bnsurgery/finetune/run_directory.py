@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
+import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
@@ -14,7 +16,7 @@ from torch import nn
 
 from bnsurgery import checkpoint
 from bnsurgery.errors import BNSurgeryError, CheckpointError, printable
-from bnsurgery.files import atomic_write, make_folder, only_process_in
+from bnsurgery.files import atomic_write, make_folder, only_process_in, read_text
 from bnsurgery.report import plot_curves
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.surgery_record import carries_record
@@ -90,19 +92,31 @@ class RunDirectory:
     def alone(self, *, new: bool) -> Iterator[None]:
         """Make the directory, and keep other processes from it until the block ends.
 
-        What a killed run left half-written is removed.
+        What a killed run left half-written is removed, and the directory where a new run did not get to begin.
 
         Raises:
             BNSurgeryError: a run is in it already, or another process is, or it cannot be made.
         """
-        make_folder(self.last.parent)
-        with only_process_in(self.path, "run", _FILES):
-            if new and (self.path / "config.json").exists():
-                raise BNSurgeryError(
-                    f"run '{self.path}': a run is there already. Go on with it (--resume {quote(str(self.path))}) "
-                    "or name another --output."
-                )
-            yield
+        made = not self.path.exists()
+        try:
+            make_folder(self.last.parent)
+            with only_process_in(self.path, "run", _FILES):
+                if new and self.begun:
+                    raise BNSurgeryError(
+                        f"run '{self.path}': a run is there already. Go on with it (--resume {quote(str(self.path))}) "
+                        "or name another --output."
+                    )
+                yield
+        finally:
+            if made and not self.begun:
+                with suppress(OSError):  # there is something in it
+                    self.last.parent.rmdir()
+                    self.path.rmdir()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run to go on with."""
+        return (self.path / "config.json").exists()
 
     def write_config(self, config: Config, data: Fingerprint) -> None:
         """config.json: the configuration, and what the data is known by."""
@@ -116,14 +130,17 @@ class RunDirectory:
         """
         path = self.path / "config.json"
         try:
-            content = loads(path.read_text())
+            content = loads(read_text(path))
         except FileNotFoundError:
             raise CheckpointError(f"run '{self.path}': no config.json: there is no run to resume") from None
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"run '{self.path}': config.json cannot be read: {printable(str(error))}") from error
         if not isinstance(content, dict) or set(content) != {"config", "data"}:
             raise CheckpointError(f"run '{self.path}': config.json holds something else than config and data")
-        return Config.from_dict(content["config"], "config"), parse(Fingerprint, content["data"], "data")
+        try:
+            return Config.from_dict(content["config"], "config"), parse(Fingerprint, content["data"], "data")
+        except BNSurgeryError as error:
+            raise CheckpointError(f"run '{self.path}': config.json: {error}") from error
 
     def save_state(self, state: dict[str, Any]) -> None:
         """last/state.pt: tensors, numbers and text in one file, so that it is always of one moment."""
@@ -136,11 +153,16 @@ class RunDirectory:
         Raises:
             CheckpointError: the file is damaged, or of another version.
         """
-        if not self.last.exists():
+        if not os.path.lexists(self.last):
             return None
+        if not self.last.is_file():  # opening a pipe would hang
+            raise CheckpointError(f"'{self.last}': not a regular file, so this run cannot go on")
         try:
+            with zipfile.ZipFile(self.last) as archive:  # torch does not compare the checksums that it writes
+                if archive.testzip() is not None:
+                    raise ValueError("other bits than were written")
             state: dict[str, Any] = load_pickle(self.last)
-            version = state["version"]
+            version = int(state["version"])
         except MemoryError:
             raise
         except Exception as error:  # damage makes the unpickler raise just about anything
@@ -181,18 +203,16 @@ class RunDirectory:
         """
         path = self.path / "metrics.csv"
         try:
-            with path.open(newline="") as file:
-                found = [
-                    {name: (int if name == "step" else float)(text) for name, text in line.items()}
-                    for line in csv.DictReader(file)
-                ]
+            lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
+            found = [{name: (int if name == "step" else float)(text) for name, text in line.items()} for line in lines]
         except FileNotFoundError:
             raise CheckpointError(f"run '{self.path}': no metrics.csv: there was no validation yet") from None
         except (OSError, ValueError, TypeError, csv.Error) as error:
             raise CheckpointError(f"run '{self.path}': metrics.csv cannot be read: {printable(str(error))}") from error
         if not found:
             raise CheckpointError(f"run '{self.path}': metrics.csv is empty: there was no validation yet")
-        return tuple(parse(Row, line, f"{path.name}, line {number}") for number, line in enumerate(found, start=2))
+        where = f"run '{self.path}': {path.name}, line"
+        return tuple(parse(Row, line, f"{where} {number}") for number, line in enumerate(found, start=2))
 
     def _write_text(self, name: str, text: str) -> None:
         with atomic_write(self.path / name, overwrite=True) as temporary:

@@ -188,8 +188,9 @@ def _train_alone(
     before: Fingerprint | None,
     show: bool,
 ) -> Result:
-    from .loop import Trainer  # these two need accelerate, whose absence has been reported by now
+    from .loop import Trainer  # these need accelerate, whose absence has been reported by now
     from .rate_range import find_rate
+    from .state import restore_
 
     state = None
     data = data or load_data(config, show)
@@ -212,7 +213,7 @@ def _train_alone(
         torch.manual_seed(config.seed + accelerator.process_index)  # but each draws its own dropout
         trainer = Trainer(setup, directory, show)
         if state is not None:
-            trainer.restore(state)
+            restore_(trainer, state)
         if show:
             how = " (range test)" if config.lr == "auto" else ""
             if before is not None and state is None:

@@ -18,10 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
-from bnsurgery.files import atomic_write, make_folder, only_process_in
+from bnsurgery.files import atomic_write, make_folder, only_process_in, read_text
 from bnsurgery.report import plot_comparison
 from bnsurgery.report.style import write as write_figure
-from bnsurgery.typed_json import parse
+from bnsurgery.typed_json import loads, parse
 
 from .comparison import ARMS, Comparison, Trial
 from .config import RATES, Config
@@ -245,7 +245,7 @@ def _read(path: Path) -> Trial:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}': cannot be read: {error}. Remove it to have it made again.") from error
 

@@ -1,5 +1,7 @@
 """A device that fails, memory that runs out, a file cut short: what is left of a run."""
 
+import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from tiny_task import tiny
 from torch import nn
 
 from bnsurgery import finetune
-from bnsurgery.errors import BNSurgeryError, DataError
+from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune.run_directory import RunDirectory
 
 
@@ -72,6 +74,59 @@ def test_what_fails_in_a_validation_is_repeated(model, data, config, which):
     assert [(row.step, row.train_loss, row.val_loss) for row in rows] == [
         (row.step, row.train_loss, row.val_loss) for row in whole.rows
     ]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("step", -1), ("step", 10**6), ("step", "5"), ("rows", {}), ("rows", [{"epoch": 1.0}]), ("losses", "text"),
+        ("losses", [None]), ("accuracies", 5), ("optimizer", None), ("optimizer", "text"), ("network", {}),
+        ("random", []), ("random", [{"cpu": torch.zeros(3)}]), ("version", torch.zeros(3)), ("version", 7),
+        ("resolved", None), ("started_from", "other"),
+    ],
+)  # fmt: skip
+def test_a_state_of_other_things_is_refused(model, data, config, part, value):
+    finetune.run(config(epochs=1), model=model, data=data)
+    directory = RunDirectory(config().output)
+    state = directory.load_state()
+    torch.save({**state, part: value}, directory.last)
+    with pytest.raises(BNSurgeryError, match="state|damaged|version"):
+        finetune.resume(directory.path, model=model, data=data)
+
+
+def test_a_flipped_bit_in_a_state_is_noticed(model, data, config):
+    """Wherever it is: torch itself compares no checksum."""
+    finetune.run(config(epochs=1), model=model, data=data)
+    directory = RunDirectory(config().output)
+    sound = directory.last.read_bytes()
+    entries = zipfile.ZipFile(directory.last).infolist()
+    inside = [entry.header_offset + 200 for entry in entries if entry.file_size > 400]
+    assert len(inside) > 5
+    for place in inside:
+        directory.last.write_bytes(sound[:place] + bytes([sound[place] ^ 16]) + sound[place + 1 :])
+        with pytest.raises(CheckpointError, match="damaged"):
+            directory.load_state()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "last/state.pt"])
+def test_pipes_and_endless_files_in_a_run(model, data, config, name):
+    finetune.run(config(epochs=1), model=model, data=data)
+    place = Path(config().output, name)
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        finetune.Result.read(config().output) if name != "config.json" else finetune.resume(config().output)
+    place.unlink()
+    with place.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=r"cannot be read|damaged"):
+        finetune.Result.read(config().output) if name != "config.json" else finetune.resume(config().output)
+
+
+def test_a_run_that_did_not_get_to_begin_leaves_nothing(model, config, tmp_path):
+    with pytest.raises(DataError):
+        finetune.run(config(data=str(tmp_path / "nothing"), output=str(tmp_path / "run")), model=model)
+    assert not (tmp_path / "run").exists()
 
 
 def test_half_an_event_at_the_end_is_skipped(model, data, config):
