@@ -159,6 +159,7 @@ def _raise_on_all(accelerator: "Accelerator", refusal: BNSurgeryError | None) ->
         from accelerate.utils import broadcast_object_list
 
         (refusal,) = broadcast_object_list([refusal])
+        accelerator.wait_for_everyone()  # or process 0 is gone before the others have heard it
     if refusal is not None:
         raise refusal
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -207,11 +208,17 @@ def test_a_signal_saves_and_ends_it(folder, signum, code):
     assert f"at step {state['step']} of" in err
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return str(server.getsockname()[1])
+
+
 def test_several_processes_give_what_one_gives(folder):
     """Same global batches, synchronized statistics: the loss agrees to 1e-5 over 20 steps."""
     args = [*FAST[:-6], "--num-workers", "0", "--lr", "0.05", "--epochs", "4", "--batch-size", "8"]
     args += ["--dropout", "0", "--evaluations", "6"]
-    port = str(20000 + os.getpid() % 20000)
+    port, other = free_port(), free_port()
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--no-python"]
     report = ("--report", "two.html")
     two = start(folder, "finetune", *args, "-o", "two", *report, launcher=[*launcher, sys.executable])
@@ -227,13 +234,13 @@ def test_several_processes_give_what_one_gives(folder):
     assert "<svg" in (folder / "two.html").read_text()
     ranks = [
         start(folder, "finetune", *args, "-o", "two", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-              MASTER_ADDR="localhost", MASTER_PORT=str(int(port) + 1))
+              MASTER_ADDR="localhost", MASTER_PORT=other)
         for rank in range(2)
     ]  # fmt: skip
     for process in ranks:  # what process 0 refuses, all are told
         _, err = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert "a run is there already" in err and "Traceback" not in err
+        assert "a run is there already" in err and "Traceback" not in err, err
+        assert process.returncode == 1, err
 
 
 def _rows(run):
