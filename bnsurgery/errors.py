@@ -53,6 +53,15 @@ def printable(text: str, longest: int = _LONGEST) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is UTF-8: safetensors opens no other."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown(value: object) -> str:
     """Any value from a file, for a message: text quoted, printable and short."""
     if isinstance(value, str):

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from .errors import CheckpointError
+from .errors import CheckpointError, is_utf8
 from .locks import LockedError, locked
 
 _PREFIX = ".bnsurgery-"  # of every lock file and temporary folder
@@ -95,7 +95,7 @@ def check_writable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
 def _target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The file behind `path`, links followed, after refusing what must not be replaced."""
     target = Path(os.path.realpath(path))
-    if target.suffix == ".safetensors" and os.fsencode(target).decode(errors="replace") != str(target):
+    if target.suffix == ".safetensors" and not is_utf8(str(target)):
         raise CheckpointError(
             f"write: {str(target)!a}: got a name that is not UTF-8, by which safetensors opens no file. Choose another."
         )

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
-from .errors import CheckpointError, printable, shown
+from .errors import CheckpointError, is_utf8, printable, shown
 from .unpickling import load_pickle
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts keep it, beside epoch and optimizer
@@ -201,10 +201,8 @@ def _load(path: Path) -> object:
 
 def _head(path: Path) -> bytes:
     """The first bytes, after refusing what is no file to read."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:  # which neither safetensors nor torch's mapping can open
-        raise _refusal(path, "a file name that is not UTF-8", "Rename the file, or the folder it is in.") from None
+    if not is_utf8(str(path)):  # nor can torch map it
+        raise _refusal(path, "a file name that is not UTF-8", "Rename the file, or the folder it is in.")
     try:
         if not path.exists():
             raise _refusal(path, "no such file", "Check the path.")

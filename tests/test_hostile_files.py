@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch_files import deflated, to_torch
 from torchvision import models
 
 import bnsurgery
@@ -35,21 +36,6 @@ from tests.fuzz.networks import inserted, small
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")
 MIB = 2**20
 ESCAPE = "\x1b]0;mine\x07\x9b2J\u202e"
-OPEN = {"root": "data", "download": False, "val_fraction": 0.2, "seed": 0, "skip_bad": False}
-
-
-def to_torch(thing):
-    buffer = io.BytesIO()
-    torch.save(thing, buffer)
-    return buffer.getvalue()
-
-
-def compressed(archive):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    return buffer.getvalue()
 
 
 def peak_growth(code, *words):
@@ -77,7 +63,7 @@ def peak_growth(code, *words):
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
     path = tmp_path / "bomb.pth"
-    path.write_bytes(compressed(to_torch({"a": torch.zeros(128 * MIB)})))
+    path.write_bytes(deflated(to_torch({"a": torch.zeros(128 * MIB)})))
     assert path.stat().st_size < MIB
     grown, said = peak_growth("read_state_dict(sys.argv[1])", path)
     assert "536,87" in said
@@ -88,7 +74,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
 def test_compressed_weights_are_still_read(tmp_path):
     path = tmp_path / "a.pth"
     state = {"a": torch.arange(300_000.0)}
-    path.write_bytes(compressed(to_torch(state)))
+    path.write_bytes(deflated(to_torch(state)))
     assert path.stat().st_size < 4 * 300_000
     assert torch.equal(read_state_dict(path)["a"], state["a"])
 

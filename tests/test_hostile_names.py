@@ -1,6 +1,5 @@
 """Names that steer a terminal or are not UTF-8, pipes, loops, and folders that lead nowhere or hold too much."""
 
-import io
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save
+from torch_files import to_torch
 from torchvision import models
 
 import bnsurgery
@@ -27,15 +27,8 @@ from bnsurgery.weights import read_state_dict
 from tests.fuzz.networks import inserted
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")
-MIB = 2**20
 ESCAPE = "\x1b]0;mine\x07\x9b2J\u202e"
 OPEN = {"root": "data", "download": False, "val_fraction": 0.2, "seed": 0, "skip_bad": False}
-
-
-def to_torch(thing):
-    buffer = io.BytesIO()
-    torch.save(thing, buffer)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")

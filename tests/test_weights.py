@@ -12,13 +12,13 @@ import threading
 import time
 import urllib.request
 import warnings
-import zipfile
 from argparse import Namespace
 
 import pytest
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn
+from torch_files import deflated, to_torch
 from torchvision.models import Weights, WeightsEnum
 
 from bnsurgery.errors import CheckpointError
@@ -43,12 +43,6 @@ def assert_is_state(state, expected=STATE):
         assert torch.equal(state[name], tensor), name
 
 
-def to_torch(thing, legacy=False):
-    buffer = io.BytesIO()
-    torch.save(thing, buffer, _use_new_zipfile_serialization=not legacy)
-    return buffer.getvalue()
-
-
 def refused(path, content, message):
     """Assert that a file of `content` at `path` is refused with one short line that names it and says no unsafe way."""
     path.write_bytes(content)
@@ -60,14 +54,6 @@ def refused(path, content, message):
     assert "\x1b" not in text
     assert "weights_only" not in text
     assert len(text) < len(str(path)) + 300
-
-
-def deflated(archive):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ""])

@@ -103,7 +103,7 @@ class Comparison:
             data = loads(read_text(path))
         except FileNotFoundError:
             raise CheckpointError(f"'{path}': not there: no comparison was finished in that place") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"'{path}': cannot be read: {error}") from error
         if not isinstance(data, dict) or not {"task", "trials"} <= set(data):
             raise CheckpointError(f"'{path}': no comparison is in it")

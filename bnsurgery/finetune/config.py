@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from bnsurgery.errors import BNSurgeryError, shown
+from bnsurgery.errors import BNSurgeryError, is_utf8, shown
 from bnsurgery.typed_json import parse
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # what `compare` tries
@@ -146,7 +146,7 @@ class Config:
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2^63")
         _check(bool(self.output), "output", self.output, "the run's directory")
         # safetensors writes no file of another name, and would say so after the first epoch.
-        _check(_is_utf8(self.output), "output", self.output, "a name in UTF-8")
+        _check(is_utf8(self.output), "output", self.output, "a name in UTF-8")
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> "Config":
@@ -171,11 +171,3 @@ def _is_a(hint: Any, value: object) -> bool:
     if isinstance(value, bool):
         return bool in kinds
     return isinstance(value, (*kinds, int) if float in kinds else kinds)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -133,7 +133,7 @@ class RunDirectory:
             content = loads(read_text(path))
         except FileNotFoundError:
             raise CheckpointError(f"run '{self.path}': no config.json: there is no run to resume") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"run '{self.path}': config.json cannot be read: {printable(str(error))}") from error
         if not isinstance(content, dict) or set(content) != {"config", "data"}:
             raise CheckpointError(f"run '{self.path}': config.json holds something else than config and data")

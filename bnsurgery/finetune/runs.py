@@ -165,13 +165,15 @@ def _raise_on_all(accelerator: "Accelerator", refusal: BNSurgeryError | None) ->
 
 
 def _less_memory(config: Config, directory: RunDirectory | None) -> BNSurgeryError:
-    advice = "use a smaller --image-size"
     if config.batch_size > EVALUATED_TOGETHER:
-        advice = (
-            f"use a smaller --batch-size, for instance of {config.batch_size // 2}, or {advice.removeprefix('use ')}"
-        )
+        advice = f"use a smaller --batch-size, for instance of {config.batch_size // 2}, or a smaller --image-size"
     elif config.batch_size > 1:
-        advice += f" or --batch-size; validation takes {EVALUATED_TOGETHER} images at a time whatever that is"
+        advice = (
+            "use a smaller --image-size or --batch-size; "
+            f"validation takes {EVALUATED_TOGETHER} images at a time whatever that is"
+        )
+    else:
+        advice = "use a smaller --image-size"
     if directory is not None and directory.last.exists():
         advice = (
             f"make room and go on with --resume {quote(str(directory.path))}, which keeps its sizes; or start another "

@@ -246,7 +246,7 @@ def _read(path: Path) -> Trial:
 def _load(path: Path) -> Any:
     try:
         return loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}': cannot be read: {error}. Remove it to have it made again.") from error
 
 
