@@ -19,7 +19,7 @@ test-gpu: .venv/.installed
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
 
-# kills processes and breaks disks, some twenty minutes; the tests run a sample
+# kills processes and breaks disks, some ten minutes; the tests run a sample
 faults: .venv/.installed
 	$(BIN)/python -m tests.faults
 

@@ -1,4 +1,4 @@
-"""A sample of `python -m tests.faults`, which says more and takes some twenty minutes."""
+"""A sample of `python -m tests.faults`, which says more and takes some ten minutes."""
 
 import re
 import shutil
