@@ -16,9 +16,8 @@ from bnsurgery.ops import cuda, kernels, library
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
-@pytest.mark.parametrize("tile", [128, 1024])
+@pytest.mark.parametrize(("tile", "relu"), [(128, True), (1024, False)])
 @pytest.mark.parametrize("processors", [1, 100])
-@pytest.mark.parametrize("relu", [True, False])
 def test_any_cut_into_tiles_and_splits(tile, processors, relu, monkeypatch):
     monkeypatch.setattr(cuda, "TILE", tile)
     monkeypatch.setattr(cuda, "_processors", lambda device: processors)
