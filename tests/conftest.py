@@ -12,6 +12,9 @@ from small_network import Fire
 from torch import nn
 from torchvision import models
 
+import bnsurgery
+from tests.fuzz.networks import squeezenet
+
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 
 
@@ -51,6 +54,14 @@ def torchvision_network(name: str) -> nn.Module:
 def network():
     """Build a torchvision network by name; the object is shared between tests, which must not change it."""
     return torchvision_network
+
+
+@pytest.fixture(scope="session")
+def squeezenet_file(tmp_path_factory):
+    """The name of an inserted SqueezeNet's checkpoint, which tests must not change."""
+    path = tmp_path_factory.mktemp("squeezenet") / "net.safetensors"
+    bnsurgery.save(squeezenet(), path)
+    return str(path)
 
 
 @pytest.fixture

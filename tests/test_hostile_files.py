@@ -1,6 +1,5 @@
 """Files that claim more than they hold, in weights, records, runs and configurations."""
 
-import hashlib
 import io
 import json
 import shutil
@@ -15,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from record_files import rewrite
+from safetensors.torch import save_file
 from torch_files import deflated, to_torch
-from torchvision import models
 
 import bnsurgery
 from bnsurgery.errors import BNSurgeryError, CheckpointError, ExportError
@@ -156,23 +154,6 @@ def test_keys_in_messages_are_short_and_printable(tmp_path):
     assert len(str(caught.value)) < 1000 + len(str(tmp_path))
 
 
-def rewrite(path, change):
-    """Change the record in a file under a digest that fits."""
-    with safe_open(path, framework="pt") as file:
-        data = json.loads(file.metadata()["bnsurgery"].partition(" ")[2])
-    change(data)
-    text = json.dumps(data)
-    save_file(load_file(path), path, {"bnsurgery": f"{hashlib.sha256(text.encode()).hexdigest()} {text}"})
-
-
-@pytest.fixture(scope="module")
-def squeezenet(tmp_path_factory):
-    path = tmp_path_factory.mktemp("net") / "net.safetensors"
-    network = models.squeezenet1_1(weights=None, num_classes=2).eval()
-    bnsurgery.save(bnsurgery.insert(network, [torch.randn(4, 3, 32, 32)]), path)
-    return path
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -196,8 +177,8 @@ def squeezenet(tmp_path_factory):
         ),
     ],
 )
-def test_a_record_out_of_range_is_refused(change, message, squeezenet, tmp_path):
-    path = Path(shutil.copy(squeezenet, tmp_path))
+def test_a_record_out_of_range_is_refused(change, message, squeezenet_file, tmp_path):
+    path = Path(shutil.copy(squeezenet_file, tmp_path))
     rewrite(path, change)
     with pytest.raises(CheckpointError, match=message) as caught:
         bnsurgery.load(path)

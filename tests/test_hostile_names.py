@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 from torch_files import to_torch
-from torchvision import models
 
 import bnsurgery
 from bnsurgery import cli
@@ -29,14 +28,6 @@ from tests.fuzz.networks import inserted
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")
 ESCAPE = "\x1b]0;mine\x07\x9b2J\u202e"
 OPEN = {"root": "data", "download": False, "val_fraction": 0.2, "seed": 0, "skip_bad": False}
-
-
-@pytest.fixture(scope="module")
-def squeezenet(tmp_path_factory):
-    path = tmp_path_factory.mktemp("net") / "net.safetensors"
-    network = models.squeezenet1_1(weights=None, num_classes=2).eval()
-    bnsurgery.save(bnsurgery.insert(network, [torch.randn(4, 3, 32, 32)]), path)
-    return path
 
 
 def printed(capfd, *words):
@@ -91,7 +82,7 @@ def odd(tmp_path, monkeypatch):
     return name
 
 
-def test_names_that_are_not_utf_8(odd, squeezenet, capfd):
+def test_names_that_are_not_utf_8(odd, squeezenet_file, capfd):
     """Of folders, classes, images and outputs: training, records, pages, figures and JSON take them."""
     for kind in (odd, "dogs"):
         Path("photos", kind).mkdir(parents=True)
@@ -102,14 +93,14 @@ def test_names_that_are_not_utf_8(odd, squeezenet, capfd):
     few = ["--image-size", "32", "--num-images", "2", "--batch-size", "2"]
     image = Path("photos", "dogs", f"{odd}0.png")
     for words in (
-        ["finetune", squeezenet, "--data", odd, "-o", "run", "--report", f"{odd}.html", *train],
+        ["finetune", squeezenet_file, "--data", odd, "-o", "run", "--report", f"{odd}.html", *train],
         ["finetune", "--resume", "run"],
         ["report", "run", "-o", "run.html"],
         ["predict", "run/best.safetensors", image, "--json"],
         ["predict", "run/best.safetensors", image],
-        ["verify", squeezenet, "--data", odd, "--json", *few],
-        ["report", squeezenet, "--data", odd, "-o", "net.html", *few],
-        ["fold", squeezenet, "-o", f"{odd}.pth"],
+        ["verify", squeezenet_file, "--data", odd, "--json", *few],
+        ["report", squeezenet_file, "--data", odd, "-o", "net.html", *few],
+        ["fold", squeezenet_file, "-o", f"{odd}.pth"],
     ):
         code, out, err = printed(capfd, *words)
         assert code == 0, (words, err)
@@ -130,7 +121,7 @@ def test_weights_under_a_name_that_is_not_utf_8(odd, content):
 
 
 @pytest.mark.timeout(60, method="thread")  # a signal does not wake what waits for a pipe
-def test_pipes_and_loops_are_refused_by_every_command(tmp_path, monkeypatch, squeezenet, capfd):
+def test_pipes_and_loops_are_refused_by_every_command(tmp_path, monkeypatch, squeezenet_file, capfd):
     monkeypatch.chdir(tmp_path)
     Path("photos", "cats").mkdir(parents=True)
     Path("photos", "dogs").mkdir()
@@ -139,16 +130,17 @@ def test_pipes_and_loops_are_refused_by_every_command(tmp_path, monkeypatch, squ
     os.mkfifo("pipe")
     Path("loop").symlink_to("loop")
     Path("loop.py").symlink_to("loop.py")
-    Path("net").write_bytes(Path(squeezenet).read_bytes())
+    Path("net").write_bytes(Path(squeezenet_file).read_bytes())
     few = ["--image-size", "32", "--num-images", "2", "--batch-size", "2"]
     for name in ("pipe", "loop", "photos", "x" * 5000):
         for words in (
-            ["plan", name], ["verify", name], ["fold", name], ["predict", name, "x.png"], ["predict", squeezenet, name],
-            ["export", name, "--to", "onnx"], ["report", name], ["finetune", "--resume", name],
-            ["finetune", name, "--data", "photos"], ["fold", "net", "--model", f"{name}.py:x"],
+            ["plan", name], ["verify", name], ["fold", name], ["predict", name, "x.png"],
+            ["predict", squeezenet_file, name], ["export", name, "--to", "onnx"], ["report", name],
+            ["finetune", "--resume", name], ["finetune", name, "--data", "photos"],
+            ["fold", "net", "--model", f"{name}.py:x"],
             ["insert", "squeezenet1_1", "--weights", name, *few],
-            ["verify", squeezenet, "--data", name, *few],
-            ["verify", squeezenet, "--weights", name, "--report", "page.html", *few],
+            ["verify", squeezenet_file, "--data", name, *few],
+            ["verify", squeezenet_file, "--weights", name, "--report", "page.html", *few],
         ):  # fmt: skip
             code, out, err = printed(capfd, *words)
             assert code in (1, 2), (words, out)

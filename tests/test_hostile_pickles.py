@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch_files import to_torch
 from torchvision import models
 
 import bnsurgery
@@ -47,12 +48,6 @@ class Evil:
 
     def __reduce__(self):
         return os.system, (f"touch '{self.sentinel}'",)
-
-
-def to_torch(thing, legacy=False):
-    buffer = io.BytesIO()
-    torch.save(thing, buffer, _use_new_zipfile_serialization=not legacy)
-    return buffer.getvalue()
 
 
 def script(evil):
@@ -95,14 +90,6 @@ def folder(tmp_path, monkeypatch):
             Image.new("RGB", (40, 40), (90 * i, 9, 99)).save(Path("photos", kind, f"{i}.png"))
     Path("run", "last").mkdir(parents=True)
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "net.safetensors"
-    network = models.squeezenet1_1(weights=None, num_classes=2).eval()
-    bnsurgery.save(bnsurgery.insert(network, [torch.randn(4, 3, 32, 32)]), path)
-    return str(path)
 
 
 FEW = ["--image-size", "32", "--num-images", "2", "--batch-size", "2"]
@@ -173,14 +160,14 @@ _FILES = ("file", "source", "images", "weights", "data", "resume")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_command_runs_it(name, folder, checkpoint, sentinel, capfd):
+def test_no_command_runs_it(name, folder, squeezenet_file, sentinel, capfd):
     """Containers rotate over the commands, so that every name meets every command and every container every name."""
     makers = list(CONTAINERS.values())
     places = [(command, place) for command in PLACES for place in PLACES[command]]
     for number, (command, place) in enumerate(places):
         content = makers[(number + NAMES.index(name)) % len(makers)](Evil(sentinel))
-        spread(content, name, checkpoint)
-        words = [{"FILE": name, "GOOD": checkpoint}.get(word, word) for word in place]
+        spread(content, name, squeezenet_file)
+        words = [{"FILE": name, "GOOD": squeezenet_file}.get(word, word) for word in place]
         with pytest.raises(SystemExit) as exit_:
             commands.main([command, *words])
         out, err = capfd.readouterr()
@@ -192,8 +179,8 @@ def test_no_command_runs_it(name, folder, checkpoint, sentinel, capfd):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_no_function_runs_it(container, name, folder, checkpoint, sentinel):
-    spread(CONTAINERS[container](Evil(sentinel)), name, checkpoint)
+def test_no_function_runs_it(container, name, folder, squeezenet_file, sentinel):
+    spread(CONTAINERS[container](Evil(sentinel)), name, squeezenet_file)
     calls = [
         lambda: bnsurgery.load(name),
         lambda: read_state_dict(name),
@@ -246,7 +233,7 @@ def test_no_dataset_runs_it(dataset, container, folder, sentinel):
         open_data(dataset, root="root", download=False, val_fraction=0.2, seed=0, skip_bad=False)
 
 
-def test_a_model_named_in_a_file_is_never_imported(folder, checkpoint, sentinel, capfd):
+def test_a_model_named_in_a_file_is_never_imported(folder, sentinel, capfd):
     """Code runs because the user names it, not because a checkpoint or a run's configuration does."""
     Path("stranger.py").write_text(f"import pathlib\npathlib.Path({str(sentinel)!r}).touch()\ndef make(): ...\n")
     own = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.Flatten(), torch.nn.Linear(2 * 32 * 32, 2)).eval()
