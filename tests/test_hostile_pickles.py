@@ -1,7 +1,6 @@
 """A pickle that runs code, in every container, under every name, given to every command that takes a file."""
 
 import io
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torch_files import to_torch
+from torch_files import Evil, to_torch
 from torchvision import models
 
 import bnsurgery
@@ -40,16 +39,6 @@ NAMES = (
 )
 
 
-class Evil:
-    """Unpickled without restrictions, it writes the file `pwned`."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.sentinel}'",)
-
-
 def script(evil):
     """What looks like a TorchScript archive."""
     buffer = io.BytesIO()
@@ -70,11 +59,11 @@ CONTAINERS = {
 
 @pytest.fixture
 def sentinel(tmp_path):
-    """The file that a run pickle writes; that it does is checked, and that nothing did."""
+    """The folder that a run pickle makes; that it does is checked, and that nothing did."""
     path = tmp_path / "pwned"
     pickle.loads(pickle.dumps(Evil(path)))
     assert path.exists()
-    path.unlink()
+    path.rmdir()
     yield path
     assert not path.exists(), "code was run"
 

@@ -11,15 +11,9 @@ from torch import nn
 from torchvision import models
 
 import bnsurgery
+from tests.torch_files import Evil
 
 CORPUS = Path(__file__).parent / "corpus"
-
-
-class Evil:
-    """Unpickled without restrictions, it makes the folder `sentinel`."""
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, ("sentinel",)
 
 
 @functools.cache
@@ -61,7 +55,7 @@ def write_files() -> None:
         bnsurgery.save(squeezenet(), "net.safetensors")
         bnsurgery.save(inserted(), "own.safetensors")
     for name in ("evil.pt", "evil.png"):
-        Path(name).write_bytes(pickle.dumps(Evil()))
+        Path(name).write_bytes(pickle.dumps(Evil("sentinel")))
     for name, origin in (
         ("run/config.json", "config/run.json"),
         ("run/metrics.csv", "metrics/rows.csv"),

@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import struct
-import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,24 +20,11 @@ from bnsurgery.finetune.run_directory import Row
 from bnsurgery.models import Architecture
 from bnsurgery.surgery_record import attach_record, record
 from bnsurgery.task import Task
+from tests.torch_files import Evil, deflated, to_torch
 
-from .networks import CORPUS, Evil, inserted, small
+from .networks import CORPUS, inserted, small
 
 _ROW = Row(1.0, 6, 0.05, 1.2, 0.5, 1.1, 0.6, 900.0)
-
-
-def _torch(thing: object, legacy: bool = False) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(thing, buffer, _use_new_zipfile_serialization=not legacy)
-    return buffer.getvalue()
-
-
-def _compressed(archive: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(zipfile.ZipInfo(name), old.read(name), zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
 
 
 def _saved(network: nn.Module) -> bytes:
@@ -72,19 +58,19 @@ def _weights() -> dict[str, bytes]:
     state = small().state_dict()
     views = torch.ones(2001)
     return {
-        "zip": _torch(state),
-        "legacy": _torch(state, legacy=True),
-        "compressed": _compressed(_torch(state)),
+        "zip": to_torch(state),
+        "legacy": to_torch(state, legacy=True),
+        "compressed": deflated(to_torch(state)),
         "safetensors": to_safetensors(state),
-        "nested": _torch({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}),
-        "bomb": _compressed(_torch({"a": torch.zeros(2**19)})),
-        "views": _torch({f"{i}": views[1:] for i in range(150)}),
-        "half": _torch({"a": torch.ones(3).half(), "b": torch.ones(2, 2).double()}),
-        "evil": _torch(Evil()),
-        "evil-legacy": _torch({"a": Evil()}, legacy=True),
-        "evil-pickle": pickle.dumps(Evil()),
-        "many-digits": _torch({10**5000: torch.ones(1)}),
-        "escape": _torch({"\x1b[2J" + "k" * 500: torch.ones(1, dtype=torch.int8)}),
+        "nested": to_torch({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}),
+        "bomb": deflated(to_torch({"a": torch.zeros(2**19)})),
+        "views": to_torch({f"{i}": views[1:] for i in range(150)}),
+        "half": to_torch({"a": torch.ones(3).half(), "b": torch.ones(2, 2).double()}),
+        "evil": to_torch(Evil("sentinel")),
+        "evil-legacy": to_torch({"a": Evil("sentinel")}, legacy=True),
+        "evil-pickle": pickle.dumps(Evil("sentinel")),
+        "many-digits": to_torch({10**5000: torch.ones(1)}),
+        "escape": to_torch({"\x1b[2J" + "k" * 500: torch.ones(1, dtype=torch.int8)}),
     }
 
 
@@ -185,7 +171,11 @@ def main() -> None:
             "run.json": json.dumps({"config": config, "data": fingerprint}).encode(),
             "model.json": json.dumps({"config": config | {"model": "os:system"}, "data": fingerprint}).encode(),
         },
-        "state": {"zip": _torch(_state()), "legacy": _torch(_state(), legacy=True), "evil": _torch(Evil())},
+        "state": {
+            "zip": to_torch(_state()),
+            "legacy": to_torch(_state(), legacy=True),
+            "evil": to_torch(Evil("sentinel")),
+        },
         "metrics": {"rows.csv": f"{','.join(rows)}\n{','.join(map(str, rows.values()))}\n".encode()},
         "comparison": {"four.json": json.dumps({"task": "a on b", "trials": [*trials, diverged]}).encode()},
         "trial": {"ended.json": json.dumps(trials[0]).encode(), "diverged.json": json.dumps(diverged).encode()},

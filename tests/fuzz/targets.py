@@ -23,6 +23,7 @@ from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.trials import _read as read_trial
 from bnsurgery.prediction import predict
 from bnsurgery.surgery_record import SurgeryRecord
+from tests.torch_files import Evil
 
 from . import mutations, networks
 
@@ -165,7 +166,7 @@ def _misbehaving(data: bytes) -> None:
         case b"memory":
             bytearray(2**28).count(1)
         case b"code":
-            pickle.loads(pickle.dumps(networks.Evil()))
+            pickle.loads(pickle.dumps(Evil("sentinel")))
         case b"call":
             with suppress(Exception):
                 subprocess.run(["true"])
