@@ -19,6 +19,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from .batches import out_of_memory, use_less
 from .errors import DataError, printable
+from .system import at_fork
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -35,8 +36,7 @@ _CROP_ASPECT = (3 / 4, 4 / 3)
 
 # Filters of warnings belong to the process. Held over a fork, so that no worker process starts with it shut.
 _SILENCE = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_SILENCE.acquire, after_in_parent=_SILENCE.release, after_in_child=_SILENCE.release)
+at_fork(_SILENCE.acquire, _SILENCE.release, _SILENCE.release)
 
 Item = TypeVar("Item", bound=Hashable)
 

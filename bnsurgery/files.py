@@ -20,7 +20,7 @@ from .locks import LockedError, locked
 _PREFIX = ".bnsurgery-"  # of every lock file and temporary folder
 _LOCK = re.compile(r"\.bnsurgery-[0-9a-f]{12}\.lock")
 _MAX_TEXT = 1 << 26  # bytes; metrics of a million validations have as many
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # the last: FAT on Windows
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 
 
@@ -50,8 +50,8 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
         with _alone(target), _temporary_beside(target) as temporary:
             mode = (target if target.exists() else temporary).stat().st_mode  # as before, or what the umask grants
             yield temporary
-            temporary.chmod(stat.S_IMODE(mode))  # safetensors writes files that only their owner can read
-            _sync(temporary)
+            with _synced(temporary, os.O_RDWR):  # Windows syncs only what is open for writing
+                temporary.chmod(stat.S_IMODE(mode))  # safetensors writes files that only their owner can read
             _put(temporary, target, overwrite)
             _sync_directory(target.parent)
     except FileExistsError:
@@ -236,27 +236,31 @@ def _put(temporary: Path, target: Path, overwrite: bool) -> None:
     """
     if not overwrite:
         try:
-            return os.link(temporary, target)  # fails where something is, which a rename does not
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
+            return target.hardlink_to(temporary)  # fails where something is, which a rename does not
+        except (OSError, NotImplementedError) as error:  # a file system, or a whole system, without links
+            if isinstance(error, OSError) and error.errno not in _NO_LINKS:
                 raise
         if target.exists():
             raise FileExistsError
     temporary.replace(target)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def _synced(path: Path, flags: int) -> Iterator[None]:
+    """Sync it to disk when the block ends."""
+    descriptor = os.open(path, flags)
     try:
+        yield
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _sync_directory(path: Path) -> None:
-    """So that the name survives a power failure; some file systems cannot."""
+    """So that the name survives a power failure; some file systems cannot, nor can Windows open a directory."""
     try:
-        _sync(path)
+        with _synced(path, os.O_RDONLY):
+            pass
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise

@@ -1,7 +1,12 @@
-"""One writer at a time: locks that the system takes back when their holder dies, however it dies."""
+"""One writer at a time: locks that the system takes back when their holder dies, however it dies.
+
+The lock itself is filelock's, by the function that locks an open file: flock, or LockFileEx on Windows. Its class
+FileLock would lose what stands here: it does not say who holds a lock, nor remove the file, takes no lock that another
+user has left, writes a lock file where the file system has no locks (which outlives its holder), and puts nothing in
+the way of a hard link to a file of value.
+"""
 
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -12,7 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from .errors import BNSurgeryError
+from .system import REMOVES_OPEN_FILES, at_fork, open_flags
 
 _LONGEST = 1000  # bytes of a lock file
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -36,9 +44,9 @@ _mutex = threading.Lock()
 def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path` until the block ends; within one process as often as wanted.
 
-    The system's lock (flock), which works between the hosts of most network file systems, too. The file says who holds
-    it and is removed in the end; one that a killed process left behind is taken over. Where the file system has no
-    locks, nothing is locked. A forked child does not hold what its parent holds.
+    The system's lock, which works between the hosts of most network file systems, too. The file says who holds it and
+    is removed in the end; one that a killed process left behind is taken over. Where the file system has no locks,
+    nothing is locked. A forked child does not hold what its parent holds.
 
     Args:
         path: of the lock file, its directory without links.
@@ -73,13 +81,17 @@ def _let_go_in_child() -> None:
 
 
 # No fork while a thread is between having a lock and noting it.
-os.register_at_fork(before=_mutex.acquire, after_in_parent=_mutex.release, after_in_child=_let_go_in_child)
+at_fork(_mutex.acquire, _mutex.release, _let_go_in_child)
 
 
 def _release(path: Path) -> None:
+    descriptor = _held.pop(path).descriptor
+    if not REMOVES_OPEN_FILES:  # nor another's, so that what is removed below is nobody's
+        os.close(descriptor)
     with suppress(OSError):  # a disk that has become read-only; the file alone is no lock
-        path.unlink()  # before the lock goes: afterwards it may be another's
-    os.close(_held.pop(path).descriptor)
+        path.unlink()
+    if REMOVES_OPEN_FILES:  # not before: the file might be another's by then
+        os.close(descriptor)
 
 
 def _acquire(path: Path) -> int:
@@ -87,19 +99,19 @@ def _acquire(path: Path) -> int:
     while True:
         descriptor = _open(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(descriptor)
-            os.close(descriptor)
-            raise LockedError(holder) from None
+            if not lock_descriptor(descriptor, blocking=False):
+                holder = _holder(descriptor)
+                os.close(descriptor)
+                raise LockedError(holder)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 os.close(descriptor)
                 raise
         if _is_at(descriptor, path):
             try:
+                # Windows locks the first byte, which nobody else can read then.
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                os.write(descriptor, f"\nprocess {os.getpid()} on {socket.gethostname()}\n".encode())
                 return descriptor
             except OSError as error:  # EBADF, EINVAL: another user's, and nobody's by now
                 path.unlink(missing_ok=True)
@@ -111,7 +123,9 @@ def _acquire(path: Path) -> int:
 
 def _open(path: Path) -> int:
     """A descriptor of the lock file itself: a link could stand in its place and name a file of value."""
-    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    flags = os.O_CREAT | open_flags("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")
     try:
         descriptor = os.open(path, flags | os.O_RDWR, 0o666)
     except PermissionError:
@@ -134,7 +148,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _holder(descriptor: int) -> str:
     """Who wrote the file; a holder that has only just locked it writes in a moment."""
     for _ in range(20):
-        text = os.pread(descriptor, _LONGEST, 0).decode(errors="replace").strip()
+        os.lseek(descriptor, 1, os.SEEK_SET)
+        text = os.read(descriptor, _LONGEST).decode(errors="replace").strip()
         if text:
             return text
         time.sleep(0.01)

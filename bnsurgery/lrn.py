@@ -34,8 +34,8 @@ def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, droppe
     """Say by how much the outputs change without the LRN layers, as ‖without − with‖₂/‖with‖₂ on `example`."""
     with observing(model), observing(without):
         before, after = (outputs(run("insert", net, example)) for net in (model, without))
-        change = sum((b - a).double().square().sum().item() for a, b in zip(before, after, strict=True))
-        size = sum(a.double().square().sum().item() for a in before)
+        change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
+        size = sum(a.cpu().double().square().sum().item() for a in before)
     warnings.warn(
         f"{dropped} LocalResponseNorm layer{'s' if dropped > 1 else ''} dropped, which changes the function: the "
         f"outputs move by {100 * (change / size) ** 0.5 if size else torch.inf:.3g} % on the first calibration batch. "

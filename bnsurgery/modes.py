@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .devices import keeping_random
 from .nn.batchnorm import Insertable
 
 
@@ -57,9 +58,8 @@ def _refill(container: Any, items: Any) -> None:
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
     """`evaluating` and `keeping_attributes`, without autograd; torch's random state is put back, too."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with (
-        torch.random.fork_rng(devices=devices),
+        keeping_random(),
         keeping_attributes(model),
         evaluating(model),
         torch.inference_mode(),

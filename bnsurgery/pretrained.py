@@ -11,7 +11,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from . import factories
 from .checkpoint import read_record
-from .errors import ArchitectureError, BNSurgeryError, CheckpointError, UntraceableModelError, shown
+from .errors import ArchitectureError, CheckpointError, UntraceableModelError, shown
 from .layer_kinds import LAYERS
 from .models import Architecture, identify, state_shapes
 from .surgery_record import SurgeryRecord
@@ -220,20 +220,6 @@ def origin(record: SurgeryRecord, untouched: bool) -> str:
     if record.absorb_bias:
         return "other bits than it was made from: its biases were absorbed"
     return "other weights than it was made from: changed since the insertion"
-
-
-def device(name: str) -> torch.device:
-    """The device called `name`, made sure of.
-
-    Raises:
-        BNSurgeryError: there is no such device here.
-    """
-    try:
-        found = torch.device(name)
-        torch.empty(1, device=found).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BNSurgeryError(f"device '{name}' cannot be used here: {str(error).splitlines()[0][:100]}") from None
-    return found
 
 
 def example(source: Pretrained) -> Tensor:

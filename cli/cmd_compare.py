@@ -1,6 +1,5 @@
 """bnsurgery compare."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import click
 from click.core import ParameterSource
 
 from bnsurgery.finetune.config import RATES
+from bnsurgery.system import quote
 
 from .options import print_options, show
 from .recipe_options import recipe_options
@@ -96,7 +96,8 @@ def command(
     best = next((arm for arm in result.summary() if arm.arm == "bn" and arm.lr is not None), None)
     if best is not None:
         words = ["bnsurgery", "finetune", *_given(context), "--lr", f"{best.lr:g}"]
-    text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {shlex.join(words)}"
+    after = " ".join(map(quote, words))
+    text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {after}"
     show(text, {**result.to_dict(), "output": output, **written(page, plot)}, as_json, quiet)
 
 

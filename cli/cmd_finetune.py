@@ -1,11 +1,12 @@
 """bnsurgery finetune."""
 
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
 from click.core import ParameterSource
+
+from bnsurgery.system import quote
 
 from .options import print_options, show
 from .recipe_options import recipe_options

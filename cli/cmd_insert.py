@@ -3,10 +3,11 @@
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
+
+from bnsurgery.system import quote
 
 from .options import (
     claim,
@@ -73,7 +74,7 @@ def command(
     """
     import torch
 
-    from bnsurgery import checkpoint, lrn, models, pretrained
+    from bnsurgery import checkpoint, devices, lrn, models, pretrained
     from bnsurgery.batches import Inputs
     from bnsurgery.calibration import calibrate
     from bnsurgery.copies import on_meta, sharing_tensors
@@ -95,7 +96,7 @@ def command(
         raise click.UsageError("--normalize is for networks of your own: torchvision's weights say how.")
     output = output or Path(f"{stem(name)}-bn.safetensors")
     loud = not (quiet or as_json)
-    place = pretrained.device(device)
+    place = devices.device(device)
     if own:
         source = pretrained.load_own(name, weights, image_size=image_size, normalize=normalize, seed=seed)
     architecture = None if own else models.architecture(name)

@@ -1,10 +1,11 @@
 """bnsurgery plan."""
 
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
+
+from bnsurgery.system import quote
 
 from .options import claim, image_size_option, model_option, named, print_options, show, sites_options
 
@@ -63,7 +64,7 @@ def command(
         if file is not None:
             text = draw(network, example, plan)
             with files.atomic_write(file, overwrite=force) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8", newline="\n")
             wrote.append(f"Wrote {file}.\n")
     words = ["bnsurgery insert", *(["--model"] if model is not None else []), quote(name)]
     words += ["--image-size", str(image_size)] if image_size is not None else []

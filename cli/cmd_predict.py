@@ -21,11 +21,11 @@ def command(
 
     FILE comes from `bnsurgery finetune` or `bnsurgery insert`. Exits with 1 where an image cannot be read.
     """
-    from bnsurgery import pretrained
+    from bnsurgery import devices
     from bnsurgery.errors import DataError
     from bnsurgery.prediction import Prediction, predict
 
-    place = pretrained.device(device)
+    place = devices.device(device)
     network = load_checkpoint(file, model).to(place)
     found: list[Prediction] = []
     bad: dict[str, str] = {}

@@ -45,7 +45,7 @@ def command(
     FILE is a checkpoint of `bnsurgery insert` or `finetune`, which is compared with its own folded network on images;
     or the directory of a run of `finetune` or `compare`, which needs none. The page is one file that needs no network.
     """
-    from bnsurgery import pretrained
+    from bnsurgery import devices, pretrained
     from bnsurgery.checkpoint import read_record
     from bnsurgery.data import calibration_batches
     from bnsurgery.errors import CheckpointError
@@ -58,7 +58,7 @@ def command(
     if file.is_dir() or file.suffix == ".json":
         found = _of_results(file)
     else:
-        place = pretrained.device(device)
+        place = devices.device(device)
         if read_record(file) is None:
             raise CheckpointError(f"report: '{file}': not a checkpoint of insert or finetune, nor a run's directory")
         bn_model = load_checkpoint(file, model)

@@ -1,9 +1,10 @@
 """bnsurgery verify."""
 
 from pathlib import Path
-from shlex import quote
 
 import click
+
+from bnsurgery.system import quote
 
 from .options import data_options, load_checkpoint, model_option, normalize_option, print_options, show
 from .reporting import check_report, force_option, report_options, write_report, written
@@ -47,13 +48,13 @@ def command(
     Exits with 1 where the outputs differ by more than they may: not at all for a fresh insertion, 1e-5 of the largest
     output where biases were absorbed or the network was trained since.
     """
-    from bnsurgery import folding, pretrained
+    from bnsurgery import devices, folding, pretrained
     from bnsurgery.data import calibration_batches
     from bnsurgery.errors import BNSurgeryError
     from bnsurgery.surgery_record import record, state_digest
     from bnsurgery.verification import verify
 
-    place = pretrained.device(device)
+    place = devices.device(device)
     reporting = check_report(page, plot, force, file, weights)
     bn_model = load_checkpoint(file, model)
     done = record(bn_model)

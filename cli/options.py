@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from bnsurgery.errors import CheckpointError, printable
+from bnsurgery.system import quote
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +68,9 @@ sites_options = _together(
 image_size_option = click.option(
     "--image-size", type=click.IntRange(1, 4096), help="Side in pixels.  [default: the weights' own, 224]"
 )
-device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute, such as cuda.")
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, mps, xpu, ..."
+)
 
 
 def data_options(num_images: int) -> Callable[[F], F]:
@@ -122,7 +125,7 @@ print_options = _together(
 def show(text: str, data: dict[str, Any], as_json: bool, quiet: bool = False) -> None:
     """Print a result as the user asked for it; nothing in it steers the terminal."""
     if as_json:
-        text = json.dumps(data, ensure_ascii=False)
+        text = json.dumps(data, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8")
         click.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text))
     elif not quiet:
         safe = "\n".join(printable(line, len(line)) for line in text.split("\n"))
@@ -164,7 +167,7 @@ def load_checkpoint(file: Path, model: str | None) -> "nn.Module":
         raise CheckpointError(
             f"'{file}' holds a {printable(done.model)}, which is not one of torchvision's: pass --model "
             + (
-                f"{shlex.quote(printable(str(made)))}, as when it was made, if you trust its code"
+                f"{quote(printable(str(made)))}, as when it was made, if you trust its code"
                 if made
                 else "MODULE:FUNCTION, which makes it"
             )

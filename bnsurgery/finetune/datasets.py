@@ -244,7 +244,7 @@ def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple
                 bad[index] = str(error)
     kept = [index for index in range(len(paths)) if index not in bad]
     try:
-        names = tuple(f"{paths[i].relative_to(directory)} {paths[i].stat().st_size}" for i in kept)
+        names = tuple(f"{paths[i].relative_to(directory).as_posix()} {paths[i].stat().st_size}" for i in kept)
     except OSError as error:  # a link to nowhere
         raise DataError(
             f"data: '{error.filename}': {error.strerror}. Remove it, or leave such out with --skip-bad."

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from shlex import quote
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from bnsurgery.batches import out_of_memory
 from bnsurgery.calibration import recalibrate_
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError
 from bnsurgery.modes import evaluating
+from bnsurgery.system import quote
 
 from . import recipe, state
 from .run_directory import Row, RunDirectory

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,6 +19,7 @@ from bnsurgery.files import atomic_write, make_folder, only_process_in, read_tex
 from bnsurgery.report import plot_curves
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.surgery_record import carries_record
+from bnsurgery.system import quote
 from bnsurgery.typed_json import loads, parse
 from bnsurgery.unpickling import load_pickle
 
@@ -216,4 +216,4 @@ class RunDirectory:
 
     def _write_text(self, name: str, text: str) -> None:
         with atomic_write(self.path / name, overwrite=True) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8", newline="\n")

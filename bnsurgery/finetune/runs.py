@@ -3,7 +3,6 @@
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from bnsurgery.batches import out_of_memory
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.report import plot_rate_range
 from bnsurgery.report.style import write as write_figure
+from bnsurgery.system import quote
 from bnsurgery.typed_json import parse
 
 from .config import Config

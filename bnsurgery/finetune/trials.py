@@ -252,4 +252,4 @@ def _load(path: Path) -> Any:
 
 def _write(path: Path, text: str) -> None:
     with atomic_write(path, overwrite=True) as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8", newline="\n")

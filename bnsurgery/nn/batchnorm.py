@@ -67,13 +67,13 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         weight, bias = self.weight, self.bias
         if self.training and self.track_running_stats and self.running_mean is not None:
             if self.statistics == "renorm":
-                r_max, d_max = limits(self.num_batches_tracked - self.renorm_start, self.renorm_steps)
+                r_max, d_max = limits(self.num_batches_tracked - self.renorm_start, self.renorm_steps, var.dtype)
                 weight, bias = correction(
                     mean, var, self.running_mean, self.running_var, weight, bias, self.eps, r_max, d_max
                 )
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
-            momentum = 1 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
+            momentum = 1 / self.num_batches_tracked.to(var.dtype) if self.momentum is None else self.momentum
             update_running_(self.running_mean, self.running_var, mean, var, count, momentum)
         return normalize_by_batch(input, mean, var, count, weight, bias, self.eps, relu, group)
 
@@ -158,7 +158,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def _solve_anew_(self, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         scale, shift = kernel_scale_shift(**old, eps=self.eps)
         identity = (scale == 1) & (shift == 0)
-        mean, var = (old[name].double().cpu().numpy()[identity] for name in ("running_mean", "running_var"))
+        mean, var = (old[name].cpu().double().numpy()[identity] for name in ("running_mean", "running_var"))
         where = torch.from_numpy(identity).to(new["weight"].device)
         for name, values in identity_parameters(mean, var, self.eps, new["weight"].dtype).items():
             new[name].data[where] = values.to(where.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from bnsurgery.ops.library import define
 
 
-def limits(step: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def limits(step: Tensor, steps: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """(r_max, d_max) at a training step: (∞, ∞) at step 0, (3, 5) half way, (1, 0) from `steps` on.
 
     With p = step/steps: ln r_max = ln 3·(1 − p)/p and d_max = 5·(1 − p)/p. The paper opens from (1, 0) to (3, 5); here
@@ -17,10 +17,11 @@ def limits(step: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     Args:
         step: 0-dim, the training steps done, on any device, where it stays.
         steps: length of the schedule; 0 gives (1, 0) throughout.
+        dtype: of the limits.
 
     References: Ioffe 2017, arXiv:1702.03275, section 4.
     """
-    p = (step.double() / steps).clamp(0, 1) if steps else torch.ones_like(step, dtype=torch.float64)
+    p = (step.to(dtype) / steps).clamp(0, 1) if steps else torch.ones_like(step, dtype=dtype)
     openness = (1 - p) / p
     return (math.log(3) * openness).exp(), 5 * openness
 
@@ -29,7 +30,7 @@ def _r_and_d(
     mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, r_max: Tensor, d_max: Tensor
 ) -> tuple[Tensor, Tensor]:
     """R = clip(σ_B/σ, 1/r_max, r_max) and d = clip((μ_B − μ)/σ, −d_max, d_max), constants for the gradient; (C,)."""
-    running_std = (running_var.double() + eps).sqrt()
+    running_std = (running_var.to(var.dtype) + eps).sqrt()
     r = ((var + eps).sqrt() / running_std).clamp(1 / r_max, r_max)
     d = ((mean - running_mean) / running_std).clamp(-d_max, d_max)
     return r.to(running_mean.dtype), d.to(running_mean.dtype)

@@ -6,12 +6,14 @@ sums and once for dx, a cache-sized tile at a time. Training's forward takes the
 third of the time of ATen's for NCHW) and the rest from ATen's eval kernel, its fastest.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from bnsurgery.devices import takes_float64
 
 from .tiles import channels_of, in_memory_order, tiles
 
@@ -25,15 +27,35 @@ _TILE = 1 << 18
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2 per channel in two passes: float64 of shape (C,)."""
-    count = samples_per_channel(x)
-    if not count:
-        return x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(x.shape[1], dtype=torch.float64)
-    dims = [dim for dim in range(x.ndim) if dim != 1]
-    mean = x.to(_work_dtype(x)).mean(dims)
+    """Mean and m2 per channel in two passes: float64 of shape (C,); on the CPU where the device has no float64."""
+
+    def total(d: Tensor) -> Tensor:
+        if takes_float64(d.device):
+            return d.sum(_others(d), dtype=torch.float64)
+        by_sample = d.sum(_others(d)[1:]) if d.ndim > 2 else d  # short sums in float32, of which float64 takes the rest
+        return by_sample.cpu().double().sum(0)
+
+    return _two_passes(x, total)
+
+
+def channel_moments_there(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`channel_moments` in the dtype of the arithmetic and on the device, so that the host does not wait for it."""
+    return _two_passes(x, lambda d: d.sum(_others(d)))
+
+
+def _two_passes(x: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and m2 by a rough mean, and by what `total` gives for the sums of the deviations from it."""
+    work = x.to(_work_dtype(x))
+    mean = work.mean(_others(x)) if x.numel() else work.new_zeros(x.shape[1])
     d = x - _along_channels(mean, x)
-    offset = d.sum(dims, dtype=torch.float64) / count  # what rounding left in `mean`
-    return mean + offset, d.mul_(d).sum(dims, dtype=torch.float64) - offset.square() * count
+    count = max(samples_per_channel(x), 1)
+    offset = total(d) / count  # what rounding left in `mean`
+    return mean.to(offset.device).to(offset.dtype) + offset, total(d.mul_(d)) - offset.square() * count
+
+
+def _others(x: Tensor) -> list[int]:
+    """All dims but that of the channels."""
+    return [dim for dim in range(x.ndim) if dim != 1]
 
 
 def normalize(

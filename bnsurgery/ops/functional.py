@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
+from bnsurgery.devices import takes_float64
+
 from . import aten, library
 from .sync import group_name, merge_moments
 
@@ -19,7 +21,7 @@ def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
 
     Returns:
         The number of samples per channel; mean, in the units of `input`, and m2, in these squared: float64 of shape
-        (C,), on the device of `input`. An empty input gives zeros. A channel with NaN or Inf gives a non-finite mean or
+        (C,), on the device of `input`, or on the CPU where that has no float64 (MPS). An empty input gives zeros. A channel with NaN or Inf gives a non-finite mean or
         m2, and no other channel does for that; on CUDA so does one whose squares overflow float32 (beyond 1e19).
 
     Raises:
@@ -92,7 +94,11 @@ def batch_statistics(input: Tensor, group: str) -> tuple[Tensor, Tensor, int | T
     Raises:
         ValueError: there is one value per channel, whose variance of 0 would erase it.
     """
-    count, mean, m2 = channel_moments(input)
+    if takes_float64(input.device):
+        count, mean, m2 = channel_moments(input)
+    else:
+        count = aten.samples_per_channel(input)
+        mean, m2 = aten.channel_moments_there(input.detach())
     if group:
         total, mean, m2 = merge_moments(mean.new_full((), count), mean, m2, group)
         return mean, m2 / total.clamp_min(1), total
@@ -142,7 +148,7 @@ def update_running_(
 ) -> None:
     """Running ← (1 − momentum)·running + momentum·batch, with the unbiased variance; an empty batch changes nothing."""
     if isinstance(count, Tensor):
-        momentum = momentum * (count > 0).double()
+        momentum = momentum * (count > 0).to(var.dtype)
         unbiased = var * (count / (count - 1).clamp_min(1))
     elif count:
         unbiased = var * (count / max(count - 1, 1))

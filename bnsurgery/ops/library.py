@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnsurgery.devices import CPU, takes_float64
+
 from . import aten
 from .cpu_moments import channel_moments_cpu
 from .sync import sum_over_ranks
@@ -70,14 +72,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, mean, var, weight, bias, count, ctx.eps, ctx.batch, ctx.relu, ctx.group = inputs
     if not ctx.batch:  # running statistics, which the next training step will change in place
         mean, var = mean.clone(), var.clone()
-    output_if_cheaper = output if ctx.relu and input.device.type == "cpu" else None
-    ctx.save_for_backward(input, mean, var, weight, bias, count, output_if_cheaper)
+    keep = ctx.relu and (input.device.type == "cpu" or not takes_float64(input.device))
+    ctx.save_for_backward(input, mean, var, weight, bias, count, output if keep else None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, mean, var, weight, bias, count, output = ctx.saved_tensors
     if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, grad)
+        return _differentiable_backward(ctx, grad, ctx.relu)
+    if not takes_float64(input.device):
+        grad = grad if output is None else torch.ops.aten.threshold_backward(grad, output, 0)
+        with torch.enable_grad():
+            return _differentiable_backward(ctx, grad, relu=False)
     relu = ctx.relu
     if output is not None and aten.at_once(output):  # cheaper than once for the sums and once for dx
         grad, output, relu = torch.ops.aten.threshold_backward(grad, output, 0), None, False
@@ -100,15 +106,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_input, None, None, d_weight, d_bias, None, None, None, None, None
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The same by ATen's batch norm, as functions of input, weight, bias and `grad`: for create_graph=True."""
+def _differentiable_backward(ctx: Any, grad: Tensor, relu: bool) -> tuple[Tensor | None, ...]:
+    """The same by ATen's batch norm, as functions of input, weight, bias and `grad`.
+
+    For create_graph=True, and for devices without float64.
+    """
     if ctx.group:
         raise NotImplementedError("batch_norm: no double backward with a process group; pass process_group=None")
     input, mean, var, weight, bias, *_ = ctx.saved_tensors
     # Views, so that the gradients stop here: the three may depend on each other, as in a network that is applied twice.
     input = input.view_as(input)
     weight, bias = (t if t is None else t.view_as(t) for t in (weight, bias))
-    y = aten.differentiable(input, mean, var, weight, bias, ctx.eps, ctx.batch, ctx.relu)
+    y = aten.differentiable(input, mean, var, weight, bias, ctx.eps, ctx.batch, relu)
     wants_input, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
     wants = zip((input, weight, bias), (wants_input, wants_weight, wants_bias), strict=True)
     wanted = [tensor if needed else None for tensor, needed in wants]
@@ -119,11 +128,13 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 def _per_channel(input: Tensor) -> tuple[Tensor, Tensor]:
     """Two float64 vectors of shape (C,) for a fake kernel."""
-    first, second = (input.new_empty(input.shape[1], dtype=torch.float64) for _ in range(2))
+    device = input.device if takes_float64(input.device) else CPU
+    first, second = (input.new_empty(input.shape[1], dtype=torch.float64, device=device) for _ in range(2))
     return first, second
 
 
-# Mean and m2 = Σ(x − mean)² of every channel of (N, C, *): float64 of shape (C,); zeros for an empty input.
+# Mean and m2 = Σ(x − mean)² of every channel of (N, C, *): float64 of shape (C,), on the CPU where the device has none;
+# zeros for an empty input.
 channel_moments = define(
     "channel_moments(Tensor input) -> (Tensor mean, Tensor m2)",
     _per_channel,

@@ -2,8 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _get_group_size_by_name
+from torch.distributed import ProcessGroup  # a stub of torch's where it was built without
 
 
 def group_name(process_group: ProcessGroup | str | None) -> str:
@@ -15,6 +14,8 @@ def group_name(process_group: ProcessGroup | str | None) -> str:
 
 def gather(vector: Tensor, group: str) -> Tensor:
     """One row per rank of the group. A collective that autograd does not see and that compiled graphs can hold."""
+    from torch.distributed.distributed_c10d import _get_group_size_by_name
+
     size = _get_group_size_by_name(group)  # type: ignore[arg-type]  # a NewType of str, which compilers cannot trace
     rows = torch.ops._c10d_functional.all_gather_into_tensor(vector.contiguous(), size, group)
     return torch.ops._c10d_functional.wait_tensor(rows).view(size, -1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bnsurgery.batches import Inputs, outputs, run
 from bnsurgery.copies import sharing_tensors
+from bnsurgery.devices import keeping_random, synchronize
 from bnsurgery.errors import BNSurgeryError
 
 IMAGES = 4
@@ -41,10 +42,9 @@ def measure_costs(reference: nn.Module, bn_model: nn.Module, batch: Inputs) -> t
     sample = batch.take(0, IMAGES)
     if sample.samples < 2:
         return "a step in train mode needs two images"
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     times: tuple[list[float], list[float]] = ([], [])
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with keeping_random(), torch.enable_grad():
             steps = [_step(network, sample) for network in (reference, bn_model)]
             kept = [_kept_bytes(step, network) for step, network in zip(steps, (reference, bn_model), strict=True)]
             while len(times[0]) < _ROUNDS.start or (len(times[0]) < _ROUNDS.stop and sum(map(sum, times)) < _SECONDS):
@@ -66,11 +66,10 @@ def _step(network: nn.Module, sample: Inputs) -> Callable[[], float]:
                 module._buffers[name] = buffer.clone()  # train mode writes into these
     copy.train()
     parameters = [p for p in copy.parameters() if p.requires_grad]
-    cuda = any(p.is_cuda for p in parameters)
+    device = next(iter(parameters), torch.empty(0)).device
 
     def step() -> float:
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         loss = sum((t.float().mean() for t in outputs(run("report", copy, sample))), torch.zeros(()))
         if isinstance(loss, Tensor) and loss.requires_grad and parameters:
@@ -78,8 +77,7 @@ def _step(network: nn.Module, sample: Inputs) -> Callable[[], float]:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
             except RuntimeError as error:  # code that works in place on what the backward pass needs
                 raise BNSurgeryError(f"its backward pass fails: {str(error).splitlines()[0]}") from error
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     return step

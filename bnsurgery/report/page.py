@@ -105,7 +105,7 @@ class Report:
         """
         html = self.to_html()
         with atomic_write(path, overwrite=overwrite) as temporary:
-            temporary.write_text(html, encoding="utf-8")
+            temporary.write_text(html, encoding="utf-8", newline="\n")
 
     def save_figures(self, directory: str | Path, *, overwrite: bool = False) -> list[Path]:
         """Write every figure as NAME.svg and NAME.png into `directory`, which is made where it is missing.

@@ -37,7 +37,7 @@ class Histogram:
         """Count these."""
         self.total += values.numel()
         found = torch.histc(values.float(), _BINS, self.low, self.high)
-        self.counts += found.double().cpu()
+        self.counts += found.cpu().double()
 
     @property
     def outside(self) -> float:
@@ -148,7 +148,7 @@ def view_sites(bn_model: nn.Module, batches: Iterable[Any] = ()) -> tuple[SiteVi
             before, after, largest = seen[name]
             before.add(x)
             after.add(F.batch_norm(x, norm.running_mean, norm.running_var, eps=views[name].eps))
-            top = x.transpose(0, 1).flatten(1).amax(1).double().cpu()
+            top = x.transpose(0, 1).flatten(1).amax(1).cpu().double()
             seen[name][2] = top if largest is None else torch.maximum(largest, top)
 
         return watch
@@ -191,7 +191,7 @@ def _norm(bn_model: nn.Module, name: str) -> BatchNorm1d | BatchNorm2d | BatchNo
 def _view(bn_model: nn.Module, inserted: InsertedSite) -> SiteView:
     norm, site = _norm(bn_model, inserted.norm), inserted.site
     assert norm.running_mean is not None and norm.running_var is not None  # `insert` makes them so
-    mean, std = norm.running_mean.double().cpu(), norm.running_var.double().cpu().sqrt()
+    mean, std = norm.running_mean.cpu().double(), norm.running_var.cpu().double().sqrt()
     if not (mean.isfinite() & std.isfinite()).all():
         raise CalibrationError(f"report: '{inserted.norm}': NaN or Inf in its running statistics")
     return SiteView(site.name, site.layer, inserted.norm, site.activation, mean, std, norm.eps)
