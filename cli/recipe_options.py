@@ -62,7 +62,7 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("precision", None, "Mixed precision; auto: bf16 on a GPU."),
     ("channels_last", bool, "Memory layout of images and convolutions."),
     ("compile", bool, "Use torch.compile."),
-    ("device", None, "auto: a GPU where there is one."),
+    ("device", str, "cpu, cuda, cuda:1, mps, xpu, ...; auto: a CUDA GPU where there is one, else the CPU."),
     ("evaluations", _COUNT, "Validations an epoch."),
     ("save_every", click.FloatRange(min=0), "Seconds between checkpoints within an epoch."),
 )

@@ -72,7 +72,7 @@ def test_a_file_that_only_looks_like_a_lock_is_none(tmp_path):
     """Of a process id that another process has got meanwhile."""
     (tmp_path / "lock").write_text(f"process {os.getppid()} on here\n")
     with locked(tmp_path / "lock"):
-        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+        assert (tmp_path / "lock").read_text().strip().startswith(f"process {os.getpid()} on ")
     assert names(tmp_path) == []
 
 

@@ -17,7 +17,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adamw"),
     "train": ("all", "bn", "head", "bn+head"),
     "statistics": ("auto", "batch", "running", "renorm"),
-    "device": ("auto", "cpu"),
     "precision": ("auto", "no", "bf16", "fp16"),
     "arm": ("bn", "plain", "bn-naive"),
 }
@@ -52,7 +51,8 @@ class Config:
         normalize: "imagenet" for its mean and standard deviation, or "none" for values from 0 to 1.
         augment: "none"; "crop" (shifts), "crop-flip", "resized-crop" (also flips), "trivial" (also TrivialAugment);
             "auto" chooses by the data.
-        num_workers: processes that read images; None for one less than the processors, at most 8.
+        num_workers: processes that read images; None for one less than the processors, at most 8. On macOS and Windows
+            they import the main module: a script must start its run under `if __name__ == "__main__":`.
 
     Attributes: The recipe
         epochs: passes over the training images.
@@ -71,10 +71,11 @@ class Config:
         recalibrate: images whose population statistics replace the running ones before a validation.
 
     Attributes: The machine
-        precision: "bf16" or "fp16" mixed precision, "no"; "auto" is bf16 where a GPU has it.
+        precision: "bf16" or "fp16" mixed precision, "no"; "auto" is bf16 where a GPU says that it has it.
         channels_last: memory layout of images and convolutions.
         compile: use torch.compile.
-        device: "auto" for a GPU where there is one, or "cpu".
+        device: "auto" for a CUDA GPU where there is one, else the CPU; or the name of one, such as "cpu", "cuda:1",
+            "mps" or "xpu". With several processes each takes a GPU of its own.
         seed: of everything random.
 
     Attributes: The run

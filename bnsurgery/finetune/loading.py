@@ -4,7 +4,6 @@ Not on the number of processes or workers, nor on where a resumed epoch starts: 
 same to the bit, and several processes the same as one.
 """
 
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from bnsurgery.errors import DataError
+from bnsurgery.system import processors
 from bnsurgery.task import Task
 
 from .datasets import Split
@@ -95,17 +95,21 @@ class TrainBatches(Sampler[list[Key]]):
 
 
 class Loader:
-    """The batches that a sampler names, read by worker processes, which stay alive from pass to pass."""
+    """The batches that a sampler names, read by worker processes, which stay alive from pass to pass.
 
-    def __init__(self, data: Prepared, batches: Iterable[list[Key]], workers: int) -> None:
-        self.workers = workers
+    Args:
+        pinned: put them where a GPU can fetch them by itself.
+    """
+
+    def __init__(self, data: Prepared, batches: Iterable[list[Key]], workers: int, pinned: bool = False) -> None:
+        self.workers, self.pinned = workers, pinned
         self._loader: DataLoader[Any] = DataLoader(
             data,
             batch_sampler=batches,  # any iterable of lists will do
             num_workers=workers,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # from which it draws at every pass: not from the one of dropout
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pinned,
             worker_init_fn=_leave_signals_to_the_parent,
         )
 
@@ -138,15 +142,23 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     is installed with the process's first loader and taken back here, also for loaders that come later; one that is
     there already stays.
     """
-    before = signal.getsignal(signal.SIGCHLD)
+    child = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = None if child is None else signal.getsignal(child)
     iterator = iter(loader)
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
+    if child is not None and before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(child, before)
     return iterator
 
 
 def plain_loader(
-    data: Prepared, batch_size: int, workers: int, *, rank: int = 0, world: int = 1, images: int | None = None
+    data: Prepared,
+    batch_size: int,
+    workers: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    images: int | None = None,
+    pinned: bool = False,
 ) -> Loader:
     """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
 
@@ -159,12 +171,12 @@ def plain_loader(
     if len(batches) > 1 and len(batches[-1]) == 1:
         last = batches.pop()
         batches[-1] += last
-    return Loader(data, batches, workers)
+    return Loader(data, batches, workers, pinned)
 
 
 def default_workers() -> int:
     """Processes that read images: one less than the processors, which the network needs too, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) - 1)
+    return min(8, processors() - 1)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

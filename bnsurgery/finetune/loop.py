@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bnsurgery.batches import out_of_memory
 from bnsurgery.calibration import recalibrate_
+from bnsurgery.devices import widest
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError
 from bnsurgery.modes import evaluating
 from bnsurgery.system import quote
@@ -175,7 +176,7 @@ class Trainer:
         """Read the losses of the steps since the last look, over all ranks; stop at the first that is no number."""
         if not self._unread:
             return
-        values = torch.stack([torch.stack(pair).double() for pair in self._unread])
+        values = torch.stack([torch.stack(pair) for pair in self._unread]).to(widest(self.accelerator.device))
         values = self.accelerator.reduce(values, "mean").cpu()
         first = self.step - len(self._unread) + 1
         self._unread.clear()
@@ -235,15 +236,15 @@ class Trainer:
     def evaluate(self) -> tuple[float, float]:
         """Mean loss and accuracy over the validation images of all ranks, in eval mode; mean loss without smoothing."""
         device = self.accelerator.device
-        totals = torch.zeros(3, dtype=torch.float64, device=device)
+        found = [torch.zeros(3, device=device)]
         with evaluating(self.network), self.accelerator.autocast():
             for images, labels in self.setup.val:
                 logits = self.network(images.to(device, non_blocking=True)).float()
                 labels = labels.to(device, non_blocking=True)
                 right = (logits.argmax(1) == labels).sum()
-                totals += torch.stack(
-                    [F.cross_entropy(logits, labels, reduction="sum"), right, right.new_tensor(len(labels))]
-                )
+                summed = F.cross_entropy(logits, labels, reduction="sum")
+                found.append(torch.stack([summed, right, right.new_tensor(len(labels))]))
+        totals = torch.stack(found).cpu().double().sum(0).to(device, widest(device))
         loss, right, count = self.accelerator.reduce(totals, "sum").tolist()
         if not math.isfinite(loss):
             raise self._diverged(self.step, "the validation loss is no finite number")

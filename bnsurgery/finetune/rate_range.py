@@ -61,7 +61,7 @@ def _test(setup: Setup) -> RateRange:
     optimizer = recipe.optimizer(config, network, _FROM)
     batches = TrainBatches(len(setup.prepared), config.batch_size, config.seed, 0, 1)
     batches.epoch = config.epochs  # an order that training does not come to
-    loader = Loader(setup.prepared, batches, setup.train.workers)
+    loader = Loader(setup.prepared, batches, setup.train.workers, setup.train.pinned)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
     rates: list[float] = []
     losses: list[float] = []

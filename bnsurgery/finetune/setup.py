@@ -2,14 +2,15 @@
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed import group
 
+from bnsurgery import devices
 from bnsurgery.batches import Inputs, run
 from bnsurgery.calibration import input_moments, recalibrate_
 from bnsurgery.errors import BNSurgeryError, DataError
@@ -29,6 +30,7 @@ from .run_directory import Resolved
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_DEVICE = "ACCELERATE_TORCH_DEVICE"
 EVALUATED_TOGETHER = 32  # at least: without gradients there is room, and statistics want more than a few images
 
 
@@ -67,28 +69,67 @@ def processes(config: Config) -> "Accelerator":
     """Hugging Face's Accelerate: one process, or those that torchrun or accelerate launch started.
 
     Raises:
-        BNSurgeryError: it is not installed, or this process was set up for another precision before.
+        BNSurgeryError: it is not installed, this process was set up for another precision or device before, or there
+            is no such device.
     """
     for needed in ("accelerate", "tensorboard", "matplotlib", "psutil"):  # the last three before hours of training
         if importlib.util.find_spec(needed) is None:
             raise BNSurgeryError(f"finetune: needs {needed}, which is not installed: pip install 'bnsurgery[finetune]'")
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
+    place = computes_on(config)
     try:
-        return Accelerator(
-            cpu=config.device == "cpu" or not torch.cuda.is_available(),  # or it looks for one, with no group
-            mixed_precision=_precision(config),
-            dynamo_backend="inductor" if config.compile else "no",
-            # Every rank computes the same statistics: there is nothing to send.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        with _accelerate_on(place):
+            accelerator = Accelerator(
+                cpu=place.type == "cpu",  # or it looks for a GPU, with no group
+                mixed_precision=_precision(config, place),
+                dynamo_backend="inductor" if config.compile else "no",
+                # Every rank computes the same statistics: there is nothing to send.
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
     except ValueError as error:
         raise BNSurgeryError(f"finetune: {str(error).splitlines()[0]}") from error
+    got = accelerator.device
+    if got.type != place.type or (place.index is not None and place.index != (got.index or 0)):
+        each = "every process that is launched takes a device of its own: name the kind alone, such as cuda"
+        why = each if _launched() else f"this process computes on {got} already: start another"
+        raise BNSurgeryError(f"finetune: --device {place}: {why}")
+    return accelerator
+
+
+@contextmanager
+def _accelerate_on(place: torch.device) -> Iterator[None]:
+    """Inside, Accelerate takes this device, which it is told by no other way; launchers say which each process has."""
+    before = os.environ.get(_DEVICE)
+    if not _launched():
+        os.environ[_DEVICE] = str(place)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_DEVICE, None)
+        else:
+            os.environ[_DEVICE] = before
+
+
+def _launched() -> bool:
+    """Whether torchrun or accelerate launch started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def computes_on(config: Config) -> torch.device:
+    """The device that `config` names, or Accelerate's environment; of a launched process, its kind.
+
+    Raises:
+        BNSurgeryError: there is none.
+    """
+    name = os.environ.get(_DEVICE) if config.device == "auto" else config.device
+    return devices.device(name) if name else devices.automatic()
 
 
 def forked_random(accelerator: "Accelerator") -> AbstractContextManager[None]:
     """Torch's random numbers, on the CPU and the run's device, are afterwards what they were."""
-    return torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else [])
+    return devices.keeping_random(accelerator.device)
 
 
 def load_data(config: Config, show: bool = False) -> Data:
@@ -142,6 +183,7 @@ def build(
         "world": world,
         "workers": workers,
         "batch_size": max(EVALUATED_TOGETHER, config.batch_size // world),
+        "pinned": accelerator.device.type == "cuda",
     }
     calibration = plain_loader(prepared, images=config.recalibrate, **share)
     val = plain_loader(Prepared(data.val, task, "none", 0), **share)
@@ -163,8 +205,8 @@ def build(
     if config.arm != "plain":
         # The schedule ends with the run: the network has come to live with plain BN by then, where batches allow it.
         set_statistics_(network, resolved.statistics, renorm_steps=config.epochs * batches.per_epoch)  # type: ignore[arg-type]
-        if world > 1 and group.WORLD is not None:
-            set_process_group_(network, group.WORLD)
+        if world > 1:
+            set_process_group_(network, torch.distributed.group.WORLD)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # of conv weights
     return Setup(
@@ -176,7 +218,7 @@ def build(
         facts=_facts(config, source, data, resolved, keeps_head(source, data.classes, config)),
         prepared=prepared,
         batches=batches,
-        train=Loader(prepared, batches, workers),
+        train=Loader(prepared, batches, workers, accelerator.device.type == "cuda"),
         calibration=calibration,
         val=val,
     )
@@ -233,10 +275,9 @@ def _check_network(config: Config, network: nn.Module, task: Task) -> None:
         run("finetune", network, Inputs((torch.zeros(2, len(task.mean), task.image_size, task.image_size),)))
 
 
-def _precision(config: Config) -> str | None:
+def _precision(config: Config, place: torch.device) -> str | None:
     if config.precision != "auto":
         return config.precision
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return None  # as accelerate launch was told
-    gpu = config.device != "cpu" and torch.cuda.is_available()
-    return "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if devices.takes_bfloat16(place) else "no"

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 
+from bnsurgery.devices import CPU, random_state, set_random_state
 from bnsurgery.errors import CheckpointError, printable
 from bnsurgery.surgery_record import carries_record, record
 from bnsurgery.typed_json import parse
@@ -32,7 +32,7 @@ def captured(trainer: "Trainer") -> dict[str, Any]:
         "average": trainer.average,
         "scaler": scaler.state_dict() if scaler is not None else {},
         "conditioner": conditioner and [conditioner.mean, conditioner.variance],
-        "random": gather_object([_random_state(trainer.accelerator.device)]),
+        "random": gather_object([{kind: random_state(place) for kind, place in _generators(trainer).items()}]),
     }
 
 
@@ -63,7 +63,8 @@ def restore_(trainer: "Trainer", state: dict[str, Any]) -> None:
                 current.copy_(saved)
         if trainer.accelerator.scaler is not None:
             trainer.accelerator.scaler.load_state_dict(state["scaler"])
-        _set_random_state(state["random"][trainer.accelerator.process_index], trainer.accelerator.device)
+        for kind, place in _generators(trainer).items():
+            set_random_state(place, state["random"][trainer.accelerator.process_index][kind])
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, CheckpointError) as error:
         raise CheckpointError(
             f"resume: the saved state does not fit this run: {printable(str(error))}. Was another put in its place?"
@@ -75,15 +76,6 @@ def _started_from(trainer: "Trainer") -> str:
     return record(trainer.network).weights_digest if carries_record(trainer.network) else ""
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that dropout draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+def _generators(trainer: "Trainer") -> dict[str, torch.device]:
+    """Where dropout draws from, by kind of device."""
+    return {place.type: place for place in (CPU, trainer.accelerator.device)}

@@ -3,8 +3,6 @@
 import json
 import math
 import multiprocessing
-import os
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -21,13 +19,14 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
 from bnsurgery.files import atomic_write, make_folder, only_process_in, read_text
 from bnsurgery.report import plot_comparison
 from bnsurgery.report.style import write as write_figure
+from bnsurgery.system import MOST_PROCESSES, peak_memory, processors
 from bnsurgery.typed_json import loads, parse
 
 from .comparison import ARMS, Comparison, Trial
 from .config import RATES, Config
 from .datasets import Data
 from .runs import run
-from .setup import load_data, processes
+from .setup import computes_on, load_data, processes
 from .stopping import Interrupted, StopRequest, listening
 
 
@@ -143,11 +142,11 @@ def _run_all(
 ) -> Iterator[tuple[Key, Trial]]:
     if jobs is None and len(pending) > 1:
         key, config = pending[0]
-        alone = torch.cuda.is_available() and config.device != "cpu"  # one trial fills a GPU
+        alone = computes_on(config).type != "cpu"  # one trial fills a GPU
         for (key, trial), peak in _in_processes(pending[:1], model, data, 1):
             yield key, trial
             affordable = int(_USABLE * _free_memory() / peak)
-            jobs = 1 if alone else max(1, min(_processors(), affordable))
+            jobs = 1 if alone else max(1, min(processors(), affordable))
         pending = pending[1:]
     if jobs == 1 or len(pending) < 2:
         with listening() as stop:
@@ -169,8 +168,9 @@ def _in_processes(
 ) -> Iterator[tuple[tuple[Key, Trial], int]]:
     """The trials as they end, and the peak memory in bytes of the process that each ran in."""
     others = set(multiprocessing.active_children())
-    threads = max(1, _processors() // jobs)
+    threads = max(1, processors() // jobs)
     context = multiprocessing.get_context("spawn")
+    jobs = min(jobs, MOST_PROCESSES)
     pool = ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,))
     waiting = {pool.submit(_measured_trial, key, config, model, data): key for key, config in pending}
     try:
@@ -197,11 +197,7 @@ def _heed(stop: StopRequest) -> None:
 
 def _measured_trial(key: Key, config: Config, model: nn.Module | None, data: Data) -> tuple[Trial, int]:
     trial = run_trial(key, config, model, data)
-    return trial, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return trial, peak_memory()
 
 
 def _free_memory() -> int:

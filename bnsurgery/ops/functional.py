@@ -21,8 +21,9 @@ def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
 
     Returns:
         The number of samples per channel; mean, in the units of `input`, and m2, in these squared: float64 of shape
-        (C,), on the device of `input`, or on the CPU where that has no float64 (MPS). An empty input gives zeros. A channel with NaN or Inf gives a non-finite mean or
-        m2, and no other channel does for that; on CUDA so does one whose squares overflow float32 (beyond 1e19).
+        (C,), on the device of `input`, or on the CPU where that has no float64 (MPS). An empty input gives zeros. A
+        channel with NaN or Inf gives a non-finite mean or m2, and no other channel does for that; on CUDA so does one
+        whose squares overflow float32 (beyond 1e19).
 
     Raises:
         TypeError: `input` is not of floating-point dtype.
