@@ -28,7 +28,8 @@ def device(name: str) -> torch.device:
         computes = torch.zeros(1, device=found).add_(1).cpu().item() == 1
         reason = "" if computes and (found.type != "cpu" or not found.index) else "no such device"
     except Exception as error:  # every backend has errors of its own for not being there
-        reason = "it computes nothing" if name == "meta" else str(error).strip().split("\n")[0][:100].rstrip(".")
+        first = printable(str(error).strip().split("\n")[0], 100).rstrip(".")
+        reason = "it computes nothing" if name == "meta" else first or type(error).__name__
     if reason:
         raise BNSurgeryError(
             f"device '{printable(name)}' cannot be used here: this machine has: {', '.join(available())}. ({reason})"

@@ -236,16 +236,18 @@ class Trainer:
     def evaluate(self) -> tuple[float, float]:
         """Mean loss and accuracy over the validation images of all ranks, in eval mode; mean loss without smoothing."""
         device = self.accelerator.device
-        found = [torch.zeros(3, device=device)]
+        found, seen = [torch.zeros(2, device=device)], 0
         with evaluating(self.network), self.accelerator.autocast():
             for images, labels in self.setup.val:
                 logits = self.network(images.to(device, non_blocking=True)).float()
                 labels = labels.to(device, non_blocking=True)
                 right = (logits.argmax(1) == labels).sum()
                 summed = F.cross_entropy(logits, labels, reduction="sum")
-                found.append(torch.stack([summed, right, right.new_tensor(len(labels))]))
-        totals = torch.stack(found).cpu().double().sum(0).to(device, widest(device))
-        loss, right, count = self.accelerator.reduce(totals, "sum").tolist()
+                found.append(torch.stack([summed, right]))
+                seen += len(labels)
+        totals = [*torch.stack(found).cpu().double().sum(0).tolist(), seen]
+        everyones = self.accelerator.reduce(torch.tensor(totals, dtype=widest(device), device=device), "sum")
+        loss, right, count = everyones.cpu().tolist()
         if not math.isfinite(loss):
             raise self._diverged(self.step, "the validation loss is no finite number")
         return loss / count, right / count
