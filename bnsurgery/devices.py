@@ -1,7 +1,7 @@
 """Where to compute: which devices there are, what they can do, and their random numbers.
 
 Torch's generic names for accelerators are used throughout (`torch.accelerator`, `torch.get_device_module`), which CUDA,
-MPS, XPU and others share. Tests run on the CPU and on CUDA; bit identity is claimed for these two alone.
+MPS, XPU and others share.
 """
 
 from contextlib import AbstractContextManager
@@ -66,7 +66,7 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def claims_identity(device: torch.device) -> bool:
-    """Whether insertion must keep every bit there; elsewhere that has never been run, and rounding is allowed for."""
+    """Whether insertion must keep every bit there, as our kernels do; what others round has never been looked at."""
     return device.type in ("cpu", "cuda", "meta")
 
 

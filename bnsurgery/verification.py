@@ -24,7 +24,8 @@ class EquivalenceReport:
 
     Attributes:
         samples: how many inputs were compared, both networks in eval mode.
-        bit_identical: `torch.equal` for every output of every batch.
+        bit_identical: `torch.equal` for every output of every batch. A fresh insertion is, on the CPU and by the CUDA
+            kernels; on other devices, such as MPS, that is not claimed.
         max_abs: largest |candidate − reference|, in output units.
         max_rel: `max_abs` divided by the largest |reference|.
         top1_agreement: share of samples with the same argmax, 0 to 1; None where outputs are not of shape (N, classes).
