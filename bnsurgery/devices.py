@@ -76,6 +76,12 @@ def takes_bfloat16(device: torch.device) -> bool:
     return asked is not None and bool(asked())
 
 
+def failed(error: BaseException) -> bool:
+    """Whether a device failed, so that no further call to it will work."""
+    kind = getattr(torch, "AcceleratorError", None)  # torch 2.8; before that a RuntimeError like any other
+    return isinstance(error, kind) if kind else isinstance(error, RuntimeError) and "CUDA error" in str(error)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until it has done what it was given."""
     if device.type != "cpu":

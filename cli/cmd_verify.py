@@ -45,8 +45,8 @@ def command(
 
     Runs both networks on images in eval mode, and FILE's in train mode in batches of 2, 8 and 32.
 
-    Exits with 1 where the outputs differ by more than they may: not at all for a fresh insertion, 1e-5 of the largest
-    output where biases were absorbed or the network was trained since.
+    Exits with 1 where the outputs differ by more than they may: not at all for a fresh insertion on the CPU, 1e-5 of
+    the largest output on other devices, and where biases were absorbed or the network was trained since.
     """
     from bnsurgery import devices, folding, pretrained
     from bnsurgery.data import calibration_batches

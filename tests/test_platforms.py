@@ -1,13 +1,18 @@
 """What runs where parts of POSIX are missing, as on Windows and macOS; neither can be run here."""
 
 import ast
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_task import patterns
 
-from bnsurgery import system
+from bnsurgery import finetune, system
+from bnsurgery.finetune.loading import Prepared, _leave_signals_to_the_parent
+from bnsurgery.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 POSIX_ONLY = "fcntl grp posix pty pwd resource syslog termios tty"
@@ -113,6 +118,16 @@ def test_text_is_read_and_written_in_utf8_with_the_same_line_ends_everywhere():
             given = {keyword.arg for keyword in node.keywords} if called else set()
             wanted = {"write_text": {"encoding", "newline"}, "read_text": {"encoding"}}.get(called, set())
             assert wanted <= given, f"{path.name}:{node.lineno}: {called} without {wanted - given}"
+
+
+def test_what_processes_that_read_images_are_handed_can_be_spawned():
+    """On macOS and Windows they are, and get everything pickled; on Linux they are forked."""
+    data = finetune.from_tensors(patterns(8, 1), patterns(8, 2), ["nw", "ne", "sw", "se"])
+    task = Task(data.classes, None, 8, 8, (0.5,), (0.25,))
+    prepared = Prepared(data.limited(4, 0).train, task, "crop", 0)
+    image, label = pickle.loads(pickle.dumps(prepared))[2, 1]
+    assert torch.equal(image, prepared[2, 1][0]) and label == prepared[2, 1][1]
+    assert pickle.loads(pickle.dumps(_leave_signals_to_the_parent)) is _leave_signals_to_the_parent
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
