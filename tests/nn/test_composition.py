@@ -94,7 +94,9 @@ def test_compiled_networks_run_our_ops(inserted, images, training):
     """Not torch's, which the exporters get."""
     graphs = []
     torch.compiler.reset()
-    torch.compile(inserted.train(training), backend=lambda graph, _: graphs.append(graph) or graph.forward)(images(2, 32))
+    torch.compile(inserted.train(training), backend=lambda graph, _: graphs.append(graph) or graph.forward)(
+        images(2, 32)
+    )
     assert "bnsurgery.batch_norm_fwd.default" in ours_in(*graphs)
 
 
