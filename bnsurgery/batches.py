@@ -169,6 +169,13 @@ def out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+def device_failed(error: BaseException) -> bool:
+    """Whether `error` says that a GPU has failed, so that no further call to it will work."""
+    if hasattr(torch, "AcceleratorError"):
+        return isinstance(error, torch.AcceleratorError)
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)  # torch before 2.8
+
+
 def use_less(operation: str, batch_size: int) -> str:
     """What to say where memory ran out on a batch: what to do, with a number."""
     if batch_size == 1:

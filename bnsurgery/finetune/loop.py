@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bnsurgery.batches import out_of_memory
+from bnsurgery.batches import device_failed, out_of_memory
 from bnsurgery.calibration import recalibrate_
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError
 from bnsurgery.modes import evaluating
@@ -97,7 +97,9 @@ class Trainer:
                     self._train_epoch(bar, stop)
                 except CheckpointError as error:
                     raise CheckpointError(f"{error}{self.intact()}") from error
-                except torch.AcceleratorError as error:  # a GPU that failed: no further call to it will work
+                except RuntimeError as error:
+                    if not device_failed(error):
+                        raise
                     reason = str(error).strip().splitlines()[0]
                     raise BNSurgeryError(f"finetune: the device failed: {reason}.{self.intact()}") from error
 
@@ -139,7 +141,7 @@ class Trainer:
             loss, accuracy = self.objective(images, labels)
             self.accelerator.backward(loss)
         except Exception as error:
-            if not self.config.compile or out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            if not self.config.compile or out_of_memory(error) or device_failed(error):
                 raise  # what a compiler raises is anything; eager code has run once by now
             reason = (str(error).strip().splitlines() or [""])[0]
             raise BNSurgeryError(f"finetune: --compile: {type(error).__name__}: {reason}. Try without it.") from error
