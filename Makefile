@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-oldest faults fuzz audit package lint docs notebooks bench bench-op bench-finetune clean
+.PHONY: demo test test-gpu test-oldest test-middle faults fuzz audit package lint docs notebooks bench bench-op bench-finetune clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
@@ -15,9 +15,10 @@ test-gpu: .venv/.installed
 	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make test-gpu: torch finds no CUDA device')"
 	$(BIN)/pytest -m gpu
 
-# with the oldest versions that pyproject.toml admits, in an environment of its own; they warn of what has come since
-test-oldest: .venv-oldest/.installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
+# with the oldest versions that pyproject.toml admits, and with some in between, in environments of their own; they warn
+# of what has come since
+test-oldest test-middle: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
 
 # kills processes and breaks disks, some ten minutes; the tests run a sample
 faults: .venv/.installed
@@ -77,11 +78,11 @@ bench-finetune: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
 	touch $@
 
-.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --editable '.[dev]' --constraint constraints-oldest.txt
+.venv-%/.installed: constraints-%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[dev]' --constraint $<
 	touch $@
 
 clean:
-	rm -rf demo-results site .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf demo-results site .venv .venv-oldest .venv-middle build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

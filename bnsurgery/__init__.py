@@ -32,6 +32,7 @@ from .errors import (
     NoSitesError,
     UntraceableModelError,
 )
+from .torch_version import require_torch
 
 __version__ = "0.1.0"
 
@@ -97,6 +98,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    require_torch()
     if name in ("finetune", "nn", "ops", "report"):
         return import_module(f".{name}", __name__)
     if name in _HOMES:

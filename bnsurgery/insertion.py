@@ -190,20 +190,26 @@ def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None
         bn_model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: silent.discard(name))
         for name in tuple(silent)
     ]
+    got, failure = [], None
     try:
-        got: list[torch.Tensor] | None = _outputs(bn_model, sample)
-    except CalibrationError:
-        got = None
+        got = _outputs(bn_model, sample)
+    except CalibrationError as error:
+        failure = error
     finally:
         for handle in handles:
             handle.remove()
-    changed = got is None or (all(map(torch.equal, once, again)) and not _same(once, got, exact=exact))
-    if changed or silent:
-        what = "computes something else" if changed else f"does not run {len(silent)} of its BatchNorms"
+    what = ""
+    if failure:
+        what = "no longer runs"
+    elif all(map(torch.equal, once, again)) and not _same(once, got, exact=exact):
+        what = "computes something else"
+    elif silent:
+        what = f"does not run {len(silent)} of its BatchNorms"
+    if what:
         raise BNSurgeryError(
             f"insert: {type(model).__name__} {what} after the insertion, so it is not given out. Does "
             "its code look at its own layers (by index, type, hook)? Leave these out with layers=, or fuse_relu=False."
-        )
+        ) from failure
     if not once:
         warnings.warn(
             f"insert: {type(model).__name__} returns no tensors, so it was not checked that they stay the same",

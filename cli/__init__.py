@@ -12,6 +12,7 @@ import click
 
 from bnsurgery import __version__
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, printable
+from bnsurgery.torch_version import require_torch
 
 _COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "report", "predict", "fold", "export", "archs")
 _MAX_LINE, _MAX_LINES = 2000, 200  # characters; of a message
@@ -44,6 +45,7 @@ def cli() -> None:
 
     Every command has its own --help.
     """  # noqa: D301 (the \b is click's: leave the lines as they are)
+    require_torch()
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -117,10 +117,25 @@ def test_a_head_replaced_since_the_insertion(squeezenet, tmp_path):
     assert "squeezenet1_1(num_classes=4)" in result.usage
 
 
+def torch_translates_batchnorm():
+    """Torch 2.6's exporter stumbles over its own translation of any BatchNorm; torch 2.11's does not."""
+    program = torch.export.export(nn.BatchNorm2d(2).eval(), (torch.randn(2, 2, 3, 3),), strict=False)
+    try:
+        torch.onnx.export(program, dynamo=True, verbose=False)
+    except torch.onnx.OnnxExporterError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("to", ["onnx", "exported-program"])
 def test_batchnorm_can_stay_in_a_program(to, squeezenet, tmp_path):
     file = f"net{SUFFIXES[to]}"
-    export(squeezenet, tmp_path / file, to=to, keep_bn=True, example=torch.randn(2, 3, 64, 64))
+    try:
+        export(squeezenet, tmp_path / file, to=to, keep_bn=True, example=torch.randn(2, 3, 64, 64))
+    except ExportError:
+        if to == "onnx" and not torch_translates_batchnorm():
+            pytest.skip("torch.onnx does not translate torch's own BatchNorm here, and that was said")
+        raise
     if to == "onnx":
         import onnx
 

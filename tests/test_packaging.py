@@ -1,9 +1,15 @@
 """What pyproject.toml promises, and the file that lets it be tried."""
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
+
+from bnsurgery.torch_version import OLDEST
 
 ROOT = Path(__file__).parents[1]
 _TOOLS = ("docs", "dev", "bench", "fuzz")  # extras that users do not install
@@ -26,3 +32,33 @@ def test_every_dependency_has_a_lower_bound_and_it_is_tried():
         assert bound.operator == ">=", f"{requirement}: an upper bound would keep users from updates"
         bounds[requirement.name] = bound.version
     assert pins == bounds
+
+
+def test_the_code_refuses_what_pip_would():
+    (torch,) = [requirement for requirement in _requirements() if requirement.name == "torch"]
+    assert str(torch.specifier) == f">={OLDEST}"
+
+
+@pytest.mark.parametrize(("version", "refused"), [("2.5.1+cu121", True), ("2.6.0a0+git1", False), ("2.10.0", False)])
+@pytest.mark.parametrize(
+    "command",
+    [["-c", "import bnsurgery; bnsurgery.plan"], ["-c", "import bnsurgery.nn"], ["-m", "cli", "archs"]],
+    ids=["name", "subpackage", "command"],
+)
+def test_an_old_torch_is_refused_in_a_sentence(version, refused, command, tmp_path):
+    """What says that it is installed comes first on the path; a torch beside it cannot be imported."""
+    info = tmp_path / f"torch-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    run = subprocess.run(
+        [sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    sentence = f"bnsurgery needs torch {OLDEST} or newer, and torch {version} is installed"
+    if refused:
+        assert run.stderr.splitlines()[-1].endswith(f"Error: {sentence}")
+        assert "-m" not in command or run.stderr.count("\n") == 1
+    else:
+        assert run.stderr == "torch was imported\n"

@@ -1,8 +1,12 @@
 """The modules that an inserted network is made of."""
 
-from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d
-from .normed import Normed
-from .settings import set_process_group_, set_statistics_
+from bnsurgery.torch_version import require_torch
+
+require_torch()
+
+from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d  # noqa: E402
+from .normed import Normed  # noqa: E402
+from .settings import set_process_group_, set_statistics_  # noqa: E402
 
 __all__ = [
     "BatchNorm1d",

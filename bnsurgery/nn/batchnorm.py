@@ -53,8 +53,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` of shape (N, C, *), then apply the fused activation. Same shape, dtype and layout."""
         self._check_input_dim(input)
-        # TorchDynamo of torch 2.14 cannot follow the last question, and needs not.
-        if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
+        if _exporting():
             return self._in_torch(input)
         relu = self.activation == "relu"
         by_batch = self.running_mean is None or (self.training and self.statistics != "running")
@@ -162,6 +161,16 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         where = torch.from_numpy(identity).to(new["weight"].device)
         for name, values in identity_parameters(mean, var, self.eps, new["weight"].dtype).items():
             new[name].data[where] = values.to(where.device)
+
+
+def _exporting() -> bool:
+    """Whether torch.export or torch.jit.trace makes a program here, which has to run without this package.
+
+    Not torch.compiler.is_exporting(): torch 2.6 has none, and until 2.14 it is true wherever TorchDynamo is at work.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return torch._dynamo.config.allow_rnn  # an option that torch.export(strict=True) sets, and torch.compile not
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 class BatchNorm1d(Insertable, nn.BatchNorm1d):

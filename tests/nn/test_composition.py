@@ -85,12 +85,29 @@ def test_compiles_with_momentum_none_and_dynamic_shapes(images):
     torch.testing.assert_close(twin.state_dict(), norm.state_dict())
 
 
+def ours_in(graph_module):
+    return [str(node.target) for node in graph_module.graph.nodes if str(node.target).startswith("bnsurgery")]
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_exports(inserted, images, training):
+def test_compiled_networks_run_our_ops(inserted, images, training):
+    """Not torch's, which the exporters get."""
+    graphs = []
+    torch.compiler.reset()
+    torch.compile(inserted.train(training), backend=lambda graph, _: graphs.append(graph) or graph.forward)(
+        images(2, 32)
+    )
+    assert "bnsurgery.batch_norm_fwd.default" in ours_in(*graphs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports(inserted, images, training, strict):
     x = images(4, 32, seed=1)
     inserted.train(training)
     batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(copy.deepcopy(inserted), (x,), dynamic_shapes=({0: batch},), strict=False)
+    program = torch.export.export(copy.deepcopy(inserted), (x,), dynamic_shapes=({0: batch},), strict=strict)
+    assert not ours_in(program)
     x = images(6, 32, seed=2)
     torch.testing.assert_close(program.module()(x), inserted(x))
 
@@ -216,6 +233,7 @@ def test_results_can_be_changed_in_place_where_torchs_can():
     F.relu(BatchNorm2d(3)(x), inplace=True).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11's torch.export.load
 def test_exported_programs_can_be_saved(inserted, images):
     program = torch.export.export(inserted, (images(2, 32),), strict=False)
     file = io.BytesIO()

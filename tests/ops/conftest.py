@@ -4,6 +4,7 @@ With TRITON_INTERPRET=1 CPU tensors go the way of CUDA tensors, and Triton's int
 """
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -13,15 +14,27 @@ from bnsurgery.ops import aten, library
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor, *scope):
+        """Triton before 3.8 calls int() on arrays of one dimension, which NumPy from 2.4 on refuses."""
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_index_too
     aten.AT_ONCE = -1  # leave ReLU's mask to the kernels
-    interpreted = torch.library.Library("bnsurgery", "IMPL")
-    for name, kernel in {
+    interpreted = torch.library.Library("bnsurgery", "IMPL").m  # torch 2.6's own `impl` takes no second kernel
+    kernels = {
         "channel_moments": library.cuda_kernel("channel_moments"),
         "batch_norm_fwd": library.forward_kernel(library.cuda_kernel("normalize")),
         "batch_norm_bwd_sums": library.cuda_kernel("gradient_sums", input=1),
         "batch_norm_bwd_input": library.cuda_kernel("gradient_input", input=1),
-    }.items():
-        interpreted.impl(name, kernel, "CPU", allow_override=True)
+    }
+    with warnings.catch_warnings(action="ignore"):  # that a kernel takes another's place
+        for name, kernel in kernels.items():
+            interpreted.impl(name, "CPU", kernel)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)][: 1 + torch.cuda.is_available()]
 

@@ -210,7 +210,7 @@ def test_double_backward_beside_half_precision():
     torch.testing.assert_close(weight.grad, 4 * x.detach().float().sum((0, 2, 3)), rtol=0.05, atol=1.0)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own forward mode uses it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
 @pytest.mark.parametrize("training", [True, False])
 def test_transforms_of_torch_func_and_forward_mode(training):
     x, weight, bias, running_mean, running_var = (t.detach() for t in arguments_for_gradients())
