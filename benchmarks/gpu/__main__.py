@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --output DIR [--data FOLDER] [--steps op,norm] [--quick] [--device cpu]
     python -m benchmarks.gpu --markdown DIR/results.json > benchmarks/results/GPU.md
 
-Needs torch, Triton and what bnsurgery needs, nothing installed and no network: start it at the repository's root. FOLDER
-holds the real networks and photographs, 38 MB; without it random ones take their place. It is made by
+Needs torch, Triton and what bnsurgery needs, nothing installed and no network: start it at the repository's root.
+FOLDER holds the real networks and photographs, 37 MB; without it random ones take their place. It is made by
 
     mkdir -p .gpu-data && cp -r ../shared/real/{real.py,nets,photos,trash} .gpu-data
 
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--steps", type=lambda text: text.split(","), help=f"some of: {names}")
     parser.add_argument("--quick", action="store_true", help="everything as small as it gets")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try it where no GPU is")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="print a report of a results.json, and run nothing")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="print a report of a results.json, and run nothing"
+    )
     parser.add_argument("--step", help=argparse.SUPPRESS)  # these three are how a step's process is started
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)

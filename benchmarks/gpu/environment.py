@@ -52,7 +52,11 @@ def gpu(job: Job, tell: Callable[[str, object], None]) -> None:
     tell("CUDA", torch.version.cuda)
     tell("cuDNN", torch.backends.cudnn.version())
     with job.part("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,memory.used", "--format=csv,noheader"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.max.sm,memory.used",
+            "--format=csv,noheader",
+        ]
         found = subprocess.run(query, capture_output=True, text=True, timeout=15) if shutil.which(query[0]) else None
         tell("driver, clocks, memory in use", found.stdout.strip() if found else "no nvidia-smi")
     with job.part("ceilings"):

@@ -18,7 +18,7 @@ from typing import Any
 MARGIN = 4  # seconds that a step which ends by itself keeps in reserve
 
 
-class NotPossible(Exception):  # noqa: N818
+class NotPossible(Exception):
     """A step that cannot be done here: `verdict` is "skipped", or "refused" where the machine does not let it."""
 
     def __init__(self, reason: str, verdict: str = "skipped") -> None:
@@ -116,7 +116,7 @@ def run(function: str, job: Job) -> int:
 
 
 def _end_with_the_parent() -> None:
-    """The parent holds the other end of stdin and writes nothing: it closes when the parent is gone, however it went."""
+    """The parent holds the other end of stdin and writes nothing: it closes when the parent is gone, for any reason."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.killpg(0, signal.SIGKILL)

@@ -23,13 +23,13 @@ class Step:
 
 
 STEPS = (
-    Step("environment", "the machine, its versions and its two ceilings", 40, "benchmarks.gpu.environment:step"),
-    Step("op", "the op against float64; bit identity of insertion", 120, "benchmarks.gpu.checks:op"),
-    Step("norm", "BatchNorm + ReLU against torch, eager and compiled", 75, "benchmarks.norm:step"),
+    Step("environment", "the machine, its versions and its two ceilings", 30, "benchmarks.gpu.environment:step"),
+    Step("op", "the op against float64; bit identity of insertion", 110, "benchmarks.gpu.checks:op"),
+    Step("norm", "BatchNorm + ReLU against torch, eager and compiled", 80, "benchmarks.norm:step"),
     Step("train_step", "a training step and its memory", 65, "benchmarks.train_step:step"),
     Step("launches", "kernels launched, host time, CUDA graphs, compile", 45, "benchmarks.gpu.launches:step"),
     Step("calibration", "calibration ÷ plain forward", 20, "benchmarks.calibration:step"),
-    Step("training", "autocast, NCCL, resumed fine-tuning", 35, "benchmarks.gpu.checks:training"),
-    Step("sanitizer", "compute-sanitizer over every kernel", 35, "benchmarks.gpu.sanitizer:step"),
-    Step("finetune", "fine-tuning on photographs, with BatchNorm and without", 40, "benchmarks.gpu.photographs:step"),
+    Step("training", "autocast, NCCL, resumed fine-tuning", 40, "benchmarks.gpu.checks:training"),
+    Step("sanitizer", "compute-sanitizer over every kernel", 45, "benchmarks.gpu.sanitizer:step"),
+    Step("finetune", "fine-tuning on photographs, with BatchNorm and without", 45, "benchmarks.gpu.photographs:step"),
 )

@@ -79,9 +79,7 @@ def test_a_killed_run_ends_where_the_whole_one_does(device, tmp_path, record_pro
     whole = train(device, str(tmp_path / "whole"))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, device, str(killed)], env={**os.environ, "PYTHONPATH": path}
-    )
+    process = subprocess.Popen([sys.executable, "-c", RUN, device, str(killed)], env={**os.environ, "PYTHONPATH": path})
     end = time.monotonic() + 60
     while not (killed / "last" / "state.pt").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)

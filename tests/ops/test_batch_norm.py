@@ -125,7 +125,9 @@ def samples_of_torch():
     return [sample for sample in samples if sample.input.ndim > 1]  # F.batch_norm takes (0,), which has no channels
 
 
-@pytest.mark.parametrize("sample", samples_of_torch(), ids=lambda s: f"{tuple(s.input.shape)}-{s.kwargs}" if s else "none")
+@pytest.mark.parametrize(
+    "sample", samples_of_torch(), ids=lambda s: f"{tuple(s.input.shape)}-{s.kwargs}" if s else "none"
+)
 def test_torchs_own_samples(sample):
     clones = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in sample.args]
     x = sample.input.detach().clone().requires_grad_()
