@@ -43,18 +43,16 @@ def main() -> None:
     if args.markdown:
         print(report.markdown(json.loads(args.markdown.read_text(encoding="utf-8"))))
         return
-    by_name = {step.name: step for step in STEPS}
-    wanted = [args.step] if args.step else args.steps or list(by_name)
-    if unknown := [name for name in wanted if name not in by_name]:
-        parser.error(f"no step {', '.join(unknown)}; there are {names}")
     data = args.data.resolve() if (args.data / "real.py").is_file() else None
     if args.step:
-        sys.exit(job.run(by_name[args.step].function, job.Job(args.device, args.quick, data, args.seconds, args.rows)))
+        sys.exit(job.run(args.step, job.Job(args.device, args.quick, data, args.seconds, args.rows)))
+    if unknown := set(args.steps or ()) - {step.name for step in STEPS}:
+        parser.error(f"no step {', '.join(sorted(unknown))}; there are {names}")
     if not args.output:
         parser.error("--output DIR is missing")
     if data is None:
         print(f"{args.data}: no real.py in it: random networks and images instead of real ones", flush=True)
-    chosen = [step for step in STEPS if step.name in wanted]
+    chosen = [step for step in STEPS if not args.steps or step.name in args.steps]
     sys.exit(0 if driver.run(chosen, args.output, args.device, args.quick, data).good else 1)
 
 

@@ -39,7 +39,7 @@ def run(job: Job, *arguments: str, processes: int = PROCESSES, **variables: str)
         command += ["-n", str(several), "--maxschedchunk", "4"]
     environment = {
         **os.environ, **variables, "BNSURGERY_ROWS": str(job.file), "BNSURGERY_DEVICE": job.device,
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     if job.data:
         environment["BNSURGERY_REAL"] = str(job.data)

@@ -59,16 +59,17 @@ def run(steps: Sequence[Step], folder: Path, device: str, quick: bool, data: Pat
     results = Results(folder, steps, facts)
     slow = ON_CPU if device == "cpu" else 1
     end = time.monotonic() + slow * BUDGET
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="bnsurgery-gpu-", ignore_cleanup_errors=True) as scratch:
         options = ["--device", device, *(["--quick"] if quick else []), *(["--data", str(data)] if data else [])]
         for index, step in enumerate(steps):
             record = results.data["steps"][index]
             rows = Path(scratch, f"{step.name}.jsonl")
             limit = min(slow * step.limit, end - time.monotonic())
-            inner = ["--step", step.name, "--rows", str(rows), "--seconds", f"{limit:.1f}", *options]
+            inner = ["--step", step.function, "--rows", str(rows), "--seconds", f"{limit:.1f}", *options]
             run_step(record, [sys.executable, "-m", "benchmarks.gpu", *inner], rows, limit, results, scratch, device)
             print(f"{step.name}: {record['verdict']} after {record['seconds']:.0f} s. {record['reason']}", flush=True)
+    signal.signal(signal.SIGTERM, before)
     results.data["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     results.write()
     print(f"\n{report.short(results.data)}\n\nin {folder}: results.json, log.txt", flush=True)

@@ -34,7 +34,8 @@ def step(job: Job) -> None:
         graph(job)
     with job.part("compiled"):
         compiled(job)
-    checks.run(job, "tests/gpu/test_graphs.py", processes=4)
+    if job.device == "cuda" or not job.quick:  # compiling takes long on a CPU
+        checks.run(job, "tests/gpu/test_graphs.py", processes=4)
 
 
 def stacks(job: Job, shape: tuple[int, ...], training: bool) -> None:
