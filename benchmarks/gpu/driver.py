@@ -125,6 +125,7 @@ def _kill(process: subprocess.Popen) -> None:
     """End the step with all its children, also those that it left behind; a process that hangs in a driver stays."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the second of a group of zombies
         os.killpg(process.pid, signal.SIGKILL)
+    process.stdin.close()
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:

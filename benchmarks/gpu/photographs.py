@@ -19,8 +19,8 @@ def step(job: Job) -> None:
         raise NotPossible("needs trained weights and photographs, the folder of --data with trash/ in it")
     model = squeezenet(job.data)
     config = finetune.Config(
-        data=str(job.data / "trash"), output="unused", image_size=88, epochs=1 if job.quick else 4,
-        limit=128 if job.quick else None, batch_size=64, device="cpu" if job.device == "cpu" else "auto",
+        data=str(job.data / "trash"), output="unused", image_size=48 if job.quick else 88, epochs=1 if job.quick else 4,
+        limit=128 if job.quick else None, recalibrate=64 if job.quick else 1024, batch_size=64, device="cpu" if job.device == "cpu" else "auto",
     )  # fmt: skip
     trials = [(rate, arm) for rate in RATES[: 1 if job.quick else None] for arm in ARMS]
     best: dict[str, tuple[float, float]] = {}
@@ -54,5 +54,11 @@ def trial(job: Job, config: finetune.Config, model: nn.Module, arm: str, rate: f
     except finetune.DivergedError as error:
         accuracy, figures = None, {"diverged": str(error)}
     seconds = time.monotonic() - start
-    job.row("SqueezeNet 1.0 to 6 classes of waste, 88×88", rate=rate, arm=arm, **figures, seconds=seconds)
+    job.row(
+        f"SqueezeNet 1.0 to 6 classes of waste, {config.image_size}×{config.image_size}",
+        rate=rate,
+        arm=arm,
+        **figures,
+        seconds=seconds,
+    )
     return accuracy, seconds
