@@ -26,7 +26,8 @@ BATCHES, BATCH, SIZE = 2, 8, 224
 
 def measure(device: str, batch: int, size: int = SIZE, rounds: int = 5) -> Iterator[dict[str, Any]]:
     """One row for each way to find statistics and each layout."""
-    plain, bn = (make(weights=None, init_weights=False).eval().to(device) for make in (models.vgg16, models.vgg16_bn))
+    with torch.device(device):
+        plain, bn = (make(weights=None, init_weights=False).eval() for make in (models.vgg16, models.vgg16_bn))
     plan = bnsurgery.plan(plain, torch.randn(1, 3, size, size, device=device))
     for memory_format in (torch.contiguous_format, torch.channels_last):
         batches = [torch.randn(batch, 3, size, size, device=device) for _ in range(BATCHES)]

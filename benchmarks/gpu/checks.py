@@ -10,18 +10,19 @@ from .driver import ROOT, read
 from .job import Job
 
 PROCESSES = 12  # on one GPU: what takes time is compiling kernels
+OPS = ("tests/ops/test_kernels.py", "tests/ops/test_batch_norm.py")
 OFF_CUDA = "not contract"  # the dispatcher's contract does not depend on the kernels
 
 
 def op(job: Job) -> None:
     if job.device == "cuda":
         only = ["-k", "insertion or same_bits or many_channels"] if job.quick else []
-        run(job, "tests/gpu/test_insertion.py", "tests/ops", "-m", "gpu", *only)
+        run(job, "tests/gpu/test_insertion.py", *OPS, "tests/ops/test_channel_moments.py", "-m", "gpu", *only)
     else:
         few = "squeezenet1_1 and dtype0 and memory_format1" if job.quick else "not vgg16"
         run(job, "tests/gpu/test_insertion.py", "-k", few)
         few = "same_bits or many_channels" if job.quick else OFF_CUDA
-        run(job, "tests/ops/test_kernels.py", "tests/ops/test_batch_norm.py", "-k", few, TRITON_INTERPRET="1")
+        run(job, *OPS, "-k", few, TRITON_INTERPRET="1")
     tell(job)
 
 

@@ -1,6 +1,6 @@
 """The machine: names, versions and tools, and its two ceilings, bandwidth and arithmetic."""
 
-import importlib
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,7 +13,9 @@ import torch
 
 from .job import Job
 
-PACKAGES = ("torchvision", "triton", "numpy", "PIL", "accelerate", "safetensors", "sklearn", "pytest", "xdist")
+PACKAGES = (
+    "torchvision", "triton", "numpy", "pillow", "accelerate", "safetensors", "scikit-learn", "pytest", "pytest-xdist",
+)  # fmt: skip
 TOOLS = ("compute-sanitizer", "ncu", "nvcc")
 
 
@@ -27,11 +29,10 @@ def step(job: Job) -> None:
     tell("python", platform.python_version())
     tell("torch", torch.__version__)
     for name in PACKAGES:
-        with job.part(name):
-            try:
-                tell(name, getattr(importlib.import_module(name), "__version__", "there"))
-            except ImportError:
-                tell(name, "not there")
+        try:
+            tell(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            tell(name, "not there")
     for name in TOOLS:
         tell(name, tool(name) or "not there")
     tell("data", job.data or "not there")

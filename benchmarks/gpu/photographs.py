@@ -20,7 +20,8 @@ def step(job: Job) -> None:
     model = squeezenet(job.data)
     config = finetune.Config(
         data=str(job.data / "trash"), output="unused", image_size=48 if job.quick else 88, epochs=1 if job.quick else 4,
-        limit=128 if job.quick else None, recalibrate=64 if job.quick else 1024, batch_size=64, device="cpu" if job.device == "cpu" else "auto",
+        limit=128 if job.quick else None, recalibrate=64 if job.quick else 1024, batch_size=64,
+        device="cpu" if job.device == "cpu" else "auto",
     )  # fmt: skip
     trials = [(rate, arm) for rate in RATES[: 1 if job.quick else None] for arm in ARMS]
     best: dict[str, tuple[float, float]] = {}

@@ -24,12 +24,12 @@ class Step:
 
 STEPS = (
     Step("environment", "the machine, its versions and its two ceilings", 30, "benchmarks.gpu.environment:step"),
-    Step("op", "the op against float64; bit identity of insertion", 110, "benchmarks.gpu.checks:op"),
-    Step("norm", "BatchNorm + ReLU against torch, eager and compiled", 80, "benchmarks.norm:step"),
-    Step("train_step", "a training step and its memory", 65, "benchmarks.train_step:step"),
-    Step("launches", "kernels launched, host time, CUDA graphs, compile", 45, "benchmarks.gpu.launches:step"),
-    Step("calibration", "calibration ÷ plain forward", 20, "benchmarks.calibration:step"),
+    Step("op", "the op against float64; bit identity of insertion", 105, "benchmarks.gpu.checks:op"),
+    Step("norm", "BatchNorm + ReLU against torch, eager and compiled", 70, "benchmarks.norm:step"),
+    Step("train_step", "a training step and its memory", 70, "benchmarks.train_step:step"),
+    Step("launches", "kernels launched, host time, CUDA graphs, compile", 60, "benchmarks.gpu.launches:step"),
+    Step("calibration", "calibration ÷ plain forward", 25, "benchmarks.calibration:step"),
     Step("training", "autocast, NCCL, resumed fine-tuning", 40, "benchmarks.gpu.checks:training"),
     Step("sanitizer", "compute-sanitizer over every kernel", 45, "benchmarks.gpu.sanitizer:step"),
-    Step("finetune", "fine-tuning on photographs, with BatchNorm and without", 45, "benchmarks.gpu.photographs:step"),
+    Step("finetune", "fine-tuning on photographs, with BatchNorm and without", 35, "benchmarks.gpu.photographs:step"),
 )
