@@ -102,8 +102,9 @@ def step(job: Job) -> None:
                     network=name, batch=batch, milliseconds=1e3 * median(values),
                     **{"speed ÷ torch's layers": ratio(times, peer, name), "peak GiB": memory[name]},
                 )  # fmt: skip
-                gib = f", {memory[name]:.2f} GiB" if cuda else ""
-                job.key(f"{name}, batch {batch}: {ratio(times, peer, name):.3f} of {peer}'s speed{gib}")
+                if name != peer:
+                    gib = f", {memory[name] / memory[peer]:.2f} × its memory" if cuda else ""
+                    job.key(f"{name}, batch {batch}: {ratio(times, peer, name):.3f} × the speed of {peer}{gib}")
 
     small = job.quick or not cuda
     if not job.quick:

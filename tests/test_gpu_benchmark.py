@@ -72,6 +72,7 @@ def test_one_step_stops_no_other_and_everything_is_kept(tmp_path, monkeypatch, c
     assert all(f" {step.name} " in log for step in steps) and "in the middle" in log
     printed = capsys.readouterr().out
     assert report.short(data) in printed and "1.5 of everything" in printed
+    assert len(printed.splitlines()) < 40
     page = report.markdown(data)
     assert "not as it should be" in page and "| cpu | True | 1.50 | nan |" in page
 
@@ -141,3 +142,19 @@ def test_a_quick_run_on_the_cpu(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "## norm" in page and "| skipped |" in page
+
+
+def test_the_table_at_the_end_is_short_and_the_page_is_complete():
+    """Only so many characters of what is printed come back from such a machine."""
+    rows = [{"table": "tests", "test": f"file.py::test[{i}]", "outcome": "passed", "seconds": 1.0} for i in range(5)]
+    failures = [{"what": f"file.py::test[{i}]", "why": "| off by one\n" * 9} for i in range(50)]
+    step = {"verdict": "failed", "reason": "50 failures", "seconds": 480.0, "failures": failures, "rows": rows}
+    step["keys"] = [f"a key figure {'÷' * 200}"] * 9
+    data = {"steps": [{"name": s.name, "description": s.description, **step} for s in STEPS], "device": "cuda"}
+    data |= {"command": ["gpu"], "commit": None, "started": "then"}
+    text = report.short(data)
+    assert len(text.splitlines()) <= 40 and len(text.encode()) < 12_000
+    assert "test[1], and 48 more" in text
+    page = report.markdown(data)
+    assert page.count("Failed: file.py::test[49]") == len(STEPS)
+    assert page.count("| file.py::test | 5 |") == len(STEPS)

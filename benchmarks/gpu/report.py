@@ -6,7 +6,7 @@ from typing import Any
 from bnsurgery.tables import cell_text
 
 WIDTH = 150
-KEYS, FAILURES = 3, 2  # lines of a step in the short table: 40 in all
+LINES, FAILURES = 4, 2  # of a step in the short table, 40 in all; the other key figures are on the page
 TESTS = "tests"  # rows of this table are tests, of which the page counts the good ones
 
 
@@ -16,9 +16,10 @@ def short(data: dict[str, Any]) -> str:
     for step in data["steps"]:
         texts = [step["reason"]] if step["reason"] else []
         failures = step["failures"]
-        texts += step["keys"][-KEYS:] + [f"failed: {failure['what']}" for failure in failures[:FAILURES]]
+        texts += [f"failed: {failure['what']}" for failure in failures[:FAILURES]]
         if len(failures) > FAILURES:
             texts[-1] += f", and {len(failures) - FAILURES} more"
+        texts = (texts + step["keys"])[:LINES]
         lines.append(f"{step['name']:12} {step['verdict']:11} {step['seconds']:4.0f}  {(texts or [''])[0]}")
         lines += [f"{'':31}{text}" for text in texts[1:]]
     return "\n".join(line[:WIDTH].rstrip() for line in lines)
