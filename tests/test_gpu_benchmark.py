@@ -151,7 +151,7 @@ def test_the_table_at_the_end_is_short_and_the_page_is_complete():
     step = {"verdict": "failed", "reason": "50 failures", "seconds": 480.0, "failures": failures, "rows": rows}
     step["keys"] = [f"a key figure {'÷' * 200}"] * 9
     data = {"steps": [{"name": s.name, "description": s.description, **step} for s in STEPS], "device": "cuda"}
-    data |= {"command": ["gpu"], "commit": None, "started": "then"}
+    data |= {"quick": False, "commit": None, "started": "then"}
     text = report.short(data)
     assert len(text.splitlines()) <= 40 and len(text.encode()) < 12_000
     assert "test[1], and 48 more" in text

@@ -35,7 +35,7 @@ def step(job: Job) -> None:
             tell(name, "not there")
     for name in TOOLS:
         tell(name, tool(name) or "not there")
-    tell("data", job.data or "not there")
+    tell("data", job.data.name if job.data else "not there")
     job.key(f"torch {torch.__version__}, python {platform.python_version()}")
     if job.device == "cuda":
         gpu(job, tell)

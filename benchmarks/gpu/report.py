@@ -29,7 +29,8 @@ def markdown(data: dict[str, Any]) -> str:
     """Everything: a summary, then each step with its failures and tables."""
     facts = {row["what"]: row["value"] for step in data["steps"] for row in step["rows"] if row["table"] == "machine"}
     title = facts.get("GPU") or facts.get("processor") or data["device"]
-    told = [f"`python -m benchmarks.gpu {' '.join(data['command'][1:])}`", f"commit {data['commit'] or 'not known'}"]
+    told = [f"`python -m benchmarks.gpu` on {data['device']}{', quick' if data['quick'] else ''}"]
+    told.append(f"commit {data['commit'] or 'not known'}")
     lines = [f"# {title}", "", f"{', '.join(told)}, {data['started']} to {data.get('finished', 'no end')}.", ""]
     summary = [
         {"step": s["name"], "verdict": s["verdict"], "seconds": s["seconds"], "what": s["description"],
