@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-oldest test-middle faults fuzz audit package lint docs notebooks bench bench-op bench-finetune clean
+.PHONY: demo test test-gpu gpu test-oldest test-middle faults fuzz audit package lint docs notebooks bench bench-op bench-finetune clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
@@ -14,6 +14,10 @@ test: lint
 test-gpu: .venv/.installed
 	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make test-gpu: torch finds no CUDA device')"
 	$(BIN)/pytest -m gpu
+
+# everything that a GPU is needed for, in at most eight minutes, with a Python that has torch already: nothing is installed
+gpu:
+	$(PYTHON) -m benchmarks.gpu --output gpu-results
 
 # with the oldest versions that pyproject.toml admits, and with some in between, in environments of their own; they warn
 # of what has come since

@@ -12,7 +12,8 @@ import argparse
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,19 +23,42 @@ from torch._functorch import config as functorch_config
 import bnsurgery
 from bnsurgery.tables import table
 
+from .gpu.job import Job
 from .timing import interleave, median, ratio
 
 CONVS = [(64, 224), (128, 112), (256, 56), (512, 28), (512, 14)]
 REPEATS = 10  # calls in one measurement on CUDA, so that launching it and waiting for it count little
 PASSES = {"forward": 3, "backward": 5, "both": 8}
+SMALL = [(2, 8, 4, 4), (8, 64, 7, 7), (8, 512, 14, 14), (32, 128, 28, 28)]
+LONGEST = 4  # seconds that a case which is not compiled takes on a GPU
 L2 = 60 << 20  # tensors below may be served from cache; the bandwidth goal is for those above
+
+
+@dataclass(frozen=True)
+class How:
+    """How to measure.
+
+    Attributes:
+        directions: some of PASSES.
+        rounds: in which every candidate takes its turn.
+        graphs: replay CUDA graphs, so that launches cost nothing.
+        compiled: measure torch.compile, too, which takes seconds a shape.
+        training: by the batch's statistics, or by running ones.
+    """
+
+    device: str
+    directions: Sequence[str] = tuple(PASSES)
+    rounds: int = 5
+    graphs: bool = False
+    compiled: bool = True
+    training: bool = True
 
 
 class Candidate:
     """One way to compute BN + ReLU, with its own parameters, on shared input and gradient."""
 
-    def __init__(self, make: Callable[[int], nn.Module], x: Tensor, grad: Tensor) -> None:
-        self.module = make(x.shape[1]).to(x.device)
+    def __init__(self, make: Callable[[int], nn.Module], x: Tensor, grad: Tensor, training: bool) -> None:
+        self.module = make(x.shape[1]).to(x.device).train(training)
         self.x = x.detach().requires_grad_()
         self.grad = grad
         self.wanted = [self.x, *self.module.parameters()]
@@ -58,15 +82,17 @@ def stock_dense(channels: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU(inplace=True))
 
 
-def candidates(x: Tensor, grad: Tensor) -> dict[str, Candidate]:
+def candidates(x: Tensor, grad: Tensor, how: How) -> dict[str, Candidate]:
     plain = stock if x.ndim == 4 else stock_dense
     ours = bnsurgery.nn.BatchNorm2d if x.ndim == 4 else bnsurgery.nn.BatchNorm1d
-    torch.compiler.reset()
     made = {
-        "ours": Candidate(lambda c: ours(c, activation="relu"), x, grad),
-        "eager": Candidate(plain, x, grad),
+        "ours": Candidate(lambda c: ours(c, activation="relu"), x, grad, how.training),
+        "eager": Candidate(plain, x, grad, how.training),
     }
-    made["compiled"] = Candidate(lambda c: torch.compile(plain(c), mode="default"), x, grad)
+    if how.compiled:
+        torch.compiler.reset()
+        functorch_config.donated_buffer = False  # lets a compiled backward run more than once on one graph
+        made["compiled"] = Candidate(lambda c: torch.compile(plain(c), mode="default"), x, grad, how.training)
     return made
 
 
@@ -91,33 +117,38 @@ def synchronized(call: Callable[[], object], repeats: int) -> Callable[[], None]
     return run
 
 
-def measure(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, args: argparse.Namespace):
-    """One row of results for every direction."""
-    x = torch.randn(shape, device=args.device).to(dtype)
-    grad = torch.randn(shape, device=args.device).to(dtype)
+def measure(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, how: How):
+    """One row of results for every direction. With graphs, the current stream must not be the default one."""
+    x = torch.randn(shape, device=how.device).to(dtype)
+    grad = torch.randn(shape, device=how.device).to(dtype)
     if x.ndim == 4:
         x, grad = x.to(memory_format=memory_format), grad.to(memory_format=memory_format)
-    made = candidates(x, grad)
-    repeats = REPEATS if args.device == "cuda" else 1
-    graphs = args.device == "cuda" and not args.eager
+    made = candidates(x, grad, how)
+    repeats = REPEATS if how.device == "cuda" else 1
     target = torch.empty_like(x)
-    for direction in args.directions:
+    for direction in how.directions:
         plain = {name: getattr(candidate, direction) for name, candidate in made.items()}
         plain["copy"] = lambda: target.copy_(x)
-        calls = {name: replayed(call) if graphs else synchronized(call, repeats) for name, call in plain.items()}
-        times = interleave(calls, args.rounds)
+        calls = {name: replayed(call) if how.graphs else synchronized(call, repeats) for name, call in plain.items()}
+        times = interleave(calls, how.rounds)
         moved = PASSES[direction] / 2  # a copy reads and writes: two passes
         yield {
             "shape": list(shape),
             "dtype": str(dtype).removeprefix("torch."),
             "layout": "dense" if x.ndim == 2 else str(memory_format).removeprefix("torch."),
+            "mode": "train" if how.training else "eval",
             "direction": direction,
             "milliseconds": {name: 1e3 * median(values) / repeats for name, values in times.items()},
             "eager ÷ ours": ratio(times, "eager", "ours"),
-            "compiled ÷ ours": ratio(times, "compiled", "ours"),
+            "compiled ÷ ours": ratio(times, "compiled", "ours") if how.compiled else None,
             "of copy": moved * ratio(times, "copy", "ours"),
             "bytes": x.numel() * x.element_size(),
         }
+
+
+def on_a_side_stream() -> None:
+    """Graphs are captured on another stream than the default one, and autograd must have seen no other."""
+    torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -135,13 +166,75 @@ def show(results: list[dict]) -> None:
     ]  # fmt: skip
     print(table(("shape", "dtype", "layout", "direction", "ours, ms", *columns), rows))
     print("\ngeometric means over the conv shapes (of copy: tensors above the L2 cache alone)")
-    groups = sorted({(r["dtype"], r["layout"], r["direction"]) for r in results if r["layout"] != "dense"})
-    means = []
-    for group in groups:
-        members = [r for r in results if (r["dtype"], r["layout"], r["direction"]) == group]
-        large = [r["of copy"] for r in members if r["bytes"] > L2]
-        means.append((*group, *(geomean(r[c] for r in members) for c in columns[:2]), geomean(large)))
-    print(table(("dtype", "layout", "direction", *columns), means))
+    found = means(results)
+    print(table(tuple(found[0]), [tuple(row.values()) for row in found]) if found else "none")
+
+
+def means(results: list[dict]) -> list[dict]:
+    """Geometric means over VGG-16's conv shapes by dtype, layout, mode and direction."""
+    convs = [r for r in results if r["layout"] != "dense" and tuple(r["shape"]) not in SMALL]
+    by = ("dtype", "layout", "mode", "direction")
+    found = []
+    for group in dict.fromkeys(tuple(r[name] for name in by) for r in convs):
+        members = [r for r in convs if tuple(r[name] for name in by) == group]
+        compiled = [r["compiled ÷ ours"] for r in members if r["compiled ÷ ours"]]
+        found.append({
+            **dict(zip(by, group, strict=True)),
+            "shapes": len(members),
+            "eager ÷ ours": geomean(r["eager ÷ ours"] for r in members),
+            "compiled ÷ ours": geomean(compiled) if compiled else None,
+            "of copy": geomean(r["of copy"] for r in members if r["bytes"] > L2),
+        })  # fmt: skip
+    return found
+
+
+def cases(quick: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, torch.memory_format, bool]]:
+    """Shape, dtype, layout and whether in train mode, those that say most first."""
+    vgg = [(batch, c, size, size) for batch in (32, 128) for c, size in CONVS]
+    for training, shapes in ((True, vgg), (True, [(128, 4096), *SMALL]), (False, vgg)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for memory_format in (torch.channels_last, torch.contiguous_format):
+                for shape in [s for s in shapes if math.prod(s) < 20_000][:1] if quick else shapes:
+                    if len(shape) == 4 or memory_format == torch.contiguous_format:
+                        yield shape, dtype, memory_format, training
+
+
+def step(job: Job) -> None:
+    """For `benchmarks.gpu`: compiled as well until half of the time is over."""
+    torch.manual_seed(0)
+    how = How(job.device, rounds=2 if job.quick else 7, graphs=job.device == "cuda")
+    if how.graphs:
+        on_a_side_stream()
+    results: list[dict] = []
+    left_out = 0
+    half = math.inf if job.device == "cpu" and job.quick else job.left() / 2  # compiling takes long there
+    for *case, training in cases(job.quick):
+        if job.left() < LONGEST:
+            left_out += 1
+            continue
+        directions = how.directions if training else ("forward", "backward")
+        now = replace(how, training=training, directions=directions, compiled=training and job.left() > half)
+        with job.part(f"{case}"):
+            try:
+                rows = list(measure(*case, now))
+            except Exception as error:
+                if not now.compiled:
+                    raise
+                job.failure(f"compiled, {case}", repr(error))
+                half = math.inf
+                rows = list(measure(*case, replace(now, compiled=False)))
+            for row in rows:
+                results.append(row)
+                times = {f"{name}, ms": value for name, value in row["milliseconds"].items()}
+                job.row("BatchNorm + ReLU", **{k: v for k, v in row.items() if k != "milliseconds"}, **times)
+    if left_out:
+        job.row("left out", what=f"{left_out} cases", reason="no time left")
+    for row in means(results):
+        job.row("geometric means over VGG-16's conv shapes", **row)
+        if (row["mode"], row["direction"]) == ("train", "both"):
+            compiled = f", compiled ÷ ours {row['compiled ÷ ours']:.2f}" if row["compiled ÷ ours"] else ""
+            where = f"{row['dtype']} {row['layout']}, forward + backward"
+            job.key(f"{where}: eager ÷ ours {row['eager ÷ ours']:.2f}{compiled}, {row['of copy']:.2f} of copy")
 
 
 def main() -> None:
@@ -156,18 +249,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the raw figures there")
     args = parser.parse_args()
     torch.manual_seed(0)
-    functorch_config.donated_buffer = False  # lets a compiled backward run more than once on one graph
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{args.device}: {name}; torch {torch.__version__}, {platform.platform()}")
-    if cuda:  # graphs are captured on another stream than the default one, and autograd must have seen no other
-        torch.cuda.set_stream(torch.cuda.Stream())
+    graphs = args.device == "cuda" and not args.eager
+    if graphs:
+        on_a_side_stream()
+    how = How(args.device, args.directions, args.rounds, graphs)
     results = []
     for dtype in (getattr(torch, name) for name in args.dtypes):
         for memory_format in (torch.channels_last, torch.contiguous_format):
             for batch in args.batches:
                 for channels, size in CONVS:
-                    results += measure((batch, channels, size, size), dtype, memory_format, args)
-        results += measure((128, 4096), dtype, torch.contiguous_format, args)
+                    results += measure((batch, channels, size, size), dtype, memory_format, how)
+        results += measure((128, 4096), dtype, torch.contiguous_format, how)
     show(results)
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "device": name, "results": results}, indent=1))

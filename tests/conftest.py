@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torchvision import models
 import bnsurgery
 from tests.fuzz.networks import squeezenet
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
+REAL = Path(os.environ.get("BNSURGERY_REAL") or Path(__file__).resolve().parents[2] / "shared" / "real")
 
 
 @pytest.fixture(autouse=True)

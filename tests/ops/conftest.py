@@ -47,6 +47,7 @@ def device(request):
     else:
         with torch.device(request.param):
             yield request.param
+        torch.cuda.empty_cache()  # some take tens of GB, and several processes may share the GPU
 
 
 @pytest.fixture

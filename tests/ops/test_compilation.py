@@ -4,7 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """The processes that are started here choose their own."""
 
 
 def test_kernels_compile_for_sm_80_sm_90_and_sm_100():

@@ -11,6 +11,11 @@ HERE = Path(__file__).parent
 PARTS = (["test_batch_norm.py"], ["test_kernels.py", "test_channel_moments.py"])  # of much the same length
 
 
+@pytest.fixture(autouse=True)
+def device():
+    """The processes that are started here choose their own."""
+
+
 @pytest.mark.timeout(1200)
 def test_interpreted():
     """In processes of its own: Triton reads the variable when the kernels are defined."""

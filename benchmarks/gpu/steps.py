@@ -1,0 +1,35 @@
+"""The steps, in order of value. A new step is a line here and the function that it names, which takes a `Job`."""
+
+from dataclasses import dataclass
+
+BUDGET = 480  # seconds for all: such a machine can be had for 15 minutes, starting it and a second run included
+
+
+@dataclass(frozen=True)
+class Step:
+    """What runs in a process of its own.
+
+    Attributes:
+        name: for `--steps` and the results.
+        description: in words.
+        limit: seconds after which it is killed.
+        function: "module:function", called with a `Job`; imported in the step's own process alone.
+    """
+
+    name: str
+    description: str
+    limit: float
+    function: str
+
+
+STEPS = (
+    Step("environment", "the machine, its versions and its two ceilings", 30, "benchmarks.gpu.environment:step"),
+    Step("op", "the op against float64; bit identity of insertion", 105, "benchmarks.gpu.checks:op"),
+    Step("norm", "BatchNorm + ReLU against torch, eager and compiled", 70, "benchmarks.norm:step"),
+    Step("train_step", "a training step and its memory", 70, "benchmarks.train_step:step"),
+    Step("launches", "kernels launched, host time, CUDA graphs, compile", 60, "benchmarks.gpu.launches:step"),
+    Step("calibration", "calibration ÷ plain forward", 25, "benchmarks.calibration:step"),
+    Step("training", "autocast, NCCL, resumed fine-tuning", 40, "benchmarks.gpu.checks:training"),
+    Step("sanitizer", "compute-sanitizer over every kernel", 45, "benchmarks.gpu.sanitizer:step"),
+    Step("finetune", "fine-tuning on photographs, with BatchNorm and without", 35, "benchmarks.gpu.photographs:step"),
+)

@@ -1,0 +1,160 @@
+"""`make gpu` must work the first time, on a machine that nobody can look into: its driver, and its steps on the CPU.
+
+In CI a quick run takes the cheap steps; the op's tests, a training step, calibration and fine-tuning run in the suite
+by themselves.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import driver, report
+from benchmarks.gpu.steps import BUDGET, STEPS, Step
+
+ROOT = Path(__file__).parents[1]
+
+
+def a_step(function: str, limit: float = 60) -> Step:
+    return Step(function, f"the step that is {function}", limit, f"tests.gpu_steps:{function}")
+
+
+def load(folder: Path) -> dict:
+    def no_number(text: str) -> None:
+        raise ValueError(f"{text} is no JSON")
+
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=no_number)
+
+
+def gone(pid: int, seconds: float = 20) -> bool:
+    """Whether a process ends; one that waits to be buried has ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        stat = Path(f"/proc/{pid}/stat")
+        if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_one_step_stops_no_other_and_everything_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(driver, "ON_CPU", 1)
+    steps = [a_step("failing"), a_step("hanging", 3), a_step("dying"), a_step("refused"), a_step("good")]
+    results = driver.run(steps, tmp_path / "out", "cpu", True, None)
+    assert not results.good
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "results.json"]
+    data = load(tmp_path / "out")
+    found = {step["name"]: step for step in data["steps"]}
+    assert {name: step["verdict"] for name, step in found.items()} == {
+        "failing": "failed", "hanging": "timed out", "dying": "failed", "refused": "refused", "good": "passed",
+    }  # fmt: skip
+    assert [failure["what"] for failure in found["failing"]["failures"]] == ["a part", "the step"]
+    assert "not as it should be" in found["failing"]["failures"][0]["why"]
+    assert found["failing"]["rows"] == [{"table": "numbers", "value": 2}]
+    assert found["dying"]["rows"] and "exit code 7" in found["dying"]["reason"]
+    assert "limit of 3 s" in found["hanging"]["reason"] and found["hanging"]["seconds"] < 20
+    (processes,) = found["hanging"]["rows"]
+    assert gone(processes["own"]) and gone(processes["child"])
+    assert found["good"]["rows"] == [
+        {"table": "numbers", "device": "cpu", "quick": True, "value": 1.5, "nothing": "nan"}
+    ]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert all(f" {step.name} " in log for step in steps) and "in the middle" in log
+    printed = capsys.readouterr().out
+    assert report.short(data) in printed and "1.5 of everything" in printed
+    assert len(printed.splitlines()) < 40
+    page = report.markdown(data)
+    assert "not as it should be" in page and "| cpu | True | 1.50 | nan |" in page
+
+
+def test_a_run_of_good_and_refused_steps_is_good(tmp_path):
+    assert driver.run([a_step("good"), a_step("refused")], tmp_path, "cpu", True, None).good
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_leaves_what_it_has_and_no_process(tmp_path, signum):
+    code = (
+        "import sys, pathlib; sys.path[:0] = ['.', 'tests']; import test_gpu_benchmark as t; "
+        "t.driver.run([t.a_step('good'), t.a_step('hanging')], pathlib.Path(sys.argv[1]), 'cpu', True, None)"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    rows: list = []
+    while not rows and time.monotonic() < end:
+        time.sleep(0.05)
+        if (tmp_path / "results.json").exists():
+            rows = load(tmp_path)["steps"][1]["rows"]
+    run.send_signal(signum)
+    run.wait()
+    data = load(tmp_path)
+    assert [step["verdict"] for step in data["steps"]] == [
+        "passed", "running" if signum == signal.SIGKILL else "interrupted",
+    ]  # fmt: skip
+    assert gone(rows[0]["own"]) and gone(rows[0]["child"])
+
+
+def test_the_steps_fit_into_the_budget_and_exist():
+    assert sum(step.limit for step in STEPS) <= BUDGET == 480
+    assert len({step.name for step in STEPS}) == len(STEPS)
+    for step in STEPS:
+        module, _, name = step.function.partition(":")
+        assert step.name.isidentifier() and step.description
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_the_driver_leaves_torch_and_the_gpu_alone():
+    code = "import sys, benchmarks.gpu.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_quick_run_on_the_cpu(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--device",
+        "cpu",
+        "--quick",
+        "--steps",
+        "norm,launches,sanitizer",
+    ]
+    command += ["--output", str(tmp_path), "--data", str(tmp_path / "none")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + (tmp_path / "log.txt").read_text()[-4000:]
+    norm, launches, sanitizer = load(tmp_path)["steps"]
+    assert {row["direction"] for row in norm["rows"]} == {"forward", "backward", "both"}
+    assert all(row["ours, ms"] > 0 and row["eager, ms"] > 0 for row in norm["rows"])
+    compiled = [row["value"] for row in launches["rows"] if row["table"] == "compiled"]
+    assert compiled == ["25 of 25"]
+    assert (sanitizer["verdict"], sanitizer["reason"]) == ("skipped", "needs a GPU")
+    page = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--markdown", str(tmp_path / "results.json")],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "## norm" in page and "| skipped |" in page
+
+
+def test_the_table_at_the_end_is_short_and_the_page_is_complete():
+    """Only so many characters of what is printed come back from such a machine."""
+    rows = [{"table": "tests", "test": f"file.py::test[{i}]", "outcome": "passed", "seconds": 1.0} for i in range(5)]
+    failures = [{"what": f"file.py::test[{i}]", "why": "| off by one\n" * 9} for i in range(50)]
+    step = {"verdict": "failed", "reason": "50 failures", "seconds": 480.0, "failures": failures, "rows": rows}
+    step["keys"] = [f"a key figure {'÷' * 200}"] * 9
+    data = {"steps": [{"name": s.name, "description": s.description, **step} for s in STEPS], "device": "cuda"}
+    data |= {"quick": False, "commit": None, "started": "then"}
+    text = report.short(data)
+    assert len(text.splitlines()) <= 40 and len(text.encode()) < 12_000
+    assert "test[1], and 48 more" in text
+    page = report.markdown(data)
+    assert page.count("Failed: file.py::test[49]") == len(STEPS)
+    assert page.count("| file.py::test | 5 |") == len(STEPS)
