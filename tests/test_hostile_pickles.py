@@ -103,7 +103,7 @@ PLACES = {
         ["--resume", "FILE"],
     ],
     "compare": [
-        ["FILE", "--data", "photos", *TRAIN],
+        ["FILE", "--data", "photos", "--jobs", "1", *TRAIN],  # processes of their own would take seconds to begin
         ["GOOD", "--data", "photos", "--rates", "0.1", "--arms", "bn", "-o", "evil-compare", *TRAIN],
     ],
     "report": [["FILE"], ["evil-run"], ["evil-config"], ["evil-compare"], ["GOOD", "--data", "evil-photos", *FEW]],
