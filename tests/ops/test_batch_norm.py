@@ -11,7 +11,6 @@ from torch.testing._internal.common_methods_invocations import op_db
 from bnsurgery import ops
 from bnsurgery.ops import library
 
-
 FLAGS = list(itertools.product([True, False], repeat=2))
 # Every shape with every dtype, and each of them with all four flags: interpreted, all of all would take a minute.
 CASES = [(shape, dtype, *FLAGS[(i + j) % 4]) for i, shape in enumerate(SHAPES) for j, dtype in enumerate(DTYPES)]
