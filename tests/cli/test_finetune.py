@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from warm_process import WarmProcess
+from warm_process import command
 
 import bnsurgery
 from bnsurgery.cli import main
@@ -174,19 +174,19 @@ def wait_for(condition, process, seconds=60):
 def test_killed_at_any_moment_it_ends_with_the_same_bits(folder):
     """Twice, within an epoch, somewhere between two writes; in the end every tensor is the unkilled run's."""
     args = [*FAST, "--save-every", "0", "--dropout", "0.3", "--epochs", "12"]
-    whole = WarmProcess(folder, "finetune", *args, "-o", "whole")
-    killed = WarmProcess(folder, "finetune", *args, "-o", "killed")
+    whole = command(folder, "finetune", *args, "-o", "whole")
+    killed = command(folder, "finetune", *args, "-o", "killed")
     state = folder / "killed" / "last" / "state.pt"
     wait_for(state.exists, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     first = torch.load(state, weights_only=True)["step"]
-    again = WarmProcess(folder, "finetune", "--resume", "killed", "--model", "net.py:tiny", "-q")
+    again = command(folder, "finetune", "--resume", "killed", "--model", "net.py:tiny", "-q")
     wait_for(lambda: torch.load(state, weights_only=True)["step"] > first + 2, again)
     again.send_signal(signal.SIGKILL)
     again.communicate()
     assert torch.load(state, weights_only=True)["step"] < 72
-    out, err = (last := WarmProcess(folder, "finetune", "--resume", "killed", "--model", "net.py:tiny", "-q")).communicate()
+    out, err = (last := command(folder, "finetune", "--resume", "killed", "--model", "net.py:tiny", "-q")).communicate()
     assert (last.returncode, out) == (0, ""), err
     assert whole.communicate() and whole.returncode == 0
     assert (folder / "killed/best.safetensors").read_bytes() == (folder / "whole/best.safetensors").read_bytes()
@@ -195,9 +195,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(folder):
     assert not list((folder / "killed").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("signum", "code", "begin"), [(signal.SIGTERM, 143, start), (signal.SIGINT, 130, WarmProcess)]
-)
+@pytest.mark.parametrize(("signum", "code", "begin"), [(signal.SIGTERM, 143, start), (signal.SIGINT, 130, command)])
 def test_a_signal_saves_and_ends_it(folder, signum, code, begin):
     """To the whole process group, as a terminal and job schedulers send it: the reading process gets it, too."""
     run = begin(folder, "finetune", *FAST, "--epochs", "2000", "--num-workers", "1")
@@ -225,7 +223,7 @@ def test_several_processes_give_what_one_gives(folder):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--no-python"]
     report = ("--report", "two.html")
     two = start(folder, "finetune", *args, "-o", "two", *report, launcher=[*launcher, sys.executable])
-    one = WarmProcess(folder, "finetune", *args, "-o", "one")
+    one = command(folder, "finetune", *args, "-o", "one")
     for process in (one, two):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -237,7 +235,7 @@ def test_several_processes_give_what_one_gives(folder):
     assert "<svg" in (folder / "two.html").read_text()
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": other}
     ranks = [
-        WarmProcess(folder, "finetune", *args, "-o", "two", RANK=str(rank), LOCAL_RANK=str(rank), **group)
+        command(folder, "finetune", *args, "-o", "two", RANK=str(rank), LOCAL_RANK=str(rank), **group)
         for rank in range(2)
     ]
     for process in ranks:  # what process 0 refuses, all are told
@@ -268,7 +266,7 @@ def test_a_run_belongs_to_one_process_and_to_the_next_as_soon_as_it_is_killed(fo
         "--save-every",
         "0",
     ]
-    first = WarmProcess(folder, "finetune", *endless)
+    first = command(folder, "finetune", *endless)
     run = folder / "runs" / "net-images"
     wait_for((run / "last" / "state.pt").exists, first)
     resume = ("finetune", "--resume", "runs/net-images", "--model", "net.py:tiny")
@@ -281,7 +279,7 @@ def test_a_run_belongs_to_one_process_and_to_the_next_as_soon_as_it_is_killed(fo
     first.send_signal(signal.SIGKILL)
     first.communicate()
     step = torch.load(run / "last" / "state.pt", weights_only=True)["step"]
-    second = WarmProcess(folder, *resume)
+    second = command(folder, *resume)
     wait_for(lambda: torch.load(run / "last" / "state.pt", weights_only=True)["step"] > step, second)
     second.send_signal(signal.SIGTERM)
     _, err = second.communicate()
@@ -290,7 +288,7 @@ def test_a_run_belongs_to_one_process_and_to_the_next_as_soon_as_it_is_killed(fo
 
 def test_when_a_process_that_reads_images_dies_nothing_is_lost(folder):
     args = [*FAST[:-6], "--num-workers", "1", "--lr", "0.1", "--device", "cpu", "--epochs", "20000"]
-    run = WarmProcess(folder, "finetune", *args)
+    run = command(folder, "finetune", *args)
     wait_for((folder / "runs/net-images/metrics.csv").exists, run)
     readers = psutil.Process(run.pid).children()
     assert readers
