@@ -29,6 +29,8 @@ from bnsurgery.moments import digest, ChannelMoments
 from bnsurgery.calibration import calibrate
 from bnsurgery.ops import channel_moments
 from bnsurgery.planning import plan
+
+pytestmark = pytest.mark.slow
 torch.set_num_threads(int(sys.argv[1]))
 torch.manual_seed(0)
 model = Fire().eval()

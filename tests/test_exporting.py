@@ -16,6 +16,7 @@ from bnsurgery import CheckpointError, ExportError, FoldError, export, insert
 from bnsurgery.exporting import SUFFIXES
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's exporters
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -148,6 +148,7 @@ def test_every_command_is_known_here():
 _FILES = ("file", "source", "images", "weights", "data", "resume")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_command_runs_it(name, folder, squeezenet_file, sentinel, capfd):
     """Containers rotate over the commands, so that every name meets every command and every container every name."""

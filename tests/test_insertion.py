@@ -44,6 +44,7 @@ def assert_equal_in_float32(model, bn_model, x16):
     assert same(model, bn_model, last[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHS)
 def test_torchvision_networks_keep_every_bit(name, network, images):
     model, x = network(name), images(16, 32 if name.startswith("vgg") else 64)
@@ -63,6 +64,7 @@ def test_torchvision_networks_keep_every_bit(name, network, images):
     assert_equal_in_float32(model, unfused, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -138,6 +140,7 @@ def test_dead_channels_stay_exact_and_are_reported(images):
         assert_equal_everywhere(model, bn_model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19"])
 def test_conv_only_is_torchvisions_bn_layout(name, network, images):
     model, x = network(name), images(4)

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch, torchvision
 from bnsurgery import checkpoint, data, insertion, pretrained, verification
 from bnsurgery.cli import main
+
+pytestmark = pytest.mark.slow
 torch.nn.functional.conv2d(torch.rand(1, 3, 64, 64), torch.rand(4, 3, 3, 3))
 kibibytes = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 limit = (kibibytes + 1024 * int(sys.argv[1])) * 1024

@@ -40,6 +40,7 @@ def test_every_network_is_tried():
     assert set(SITES) | ELSEWHERE == set(NETWORKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SITES if name != BACKBONE])
 def test_in_and_out(name, tmp_path):
     network = SMALLER.get(name, NETWORKS[name])
@@ -83,6 +84,7 @@ def assert_folds_when_trained(name, bn_model, network):
     assert report.max_rel < (1e-12 if network.dtype == torch.float64 else 2e-5)
 
 
+@pytest.mark.slow
 def test_a_detectors_backbone_has_its_last_layer_for_an_output():
     """Its other layers are those of the detector above."""
     network = NETWORKS[BACKBONE]

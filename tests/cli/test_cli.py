@@ -247,6 +247,7 @@ def test_an_existing_file_is_kept_without_force(cli, weights):
     assert bnsurgery.load("squeezenet1_1-bn.safetensors")
 
 
+@pytest.mark.slow
 def test_no_network_is_said_within_15_seconds(tmp_path):
     """With an empty cache and a proxy on loopback that refuses: nothing outside is asked for."""
     started = time.monotonic()
@@ -260,6 +261,8 @@ def test_no_network_is_said_within_15_seconds(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_while_calibrating_writes_nothing(tmp_path, weights):
     # A shell's background jobs ignore SIGINT, and their children do.
@@ -326,6 +329,7 @@ def test_every_command_and_option_has_help():
             assert option.param_type_name == "argument" or option.help, (name, option.name)
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = (
         "import sys, bnsurgery\nassert 'torch' not in sys.modules\n"

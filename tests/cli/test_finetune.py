@@ -19,6 +19,8 @@ from warm_process import command
 import bnsurgery
 from bnsurgery.cli import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "from tiny_task import tiny\n"
 TASK = ["--model", "net.py:tiny", "--data", "images", "--image-size", "8", "--normalize", "none", "--augment", "crop"]

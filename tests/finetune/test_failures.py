@@ -14,6 +14,8 @@ from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 
 class _Failing(nn.Module):
     """Calls `fail` in a training step."""

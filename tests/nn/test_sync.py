@@ -12,6 +12,8 @@ from bnsurgery import ops
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.nn import BatchNorm2d
 
+pytestmark = pytest.mark.slow
+
 SIZES = (5, 0, 2)  # of the local batches
 
 

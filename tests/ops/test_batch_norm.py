@@ -166,6 +166,7 @@ def test_double_backward_of_some_inputs_only(frozen):
     assert torch.autograd.gradgradcheck(f, (x, weight, bias))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck looks at it
 @pytest.mark.parametrize(
     ("batch", "relu", "affine"),  # every two of the flags in every combination

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 PARTS = (["test_batch_norm.py"], ["test_kernels.py", "test_channel_moments.py"])  # of much the same length
 

@@ -7,6 +7,8 @@ from test_pages import COMPARISON, RESULT
 
 from bnsurgery import finetune, report
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # As root in a container there is no sandbox; and a test must not call home.
 ARGUMENTS = [
