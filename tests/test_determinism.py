@@ -16,6 +16,7 @@ from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches
 from bnsurgery.moments import digest
 from bnsurgery.task import Task
 
+pytestmark = pytest.mark.slow
 U = 2.0**-53  # the unit roundoff of float64
 
 CHILD = """
@@ -29,8 +30,6 @@ from bnsurgery.moments import digest, ChannelMoments
 from bnsurgery.calibration import calibrate
 from bnsurgery.ops import channel_moments
 from bnsurgery.planning import plan
-
-pytestmark = pytest.mark.slow
 torch.set_num_threads(int(sys.argv[1]))
 torch.manual_seed(0)
 model = Fire().eval()

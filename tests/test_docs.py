@@ -160,7 +160,6 @@ def test_every_page_with_commands_was_read():
     assert len(expected) > 10
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
@@ -171,6 +170,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_needs_no_network(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|link|img)\b[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text())

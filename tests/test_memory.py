@@ -14,6 +14,7 @@ from bnsurgery.batches import out_of_memory
 from bnsurgery.data import ImageBatches
 from bnsurgery.errors import DataError
 
+pytestmark = pytest.mark.slow
 # The limit is on what comes on top of the libraries, whose address space is larger than their memory.
 LIMITED = """
 import re, resource, sys
@@ -21,8 +22,6 @@ from pathlib import Path
 import torch, torchvision
 from bnsurgery import checkpoint, data, insertion, pretrained, verification
 from bnsurgery.cli import main
-
-pytestmark = pytest.mark.slow
 torch.nn.functional.conv2d(torch.rand(1, 3, 64, 64), torch.rand(4, 3, 3, 3))
 kibibytes = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 limit = (kibibytes + 1024 * int(sys.argv[1])) * 1024
