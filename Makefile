@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu gpu test-oldest test-middle faults fuzz audit package lint docs notebooks bench bench-op bench-finetune clean
+.PHONY: demo check test test-gpu gpu test-oldest test-middle faults fuzz audit package lint docs notebooks bench bench-op bench-finetune clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
+
+# before every commit: all but the slow tests, within a minute
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 # two processes with a thread each: as fast as it gets on two cores
 test: lint

@@ -19,6 +19,11 @@ from tests.fuzz.networks import squeezenet
 REAL = Path(os.environ.get("BNSURGERY_REAL") or Path(__file__).resolve().parents[2] / "shared" / "real")
 
 
+def pytest_collection_modifyitems(items):
+    """The slow tests first, so that two processes end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -209,6 +209,8 @@ def test_samples_take_size_and_values_from_the_preprocessing():
     assert not torch.equal(next(iter(sample_crops(2, 2, preprocess=nearest, seed=0))), pixel)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_samples_do_not_import_scikit_learn():
     script = (
         "import sys; from bnsurgery.data import sample_crops\n"
@@ -238,6 +240,7 @@ def test_without_scikit_learn(tmp_path):
     assert "pip install bnsurgery[samples]` or pass --data DIR" in result.stdout
 
 
+@pytest.mark.slow
 def test_statistics_of_the_samples_are_like_those_of_photographs(real):
     """Per channel of every conv in SqueezeNet: the figures in data.py, with some air."""
     net = real.squeezenet1_0_imagenet()

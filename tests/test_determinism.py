@@ -1,15 +1,13 @@
 """The same bits again: in another process, with other thread counts, worker counts and numbers of ranks."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm_process
 from small_network import Fire
 from tiny_task import patterns
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnsurgery import calibrate, insert, plan
@@ -18,6 +16,7 @@ from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches
 from bnsurgery.moments import digest
 from bnsurgery.task import Task
 
+pytestmark = pytest.mark.slow
 U = 2.0**-53  # the unit roundoff of float64
 
 CHILD = """
@@ -55,12 +54,9 @@ print(json.dumps({
 
 
 def child(threads, place):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(threads), str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    code, out, err = warm_process.script(place.parent, CHILD, threads, place)
+    assert code == 0, err
+    return json.loads(out)
 
 
 def test_processes_and_thread_counts(tmp_path, images):
@@ -98,7 +94,7 @@ def test_any_number_of_workers(custom, images):
     task = Task(("a", "b", "c", "d"), None, 8, 8, (0.0,), (1.0,))
     data = Prepared(from_tensors(patterns(50, 1), patterns(8, 2), "abcd").train, task, "trivial", 3)
     calibrated, trained = [], []
-    for workers in (0, 1, 2, 4, 8):
+    for workers in (0, 1, 3):
         loader = DataLoader(
             TensorDataset(images(25, 32), torch.arange(25)),
             batch_size=4,
@@ -155,7 +151,7 @@ def test_one_process_and_several(tmp_path):
     and by what the means are off, 2·n·|δ|·4kU·max|μ|. That is far below a float32, so what is inserted is the same:
     but for a number so close to the middle of two float32 that 1e-13 of it decides, one in a million.
     """
-    multiprocessing.spawn(rank_of_three_two_and_one, (str(tmp_path),), nprocs=3)
+    warm_process.ranks(rank_of_three_two_and_one, (str(tmp_path),), 3)
     expected, state, by_batch = torch.load(tmp_path / "1.pt", weights_only=True)
     k = len(batches())
     for world in (2, 3):

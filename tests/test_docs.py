@@ -102,6 +102,7 @@ def folder(tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # pages use what torch deprecates, and networks with random weights
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text or "```sh" in text])
 def test_what_a_page_shows_runs(page, folder, capfd):
@@ -169,12 +170,14 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_needs_no_network(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|link|img)\b[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text())
         assert not loaded, page
 
 
+@pytest.mark.slow
 def test_the_site_has_every_command_and_option(site):
     page = html.unescape((site / "reference" / "cli" / "index.html").read_text())
     assert "<pre><code>  bnsurgery insert vgg16  " in page  # lines that click leaves as they are
@@ -189,6 +192,7 @@ def test_the_site_has_every_command_and_option(site):
                     assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), f"{name} {option}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", PACKAGES)
 def test_the_site_has_every_public_name(site, module):
     page = (site / "reference" / "api" / "index.html").read_text()

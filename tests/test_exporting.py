@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision import models
 
 import bnsurgery
 from benchmarks.zoo import NETWORKS
@@ -15,43 +16,39 @@ from bnsurgery import CheckpointError, ExportError, FoldError, export, insert
 from bnsurgery.exporting import SUFFIXES
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's exporters
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
+# Every file with what makes a function of it, in a process of its own.
+FILES = {
+    ("state-dict", "net.safetensors"): "torchvision_network(safetensors.torch.load_file(file))",
+    ("state-dict", "net.pth"): "torchvision_network(torch.load(file, weights_only=True))",
+    ("torchvision", "same.safetensors"): "torchvision_network(safetensors.torch.load_file(file))",
+    ("onnx", "net.onnx"): "onnx_network(file)",
+    ("exported-program", "net.pt2"): "torch.export.load(file).module()",
+}
 ELSEWHERE = """
-import sys, torch
-x = torch.load("x.pt", weights_only=True)
-{code}
-with torch.no_grad():
-    torch.save(run(x), "y.pt")
+import onnxruntime, safetensors.torch, sys, torch, torchvision
+
+def torchvision_network(state):
+    model = torchvision.models.squeezenet1_1(num_classes=10).eval()
+    model.load_state_dict(state, strict=True)
+    return model
+
+def onnx_network(file):
+    session = onnxruntime.InferenceSession(file)
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+x, outputs = torch.load("x.pt", weights_only=True), {}
+for file, code in FILES:
+    with torch.no_grad():
+        outputs[file] = eval(code)(x)
+torch.save(outputs, "y.pt")
 assert not any(name.partition(".")[0] == "bnsurgery" for name in sys.modules), "imported after all"
 """
-STATE = """
-import torchvision, safetensors.torch
-model = torchvision.models.{name}(num_classes=10).eval()
-model.load_state_dict(safetensors.torch.load_file("{file}"), strict=True)
-run = model
-"""
-PICKLE = STATE.replace('safetensors.torch.load_file("{file}")', 'torch.load("{file}", weights_only=True)')
-ONNX = """
-import onnxruntime
-session = onnxruntime.InferenceSession("{file}")
-run = lambda x: torch.from_numpy(session.run(None, {{session.get_inputs()[0].name: x.numpy()}})[0])
-"""
-PROGRAM = 'run = torch.export.load("{file}").module()'
-
-
-def elsewhere(folder, code, x):
-    """What `code`, which defines `run`, makes of x in a process of its own."""
-    torch.save(x, folder / "x.pt")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ELSEWHERE.format(code=code)],
-        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "y.pt", weights_only=True)
 
 
 def train_(bn_model):
@@ -71,42 +68,53 @@ def squeezenet():
     return train_(insert(network.make(), network.batches(2, 4)))
 
 
-@pytest.mark.parametrize(
-    ("to", "file", "code", "exact"),
-    [
-        ("state-dict", "net.safetensors", STATE, True),
-        ("state-dict", "net.pth", PICKLE, True),
-        ("torchvision", "net.safetensors", STATE, True),
-        ("onnx", "net.onnx", ONNX, False),
-        ("exported-program", "net.pt2", PROGRAM, True),
-    ],
-)
-def test_loaded_where_there_is_no_bnsurgery(to, file, code, exact, squeezenet, tmp_path):
-    result = export(squeezenet, tmp_path / file, to=to, example=torch.randn(2, 3, 64, 64))
+@pytest.fixture(scope="module")
+def vgg11():
+    """A network with a twin in torchvision that has BatchNorm."""
+    return NETWORKS["vgg11"].make()
+
+
+@pytest.fixture(scope="module")
+def elsewhere(squeezenet, tmp_path_factory):
+    """Images, what each of the files makes of them where there is no bnsurgery, and what `export` said."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    results = {file: export(squeezenet, folder / file, to=to, example=torch.randn(2, 3, 64, 64)) for to, file in FILES}
+    x = torch.randn(5, 3, 64, 64)  # another batch size than the example's
+    torch.save(x, folder / "x.pt")
+    code = f"FILES = {[(file, code) for (_, file), code in FILES.items()]}\n{ELSEWHERE}"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return x, torch.load(folder / "y.pt", weights_only=True), results
+
+
+@pytest.mark.parametrize(("to", "file"), FILES)
+def test_loaded_where_there_is_no_bnsurgery(to, file, squeezenet, elsewhere):
+    x, outputs, results = elsewhere
+    got, result = outputs[file], results[file]
     assert (result.network, result.folds_back) == ("squeezenet1_1", False)
     assert result.equivalence.max_rel < 1e-5
-    x = torch.randn(5, 3, 64, 64)  # another batch size than the example's
-    got = elsewhere(tmp_path, code.format(name="squeezenet1_1", file=file), x)
     with torch.no_grad():
         expected, folded = squeezenet(x), bnsurgery.fold(squeezenet)(x)
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
-    if exact:
+    if to != "onnx":
         assert torch.equal(got, folded)
     assert torch.equal(got.argmax(1), expected.argmax(1))
 
 
-def test_the_stock_network_with_batchnorm(tmp_path):
+def test_the_stock_network_with_batchnorm(vgg11, tmp_path):
     """Trained with dense norms, and biases absorbed: torchvision's vgg11_bn takes it strictly."""
-    network = NETWORKS["vgg11"]
-    model, batches, x = network.make(), network.batches(1, 4), torch.randn(3, 3, 64, 64)
-    bn_model = train_(insert(model, batches, absorb_bias=True))
+    x = torch.randn(3, 3, 64, 64)
+    bn_model = train_(insert(vgg11, NETWORKS["vgg11"].batches(1, 4), absorb_bias=True))
     export(bn_model, tmp_path / "net.safetensors", to="torchvision-bn", example=x)
-    got = elsewhere(tmp_path, STATE.format(name="vgg11_bn", file="net.safetensors"), x)
+    state = load_file(tmp_path / "net.safetensors")
+    with torch.device("meta"):
+        stock = models.vgg11_bn(num_classes=10).eval()
+    stock.load_state_dict(state, strict=True, assign=True)
     with torch.no_grad():
-        expected = bn_model(x)
+        got, expected = stock(x), bn_model(x)
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
-    keys = load_file(tmp_path / "net.safetensors")
-    assert sum(name.endswith("running_mean") for name in keys) == 8
+    assert sum(name.endswith("running_mean") for name in state) == 8
 
 
 def test_a_head_replaced_since_the_insertion(squeezenet, tmp_path):
@@ -128,10 +136,12 @@ def torch_translates_batchnorm():
 
 
 @pytest.mark.parametrize("to", ["onnx", "exported-program"])
-def test_batchnorm_can_stay_in_a_program(to, squeezenet, tmp_path):
-    file = f"net{SUFFIXES[to]}"
+def test_batchnorm_can_stay_in_a_program(to, tmp_path):
+    network, file = NETWORKS["srcnn"], f"net{SUFFIXES[to]}"
+    (batch,) = network.batches(1, 2)
+    bn_model = train_(insert(network.make(), [batch]))
     try:
-        export(squeezenet, tmp_path / file, to=to, keep_bn=True, example=torch.randn(2, 3, 64, 64))
+        export(bn_model, tmp_path / file, to=to, keep_bn=True, example=batch)
     except ExportError:
         if to == "onnx" and not torch_translates_batchnorm():
             pytest.skip("torch.onnx does not translate torch's own BatchNorm here, and that was said")
@@ -183,18 +193,22 @@ def test_real_network_on_every_photograph(real, tmp_path):
 
 
 def test_one_sample_is_example_enough(tmp_path):
+    import onnxruntime
+
     network = NETWORKS["srcnn"]
     (batch,) = network.batches(1, 4)
     bn_model = train_(insert(network.make(), [batch]))
     export(bn_model, tmp_path / "net.onnx", to="onnx", example=batch[:1])
     export(bn_model, tmp_path / "net.pt2", to="exported-program", example=batch[:1])
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    of_onnx = session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
     with torch.no_grad():
-        expected = bn_model(batch)
-    for code in (ONNX.format(file="net.onnx"), PROGRAM.format(file="net.pt2")):
-        torch.testing.assert_close(elsewhere(tmp_path, code, batch), expected, rtol=1e-4, atol=1e-5)
+        expected, of_program = bn_model(batch), torch.export.load(tmp_path / "net.pt2").module()(batch)
+    for got in (torch.from_numpy(of_onnx), of_program):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_has_no_place_is_refused_and_leaves_nothing(squeezenet, tmp_path):
+def test_what_has_no_place_is_refused_and_leaves_nothing(squeezenet, vgg11, tmp_path):
     x = torch.randn(2, 3, 64, 64)
     with pytest.raises(ExportError, match="torchvision has no squeezenet1_1_bn"):
         export(squeezenet, tmp_path / "net", to="torchvision-bn")
@@ -206,9 +220,8 @@ def test_what_has_no_place_is_refused_and_leaves_nothing(squeezenet, tmp_path):
     with pytest.raises(CheckpointError, match="existing file"):
         export(squeezenet, tmp_path / "old", to="state-dict", example=x)
     assert (tmp_path / "old").read_text() == "mine"
-    network = NETWORKS["vgg11"]
     for options in ({"layers": "dense"}, {"placement": "post-activation"}):
-        bn_model = insert(network.make(), network.batches(1, 2), **options)
+        bn_model = insert(vgg11, NETWORKS["vgg11"].batches(1, 2), **options)
         with pytest.raises(ExportError, match="vgg11_bn has BatchNorm right behind every convolution"):
             export(bn_model, tmp_path / "net", to="torchvision-bn")
     with pytest.raises(FoldError, match="zero padding"):

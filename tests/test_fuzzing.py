@@ -26,6 +26,7 @@ RECORD = json.loads((CORPUS / "record" / "torchvision").read_bytes())
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer reads memory from /proc")
 
 
+@pytest.mark.slow
 @needs_linux
 def test_500_inputs(tmp_path):
     outcomes = list(run(jobs(500), seed=1, work=tmp_path, limit=3 * TIME))  # other tests run beside it
@@ -35,6 +36,7 @@ def test_500_inputs(tmp_path):
     assert taken >= set(TARGETS) - {"recognise", "misbehaving"}  # the corpus holds sound files, or nothing was tried
 
 
+@pytest.mark.slow
 @needs_linux
 def test_the_fuzzer_sees_what_it_looks_for(tmp_path):
     """Every kind of misbehaviour is in the corpus of a target made for this, and none hides the next."""
@@ -47,6 +49,7 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_linux
 def test_the_fuzzer_as_a_command(tmp_path):
     root = Path(__file__).resolve().parents[1]

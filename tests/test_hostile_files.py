@@ -59,6 +59,7 @@ def peak_growth(code, *words):
     return float(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
     path = tmp_path / "bomb.pth"
     path.write_bytes(deflated(to_torch({"a": torch.zeros(128 * MIB)})))
@@ -77,6 +78,8 @@ def test_compressed_weights_are_still_read(tmp_path):
     assert torch.equal(read_state_dict(path)["a"], state["a"])
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_views_of_one_tensor_are_not_copied_without_bound(tmp_path):
     """Unaligned, each would be: 400 of 4 MB from a file of 4 MB."""
     path, whole = tmp_path / "views.pth", torch.ones(MIB + 1)
@@ -99,6 +102,7 @@ def test_a_long_header_is_not_parsed(tmp_path):
         assert grown < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10_000_000, 3])
 def test_too_little_memory_is_not_called_damage(tmp_path, size):
     path = tmp_path / "a.pth"

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def assert_equal_in_float32(model, bn_model, x16):
     assert same(model, bn_model, last[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHS)
 def test_torchvision_networks_keep_every_bit(name, network, images):
     model, x = network(name), images(16, 32 if name.startswith("vgg") else 64)
@@ -52,14 +54,27 @@ def test_torchvision_networks_keep_every_bit(name, network, images):
     assert type(bn_model) is type(model)
     relus = [sum(isinstance(m, nn.ReLU) for m in net.modules()) for net in (model, bn_model)]
     assert relus[1] == relus[0] - len(bnsurgery.record(bn_model).sites)
+    if name not in ("alexnet", "squeezenet1_1"):  # the others have more layers of these kinds, and more weights
+        assert same(model, bn_model, x)
+        assert same(model, bn_model, x[:1])
+        return
     assert_equal_everywhere(model, bn_model, x)
     unfused = insert(model, [x[:10], x[10:]], fuse_relu=False)
     assert sum(isinstance(m, nn.ReLU) for m in unfused.modules()) == relus[0]
     assert_equal_in_float32(model, unfused, x)
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_0_imagenet", "vgg19_to_conv3_1", "vgg19_quarter_width"])
-@pytest.mark.parametrize("options", [{}, {"fuse_relu": False}, {"placement": "post-activation"}, {"head": True}])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vgg19_to_conv3_1", {}),  # the widest images, so not with every option
+        *itertools.product(
+            ["squeezenet1_0_imagenet", "vgg19_quarter_width"],
+            [{}, {"fuse_relu": False}, {"placement": "post-activation"}, {"head": True}],
+        ),
+    ],
+)
 def test_real_networks_keep_every_bit(name, options, real):
     model = real.NETS[name]()
     photos = real.photos(real.IMAGENET if "imagenet" in name else real.RGB01)[:16, :, ::3, ::3]
@@ -125,6 +140,7 @@ def test_dead_channels_stay_exact_and_are_reported(images):
         assert_equal_everywhere(model, bn_model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19"])
 def test_conv_only_is_torchvisions_bn_layout(name, network, images):
     model, x = network(name), images(4)

@@ -16,6 +16,8 @@ from bnsurgery.errors import CheckpointError
 from bnsurgery.files import atomic_write, claimed, only_process_in
 from bnsurgery.locks import locked
 
+pytestmark = pytest.mark.slow
+
 HOLDING = (
     "import sys, time; from bnsurgery.files import atomic_write, claimed, only_process_in; from pathlib import Path\n"
     "with {}:\n"

@@ -1,20 +1,20 @@
 """Memory that runs out, and memory that does not grow."""
 
 import gc
-import os
-import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
 from PIL import Image
+from warm_process import script
 
 from bnsurgery import calibrate, fold, insert, plan
 from bnsurgery.batches import out_of_memory
 from bnsurgery.data import ImageBatches
 from bnsurgery.errors import DataError
 
+pytestmark = pytest.mark.slow
 # The limit is on what comes on top of the libraries, whose address space is larger than their memory.
 LIMITED = """
 import re, resource, sys
@@ -41,22 +41,9 @@ except data.DataError as error:
 needs_limits = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc are Linux's")
 
 
-def child(script, folder, *arguments):
-    """Its exit code, stdout and stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"},
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 def insert_with(mebibytes, folder, *options):
     """`bnsurgery insert squeezenet1_0` with that much memory for tensors."""
-    return child(COMMAND, folder, mebibytes, "insert", "squeezenet1_0", "--weights", "random", *options)
+    return script(folder, COMMAND, mebibytes, "insert", "squeezenet1_0", "--weights", "random", *options)
 
 
 @needs_limits
@@ -73,7 +60,7 @@ def test_out_of_memory_while_calibrating_names_a_batch_size_that_works(tmp_path)
     )
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
-    code, _, err = insert_with(580, tmp_path, "--num-images", 64, "--batch-size", 32)
+    code, _, err = insert_with(580, tmp_path, "--num-images", 32, "--batch-size", 32)
     assert code == 0, err
     assert [path.name for path in tmp_path.iterdir()] == ["squeezenet1_0-bn.safetensors"]
 
@@ -107,7 +94,7 @@ def test_errors_that_say_that_memory_ran_out():
 def test_an_image_that_memory_does_not_hold_is_not_damaged(tmp_path):
     """It is decoded to 103 MiB."""
     Image.new("RGB", (6000, 6000)).save(tmp_path / "large.png")
-    code, out, err = child(READING, tmp_path, 40, "large.png")
+    code, out, err = script(tmp_path, READING, 40, "large.png")
     assert code == 0, err
     assert out == "images: out of memory on a batch of 1: use smaller images (--image-size). []\n"
 

@@ -5,13 +5,16 @@ import torch
 from torch import nn
 
 import bnsurgery
-from benchmarks.zoo import NETWORKS
-from bnsurgery import NoSitesError, fold, insert, load, plan, save, verify
+from benchmarks.zoo import NETWORKS, Network, images, timm_network
+from bnsurgery import NoSitesError, fold, insert, load, plan, record, save, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
 ELSEWHERE = {"vgg11", "vgg13", "vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1"}
+BACKBONE = "ssd300_vgg16.backbone"
+# A tenth of the weights between its two largest layers.
+SMALLER = {"timm vgg11": Network(timm_network("vgg11", mlp_ratio=0.1), images(64))}
 SITES = {
-    "ssd300_vgg16.backbone": 22,  # of 23 convs the last is an output
+    BACKBONE: 22,  # of 23 convs the last is an output
     "ssd300_vgg16": 23,
     "fcn8s": 10,
     "timm vgg11": 10,
@@ -37,13 +40,14 @@ def test_every_network_is_tried():
     assert set(SITES) | ELSEWHERE == set(NETWORKS)
 
 
-@pytest.mark.parametrize("name", SITES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SITES if name != BACKBONE])
 def test_in_and_out(name, tmp_path):
-    network = NETWORKS[name]
+    network = SMALLER.get(name, NETWORKS[name])
     size = 1 if "ssd300" in name else 2  # its images are large
     model, batches = network.make(), network.batches(2, size)
-    assert len(plan(model, batches[0]).sites) == SITES[name]
     bn_model = insert(model, batches)
+    assert len(record(bn_model).sites) == SITES[name]
     assert verify(model, bn_model, network.batches(1, size, seed=5), drift_batch_sizes=()).bit_identical
     with pytest.raises(NoSitesError):
         plan(bn_model, batches[0])
@@ -55,14 +59,12 @@ def test_in_and_out(name, tmp_path):
     again = load(tmp_path / "net", model=model)
     assert str(again) == str(bn_model)
     assert all(map(torch.equal, again.state_dict().values(), bn_model.state_dict().values()))
+    if "ssd300" not in name:  # whose outputs are as many boxes as score high enough
+        assert_folds_when_trained(name, bn_model, network)
 
 
-@pytest.mark.parametrize("name", [name for name in SITES if "ssd" not in name])
-def test_trained_and_folded(name):
+def assert_folds_when_trained(name, bn_model, network):
     """Weights that training could have given, then folded: the same function, or refused by name."""
-    network = NETWORKS[name]
-    model, batches = network.make(), network.batches(2, 4)
-    bn_model = insert(model, batches)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for module in bn_model.modules():
@@ -80,6 +82,15 @@ def test_trained_and_folded(name):
     report = verify(bn_model, folded, network.batches(1, 4, seed=5), drift_batch_sizes=())
     # float32 rounds at 6e-8; some 30 layers of sums later, relative to the largest output.
     assert report.max_rel < (1e-12 if network.dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.slow
+def test_a_detectors_backbone_has_its_last_layer_for_an_output():
+    """Its other layers are those of the detector above."""
+    network = NETWORKS[BACKBONE]
+    found = plan(network.make(), *network.batches(1, 1))
+    assert len(found.sites) == SITES[BACKBONE]
+    assert "output" in found.skipped[-1].reason
 
 
 @pytest.mark.parametrize("name", ["mtcnn o-net", "u-net", "audio conv1d", "video conv3d", "mixer"])

@@ -16,6 +16,8 @@ from torch import nn
 import bnsurgery
 from bnsurgery import FoldError, NoSitesError, fold, insert, load, plan, record, save, verify
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("BNSURGERY_EXAMPLES", "100"))
 
 

@@ -11,7 +11,7 @@ from torchvision import models
 import bnsurgery
 from bnsurgery import BNSurgeryError, insert, to_torch, verify
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")]
 
 
 @pytest.fixture

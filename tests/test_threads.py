@@ -17,7 +17,7 @@ from bnsurgery import fold, insert, plan, verify
 from bnsurgery.data import load_image, sample_crops
 
 ROUNDS = 3
-pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")]
 
 
 @pytest.fixture(autouse=True)

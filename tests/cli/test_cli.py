@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision import models
@@ -251,19 +252,22 @@ def test_an_existing_file_is_kept_without_force(cli, weights):
     assert bnsurgery.load("squeezenet1_1-bn.safetensors")
 
 
+@pytest.mark.slow
 def test_no_network_is_said_within_15_seconds(tmp_path):
     """With an empty cache and a proxy on loopback that refuses: nothing outside is asked for."""
     started = time.monotonic()
-    env = {**os.environ, "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-    command = [sys.executable, "-m", "cli", "insert", "vgg16", "-o", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "--weights" in result.stderr
-    assert "Traceback" not in result.stderr
+    environment = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    process = warm_process.command(tmp_path, "insert", "vgg16", "-o", "out", **environment)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "--weights" in err
+    assert "Traceback" not in err
     assert time.monotonic() - started < 60  # 15 s for the network; the rest is for importing torch on a busy machine
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_while_calibrating_writes_nothing(tmp_path, weights):
     # A shell's background jobs ignore SIGINT, and their children do.
@@ -296,14 +300,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, weights):
     target.write_text("precious")
     code = (
         "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from cli import main; main(sys.argv[1:])"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from bnsurgery.cli import main; main(sys.argv[1:])"
     )
-    args = ["insert", "squeezenet1_1", "--weights", weights, *FAST, "-o", target, "--force"]
-    command = [sys.executable, "-c", code, *map(str, args)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "out.safetensors" in result.stderr
-    assert "Traceback" not in result.stderr
+    returncode, _, err = warm_process.script(
+        tmp_path, code, "insert", "squeezenet1_1", "--weights", weights, *FAST, "-o", target, "--force"
+    )
+    assert returncode == 1
+    assert "out.safetensors" in err
+    assert "Traceback" not in err
     assert target.read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
@@ -330,6 +334,7 @@ def test_every_command_and_option_has_help():
             assert option.param_type_name == "argument" or option.help, (name, option.name)
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = (
         "import sys, bnsurgery\nassert 'torch' not in sys.modules\n"

@@ -48,6 +48,7 @@ def weights():
     return {name: torch.randn(*shape) / 3 for name, shape in {**shapes, "7.bias": (5,)}.items()}
 
 
+@pytest.mark.slow
 def test_round_trip(cli):
     start = weights()
     save_file(start, "start.safetensors")
@@ -97,6 +98,7 @@ def test_grey_images(cli):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_timm(cli):
     pytest.importorskip("timm")
     code, out, err = cli("plan", "timm:nf_resnet26", "--json")

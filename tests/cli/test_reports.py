@@ -9,6 +9,8 @@ import torch
 from bnsurgery.cli.options import show
 from bnsurgery.tables import table
 
+pytestmark = pytest.mark.slow
+
 NET = ["--model", "net.py:tiny", "--image-size", "8", "--normalize", "none"]
 FEW = [*NET, "--num-images", "6", "--batch-size", "3"]
 RUN = [*NET, "--data", "digits", "--limit", "64", "--epochs", "1", "--num-workers", "0", "--device", "cpu"]

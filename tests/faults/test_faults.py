@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"),
+]
 
 
 @pytest.mark.parametrize(
-    ("command", "kills", "errors", "done"), [("insert", 48, 4, 6), ("fold", 80, 15, 10), ("finetune", 18, 2, 9)]
+    ("command", "kills", "errors", "done"), [("insert", 48, 3, 6), ("fold", 80, 8, 10), ("finetune", 18, 2, 9)]
 )
 def test_nothing_is_lost(command, kills, errors, done):
     args = ["--only", command, "--kills", str(kills), "--errors", str(errors)]

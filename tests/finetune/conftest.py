@@ -1,5 +1,6 @@
 """Fixtures of a tiny run."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -25,17 +26,19 @@ def model():
     return tiny()
 
 
-@pytest.fixture
-def data():
+def _data():
     return finetune.from_tensors(patterns(96, 1), patterns(40, 2), ["nw", "ne", "sw", "se"])
 
 
 @pytest.fixture
-def config(tmp_path):
-    """A run of 3 epochs of 6 steps; keyword arguments change it."""
-    base = finetune.Config(
+def data():
+    return _data()
+
+
+def _config(output):
+    return finetune.Config(
         data="patterns",
-        output=str(tmp_path / "run"),
+        output=str(output),
         image_size=8,
         normalize="none",
         augment="crop",
@@ -45,4 +48,23 @@ def config(tmp_path):
         num_workers=0,
         device="cpu",
     )
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run of 3 epochs of 6 steps; keyword arguments change it."""
+    base = _config(tmp_path / "run")
     return lambda **changes: replace(base, **changes)
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "run"
+    finetune.run(replace(_config(output), epochs=1), model=tiny(), data=_data())
+    return output
+
+
+@pytest.fixture
+def finished(_finished, tmp_path):
+    """The directory that `config` names, with what a run of one epoch left in it."""
+    return shutil.copytree(_finished, tmp_path / "run")

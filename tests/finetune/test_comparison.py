@@ -14,6 +14,8 @@ from bnsurgery.finetune import trials
 from bnsurgery.finetune.comparison import Comparison, Trial
 from bnsurgery.finetune.run_directory import Row
 
+pytestmark = pytest.mark.slow
+
 
 def trial(arm, lr, seed, *accuracies, diverged=None):
     rows = [Row(i, 10 * i, lr, 1.0, 0.5, 1.0, value, 100.0) for i, value in enumerate(accuracies, 1)]

@@ -14,6 +14,8 @@ from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 
 class _Failing(nn.Module):
     """Calls `fail` in a training step."""
@@ -87,19 +89,17 @@ def test_what_fails_in_a_validation_is_repeated(model, data, config, which):
         ("resolved", None), ("started_from", "other"),
     ],
 )  # fmt: skip
-def test_a_state_of_other_things_is_refused(model, data, config, part, value):
-    finetune.run(config(epochs=1), model=model, data=data)
-    directory = RunDirectory(config().output)
+def test_a_state_of_other_things_is_refused(model, data, finished, part, value):
+    directory = RunDirectory(finished)
     state = directory.load_state()
     torch.save({**state, part: value}, directory.last)
     with pytest.raises(BNSurgeryError, match="state|damaged|version"):
         finetune.resume(directory.path, model=model, data=data)
 
 
-def test_a_flipped_bit_in_a_state_is_noticed(model, data, config):
+def test_a_flipped_bit_in_a_state_is_noticed(model, data, finished):
     """Wherever it is: torch itself compares no checksum."""
-    finetune.run(config(epochs=1), model=model, data=data)
-    directory = RunDirectory(config().output)
+    directory = RunDirectory(finished)
     sound = directory.last.read_bytes()
     entries = zipfile.ZipFile(directory.last).infolist()
     inside = [entry.header_offset + 200 for entry in entries if entry.file_size > 400]

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import bnsurgery
+from bnsurgery import finetune
 from bnsurgery.finetune import Config, recipe
 
 
-def config(**changes):
+def parts(**changes):
     return Config(source="x", data="x", output="x", **changes)
 
 
@@ -26,7 +27,7 @@ def test_the_rate_rises_linearly_and_falls_as_a_cosine():
 
 def test_biases_and_batchnorm_do_not_decay():
     model = bnsurgery.insert(tiny(), [torch.rand(8, 1, 8, 8)])
-    optimizer = recipe.optimizer(config(), model, 0.1)
+    optimizer = recipe.optimizer(parts(), model, 0.1)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     for module in model.modules():
@@ -103,3 +104,9 @@ def test_the_average_is_exponential():
     for _ in range(3):
         recipe.average_(average, parameter, 0.5)
     torch.testing.assert_close(average[0], torch.full((2,), 1 - 0.5**3))
+
+
+def test_it_learns(model, data, config):
+    result = finetune.run(config(epochs=6, lr=0.3), model=model, data=data, save=False)
+    assert result.final.val_accuracy > 0.9  # 0.25 by chance
+    assert [row.epoch for row in result.rows] == [1, 2, 3, 4, 5, 6]

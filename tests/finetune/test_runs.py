@@ -18,6 +18,8 @@ from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import build, processes
 from bnsurgery.task import Task
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("nw", "ne", "sw", "se")
 TASK = Task(CLASSES, "9", 8, 8, (0.0,), (1.0,))
 
@@ -55,15 +57,15 @@ def by_hand(model, data, config, steps):
 def test_a_run_is_the_loop_that_one_would_write(model, data, config):
     """bn+features without dropout; the head has no bias here, which leaves the conditioner out."""
     model[-1] = nn.Linear(16, 4, bias=False)
-    chosen = config(dropout=0.0, label_smoothing=0.1, head="keep", evaluations=6)
+    chosen = config(epochs=2, dropout=0.0, label_smoothing=0.1, head="keep", evaluations=6)
     result = finetune.run(chosen, model=model, data=data)
     images = data.train.read.images.float() / 255
     reference = bnsurgery.insert(model, images.split(32))
     for module in reference.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    losses = by_hand(reference, data, chosen, 18)
-    # One row a step. Float32 sums in another order: 1e-4 is a thousand roundings, grown over 18 steps.
+    losses = by_hand(reference, data, chosen, 12)
+    # One row a step. Float32 sums in another order: 1e-4 is a thousand roundings, grown over 12 steps.
     assert [row.train_loss for row in result.rows] == pytest.approx(losses, rel=1e-4)
     trained = bnsurgery.load(result.directory / "best.safetensors", model=model)
     last = torch.load(result.directory / "last" / "state.pt", weights_only=True)["network"]
@@ -96,17 +98,12 @@ def test_what_is_kept_is_what_was_measured(model, data, config):
 def test_validating_changes_nothing_in_training(model, data, config, tmp_path):
     states = []
     for evaluations in (1, 3):
-        chosen = config(evaluations=evaluations, output=str(tmp_path / str(evaluations)), statistics="renorm", ema=0.8)
+        changes = {"evaluations": evaluations, "output": str(tmp_path / str(evaluations))}
+        chosen = config(epochs=2, statistics="renorm", ema=0.8, **changes)
         result = finetune.run(chosen, model=model, data=data)
         states.append(torch.load(result.directory / "last" / "state.pt", weights_only=True))
     assert all(torch.equal(value, states[1]["network"][name]) for name, value in states[0]["network"].items())
     assert all(map(torch.equal, *(state["average"] for state in states)))
-
-
-def test_it_learns(model, data, config):
-    result = finetune.run(config(epochs=6, lr=0.3), model=model, data=data)
-    assert result.final.val_accuracy > 0.9  # 0.25 by chance
-    assert [row.epoch for row in result.rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_run_directory_holds_what_it_should(model, data, config):
@@ -134,11 +131,11 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_random_numbers_alone(model
     before = torch.get_rng_state()
     states = []
     for name in "ab":
-        result = finetune.run(config(output=str(tmp_path / name)), model=model, data=data)
+        result = finetune.run(config(output=str(tmp_path / name), epochs=2), model=model, data=data)
         states.append((result.directory / "best.safetensors").read_bytes())
     assert states[0] == states[1]
     assert torch.equal(torch.get_rng_state(), before)
-    other = finetune.run(config(output=str(tmp_path / "c"), seed=1), model=model, data=data)
+    other = finetune.run(config(output=str(tmp_path / "c"), seed=1, epochs=2), model=model, data=data)
     assert (other.directory / "best.safetensors").read_bytes() != states[0]
 
 
@@ -151,9 +148,9 @@ def test_a_head_is_replaced_for_other_classes_and_kept_for_the_same(model, data,
     first = finetune.run(config(), model=model, data=three)
     kept = bnsurgery.load(first.directory / "best.safetensors", model=model)
     assert kept[-1].out_features == 3
-    again = finetune.run(config(output=str(tmp_path / "again"), lr=1e-9), model=kept, data=three)
+    again = finetune.run(config(output=str(tmp_path / "again"), epochs=1, lr=1e-9), model=kept, data=three)
     assert again.final.val_accuracy == pytest.approx(first.best.val_accuracy, abs=0.05)
-    other = finetune.run(config(output=str(tmp_path / "other")), model=kept, data=data)
+    other = finetune.run(config(output=str(tmp_path / "other"), epochs=1), model=kept, data=data)
     assert bnsurgery.load(other.directory / "best.safetensors", model=model)[-1].out_features == 4
     with pytest.raises(BNSurgeryError, match="tells 3 classes apart and cannot be kept for 4"):
         finetune.run(config(output=str(tmp_path / "x"), head="keep"), model=kept, data=data)
@@ -252,8 +249,8 @@ def test_thirty_three_images_are_no_divergence(model, config):
         assert finetune.run(config(epochs=1, arm=arm), model=model, data=data, save=False).rows
 
 
+@pytest.mark.usefixtures("finished")
 def test_only_the_weights_and_pixels_it_started_with_are_resumed(model, data, config):
-    finetune.run(config(epochs=1), model=model, data=data)
     images, labels = patterns(96, 1)
     images[0, 0, 0, 0] += 1
     with pytest.raises(DataError, match="train_digest"):
@@ -269,8 +266,8 @@ def test_an_image_size_that_does_not_fit_says_so(model, data, config):
         finetune.run(config(image_size=12), model=model, data=data, save=False)
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_run_is_not_overwritten(model, data, config):
-    finetune.run(config(epochs=1), model=model, data=data)
     with pytest.raises(BNSurgeryError, match="a run is there already.*--resume"):
         finetune.run(config(epochs=1), model=model, data=data)
 
@@ -309,8 +306,8 @@ def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(model, data, config, tmp_
     assert finetune.resume(config().output, model=model, data=data).rows == result.rows  # finished: nothing to do
 
 
+@pytest.mark.usefixtures("finished")
 def test_other_data_or_a_damaged_state_is_not_resumed(model, data, config):
-    finetune.run(config(epochs=1), model=model, data=data)
     other = finetune.from_tensors(patterns(92, 1), patterns(40, 2), CLASSES)
     with pytest.raises(DataError, match="train_images: 96 then, 92 now"):
         finetune.resume(config().output, model=model, data=other)

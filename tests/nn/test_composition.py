@@ -61,6 +61,7 @@ def outputs_and_gradients(model, x, run=None):
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters()), *(b.clone() for b in model.buffers())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("statistics", ["batch", "running", "renorm"])
 def test_compiles_as_one_graph(inserted, images, training, statistics):

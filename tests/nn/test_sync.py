@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import warm_process
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -12,11 +12,13 @@ from bnsurgery import ops
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.nn import BatchNorm2d
 
+pytestmark = pytest.mark.slow
+
 SIZES = (5, 0, 2)  # of the local batches
 
 
 def spawn(function, tmp_path, ranks=3):
-    mp.spawn(_join, (function, ranks, str(tmp_path / "store"), str(tmp_path)), nprocs=ranks)
+    warm_process.ranks(_join, (function, ranks, str(tmp_path / "store"), str(tmp_path)), ranks)
 
 
 def _join(rank, function, ranks, store, directory):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
-PARTS = (["test_batch_norm.py"], ["test_kernels.py", "test_channel_moments.py"])  # of much the same length
+FILES = ("test_batch_norm.py", "test_kernels.py", "test_channel_moments.py")
 
 
 @pytest.fixture(autouse=True)
@@ -18,16 +20,13 @@ def device():
 
 @pytest.mark.timeout(1200)
 def test_interpreted():
-    """In processes of its own: Triton reads the variable when the kernels are defined."""
+    """In a process of its own: Triton reads the variable when the kernels are defined."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this is that process")
     # NumPy, which does the interpreter's arithmetic, warns of Inf − Inf where a GPU does not.
     # The dispatcher's contract does not depend on the kernels.
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", "not contract"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = [subprocess.Popen([*command, *(HERE / n for n in part)], env=environment, **pipes) for part in PARTS]
-    printed = [process.communicate()[0] for process in running]
-    for process, text in zip(running, printed, strict=True):
-        assert process.returncode == 0 and "passed" in text, text[-8000:]
+    command = [sys.executable, "-m", "pytest", *options, *(HERE / name for name in FILES)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-8000:]

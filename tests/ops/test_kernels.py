@@ -16,15 +16,14 @@ from bnsurgery.ops import cuda, kernels, library
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
-@pytest.mark.parametrize(("tile", "relu"), [(128, True), (1024, False)])
-@pytest.mark.parametrize("processors", [1, 100])
+@pytest.mark.parametrize(("tile", "processors", "relu"), [(128, 1, True), (128, 100, False), (1024, 100, True)])
 def test_any_cut_into_tiles_and_splits(tile, processors, relu, monkeypatch):
+    """In train and in eval mode by turns: with the small tiles every layout sees both."""
     monkeypatch.setattr(cuda, "TILE", tile)
     monkeypatch.setattr(cuda, "_processors", lambda device: processors)
     for shape in [(3, 5, 7, 6), (37, 9), (2, 3, 70), (1, 130, 2, 2)]:
-        for x in layouts(torch.randn(shape) * 2 + 1):
-            assert_agrees(x, True, relu)
-            assert_agrees(x, False, relu)
+        for number, x in enumerate(layouts(torch.randn(shape) * 2 + 1)):
+            assert_agrees(x, (number + relu) % 2 == 1, relu)
 
 
 @pytest.mark.parametrize("tile", [256, 4096])
@@ -59,8 +58,8 @@ def test_a_mean_far_above_the_deviation_costs_no_digits(memory_format):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_every_time(dtype):
-    x = torch.randn(6, 20, 33, 31).to(dtype)
-    weight, bias, grad = torch.randn(20), torch.randn(20), torch.randn_like(x)
+    x = torch.randn(3, 8, 33, 31).to(dtype)
+    weight, bias, grad = torch.randn(8), torch.randn(8), torch.randn_like(x)
 
     def run():
         tensors = [t.clone().requires_grad_() for t in (x, weight, bias)]
@@ -71,15 +70,16 @@ def test_the_same_bits_every_time(dtype):
     assert all(map(torch.equal, run(), run()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+@pytest.mark.parametrize(
+    ("dtype", "eps"), [(torch.float32, 1e-5), (torch.float32, 1e-3), (torch.bfloat16, 1e-3), (torch.float16, 1e-5)]
+)
 def test_identity_parameters_are_the_identity(dtype, eps):
     """The scale is rounded like NumPy's: the parameters that `insert` solves for leave every bit alone."""
     rng = np.random.default_rng(0)
-    variance = np.concatenate([[0.0, 1e-9], 10 ** rng.uniform(-8, 8, 510)])
-    values = identity_parameters(rng.normal(size=512), variance, eps, torch.float32)
+    variance = np.concatenate([[0.0, 1e-9], 10 ** rng.uniform(-8, 8, 198)])
+    values = identity_parameters(rng.normal(size=200), variance, eps, torch.float32)
     values = {name: tensor.to(torch.get_default_device()) for name, tensor in values.items()}
-    x = torch.randn(3, 512, 3, 5).to(dtype)
+    x = torch.randn(3, 200, 3, 5).to(dtype)
     for layout in layouts(x):
         assert torch.equal(ops.batch_norm(layout, **values, eps=eps), x)
         assert torch.equal(ops.batch_norm(layout, **values, eps=eps, relu=True), x.relu())

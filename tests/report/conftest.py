@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import bnsurgery
+from bnsurgery import report
 
 
 class Odd(nn.Module):
@@ -41,18 +42,37 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+def made():
+    """The network, with weights of its own seed, and batches for it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        odd = Odd().eval()
+    generator = torch.Generator().manual_seed(3)
+    return odd, list(torch.randn(12, 3, 8, 8, generator=generator).split(5))
+
+
+def insert(odd, batches):
+    with pytest.warns(bnsurgery.BNSurgeryWarning, match="dead"):
+        return bnsurgery.insert(odd, batches)
+
+
 @pytest.fixture
 def odd():
-    return Odd().eval()
+    return made()[0]
 
 
 @pytest.fixture
 def batches():
-    generator = torch.Generator().manual_seed(3)
-    return list(torch.randn(12, 3, 8, 8, generator=generator).split(5))
+    return made()[1]
 
 
 @pytest.fixture
 def inserted(odd, batches):
-    with pytest.warns(bnsurgery.BNSurgeryWarning, match="dead"):
-        return bnsurgery.insert(odd, batches)
+    return insert(odd, batches)
+
+
+@pytest.fixture(scope="session")
+def insertion_page():
+    """Its page, which tests must not change."""
+    odd, batches = made()
+    return report.insertion(odd, insert(odd, batches), batches)

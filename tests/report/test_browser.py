@@ -7,6 +7,8 @@ from test_pages import COMPARISON, RESULT
 
 from bnsurgery import finetune, report
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # As root in a container there is no sandbox; and a test must not call home.
 ARGUMENTS = [
@@ -31,16 +33,17 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(params=["insertion", "training", "comparison"])
-def page(request, odd, inserted, batches, tmp_path):
+@pytest.fixture(params=["insertion", "training", "comparison"], scope="module")
+def page(request, insertion_page, tmp_path_factory):
     config = finetune.Config(data="a" * 200, output="runs/x", source="vgg11")
     made = {
-        "insertion": lambda: report.insertion(odd, inserted, batches),
+        "insertion": lambda: insertion_page,
         "training": lambda: report.training(RESULT, config),
         "comparison": lambda: report.comparison(COMPARISON),
     }[request.param]()
-    made.save(tmp_path / "page.html")
-    return (tmp_path / "page.html").as_uri()
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    made.save(path)
+    return path.as_uri()
 
 
 def luminance(colour):

@@ -54,12 +54,8 @@ class Outline(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
-def page(odd, inserted, batches):
-    return report.insertion(odd, inserted, batches)
-
-
-def test_insertion(page, batches):
+def test_insertion(insertion_page):
+    page = insertion_page
     assert page.good is True and "same output bits on 12 images" in page.verdict
     text = re.sub(r"\s+", " ", Outline(page.to_html()).text)
     assert "3 BatchNorm layers were inserted; 1 of them" in text
@@ -205,16 +201,20 @@ def test_training(tmp_path):
     assert "vgg11 fine-tuned on patterns" in text and "a batch of 64 is large enough" in text
 
 
-@pytest.fixture(params=["insertion", "comparison", "training"])
-def any_page(request):
-    if request.param == "insertion":
-        return request.getfixturevalue("page")
+@pytest.fixture(params=["insertion", "comparison", "training"], scope="module")
+def any_page(request, insertion_page):
+    """A page of each kind, and its text."""
     config = finetune.Config(data="<i>data</i>", output="runs/x", source="vgg11")
-    return report.comparison(COMPARISON) if request.param == "comparison" else report.training(RESULT, config)
+    page = {
+        "insertion": lambda: insertion_page,
+        "comparison": lambda: report.comparison(COMPARISON),
+        "training": lambda: report.training(RESULT, config),
+    }[request.param]()
+    return page, page.to_html()
 
 
 def test_self_contained_and_only_text(any_page):
-    html = any_page.to_html()
+    _, html = any_page
     outline = Outline(html)
     names = {tag for tag, _ in outline.tags}
     assert not names & {"script", "iframe", "object", "embed", "b", "i", "img"}  # <b>, <i>: names in the network, data
@@ -231,15 +231,16 @@ def test_self_contained_and_only_text(any_page):
 
 
 def test_alt_texts_and_definitions(any_page):
-    outline = Outline(any_page.to_html())
+    page, html = any_page
+    outline = Outline(html)
     drawings = [attributes for tag, attributes in outline.tags if tag == "svg"]
-    assert len(drawings) == len(any_page.figures) > 0
+    assert len(drawings) == len(page.figures) > 0
     assert all(len(d["aria-label"]) > 20 and d["role"] == "img" for d in drawings)
     words = [attributes for tag, attributes in outline.tags if attributes.get("class") == "term"]
     assert words and all(word["title"] in TERMS.values() and word["title"] in outline.text for word in words)
     anchors = {attributes.get("id") for _, attributes in outline.tags}
     assert {word["href"].removeprefix("#") for word in words} <= anchors
-    for table in (section.table for section in any_page.sections if section.table):
+    for table in (section.table for section in page.sections if section.table):
         for header, numeric in zip(table.headers, table.numeric, strict=True):
             assert not numeric or header in TERMS or is_number(header), f"what is {header}?"
 
@@ -251,8 +252,8 @@ def test_the_same_twice(odd, inserted, batches):
     assert first == second
 
 
-def test_saved_whole_or_not_at_all(page, tmp_path):
-    path = tmp_path / "page.html"
+def test_saved_whole_or_not_at_all(insertion_page, tmp_path):
+    page, path = insertion_page, tmp_path / "page.html"
     page.save(path)
     assert path.read_text(encoding="utf-8") == page.to_html()
     with pytest.raises(bnsurgery.CheckpointError, match="existing file"):
