@@ -3,7 +3,8 @@ import sys
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+import warm_process
+from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 from unchanged import assert_unchanged, snapshot
 
@@ -206,9 +207,10 @@ def shard(rank, world, x, store, results):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_gives(tmp_path, images):
     x = images(7, 8)
-    multiprocessing.spawn(shard, (2, x, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    warm_process.ranks(shard, (2, x, str(tmp_path / "store"), str(tmp_path)), 2)
     model = small_network()
     expected = calibrate(model, plan(model, x), [x])
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -57,6 +57,7 @@ def test_load_gives_the_same_bits_and_record(name, options, network, images, tmp
         assert torch.equal(bnsurgery.fold(loaded).state_dict()[name_], tensor), name_
 
 
+@pytest.mark.slow
 def test_a_new_process_computes_the_same_bits_without_initializing(saved, inserted, images, tmp_path):
     x = images(2)
     with torch.inference_mode():

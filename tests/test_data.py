@@ -221,6 +221,7 @@ def test_samples_do_not_import_scikit_learn():
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_without_scikit_learn(tmp_path):
     """In a process that finds torch and the like, but no scikit-learn: its folder is linked except for that."""
     site = tmp_path / "site"

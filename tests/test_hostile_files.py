@@ -91,6 +91,7 @@ def test_views_of_one_tensor_are_not_copied_without_bound(tmp_path):
     assert len(read_state_dict(path)) == 4  # as tied weights are
 
 
+@pytest.mark.slow
 def test_a_long_header_is_not_parsed(tmp_path):
     path = tmp_path / "long.safetensors"
     header = json.dumps({"__metadata__": {str(i): "x" for i in range(2_500_000)}}).encode()

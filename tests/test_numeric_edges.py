@@ -5,7 +5,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+import warm_process
+from torch import distributed, nn
 from unchanged import assert_unchanged, snapshot
 
 from bnsurgery import BNSurgeryWarning, CalibrationError, ChannelMoments, calibrate, insert, plan, recalibrate_
@@ -232,9 +233,10 @@ def one_rank_fails(rank, store, results):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_rank_is_raised_on_all(tmp_path):
     """The others would wait for it in the gathering, until a timeout of half an hour."""
-    multiprocessing.spawn(one_rank_fails, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    warm_process.ranks(one_rank_fails, (str(tmp_path / "store"), str(tmp_path)), 2)
     there, here = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert "first in batch 1, whose input is NaN" in here
     assert there == f"rank 1: {here}"

@@ -294,6 +294,7 @@ def test_ctrl_c_while_calibrating_writes_nothing(tmp_path, weights):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(tmp_path, weights):
     """A file size limit stands in for the full disk: the write fails half way with EFBIG."""
     target = tmp_path / "out.safetensors"

@@ -76,6 +76,7 @@ def test_compiles_as_one_graph(inserted, images, training, statistics):
         torch.testing.assert_close(outputs_and_gradients(compiled, x, run), outputs_and_gradients(inserted, x))
 
 
+@pytest.mark.slow
 def test_compiles_with_momentum_none_and_dynamic_shapes(images):
     norm = BatchNorm2d(3, momentum=None, activation="relu")
     twin = copy.deepcopy(norm)
