@@ -17,10 +17,10 @@ OFF_CUDA = "not contract"  # the dispatcher's contract does not depend on the ke
 def op(job: Job) -> None:
     if job.device == "cuda":
         only = ["-k", "insertion or same_bits or many_channels"] if job.quick else []
-        run(job, "tests/gpu/test_insertion.py", *OPS, "tests/ops/test_channel_moments.py", "-m", "gpu", *only)
+        run(job, "tests/gpu/test_exactness.py", *OPS, "tests/ops/test_channel_moments.py", "-m", "gpu", *only)
     else:
         few = "squeezenet1_1 and dtype0 and memory_format1" if job.quick else "not vgg16"
-        run(job, "tests/gpu/test_insertion.py", "-k", few)
+        run(job, "tests/gpu/test_exactness.py", "-k", few)
         few = "same_bits or many_channels" if job.quick else OFF_CUDA
         run(job, *OPS, "-k", few, TRITON_INTERPRET="1")
     tell(job)
