@@ -71,6 +71,8 @@ def ranks(function, args, count):
 def _run(folder, environment, outputs, function, args):
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As a process of its own has it: a forkserver's children would outlive one that is killed.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.chdir(folder)
     os.environ.update(environment)
     for descriptor, path in enumerate(outputs, 1):
