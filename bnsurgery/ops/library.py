@@ -13,7 +13,6 @@ count more, and y is the next layer's input in any case.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -41,13 +40,13 @@ def define(schema: str, fake: Callable[..., Any], **kernels: Callable[..., Any])
 
 
 def cuda_kernel(name: str, input: int = 0) -> Callable[..., Any]:
-    """Our kernel, imported at the first use; ATen's for float64, for nothing to do, and on platforms without Triton.
+    """Our kernel, imported at the first use; ATen's for float64, for nothing to do, and where no Triton takes it.
 
     `input` is the position of the input among the arguments.
     """
 
     def kernel(*args: Any) -> Any:
-        if args[input].dtype == torch.float64 or not args[input].numel() or not _has_triton():
+        if args[input].dtype == torch.float64 or not args[input].numel() or not has_triton():
             return getattr(aten, name)(*args)
         from . import cuda
 
@@ -64,8 +63,13 @@ def forward_kernel(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def has_triton() -> bool:
+    """Whether there is a Triton whose kernels take tuples: from 3.3 on, which comes with torch 2.7."""
+    try:
+        import triton.language
+    except ImportError:
+        return False
+    return hasattr(triton.language, "tuple")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bnsurgery.ops.library import has_triton
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,8 @@ def device():
 
 def test_kernels_compile_for_sm_80_sm_90_and_sm_100():
     """In a process of its own: Triton's driver is replaced by the name of an architecture."""
+    if not has_triton():
+        pytest.skip("no Triton here takes the kernels, and the op does without them")
     command = [sys.executable, "-m", "benchmarks.kernel_resources", "--quick"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
