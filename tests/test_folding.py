@@ -30,12 +30,14 @@ def assert_close_in_eval(bn_model, folded, x, rtol=1e-5):
     assert (got - expected).abs().max() <= rtol * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", ["thin vgg11", "squeezenet1_0"])
 def test_untrained_folds_back_to_every_bit(name, options, network, images):
     assert_same_network(fold(insert(network(name), [images(4)], **options)), network(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
     "name", ["squeezenet1_0_imagenet", "vgg19_to_conv3_1", "vgg19_quarter_width", "cifar_cnn_large"]
@@ -68,6 +70,7 @@ def test_a_negative_zero_bias_keeps_its_sign(images):
     assert torch.signbit(fold(insert(model, [images(4, 8)]))[0].bias).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fuse_relu": False}, {"absorb_bias": True}, {"head": True}])
 @pytest.mark.parametrize("name", ["thin vgg11", "squeezenet1_1"])
 def test_trained_folds_to_the_same_function(name, options, network, images):
