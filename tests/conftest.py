@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_network import Fire
+from small_network import Fire, thin_classifier
 from torch import nn
 from torchvision import models
 
@@ -42,9 +42,14 @@ def real():
 
 @functools.cache
 def torchvision_network(name: str) -> nn.Module:
-    """A torchvision classifier with weights scaled so that activations neither die nor explode (He, zero-mean)."""
+    """A torchvision classifier with weights scaled so that activations neither die nor explode (He, zero-mean).
+
+    "thin vgg11" is a VGG with few weights in its dense layers.
+    """
     with torch.device("meta"):
-        model = models.get_model(name, weights=None)
+        model = models.get_model(name.removeprefix("thin "), weights=None)
+        if name.startswith("thin "):
+            model.classifier = thin_classifier()
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

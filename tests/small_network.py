@@ -1,4 +1,4 @@
-"""A network that is no Sequential, in a module of its own so that it can be pickled."""
+"""Small networks, in a module of their own so that they can be pickled."""
 
 import torch
 from torch import nn
@@ -25,3 +25,11 @@ class Fire(nn.Module):
         both = torch.cat([left, self.right(squeezed).relu()], 1)
         flat = self.pool(both).flatten(1)
         return self.head(nn.functional.leaky_relu(self.hidden(flat))) * scale
+
+
+def thin_classifier() -> nn.Sequential:
+    """What a VGG of torchvision's ends with, with 64 features in the place of 4096: a hundred million weights fewer."""
+    return nn.Sequential(
+        nn.Linear(512 * 7 * 7, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 64), nn.ReLU(True), nn.Dropout(),
+        nn.Linear(64, 10),
+    )  # fmt: skip

@@ -1,4 +1,3 @@
-import itertools
 import subprocess
 import sys
 
@@ -37,12 +36,14 @@ def saved(inserted, tmp_path):
     ("name", "options"),
     [
         ("vgg11", {}),
-        *itertools.product(
-            ["alexnet", "squeezenet1_0"],
-            [{}, {"placement": "post-activation"}, {"absorb_bias": True}, {"fuse_relu": False}],
+        ("alexnet", {"absorb_bias": True}),
+        *(
+            ("squeezenet1_0", options)
+            for options in ({}, {"placement": "post-activation"}, {"absorb_bias": True}, {"fuse_relu": False})
         ),
     ],
 )
+@pytest.mark.slow
 def test_load_gives_the_same_bits_and_record(name, options, network, images, tmp_path):
     bn_model = insert(network(name), [images(8)], **options)
     save(bn_model, tmp_path / "net.safetensors")
@@ -161,15 +162,16 @@ def test_a_file_cut_anywhere_is_refused(saved, tmp_path):
             load(part)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_the_header_is_refused_or_harmless(saved, tmp_path, images):
-    """Every bit of every 23rd byte: either refused, or (white space, key order) the network is still the same."""
+    """Every bit of every 67th byte: either refused, or (white space, key order) the network is still the same."""
     data = saved.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     with torch.inference_mode():
         expected = load(saved)(images(1))
     refused = 0
     flipped = tmp_path / "flipped.safetensors"
-    for place in range(0, header, 23):
+    for place in range(0, header, 67):
         damaged = bytearray(data)
         damaged[place] ^= 1 << (place % 8)
         flipped.write_bytes(damaged)
@@ -178,7 +180,7 @@ def test_a_flipped_bit_in_the_header_is_refused_or_harmless(saved, tmp_path, ima
                 assert torch.equal(load(flipped)(images(1)), expected)
         except CheckpointError:
             refused += 1
-    assert refused > 0.9 * header / 23
+    assert refused > 0.9 * header / 67
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def test_of_two_writers_one_wins(tmp_path):
     assert names(tmp_path) == ["a.bin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write", ["temporary.write_bytes(bytes(2000))", "save_file({'w': torch.zeros(1000)}, temporary)"]
 )

@@ -3,21 +3,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from unchanged import assert_unchanged, snapshot
+from unchanged import assert_same_network, assert_unchanged, snapshot
 
 import bnsurgery
 from bnsurgery import BNSurgeryError, FoldError, fold, insert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
 OPTIONS = [{}, {"fuse_relu": False}, {"placement": "post-activation"}, {"head": True}, {"layers": "conv"}]
-
-
-def assert_same_network(got, expected):
-    assert type(got) is type(expected)
-    assert str(got) == str(expected)
-    assert list(got.state_dict()) == list(expected.state_dict())
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(got.state_dict()[name], tensor), name
 
 
 def train_(bn_model, x, steps=3):
@@ -38,17 +30,14 @@ def assert_close_in_eval(bn_model, folded, x, rtol=1e-5):
     assert (got - expected).abs().max() <= rtol * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", ["vgg11", "alexnet", "squeezenet1_0"])
+@pytest.mark.parametrize("name", ["thin vgg11", "squeezenet1_0"])
 def test_untrained_folds_back_to_every_bit(name, options, network, images):
     assert_same_network(fold(insert(network(name), [images(4)], **options)), network(name))
 
 
-@pytest.mark.parametrize("name", ["vgg13", "vgg16", "vgg19", "squeezenet1_1"])
-def test_the_other_networks_fold_back_too(name, network, images):
-    assert_same_network(fold(insert(network(name), [images(4)])), network(name))
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
     "name", ["squeezenet1_0_imagenet", "vgg19_to_conv3_1", "vgg19_quarter_width", "cifar_cnn_large"]
@@ -81,8 +70,9 @@ def test_a_negative_zero_bias_keeps_its_sign(images):
     assert torch.signbit(fold(insert(model, [images(4, 8)]))[0].bias).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fuse_relu": False}, {"absorb_bias": True}, {"head": True}])
-@pytest.mark.parametrize("name", ["vgg11", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["thin vgg11", "squeezenet1_1"])
 def test_trained_folds_to_the_same_function(name, options, network, images):
     x = images(8)
     bn_model = train_(insert(network(name), [x], **options), x)
@@ -95,7 +85,7 @@ def test_trained_folds_to_the_same_function(name, options, network, images):
 
 
 def test_absorbed_biases_come_back(network, images):
-    model = network("vgg11")
+    model = network("thin vgg11")
     folded = fold(insert(model, [images(8)], absorb_bias=True))
     assert list(folded.state_dict()) == list(model.state_dict())
     assert torch.equal(folded.features[0].weight, model.features[0].weight)
@@ -161,11 +151,11 @@ def test_changed_models_are_refused_by_name(custom, images):
 
 
 def test_a_new_head_survives_the_fold(network, images):
-    model = network("vgg11")
+    model = network("thin vgg11")
     bn_model = insert(model, [images(8)])
-    bn_model.classifier[-1] = nn.Linear(4096, 10)
+    bn_model.classifier[-1] = nn.Linear(64, 7)
     folded = fold(bn_model)
-    assert folded.classifier[-1].out_features == 10
+    assert folded.classifier[-1].out_features == 7
     assert torch.equal(folded.classifier[0].weight, model.classifier[0].weight)
     with pytest.raises(BNSurgeryError, match="carries no record"):
         bnsurgery.record(folded)

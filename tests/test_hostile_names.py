@@ -82,6 +82,7 @@ def odd(tmp_path, monkeypatch):
     return name
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf_8(odd, squeezenet_file, capfd):
     """Of folders, classes, images and outputs: training, records, pages, figures and JSON take them."""
     for kind in (odd, "dogs"):
@@ -162,6 +163,7 @@ def test_a_class_with_a_link_to_nowhere(tmp_path):
     assert len(data.train) + len(data.val) == 6
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_images_are_found_in_seconds(tmp_path):
     """In 100 folders: some 2 s on a slow machine; 10 s would be no time to wait for an error."""
     for i in range(100):

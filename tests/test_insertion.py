@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision import models
-from unchanged import assert_unchanged, snapshot
+from unchanged import assert_same_network, assert_unchanged, snapshot
 
 import bnsurgery
 from bnsurgery import BNSurgeryWarning, CalibrationError, NoSitesError, UntraceableModelError, insert
@@ -54,6 +54,7 @@ def test_torchvision_networks_keep_every_bit(name, network, images):
     assert type(bn_model) is type(model)
     relus = [sum(isinstance(m, nn.ReLU) for m in net.modules()) for net in (model, bn_model)]
     assert relus[1] == relus[0] - len(bnsurgery.record(bn_model).sites)
+    assert_same_network(bnsurgery.fold(bn_model), model)
     if name not in ("alexnet", "squeezenet1_1"):  # the others have more layers of these kinds, and more weights
         assert same(model, bn_model, x)
         assert same(model, bn_model, x[:1])

@@ -1,4 +1,4 @@
-"""Everything about a model that a failed or read-only call must leave as it was."""
+"""Everything about a model that a failed or read-only call must leave as it was, and that a fold must bring back."""
 
 import torch
 from torch import nn
@@ -30,3 +30,11 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
         same = after["grads"][name] is None if grad is None else torch.equal(after["grads"][name], grad)
         assert same, name
     assert torch.equal(after["rng"], before["rng"])
+
+
+def assert_same_network(got, expected):
+    assert type(got) is type(expected)
+    assert str(got) == str(expected)
+    assert list(got.state_dict()) == list(expected.state_dict())
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name

@@ -5,6 +5,7 @@ A process as a shell starts it takes two to six seconds to begin. What is about 
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -42,13 +43,15 @@ class WarmProcess:
         os.kill(self.pid, signum)
 
     def communicate(self, timeout=300):
-        """What it wrote to stdout and stderr, when it is done."""
+        """What it wrote to stdout and stderr, when it is done; to be asked once."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.kill()
             self.process.join()
             raise TimeoutError(self.outputs[1].read_text())
-        return tuple(path.read_text() for path in self.outputs)
+        texts = tuple(path.read_text() for path in self.outputs)
+        shutil.rmtree(self.outputs[0].parent)
+        return texts
 
 
 def command(folder, *args, **environment):

@@ -64,6 +64,7 @@ def test_the_round_trip(cli, weights, photos, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_same_command_same_bytes(cli, weights):
     for name in ("a", "b"):
         code, _, err = cli("insert", "squeezenet1_1", "--weights", weights, *FAST, "-o", name, "--quiet")
@@ -87,6 +88,7 @@ def test_json_is_one_object_and_nothing_else(cli, weights):
         assert isinstance(json.loads(out), dict)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [["--placement", "post-activation"], ["--layers", "conv"], ["--head"], ["--absorb-bias"], ["--no-fuse-relu"]],
@@ -123,6 +125,7 @@ def test_verify_tells_a_trained_network(cli, weights):
     assert "changed since" in out
 
 
+@pytest.mark.slow
 def test_half_precision_checkpoints_fold_too(cli):
     model = models.squeezenet1_1(weights=None, num_classes=7).eval().bfloat16()
     bnsurgery.save(bnsurgery.insert(model, [torch.randn(4, 3, 64, 64)]), "half.safetensors")
@@ -204,6 +207,7 @@ def test_bad_calls(cli, tmp_path, args, code, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_bad_weights(cli, weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     torch.save({**state, "features.0.bias": torch.full((64,), torch.nan)}, "nan.pth")

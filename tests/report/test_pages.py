@@ -153,6 +153,7 @@ def test_statistics_that_are_not_finite(odd, inserted, batches):
         report.plot_moments(inserted)
 
 
+@pytest.mark.slow
 def test_names_that_no_file_may_hold(batches, tmp_path):
     model = nn.Sequential()
     model.add_module("a\x1b[31m\x00", nn.Conv2d(3, 4, 1))
@@ -175,6 +176,7 @@ def test_a_generator_is_refused(odd, inserted, batches):
         report.insertion(odd, inserted, iter(batches))
 
 
+@pytest.mark.slow
 def test_a_function_as_reference(odd, inserted, batches):
     text = Outline(report.insertion(lambda x: odd(x), inserted, batches).to_html()).text
     assert "the reference is a function" in text
@@ -245,6 +247,7 @@ def test_alt_texts_and_definitions(any_page):
             assert not numeric or header in TERMS or is_number(header), f"what is {header}?"
 
 
+@pytest.mark.slow
 def test_the_same_twice(odd, inserted, batches):
     """But for the cost, which is a time."""
     pages = [report.insertion(odd, inserted, batches) for _ in range(2)]
@@ -252,6 +255,7 @@ def test_the_same_twice(odd, inserted, batches):
     assert first == second
 
 
+@pytest.mark.slow
 def test_saved_whole_or_not_at_all(insertion_page, tmp_path):
     page, path = insertion_page, tmp_path / "page.html"
     page.save(path)
