@@ -4,6 +4,7 @@ Torch's generic names for accelerators are used throughout (`torch.accelerator`,
 MPS, XPU and others share.
 """
 
+import re
 from contextlib import AbstractContextManager
 from types import ModuleType
 
@@ -28,11 +29,12 @@ def device(name: str) -> torch.device:
         computes = torch.zeros(1, device=found).add_(1).cpu().item() == 1
         reason = "" if computes and (found.type != "cpu" or not found.index) else "no such device"
     except Exception as error:  # every backend has errors of its own for not being there
-        first = printable(str(error).strip().split("\n")[0], 100).rstrip(".")
+        first = printable(re.split(r"\.\s|\n", str(error).strip())[0], 100).rstrip(".")
         reason = "it computes nothing" if name == "meta" else first or type(error).__name__
     if reason:
         raise BNSurgeryError(
-            f"device '{printable(name)}' cannot be used here: this machine has: {', '.join(available())}. ({reason})"
+            f"device '{printable(name)}' cannot be used here ({reason}). Use one that this machine has: "
+            f"{', '.join(available())}"
         )
     return found
 

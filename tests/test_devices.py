@@ -27,13 +27,14 @@ def device():
 
 @pytest.mark.parametrize("name", ["mps", "cuda:77", "xpu", "meta", "cpu:3", "toaster", "", "hpu", "cuda:x", "\x1b[2J"])
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
-    with pytest.raises(BNSurgeryError, match=r"^device '.*' cannot be used here: this machine has: cpu") as error:
+    refusal = r"^device '.*' cannot be used here \(.+\)\. Use one that this machine has: cpu"
+    with pytest.raises(BNSurgeryError, match=refusal) as error:
         devices.device(name)
     assert "\x1b" not in str(error.value)
 
 
 def test_a_device_that_is_there():
-    assert devices.device("cpu") == devices.device("cpu:0") == torch.device("cpu") or devices.device("cpu:0").index == 0
+    assert devices.device("cpu") == torch.device("cpu") and devices.device("cpu:0").type == "cpu"
     assert devices.automatic().type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert devices.available()[0] == "cpu"
     assert devices.takes_float64(torch.device("cpu")) and devices.widest(torch.device("cpu")) == torch.float64
@@ -200,7 +201,7 @@ def test_fine_tuning_an_epoch(device, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_fresh_accelerate")
 def test_fine_tuning_names_what_it_cannot_compute_on(tmp_path):
     for name in ("mps", "cuda:77", "toaster"):
-        with pytest.raises(BNSurgeryError, match=f"device '{name}' cannot be used here: this machine has: cpu"):
+        with pytest.raises(BNSurgeryError, match=f"device '{name}' cannot be used here .* this machine has: cpu"):
             finetune.run(config(tmp_path / "run", device=name), model=tiny(), data=DATA)
     assert not (tmp_path / "run").exists()
     finetune.run(config(tmp_path / "first", device="cpu"), model=tiny(), data=DATA, save=False)
