@@ -4,7 +4,6 @@ Torch's generic names for accelerators are used throughout (`torch.accelerator`,
 MPS, XPU and others share.
 """
 
-import re
 from contextlib import AbstractContextManager
 from types import ModuleType
 
@@ -13,9 +12,8 @@ import torch
 from .errors import BNSurgeryError, printable
 
 CPU = torch.device("cpu")
-# Whether a kind of device computes in float64. MPS does not, and neither do some of Intel's GPUs: kinds that do not
-# stand here are asked, once.
-_FLOAT64 = {"cpu": True, "cuda": True, "meta": True}
+# Whether a kind of device computes in float64. Those that do not stand here are asked, once: some GPUs of Intel's.
+_FLOAT64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}
 
 
 def device(name: str) -> torch.device:
@@ -26,15 +24,15 @@ def device(name: str) -> torch.device:
     """
     try:
         found = torch.device(name)
-        computes = torch.zeros(1, device=found).add_(1).cpu().item() == 1
-        reason = "" if computes and (found.type != "cpu" or not found.index) else "no such device"
-    except Exception as error:  # every backend has errors of its own for not being there
-        first = printable(re.split(r"\.\s|\n", str(error).strip())[0], 100).rstrip(".")
-        reason = "it computes nothing" if name == "meta" else first or type(error).__name__
-    if reason:
+        module = _module(found)
+        there = (
+            module.is_available() and (found.index or 0) < module.device_count()
+        )  # starts no device, nor takes memory
+    except (RuntimeError, AttributeError):  # no name of a device, or of one that this torch does not know
+        there = False
+    if not there:
         raise BNSurgeryError(
-            f"device '{printable(name)}' cannot be used here ({reason}). Use one that this machine has: "
-            f"{', '.join(available())}"
+            f"device '{printable(name)}': torch finds none here. Use one that it finds: {', '.join(available())}"
         )
     return found
 
@@ -68,7 +66,10 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def claims_identity(device: torch.device) -> bool:
-    """Whether insertion must keep every bit there, as our kernels do; what others round has never been looked at."""
+    """Whether insertion must keep every bit there, as on the CPU and on CUDA, with Triton or without.
+
+    How other devices round has never been looked at.
+    """
     return device.type in ("cpu", "cuda", "meta")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from .errors import BNSurgeryError
-from .system import REMOVES_OPEN_FILES, at_fork, open_flags
+from .system import WINDOWS, at_fork
 
 _LONGEST = 1000  # bytes of a lock file
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -86,11 +86,11 @@ at_fork(_mutex.acquire, _mutex.release, _let_go_in_child)
 
 def _release(path: Path) -> None:
     descriptor = _held.pop(path).descriptor
-    if not REMOVES_OPEN_FILES:  # nor another's, so that what is removed below is nobody's
+    if WINDOWS:  # which removes no open file, nor another's, so that what is removed below is nobody's
         os.close(descriptor)
     with suppress(OSError):  # a disk that has become read-only; the file alone is no lock
         path.unlink()
-    if REMOVES_OPEN_FILES:  # not before: the file might be another's by then
+    if not WINDOWS:  # not before: the file might be another's by then
         os.close(descriptor)
 
 
@@ -125,7 +125,9 @@ def _open(path: Path) -> int:
     """A descriptor of the lock file itself: a link could stand in its place and name a file of value."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    flags = os.O_CREAT | open_flags("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")
+    flags = os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # the last is Windows', the others all but Windows'
+        flags |= getattr(os, name, 0)
     try:
         descriptor = os.open(path, flags | os.O_RDWR, 0o666)
     except PermissionError:

@@ -4,28 +4,18 @@ Linux is where all of this is run by the tests; macOS and Windows are prepared f
 """
 
 import os
+import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 
-POSIX_SHELL = os.name == "posix"  # whose words are quoted otherwise than those of cmd.exe and PowerShell
-REMOVES_OPEN_FILES = os.name == "posix"
-MOST_PROCESSES = 61 if sys.platform == "win32" else 1 << 16  # that a ProcessPoolExecutor can wait for
+WINDOWS = sys.platform == "win32"
 
 
 def at_fork(before: Callable[[], object], in_parent: Callable[[], object], in_child: Callable[[], object]) -> None:
     """Call these around every fork of this process; on Windows there is none."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)
-
-
-def open_flags(*names: str) -> int:
-    """These flags of `os.open`, of which a system may lack some: O_NOFOLLOW (Windows), O_BINARY (all others)."""
-    flags = 0
-    for name in names:
-        flags |= getattr(os, name, 0)
-    return flags
 
 
 def processors() -> int:
@@ -47,5 +37,10 @@ def peak_memory() -> int:
 
 
 def quote(word: str) -> str:
-    """The word as one of a command line that people paste into their shell."""
-    return shlex.quote(word) if POSIX_SHELL else subprocess.list2cmdline([word])
+    """The word as one of a command line that people paste into their shell.
+
+    Within double quotes cmd.exe and PowerShell still read some characters, each its own way: those become "?".
+    """
+    if not WINDOWS:
+        return shlex.quote(word)
+    return word if re.fullmatch(r"[\w.,:/\\+@=-]+", word) else '"' + re.sub(r'["`$%]', "?", word) + '"'

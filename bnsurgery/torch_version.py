@@ -1,4 +1,4 @@
-"""A torch that is too old is refused in words, before it is imported."""
+"""A torch that is too old is refused in words, by the package's names and its commands, before it is imported."""
 
 import functools
 import re
@@ -15,14 +15,17 @@ def require_torch() -> None:
     Raises:
         BNSurgeryError: the installed torch is older than `OLDEST`.
     """
-    from importlib import metadata  # takes a third of the time of `bnsurgery --help`, which comes without
+    from importlib import metadata  # here, since it would add a third to the time of `bnsurgery --help`
 
     try:
         installed = metadata.version("torch")
     except metadata.PackageNotFoundError:  # a build of one's own; or none, of which the import tells
         return
     if _release(installed) < _release(OLDEST):
-        raise BNSurgeryError(f"bnsurgery needs torch {OLDEST} or newer, and torch {installed} is installed")
+        raise BNSurgeryError(
+            f"bnsurgery needs torch {OLDEST} or newer, and torch {installed} is installed: "
+            f"pip install 'torch>={OLDEST}' torchvision"
+        )
 
 
 def _release(version: str) -> tuple[int, ...]:

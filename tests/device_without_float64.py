@@ -7,12 +7,15 @@ there and every float64 argument to an operator there. Only a copy may lead from
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
+
+from bnsurgery.devices import _FLOAT64
 
 DEVICE = torch.device("mps", 0)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -64,8 +67,10 @@ class _Factory(TorchFunctionMode):
 
 @contextmanager
 def device_without_float64() -> Iterator["_Device"]:
-    """Inside, the device is there."""
-    with _Factory(), _Device() as device:
+    """Inside, the device is there, and nobody has asked it for float64 yet."""
+    there = {"is_available": lambda: True, "device_count": lambda: 1}
+    with patch.multiple(torch.mps, **there), patch.dict(_FLOAT64), _Factory(), _Device() as device:
+        del _FLOAT64[DEVICE.type]
         yield device
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import bnsurgery
 from bnsurgery import devices, finetune
 from bnsurgery.errors import BNSurgeryError
+from bnsurgery.finetune.setup import computes_on
 from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, set_statistics_
 from bnsurgery.ops import channel_moments
 
@@ -27,7 +28,7 @@ def device():
 
 @pytest.mark.parametrize("name", ["mps", "cuda:77", "xpu", "meta", "cpu:3", "toaster", "", "hpu", "cuda:x", "\x1b[2J"])
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
-    refusal = r"^device '.*' cannot be used here \(.+\)\. Use one that this machine has: cpu"
+    refusal = r"^device '.*': torch finds none here\. Use one that it finds: cpu"
     with pytest.raises(BNSurgeryError, match=refusal) as error:
         devices.device(name)
     assert "\x1b" not in str(error.value)
@@ -35,6 +36,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
 
 def test_a_device_that_is_there():
     assert devices.device("cpu") == torch.device("cpu") and devices.device("cpu:0").type == "cpu"
+    assert not devices.takes_float64(torch.device("mps"))
     assert devices.automatic().type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert devices.available()[0] == "cpu"
     assert devices.takes_float64(torch.device("cpu")) and devices.widest(torch.device("cpu")) == torch.float64
@@ -198,10 +200,18 @@ def test_fine_tuning_an_epoch(device, tmp_path, monkeypatch):
         assert ours == pytest.approx(theirs, rel=1e-3) and ours > 0.01
 
 
+def test_fine_tuning_computes_where_accelerate_launch_says(monkeypatch, tmp_path):
+    """`accelerate launch --cpu` on a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert computes_on(config(tmp_path)).type == "cuda"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert computes_on(config(tmp_path)) == torch.device("cpu")
+
+
 @pytest.mark.usefixtures("_fresh_accelerate")
 def test_fine_tuning_names_what_it_cannot_compute_on(tmp_path):
     for name in ("mps", "cuda:77", "toaster"):
-        with pytest.raises(BNSurgeryError, match=f"device '{name}' cannot be used here .* this machine has: cpu"):
+        with pytest.raises(BNSurgeryError, match=f"device '{name}': torch finds none here. Use one that it finds: cpu"):
             finetune.run(config(tmp_path / "run", device=name), model=tiny(), data=DATA)
     assert not (tmp_path / "run").exists()
     finetune.run(config(tmp_path / "first", device="cpu"), model=tiny(), data=DATA, save=False)

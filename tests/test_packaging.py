@@ -56,9 +56,10 @@ def test_an_old_torch_is_refused_in_a_sentence(version, refused, command, tmp_pa
         [sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 1
-    sentence = f"bnsurgery needs torch {OLDEST} or newer, and torch {version} is installed"
+    found, remedy = f"torch {version} is installed", f"pip install 'torch>={OLDEST}' torchvision"
     if refused:
-        assert run.stderr.splitlines()[-1].endswith(f"Error: {sentence}")
+        sentence = f"Error: bnsurgery needs torch {OLDEST} or newer, and {found}: {remedy}"
+        assert run.stderr.splitlines()[-1].endswith(sentence)
         assert "-m" not in command or run.stderr.count("\n") == 1
     else:
         assert run.stderr == "torch was imported\n"

@@ -74,7 +74,7 @@ def test_all_of_it_runs_without_what_only_posix_has(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "net.safetensors run\n"  # no lock, no temporary file
-    assert "this machine has: cpu" in done.stderr
+    assert "Use one that it finds: cpu" in done.stderr
 
 
 def module_level(tree):
@@ -141,5 +141,6 @@ def test_peak_memory_is_in_bytes(monkeypatch, platform, unit):
 
 def test_words_are_quoted_for_the_shell_at_hand(monkeypatch):
     assert system.quote("a b") == "'a b'"
-    monkeypatch.setattr(system, "POSIX_SHELL", False)  # neither cmd.exe nor PowerShell needs quotes for a backslash
-    assert [system.quote(word) for word in (r"runs\a", "a b")] == [r"runs\a", '"a b"']
+    monkeypatch.setattr(system, "WINDOWS", True)  # neither cmd.exe nor PowerShell needs quotes for a backslash
+    words = [r"runs\a", "a b", "net.py:f&calc", "$(calc)", ""]
+    assert list(map(system.quote, words)) == [r"runs\a", '"a b"', '"net.py:f&calc"', '"?(calc)"', '""']

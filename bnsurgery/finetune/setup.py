@@ -2,8 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,10 +75,12 @@ def processes(config: Config) -> "Accelerator":
         if importlib.util.find_spec(needed) is None:
             raise BNSurgeryError(f"finetune: needs {needed}, which is not installed: pip install 'bnsurgery[finetune]'")
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import patch_environment
 
     place = computes_on(config)
     try:
-        with _accelerate_on(place):
+        # The only way to tell Accelerate; of launched processes, launchers say which each has.
+        with patch_environment(**({} if _launched() else {_DEVICE: str(place)})):
             accelerator = Accelerator(
                 cpu=place.type == "cpu",  # or it looks for a GPU, with no group
                 mixed_precision=_precision(config, place),
@@ -91,25 +92,12 @@ def processes(config: Config) -> "Accelerator":
         raise BNSurgeryError(f"finetune: {str(error).splitlines()[0]}") from error
     got = accelerator.device
     if got.type != place.type or (place.index is not None and place.index != (got.index or 0)):
-        each = "every process that is launched takes a device of its own: name the kind alone, such as cuda"
+        each = f"its launcher gave this process {got}: name the kind alone, such as cuda, which shares them out"
         why = each if _launched() else f"this process computes on {got} already: start another"
         raise BNSurgeryError(f"finetune: --device {place}: {why}")
+    if place.index:  # the current one too, or what is pinned for it would go by way of the first
+        torch.get_device_module(place).set_device(place)
     return accelerator
-
-
-@contextmanager
-def _accelerate_on(place: torch.device) -> Iterator[None]:
-    """Inside, Accelerate takes this device, which it is told by no other way; launchers say which each process has."""
-    before = os.environ.get(_DEVICE)
-    if not _launched():
-        os.environ[_DEVICE] = str(place)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_DEVICE, None)
-        else:
-            os.environ[_DEVICE] = before
 
 
 def _launched() -> bool:
@@ -123,8 +111,12 @@ def computes_on(config: Config) -> torch.device:
     Raises:
         BNSurgeryError: there is none.
     """
+    from accelerate.utils import parse_flag_from_env
+
     name = os.environ.get(_DEVICE) if config.device == "auto" else config.device
-    return devices.device(name) if name else devices.automatic()
+    if name is None:
+        return devices.CPU if parse_flag_from_env("ACCELERATE_USE_CPU") else devices.automatic()
+    return devices.device(name)
 
 
 def forked_random(accelerator: "Accelerator") -> AbstractContextManager[None]:
@@ -177,13 +169,14 @@ def build(
     workers = default_workers() if config.num_workers is None else config.num_workers
     augment = data.augment if config.augment == "auto" else config.augment
     prepared = Prepared(data.train, task, augment, config.seed)
+    pinned = accelerator.device.type == "cuda"
     batches = TrainBatches(len(prepared), config.batch_size, config.seed, rank, world)
     share = {
         "rank": rank,
         "world": world,
         "workers": workers,
         "batch_size": max(EVALUATED_TOGETHER, config.batch_size // world),
-        "pinned": accelerator.device.type == "cuda",
+        "pinned": pinned,
     }
     calibration = plain_loader(prepared, images=config.recalibrate, **share)
     val = plain_loader(Prepared(data.val, task, "none", 0), **share)
@@ -218,7 +211,7 @@ def build(
         facts=_facts(config, source, data, resolved, keeps_head(source, data.classes, config)),
         prepared=prepared,
         batches=batches,
-        train=Loader(prepared, batches, workers, accelerator.device.type == "cuda"),
+        train=Loader(prepared, batches, workers, pinned),
         calibration=calibration,
         val=val,
     )

@@ -19,7 +19,7 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
 from bnsurgery.files import atomic_write, make_folder, only_process_in, read_text
 from bnsurgery.report import plot_comparison
 from bnsurgery.report.style import write as write_figure
-from bnsurgery.system import MOST_PROCESSES, peak_memory, processors
+from bnsurgery.system import WINDOWS, peak_memory, processors
 from bnsurgery.typed_json import loads, parse
 
 from .comparison import ARMS, Comparison, Trial
@@ -170,7 +170,7 @@ def _in_processes(
     others = set(multiprocessing.active_children())
     threads = max(1, processors() // jobs)
     context = multiprocessing.get_context("spawn")
-    jobs = min(jobs, MOST_PROCESSES)
+    jobs = min(jobs, 61) if WINDOWS else jobs  # which cannot wait for more processes
     pool = ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,))
     waiting = {pool.submit(_measured_trial, key, config, model, data): key for key, config in pending}
     try:

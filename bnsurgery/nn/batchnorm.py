@@ -169,7 +169,7 @@ def _exporting() -> bool:
     Not torch.compiler.is_exporting(): torch 2.6 has none, and until 2.14 it is true wherever TorchDynamo is at work.
     """
     if torch.compiler.is_dynamo_compiling():
-        return torch._dynamo.config.allow_rnn  # an option that torch.export(strict=True) sets, and torch.compile not
+        return torch._dynamo.config.do_not_emit_runtime_asserts  # torch.export(strict=True) sets it, torch.compile not
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 

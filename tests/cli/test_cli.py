@@ -183,7 +183,11 @@ def test_archs(cli):
         (["insert", "squeezenet1_1", "--weights", "random", "--data", "nowhere"], 1, "nowhere"),
         (["insert", "squeezenet1_1", "--weights", "random", "--data", "."], 1, "no "),
         (["insert", "vgg11", "--device", "cuda:9"], 1, "device 'cuda:9' cannot be used here"),
-        (["insert", "vgg11", "--device", "toaster"], 1, "Use one that this machine has: cpu"),
+        (
+            ["insert", "vgg11", "--device", "toaster"],
+            1,
+            "device 'toaster': torch finds none here. Use one that it finds: cpu",
+        ),
         (["verify", "net.safetensors", "--device", "mps"], 1, "device 'mps' cannot be used here"),
         (["predict", "net.safetensors", "a.png", "--device", "meta"], 1, "device 'meta' cannot be used here"),
         (["finetune", "vgg11", "--data", "digits", "--device", "mps"], 1, "device 'mps' cannot be used here"),

@@ -71,9 +71,11 @@ def test_compiles_as_one_graph(inserted, images, training, statistics):
     inserted.train(training)
     torch.compiler.reset()
     run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-    for seed in (1, 2):
-        x = images(4, 32, seed=seed)
-        torch.testing.assert_close(outputs_and_gradients(compiled, x, run), outputs_and_gradients(inserted, x))
+    # An option that people set for networks with an LSTM, and that torch.export sets, must not pass for an export.
+    with torch._dynamo.config.patch(allow_rnn=statistics == "renorm"):
+        for seed in (1, 2):
+            x = images(4, 32, seed=seed)
+            torch.testing.assert_close(outputs_and_gradients(compiled, x, run), outputs_and_gradients(inserted, x))
 
 
 @pytest.mark.slow
