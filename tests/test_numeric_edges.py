@@ -230,6 +230,7 @@ def one_rank_fails(rank, store, results):
         calibrate(network(), plan(network(), x), batches)
     except NonFiniteError as error:
         torch.save(str(error), f"{results}/{rank}.pt")
+    distributed.barrier()  # nobody leaves while another still talks
     distributed.destroy_process_group()
 
 
