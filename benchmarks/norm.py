@@ -131,7 +131,8 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.mem
         plain["copy"] = lambda: target.copy_(x)
         calls = {name: replayed(call) if how.graphs else synchronized(call, repeats) for name, call in plain.items()}
         times = interleave(calls, how.rounds)
-        moved = PASSES[direction] / 2  # a copy reads and writes: two passes
+        passes = PASSES[direction] if how.training or direction != "forward" else 2  # eval mode needs no moments
+        moved = passes / 2  # a copy reads and writes: two passes
         yield {
             "shape": list(shape),
             "dtype": str(dtype).removeprefix("torch."),
@@ -183,6 +184,7 @@ def means(results: list[dict]) -> list[dict]:
             "shapes": len(members),
             "eager ÷ ours": geomean(r["eager ÷ ours"] for r in members),
             "compiled ÷ ours": geomean(compiled) if compiled else None,
+            "shapes compiled": len(compiled),
             "of copy": geomean(r["of copy"] for r in members if r["bytes"] > L2),
         })  # fmt: skip
     return found
@@ -215,6 +217,7 @@ def step(job: Job) -> None:
         directions = how.directions if training else ("forward", "backward")
         now = replace(how, training=training, directions=directions, compiled=training and job.left() > half)
         with job.part(f"{case}"):
+            rows = None
             try:
                 rows = list(measure(*case, now))
             except Exception as error:
@@ -222,6 +225,7 @@ def step(job: Job) -> None:
                     raise
                 job.failure(f"compiled, {case}", repr(error))
                 half = math.inf
+            if rows is None:  # not above: the error holds the memory of what failed
                 rows = list(measure(*case, replace(now, compiled=False)))
             for row in rows:
                 results.append(row)
@@ -232,7 +236,8 @@ def step(job: Job) -> None:
     for row in means(results):
         job.row("geometric means over VGG-16's conv shapes", **row)
         if (row["mode"], row["direction"]) == ("train", "both"):
-            compiled = f", compiled ÷ ours {row['compiled ÷ ours']:.2f}" if row["compiled ÷ ours"] else ""
+            ratio_, count = row["compiled ÷ ours"], f"{row['shapes compiled']} of {row['shapes']} shapes"
+            compiled = f", compiled ÷ ours {ratio_:.2f} ({count})" if ratio_ else ""
             where = f"{row['dtype']} {row['layout']}, forward + backward"
             job.key(f"{where}: eager ÷ ours {row['eager ÷ ours']:.2f}{compiled}, {row['of copy']:.2f} of copy")
 

@@ -5,11 +5,14 @@ ulps of the dtype. Σg and Σg·x̂ add M terms: 8 ulps of float32 times Σ|term
 below. Half precision rounds at its own ulp once, at the end.
 """
 
+import os
+
 import torch
 from torch.nn import functional as F
 
 from bnsurgery import ops
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels, on the CPU
 SHAPES = [
     (4, 5), (4, 5, 3), (2, 3, 6, 6), (3, 70, 5, 7), (2, 3, 2, 4, 5), (300, 1), (2, 1, 30, 50), (1, 4, 1, 9),
     (1, 3, 8, 10),

@@ -210,7 +210,6 @@ def test_samples_take_size_and_values_from_the_preprocessing():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_samples_do_not_import_scikit_learn():
     script = (
         "import sys; from bnsurgery.data import sample_crops\n"

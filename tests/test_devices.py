@@ -179,6 +179,7 @@ def config(path, **changes):
 DATA = finetune.from_tensors(patterns(96, 1), patterns(40, 2), ["nw", "ne", "sw", "se"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_accelerate")
 def test_fine_tuning_an_epoch(device, tmp_path, monkeypatch):
     """On the device that was named; with what the CPU comes to, and saved so that it goes on."""

@@ -91,6 +91,7 @@ def test_a_file_that_is_replaced_keeps_who_may_read_it(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_what_a_killed_writer_of_tensors_leaves_is_removed(tmp_path):
     """Safetensors writes to a name of its own, beside the one it is given."""
     script = (

@@ -18,6 +18,7 @@ import pytest
 from benchmarks.gpu import driver, report
 from benchmarks.gpu.steps import BUDGET, STEPS, Step
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 

@@ -79,7 +79,6 @@ def test_compressed_weights_are_still_read(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_views_of_one_tensor_are_not_copied_without_bound(tmp_path):
     """Unaligned, each would be: 400 of 4 MB from a file of 4 MB."""
     path, whole = tmp_path / "views.pth", torch.ones(MIB + 1)

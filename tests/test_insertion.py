@@ -170,6 +170,7 @@ def test_custom_networks_keep_keys_hooks_and_modes(custom, images):
     assert same(custom.eval(), bn_model, x)
 
 
+@pytest.mark.slow
 def test_absorb_bias_drops_the_biases_and_stays_close(network, images):
     model, x = network("vgg11"), images(4)
     bn_model = insert(model, [x], absorb_bias=True)

@@ -68,6 +68,7 @@ print(*sorted(path.name for path in Path().iterdir()))
 """
 
 
+@pytest.mark.slow
 def test_all_of_it_runs_without_what_only_posix_has(tmp_path):
     """Insert, save, load, fold, fine-tune an epoch."""
     command = [sys.executable, "-c", WITHOUT + WORK, str(ROOT / "tests")]

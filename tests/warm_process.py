@@ -1,6 +1,7 @@
 """Processes that do not have to import torch first: forked from one that has, and has done nothing else.
 
-A process as a shell starts it takes two to six seconds to begin. What is about its beginning has to start it that way.
+A process as a shell starts it takes two to six seconds to begin. What is about its beginning has to start it that way;
+what is about two processes being alike, too, for these share hash seed and addresses. Nothing runs at their exit.
 """
 
 import multiprocessing

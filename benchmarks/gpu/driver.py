@@ -41,7 +41,7 @@ class Results:
     def write(self) -> None:
         descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=".results")
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(self.data, file, indent=1, ensure_ascii=False, allow_nan=False)
+            json.dump(self.data, file, indent=1, allow_nan=False)  # ASCII: a failure's text may be no UTF-8
         Path(name).chmod(0o644)
         Path(name).replace(self.path)
 

@@ -39,6 +39,7 @@ def step(job: Job) -> None:
                 text = process.communicate(timeout=max(job.left(), 1))[0]
             except subprocess.TimeoutExpired:
                 process.kill()
+                print(f"--- {name}, until its time was over\n{process.communicate()[0]}", flush=True)
                 raise
             print(f"--- {name}\n{text}", flush=True)
             if any(refusal in text for refusal in REFUSALS):

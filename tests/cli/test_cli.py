@@ -275,7 +275,6 @@ def test_no_network_is_said_within_15_seconds(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_while_calibrating_writes_nothing(tmp_path, weights):
     # A shell's background jobs ignore SIGINT, and their children do.

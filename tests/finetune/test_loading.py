@@ -121,6 +121,7 @@ class _Dying:
         os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_says_so():
     data = Prepared(Split(_Dying(), (0, 1)), TASK, "none", 0)
     with pytest.raises(DataError, match="--num-workers 0"):

@@ -32,8 +32,8 @@ def test_no_host_synchronization_and_cuda_graphs(statistics, momentum):
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(norm)
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             step(norm)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -3,15 +3,13 @@
 With TRITON_INTERPRET=1 CPU tensors go the way of CUDA tensors, and Triton's interpreter runs the kernels.
 """
 
-import os
 import warnings
 
 import pytest
 import torch
+from batch_norm_oracle import INTERPRETED
 
 from bnsurgery.ops import aten, library
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
     from triton.runtime import interpreter
