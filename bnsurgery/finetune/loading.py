@@ -125,14 +125,22 @@ class Loader:
         try:
             yield from _started(self._loader)
         except DataError as error:  # from a worker it comes with the worker's traceback
+            self._end_workers()
             raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            self._end_workers()
             raise DataError(
                 f"images: a process that reads them died ({str(error).splitlines()[0]}). If memory ran out, use "
                 "--num-workers 0 or a smaller --batch-size."
             ) from error
+
+    def _end_workers(self) -> None:
+        """Or a process that keeps the error, and with it the loader, would wait for them at its exit, for ever."""
+        if (iterator := self._loader._iterator) is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]  # which has no public name
+            self._loader._iterator = None
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -1,5 +1,7 @@
 """Order and augmentation depend on seed, epoch and image alone."""
 
+import multiprocessing
+
 import pytest
 import torch
 from PIL import Image
@@ -112,6 +114,7 @@ def test_a_damaged_image_is_named_without_a_traceback(workers):
     with pytest.raises(DataError) as error:
         everything(plain_loader(data, 2, workers))
     assert str(error.value) == "image 'third.png': cannot be decoded"
+    assert not multiprocessing.active_children()  # though `error` holds the loader
 
 
 class _Dying:
