@@ -16,15 +16,16 @@ from bnsurgery.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 POSIX_ONLY = "fcntl grp posix pty pwd resource syslog termios tty"
-# Imported before anything is hidden: psutil needs `resource` on Linux, torch `register_at_fork`. All else that we use,
-# and all of ours, is imported with everything below gone. os.name stays "posix", for the standard library's sake.
+# Imported before anything is hidden: psutil needs `resource` on Linux, torch `register_at_fork`, filelock 3.30 `link`. All
+# else that we use, and all of ours, is imported with everything below gone. os.name stays "posix", for the standard
+# library's sake.
 WITHOUT = f"""
 import os, signal, sys
 import psutil
 for name in "{POSIX_ONLY}".split():
     if name != "posix":  # which is `os` itself here
         sys.modules[name] = None
-import torch
+import filelock, torch
 for module, names in (
     (os, "chown fchmod fchown fork forkpty getegid geteuid getgid getpgid getuid killpg link mkfifo nice O_CLOEXEC "
          "O_DIRECTORY O_NOFOLLOW O_NONBLOCK pread register_at_fork sched_getaffinity setpgid setsid statvfs"),
