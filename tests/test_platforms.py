@@ -16,7 +16,7 @@ from bnsurgery.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 POSIX_ONLY = "fcntl grp posix pty pwd resource syslog termios tty"
-# Imported before anything is hidden: psutil needs `resource` on Linux, torch `register_at_fork`, filelock 3.30 `link`. All
+# Imported before all is hidden: psutil needs `resource` on Linux, torch `register_at_fork`, filelock 3.30 `link`. All
 # else that we use, and all of ours, is imported with everything below gone. os.name stays "posix", for the standard
 # library's sake.
 WITHOUT = f"""
