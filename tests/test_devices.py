@@ -42,6 +42,17 @@ def test_a_device_that_is_there():
     assert devices.takes_float64(torch.device("cpu")) and devices.widest(torch.device("cpu")) == torch.float64
 
 
+def test_a_torch_without_any_accelerator(monkeypatch):
+    """Torch 2.6 raises where later ones say None."""
+
+    def none():
+        raise RuntimeError("Please specify the device type")
+
+    for found in (none, lambda: None):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", found)
+        assert devices.available() == ["cpu"] and devices._in_use() == []
+
+
 def test_the_stand_in_refuses_what_mps_refuses(device):
     x = torch.ones(3).to(DEVICE)
     assert x.device == DEVICE and not devices.takes_float64(DEVICE)

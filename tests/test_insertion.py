@@ -4,11 +4,12 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision import models
 from unchanged import assert_same_network, assert_unchanged, snapshot
 
 import bnsurgery
-from bnsurgery import BNSurgeryWarning, CalibrationError, NoSitesError, UntraceableModelError, insert
+from bnsurgery import BNSurgeryError, BNSurgeryWarning, CalibrationError, NoSitesError, UntraceableModelError, insert
 
 ARCHS = ("vgg11", "vgg13", "vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1")
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
@@ -297,3 +298,20 @@ def test_untraceable_model_is_left_alone(images):
     with pytest.raises(UntraceableModelError):
         insert(model, [images(2, 8)])
     assert_unchanged(model, before)
+
+
+def test_a_network_that_runs_around_its_norm_is_not_given_out():
+    """It takes the weights from its layer once that has changed: the same bits, and a norm that nothing runs."""
+
+    class RoundAbout(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            changed = hasattr(self.conv, "norm")
+            y = F.conv2d(x, self.conv.weight, self.conv.bias) if changed else self.conv(x)
+            return self.head(y.relu())
+
+    with pytest.raises(BNSurgeryError, match="RoundAbout does not run 1 of its BatchNorms after the insertion"):
+        insert(RoundAbout().eval(), [torch.randn(4, 3, 8, 8)])

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from bnsurgery.torch_version import OLDEST
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.torch_version import OLDEST, require_torch
 
 ROOT = Path(__file__).parents[1]
 _TOOLS = ("docs", "dev", "bench", "fuzz")  # extras that users do not install
@@ -63,3 +65,16 @@ def test_an_old_torch_is_refused_in_a_sentence(version, refused, command, tmp_pa
         assert "-m" not in command or run.stderr.count("\n") == 1
     else:
         assert run.stderr == "torch was imported\n"
+
+
+def test_only_a_torch_that_says_it_is_old_is_refused(monkeypatch):
+    """A build of one's own may say nothing, and none at all is for the import to tell."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.5.1")
+    with pytest.raises(BNSurgeryError, match=r"torch 2\.6 or newer, and torch 2\.5\.1 is installed: pip install"):
+        require_torch.__wrapped__()
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    require_torch.__wrapped__()

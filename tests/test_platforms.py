@@ -141,6 +141,14 @@ def test_peak_memory_is_in_bytes(monkeypatch, platform, unit):
     assert system.peak_memory() == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, rel=0.1)
 
 
+def test_peak_memory_without_getrusage(monkeypatch):
+    """As on Windows; here psutil knows what is held now, which is no more than the peak."""
+    pytest.importorskip("psutil")  # which needs it itself, but on Windows
+    peak = system.peak_memory()
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert 2**20 < system.peak_memory() <= peak + 2**20
+
+
 def test_words_are_quoted_for_the_shell_at_hand(monkeypatch):
     assert system.quote("a b") == "'a b'"
     monkeypatch.setattr(system, "WINDOWS", True)  # neither cmd.exe nor PowerShell needs quotes for a backslash
