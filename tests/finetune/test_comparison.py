@@ -117,7 +117,7 @@ def test_trials_in_processes_of_their_own_give_the_same(model, data, config, tmp
     """As many as the machine affords, once the first has told what one takes; compared with one thread here."""
     alone = compared(config, model, data, arms=("bn", "plain"), rates=(0.1, 0.03))
     apart = config(epochs=2, output=str(tmp_path / "apart"))
-    result = finetune.compare(apart, model=model, data=data, arms=("bn", "plain"), rates=(0.1, 0.03))
+    result = finetune.compare(apart, model=model, data=data, arms=("bn", "plain"), rates=(0.1, 0.03), jobs=None)
     assert [t.arm for t in result.trials] == ["bn", "plain"] * 2
     for one, two in zip(alone.trials, result.trials, strict=True):
         # Other machines give these processes more threads, which sum in another order: a few roundings.
