@@ -25,9 +25,8 @@ def device(name: str) -> torch.device:
     try:
         found = torch.device(name)
         module = _module(found)
-        there = (
-            module.is_available() and (found.index or 0) < module.device_count()
-        )  # starts no device, nor takes memory
+        # Neither question starts the device or takes memory on it.
+        there = module.is_available() and (found.index or 0) < module.device_count()
     except (RuntimeError, AttributeError):  # no name of a device, or of one that this torch does not know
         there = False
     if not there:
