@@ -78,6 +78,7 @@ def training_norms(model: nn.Module, *, by_batch: bool) -> Iterator[Callable[[],
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     ours = [norm for norm in norms if isinstance(norm, Insertable)]
     settings = [(norm.statistics, norm.process_group) for norm in ours]
+    seen = [norm.renorm_weights for norm in ours]
     saved = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
 
     @torch.no_grad()
@@ -85,6 +86,8 @@ def training_norms(model: nn.Module, *, by_batch: bool) -> Iterator[Callable[[],
         for norm, buffers in zip(norms, saved, strict=True):
             for name, value in buffers.items():
                 getattr(norm, name).copy_(value)
+        for norm, weights in zip(ours, seen, strict=True):
+            norm.renorm_weights = weights
 
     try:
         with observing(model):

@@ -81,5 +81,5 @@ def _stock(norm: nn.Module) -> nn.modules.batchnorm._BatchNorm:
     with torch.device("meta"):
         new = cls(norm.num_features, norm.eps, norm.momentum)
     new._parameters.update(norm._parameters)
-    new._buffers.update(norm._buffers)
+    new._buffers.update({name: norm._buffers[name] for name in new._buffers})
     return new.train(norm.training)

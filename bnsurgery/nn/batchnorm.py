@@ -1,18 +1,17 @@
 """BatchNorm modules for insertion: torch's own on our op, with a fused ReLU, statistics modes, and exact casts."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bnsurgery import ops
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.ops.functional import batch_statistics, check, normalize_by_batch, update_running_
+from bnsurgery.ops.functional import check, normalize
+from bnsurgery.ops.renorm import Renorm
 
 from .identity import identity_parameters, kernel_scale_shift
-from .renorm import correction, limits
 
 Activation = Literal["relu"] | None
 Statistics = Literal["batch", "running", "renorm"]
@@ -26,6 +25,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         statistics: what train mode normalizes by, see `set_statistics_`.
         renorm_start: num_batches_tracked when `statistics` became "renorm".
         renorm_steps: training steps after which "renorm" is "batch".
+        renorm_state: that of `ops.renorm.Renorm`, a buffer that the state dict leaves out.
+        renorm_weights: weight and bias at the last call, with their versions: a step ends when they change.
         process_group: name of the group whose ranks share the batch's statistics, "" for none; `set_process_group_`.
     """
 
@@ -40,6 +41,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     statistics: Statistics = "batch"
     renorm_start: int = 0
     renorm_steps: int = 0
+    renorm_state: Any
+    renorm_weights: Sequence[tuple[Tensor, int]] | None = None
     process_group: str = ""
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
@@ -47,6 +50,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{type(self).__name__}: activation must be None or 'relu', got {activation!r}")
         super().__init__(*args, **kwargs)
         self.activation = activation
+        self.register_buffer("renorm_state", None, persistent=False)
         # torch.fx, and torchvision's create_feature_extractor, take what says that it is from torch.nn for a leaf.
         self.__module__ = nn.BatchNorm2d.__module__
 
@@ -55,26 +59,40 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if _exporting():
             return self._in_torch(input)
-        relu = self.activation == "relu"
-        by_batch = self.running_mean is None or (self.training and self.statistics != "running")
-        if not by_batch:
-            tensors = self.running_mean, self.running_var, self.weight, self.bias
-            return ops.batch_norm(input, *tensors, eps=self.eps, relu=relu)
-        check(input, type(self).__name__, **self._affine_and_statistics())  # before anything is updated
-        group = self.process_group if self.training else ""
-        mean, var, count = batch_statistics(input, group)
-        weight, bias = self.weight, self.bias
-        if self.training and self.track_running_stats and self.running_mean is not None:
-            if self.statistics == "renorm":
-                r_max, d_max = limits(self.num_batches_tracked - self.renorm_start, self.renorm_steps, var.dtype)
-                weight, bias = correction(
-                    mean, var, self.running_mean, self.running_var, weight, bias, self.eps, r_max, d_max
-                )
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-            momentum = 1 / self.num_batches_tracked.to(var.dtype) if self.momentum is None else self.momentum
-            update_running_(self.running_mean, self.running_var, mean, var, count, momentum)
-        return normalize_by_batch(input, mean, var, count, weight, bias, self.eps, relu, group)
+        if not input.is_floating_point() or input.shape[1] != self.num_features:
+            check(input, type(self).__name__, **self._affine_and_statistics())
+        running_mean, running_var = self.running_mean, self.running_var
+        training, group, counter, renorm, momentum = self.training, "", None, None, 0.0
+        if training and self.statistics != "running":
+            group = self.process_group
+            if self.track_running_stats and running_mean is not None:
+                counter = self.num_batches_tracked
+                if self.statistics == "renorm":
+                    renorm = Renorm(self.renorm_state, self.renorm_steps, self._step_begins())
+                momentum = 1 / (counter + 1) if self.momentum is None else self.momentum
+            else:
+                running_mean = running_var = None
+        else:
+            training = running_mean is None
+        output = normalize(
+            input, running_mean, running_var, self.weight, self.bias, training, momentum, self.eps,
+            self.activation is not None, group, counter, renorm,
+        )  # fmt: skip
+        if renorm is not None and not torch.compiler.is_compiling():
+            self.renorm_weights = [(t, t._version) for t in (self.weight, self.bias) if t is not None]
+        return output
+
+    def _step_begins(self) -> bool:
+        """Whether weight or bias have changed since the last call; True in compiled code, which cannot tell."""
+        if torch.compiler.is_compiling():
+            return True
+        now = [t for t in (self.weight, self.bias) if t is not None]
+        seen = self.renorm_weights
+        return (
+            seen is None
+            or len(seen) != len(now)
+            or any(a is not b or a._version != v for b, (a, v) in zip(now, seen, strict=True))
+        )
 
     def _in_torch(self, input: Tensor) -> Tensor:
         """`forward` in torch's own operators, for programs that have to run without this package."""
@@ -93,8 +111,17 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.renorm_start and not self.num_batches_tracked.is_meta:  # a schedule never starts in the future
-            self.renorm_start = min(self.renorm_start, int(self.num_batches_tracked))
+        if self.statistics == "renorm" and not self.num_batches_tracked.is_meta:
+            done = int(self.num_batches_tracked) - self.renorm_start
+            self.start_renorm_(max(done, 0), self.renorm_steps)
+
+    def start_renorm_(self, done: int, steps: int) -> None:
+        """Normalize by "renorm" from now on, as if `done` of its training steps had been taken."""
+        self.statistics, self.renorm_steps = "renorm", steps
+        self.renorm_start = int(self.num_batches_tracked) - done
+        self.renorm_state = self.running_mean.new_zeros(3, self.num_features)
+        self.renorm_state[2] = done - 1  # the next call begins a step
+        self.renorm_weights = None
 
     def reset_running_stats(self) -> None:
         """Torch's; refused where train mode needs them: `torch.optim.swa_utils.update_bn` begins with it."""

@@ -42,9 +42,9 @@ def set_statistics_(bn_model: nn.Module, mode: Statistics, *, renorm_steps: int 
         if (norm.running_mean is None or norm.num_batches_tracked is None) and mode != "batch":
             raise BNSurgeryError(f"set_statistics_: '{name}' has no running statistics, which {mode!r} needs")
     for norm in norms.values():
-        norm.statistics = mode
+        norm.statistics, norm.renorm_state = mode, None
         if mode == "renorm":
-            norm.renorm_start, norm.renorm_steps = int(norm.num_batches_tracked), renorm_steps
+            norm.start_renorm_(0, renorm_steps)
 
 
 def set_process_group_(bn_model: nn.Module, process_group: ProcessGroup | None) -> None:

@@ -1,190 +1,190 @@
-"""Batch norm as compositions of ATen kernels: for the CPU, and for devices and dtypes without a kernel of ours.
+"""Batch norm by ATen: whole, in kernels that its own autograd differentiates, and step by step, for our ops.
 
-On the CPU a fresh 100 MB tensor costs 28 ms of page faults, more than any pass over one (3 to 8 ms, two Zen 4 cores).
-So the backward makes one fresh tensor, dx, where nn.BatchNorm2d + nn.ReLU make two: it masks the gradient once for the
-sums and once for dx, a cache-sized tile at a time. Training's forward takes the moments from `channel_moments` (a
-third of the time of ATen's for NCHW) and the rest from ATen's eval kernel, its fastest.
+Whole is what the CPU takes: nothing tried there is faster (benchmarks/norm.py). The steps are for ranks that exchange
+sums, for compiled graphs, and for devices and dtypes without a kernel of ours.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd import forward_ad
 
-from bnsurgery.devices import takes_float64
+from bnsurgery.devices import takes_float64, widest
 
-from .tiles import channels_of, in_memory_order, tiles
+from . import layout
+from .cpu_moments import channel_moments_cpu
+from .renorm import Renorm, r_and_d_
+from .sync import merge_moments, sum_over_ranks
 
-# Bytes up to which malloc hands out memory that has been touched before (glibc's largest mmap threshold): one temporary
-# of that size costs less than masking the gradient twice.
-AT_ONCE = 32 << 20
-# Elements up to which a tensor is one tile in the backward, and those of a tile of a larger one, whose buffer is new at
-# every call and so costs page faults itself.
-_ONE_TILE = 1 << 20
-_TILE = 1 << 18
+# |mean|/σ from which on x is centred first: ATen's kernels round the mean to float32 and then subtract it.
+_FAR = 16.0
+
+
+def batch_norm(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float, eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    """ATen's batch norm, then ReLU in place, for tensors of one dtype; vectors beside half precision are float32.
+
+    For strides other than contiguous and channels_last ATen has slow code, which in eval mode rounds otherwise: there
+    the dims go into the order of memory, where x is (outer, C, inner).
+    """
+    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu":
+        # ATen would round the gradient of the bias to half precision.
+        arguments = (running_mean, running_var, weight, bias, training, momentum, eps, relu)
+        return batch_norm(x.float(), *arguments).to(x.dtype)
+    if not x.is_contiguous() and not _channels_last(x):
+        rest = (running_mean, running_var, weight, bias, training, momentum, eps, relu)
+        return layout.unflat(batch_norm(layout.flat(x), *rest), x)
+    y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    if training and _is_far(x, mean, invstd):
+        centred, n = x - along_channels(mean, x), samples_per_channel(x)
+        y, more, better = torch.native_batch_norm(centred, weight, bias, None, None, True, momentum, eps)
+        if running_mean is not None and running_var is not None:
+            running_mean.add_(more, alpha=momentum)
+            running_var.add_(better.pow(-2) - invstd.pow(-2), alpha=momentum * n / (n - 1))
+    return y.relu_() if relu else y
+
+
+def _channels_last(x: Tensor) -> bool:
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return memory_format is not None and x.is_contiguous(memory_format=memory_format)
+
+
+def _is_far(x: Tensor, mean: Tensor, invstd: Tensor) -> bool:
+    """Whether rounding the mean to float32 costs digits that x has. Asked where the answer is at hand: of the CPU."""
+    if x.device.type != "cpu" or type(x) is not Tensor or transformed():
+        return False
+    return (mean * invstd).abs_().max().item() > _FAR
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work, which know ATen's ops but not custom ones."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2 per channel in two passes: float64 of shape (C,); on the CPU where the device has no float64."""
-
-    def total(d: Tensor) -> Tensor:
-        if takes_float64(d.device):
-            return d.sum(_others(d), dtype=torch.float64)
-        by_sample = d.sum(_others(d)[1:]) if d.ndim > 2 else d  # short sums in float32, of which float64 takes the rest
-        return by_sample.cpu().double().sum(0)
-
-    return _two_passes(x, total)
+    """Mean and m2 per channel in two passes: float64 of shape (C,), on the CPU where the device has no float64."""
+    if not takes_float64(x.device) or not x.numel():
+        return channel_moments_cpu(x.cpu())
+    mean = x.mean(_others(x), dtype=torch.float64)
+    d = x - along_channels(mean, x)
+    offset = d.mean(_others(x))  # what rounding left in `mean`
+    return mean + offset, d.square_().sum(_others(x)) - offset.square() * samples_per_channel(x)
 
 
-def channel_moments_there(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`channel_moments` in the dtype of the arithmetic and on the device, so that the host does not wait for it."""
-    return _two_passes(x, lambda d: d.sum(_others(d)))
+def settle_(
+    x: Tensor, moments: tuple[Tensor, Tensor], running_mean: Tensor | None, running_var: Tensor | None, eps: float,
+    momentum: float, counter: Tensor | None, renorm: Renorm | None, group: str,
+) -> Tensor:  # fmt: skip
+    """Merge the moments over the ranks, move running statistics and counter, and give back what to normalize by.
+
+    Returns:
+        (2, C), mean and population variance; with Batch Renormalization (4, C), with r and d. An empty batch gives
+        zeros and leaves the running statistics alone; the others move towards the unbiased variance.
+    """
+    count: Any = samples_per_channel(x)
+    mean, m2 = moments
+    if group:
+        count, mean, m2 = merge_moments(mean.new_full((), count), mean, m2, group)
+    some = count + (count == 0)
+    rows = torch.stack((mean, m2 / some))
+    if renorm is not None and running_mean is not None and running_var is not None:
+        rows = torch.cat((rows, r_and_d_(renorm, rows[0], rows[1], running_mean, running_var, eps)))
+    for running, value in ((running_mean, mean), (running_var, m2 / (some - 1 * (some > 1)))):
+        if running is not None:
+            running.lerp_(value.to(running.dtype).to(running.device), momentum * (count > 0))
+    if counter is not None:
+        counter.add_(1)
+    return rows
 
 
-def _two_passes(x: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and m2 by a rough mean, and by what `total` gives for the sums of the deviations from it."""
-    work = x.to(_work_dtype(x))
-    mean = work.mean(_others(x)) if x.numel() else work.new_zeros(x.shape[1])
-    d = x - _along_channels(mean, x)
-    count = max(samples_per_channel(x), 1)
-    offset = total(d) / count  # what rounding left in `mean`
-    return mean.to(offset.device).to(offset.dtype) + offset, total(d.mul_(d)) - offset.square() * count
-
-
-def _others(x: Tensor) -> list[int]:
-    """All dims but that of the channels."""
-    return [dim for dim in range(x.ndim) if dim != 1]
+def corrected(
+    weight: Tensor | None, bias: Tensor | None, r_and_d: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias in `dtype`, with Batch Renormalization's r and d in them where there are any."""
+    weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
+    if len(r_and_d):
+        r, d = (row.to(dtype) for row in r_and_d)
+        shift = d if weight is None else weight * d
+        weight, bias = r if weight is None else weight * r, shift if bias is None else bias + shift
+    return weight, bias
 
 
 def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    batch: bool,
-    relu: bool,
+    x: Tensor, statistics: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> Tensor:
-    """act((x − mean)/√(var + eps)·weight + bias), with scale and shift rounded step by step, as on the CPU."""
-    dtype = _work_dtype(x)
-    scale = 1 / torch.sqrt(var.to(dtype) + eps)
-    scale = scale if weight is None else scale * weight.to(dtype)
-    shift = -mean.to(dtype) * scale if bias is None else bias.to(dtype) - mean.to(dtype) * scale
+    """act((x − mean)/√(var + eps)·weight + bias), scale and shift rounded step by step, as in ATen's CPU kernel."""
+    dtype = work_dtype(x)
+    mean, var, *r_and_d = (row.to(dtype).to(x.device) for row in statistics)
+    weight, bias = corrected(weight, bias, r_and_d, dtype)
+    if x.device.type == "cpu" and x.numel():
+        return batch_norm(x.to(dtype), mean, var, weight, bias, False, 0.0, eps, relu).to(x.dtype)
+    scale = 1 / torch.sqrt(var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
     y = torch.empty_like(x)  # ATen's own choice of strides would be another for some inputs
-    y.copy_(torch.addcmul(_along_channels(shift, x), x.to(dtype), _along_channels(scale, x)))
+    y.copy_(torch.addcmul(along_channels(shift, x), x.to(dtype), along_channels(scale, x)))
     return y.relu_() if relu else y
 
 
-def normalize_cpu(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    batch: bool,
-    relu: bool,
-) -> Tensor:
-    """`normalize` by ATen's eval kernel, whose scalar code rounds so too."""
-    dtype = _work_dtype(x)
-    weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
-    y, nothing = torch.empty_like(x), torch.empty(2, 0, dtype=dtype)
-    parameters = (weight, bias, mean.to(dtype), var.to(dtype), False, 0.0, eps)
-    (source, target), _ = in_memory_order(x, y)
-    if source.is_contiguous() and target.is_contiguous():  # so as (outer, C, inner), which ATen's kernel cannot mistake
-        torch.native_batch_norm(source, *parameters, out=(target, nothing[0], nothing[1]))
-    else:
-        y.copy_(torch.native_batch_norm(x.contiguous(), *parameters)[0])
-    return y.relu_() if relu else y
-
-
-def differentiable(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    batch: bool,
-    relu: bool,
-) -> Tensor:
-    """`normalize` in ops that autograd, forward-mode AD and torch.func know; with `batch` by statistics of its own."""
-    dtype = _work_dtype(x)
-    fixed_mean, fixed_var = (None, None) if batch else (mean.to(dtype), var.to(dtype))
-    weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
-    y = F.batch_norm(x.to(dtype), fixed_mean, fixed_var, weight, bias, batch, 0.0, eps).to(x.dtype)
-    return F.relu(y) if relu else y
-
-
-def gradient_sums(
-    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
-    eps: float, batch: bool, relu: bool,
+def forward(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool, momentum: float, counter: Tensor | None,
+    state: Tensor | None, steps: int, begins: bool, group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Σg and Σg·(x − mean) per channel, float64 of shape (C,), with g the gradient before the activation."""
-    if relu and y is None:
-        y = normalize(x, mean, var, weight, bias, eps, batch, relu)
-    sums, products = (torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
-    dtype = _work_dtype(x)
-    center = mean.to(dtype)
-    ones = torch.ones_like(center)
-    for g, part, channels in _gradient_and_input(grad, x, y if relu else None):
-        g, part = g.to(dtype).contiguous(), part.to(dtype).contiguous()  # ATen takes some other strides for these
-        _, product, total = torch.ops.aten.native_batch_norm_backward(
-            g, part, ones[channels], None, None, center[channels], ones[channels], True, 0.0, [False, True, True]
-        )
-        sums[channels] += total
-        products[channels] += product
-    return sums, products - (mean - center) * sums
+    """Kernel of `library.batch_norm_fwd`."""
+    if mean is not None and var is not None:
+        statistics = torch.stack((mean, var)).to(widest(x.device))
+    else:
+        renorm = None if state is None else Renorm(state, steps, begins)
+        moments = torch.ops.bnsurgery.channel_moments(x)
+        statistics = settle_(x, moments, running_mean, running_var, eps, momentum, counter, renorm, group)
+    return normalize(x, [*statistics], weight, bias, eps, relu), statistics
 
 
-def gradient_input(
-    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
-    mean_dy: Tensor | None, mean_dy_xmu: Tensor | None, eps: float, relu: bool,
-) -> Tensor:  # fmt: skip
-    """scale·(g − mean(g) − (x − mean)/(var + eps)·mean(g·(x − mean))); scale·g without the two means."""
-    if relu and y is None:
-        y = normalize(x, mean, var, weight, bias, eps, mean_dy is not None, relu)
-    dtype, dx = _work_dtype(x), torch.empty_like(x)
-    mean, var = mean.double(), var.double()
-    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
-    slope = level = torch.zeros_like(mean)
-    if mean_dy is not None and mean_dy_xmu is not None:
-        slope = -scale * mean_dy_xmu / (var + eps)
-        level = -scale * mean_dy - slope * mean
-    scale, slope, level = scale.to(dtype), slope.to(dtype), level.to(dtype)
-    zero, one, nothing = (
-        torch.zeros_like(scale),
-        torch.ones_like(scale),
-        torch.empty(2, 0, dtype=dtype, device=x.device),
-    )
-    buffer = torch.empty(_tile_size(x), dtype=dtype, device=x.device)
-    for g, part, channels, out in _gradient_and_input(grad, x, y if relu else None, dx):
-        line = buffer[: part.numel()].view(part.shape)
-        torch.native_batch_norm(  # with mean 0 and variance 1 ATen's eval kernel computes slope·x + level
-            part.to(dtype).contiguous(), slope[channels], level[channels], zero[channels], one[channels], False, 0.0,
-            0.0, out=(line, nothing[0], nothing[1]),
-        )  # fmt: skip
-        factor = _along_channels(scale[channels], part)
-        if out.dtype == dtype:
-            torch.addcmul(line, g, factor, out=out)
-        else:
-            out.copy_(line.addcmul_(g.to(dtype), factor))
-    return dx
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None,
+    eps: float, training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Kernel of `library.batch_norm_bwd`: with d = x − mean and s = 1/√(var + eps).
+
+    In training dx = s·weight·(g − Σg/n − d·s²·Σ(g·d)/n), else s·weight·g; for weight Σ(g·d)·s, and for bias Σg.
+    """
+    dtype = work_dtype(x)
+    mean, var, *r_and_d = (row.to(dtype).to(x.device) for row in statistics)
+    low = (statistics[0] - statistics[0].to(dtype)).to(dtype).to(x.device)  # what rounding took from the mean
+    weight, _ = corrected(weight, None, r_and_d, dtype)
+    g = (grad if y is None else torch.ops.aten.threshold_backward(grad, y, 0)).to(dtype)
+    d = x.to(dtype) - along_channels(mean, x)
+    invstd = (var + eps).rsqrt()
+    scale = invstd if weight is None else invstd * weight
+    dx, d_weight, d_bias = gradients(x, wants_input, wants_affine)
+    sums = torch.stack((g.sum(_others(x)), (g * d).sum(_others(x))))
+    sums[1] -= low * sums[0]
+    if wants_affine:
+        d_bias.copy_(sums[0])
+        d_weight.copy_(sums[1] * invstd)
+        if r_and_d:
+            d_weight.mul_(r_and_d[0]).add_(d_bias * r_and_d[1])
+    if wants_input and training:
+        count: int | Tensor = max(samples_per_channel(x), 1)
+        if group:
+            total = sum_over_ranks(torch.cat((sums.flatten(), sums.new_full((1,), samples_per_channel(x)))), group)
+            sums, count = total[:-1].view(2, -1), total[-1]
+        slope = sums[1] / count * invstd.square()
+        g = g - along_channels(sums[0] / count - low * slope, x) - d * along_channels(slope, x)
+    if wants_input:
+        dx.copy_(g * along_channels(scale, x))
+    return dx, d_weight, d_bias
 
 
-def _gradient_and_input(grad: Tensor, x: Tensor, y: Tensor | None, *more: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Tile by tile, with channels in dim 1: the gradient, zero where `y` is not positive; x; the channels; `more`."""
-    views, axis = in_memory_order(x, grad, x if y is None else y, *more)
-    buffer = torch.empty(0 if y is None else _tile_size(x), dtype=grad.dtype, device=x.device)
-    for tile in tiles(views[0].shape, max(_tile_size(x), 1)):
-        part, g, output, *others = (view[tile].movedim(axis, 1) for view in views)
-        if y is not None:
-            masked = buffer[: part.numel()].view(part.shape)
-            g = torch.ops.aten.threshold_backward.grad_input(g, output, 0, grad_input=masked)
-        yield g, part, channels_of(tile, axis), *others
+def gradients(x: Tensor, wants_input: bool, wants_affine: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of input, weight and bias; none for what is not wanted."""
+    weight, bias = (x.new_empty(x.shape[1] * wants_affine, dtype=work_dtype(x)) for _ in range(2))
+    return torch.empty_like(x) if wants_input else x.new_empty(0), weight, bias
 
 
 def samples_per_channel(x: Tensor) -> int:
@@ -192,20 +192,16 @@ def samples_per_channel(x: Tensor) -> int:
     return x.numel() // max(x.shape[1], 1)
 
 
-def at_once(x: Tensor) -> bool:
-    """Whether a temporary as large as `x` is cheaper than computing it twice, tile by tile."""
-    return x.numel() * x.itemsize <= AT_ONCE
-
-
-def _tile_size(x: Tensor) -> int:
-    return x.numel() if x.numel() <= _ONE_TILE else _TILE
-
-
-def _along_channels(vector: Tensor, x: Tensor) -> Tensor:
-    """View a vector of shape (C,) so that it broadcasts over `x` of shape (N, C, *)."""
-    return vector.view(-1, *[1] * (x.dim() - 2))
-
-
-def _work_dtype(x: Tensor) -> torch.dtype:
+def work_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 for float64, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _others(x: Tensor) -> list[int]:
+    """All dims but that of the channels."""
+    return [dim for dim in range(x.ndim) if dim != 1]
+
+
+def along_channels(vector: Tensor, x: Tensor) -> Tensor:
+    """View a vector of shape (C,) so that it broadcasts over `x` of shape (N, C, *)."""
+    return vector.view(-1, *[1] * (x.dim() - 2))

@@ -1,14 +1,17 @@
 """Launches the Triton kernels: how a tensor is cut into tiles and shared out among programs."""
 
 import functools
-import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import aten, kernels, layout
+from .renorm import Renorm
+from .sync import sum_over_ranks
 
 # Elements of a tile; 16 for each of a program's 256 threads, which is 2 or 4 loads of 16 bytes in flight per tensor.
 TILE, WARPS = 4096, 8
@@ -17,173 +20,151 @@ OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 # Programs per multiprocessor. A reduction wants no more than run at once; an elementwise pass some in reserve, so that
 # the last ones to finish are few.
 REDUCING, STREAMING = 4, 16
-MAX_SPLITS = COMBINING = 1024  # partial results that a program of `moments_combine` holds in registers
+MAX_SPLITS = COMBINING = 1024  # partial results that a program of a combining kernel holds in registers
+# Tiles that one program adds up rather than share them and need another launch. A guess: no GPU has been measured yet.
+ALONE = 8
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Tensors of one shape as (outer0, outer1, outer2, C, inner).
+class Grid(NamedTuple):
+    """How work items (see `kernels`) are shared out; the fields from `inner_blocks` on are arguments of the kernels."""
 
-    Attributes:
-        channels, inner: these sizes.
-        outer: the three outer sizes.
-        strides: of each tensor, in elements, in the order above.
-    """
-
-    channels: int
-    inner: int
-    outer: tuple[int, int, int]
-    strides: tuple[tuple[int, ...], ...]
-
-
-def geometry(*tensors: Tensor) -> Geometry:
-    """Merge the dims of `tensors` other than 1 as far as the strides of all allow; the first one's innermost is inner.
-
-    Raises:
-        ValueError: more than four dims besides C are left.
-    """
-    first = tensors[0]
-    dims = [dim for dim in range(first.dim()) if dim != 1 and first.shape[dim] > 1]
-    merged: list[tuple[int, list[int]]] = []
-    for dim in sorted(dims, key=first.stride, reverse=True):
-        size, strides = first.shape[dim], [tensor.stride(dim) for tensor in tensors]
-        if merged and all(a == b * size for a, b in zip(merged[-1][1], strides, strict=True)):
-            merged[-1] = (merged[-1][0] * size, strides)
-        else:
-            merged.append((size, strides))
-    while len(merged) < 4:
-        merged.insert(0, (1, [0] * len(tensors)))
-    if len(merged) > 4:
-        raise ValueError(
-            f"batch_norm: no 5-dimensional view describes shape {tuple(first.shape)} with strides "
-            f"{[tensor.stride() for tensor in tensors]} of input, output or gradient: call .contiguous() on them"
-        )
-    per_tensor = tuple(
-        (*(part[index] for _, part in merged[:3]), tensor.stride(1), merged[3][1][index])
-        for index, tensor in enumerate(tensors)
-    )
-    a, b, c, inner = (size for size, _ in merged)
-    return Geometry(first.shape[1], inner, (a, b, c), per_tensor)
-
-
-def blocks(geometry: Geometry) -> tuple[int, int]:
-    """(BLOCK_C, BLOCK_INNER): the longer side along the first tensor's unit stride, so that loads coalesce."""
-    most_c, most_inner = _power_of_2(geometry.channels), _power_of_2(geometry.inner)
-    *_, stride_c, stride_inner = geometry.strides[0]
-    if any(strides[-2:] != (stride_c, stride_inner) and 1 in strides[-2:] for strides in geometry.strides[1:]):
-        # NCHW beside channels_last: half a cache line and more either way, and few elements a thread, whose addresses
-        # all differ.
-        block_c = min(most_c, 32)
-        return block_c, min(most_inner, max(TILE // 4 // block_c, 1))
-    # Small planes are seldom aligned: again few elements a thread.
-    block_c = min(most_c, 128 if stride_c == 1 else max(TILE // 4 // most_inner, 1))
-    return block_c, min(most_inner, TILE // block_c)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How work items (see `kernels`) are shared out."""
-
+    last: bool
     block_c: int
     block_inner: int
-    c_blocks: int
     inner_blocks: int
+    inner: int
     items: int
     per_split: int
     splits: int
+    channels: int
+    c_blocks: int
 
     @property
     def programs(self) -> int:
         """Programs in all."""
         return self.c_blocks * self.splits
 
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """Constants of the kernels."""
+        return {"LAST": self.last, "BLOCK_C": self.block_c, "BLOCK_INNER": self.block_inner, **OPTIONS}
 
-def grid(geometry: Geometry, programs: int) -> Grid:
-    """About `programs` programs of equally many work items; a function of the shape alone, so results repeat."""
-    block_c, block_inner = blocks(geometry)
-    c_blocks, inner_blocks = _ceil_div(geometry.channels, block_c), _ceil_div(geometry.inner, block_inner)
-    items = math.prod(geometry.outer) * inner_blocks
-    per_split = _ceil_div(items, _ceil_div(programs, c_blocks))
-    return Grid(block_c, block_inner, c_blocks, inner_blocks, items, per_split, _ceil_div(items, per_split))
+
+@functools.lru_cache(maxsize=4096)
+def grid(outer: int, channels: int, inner: int, programs: int, tile: int, alone: int = 0) -> Grid:
+    """About `programs` programs of equally many work items; one a block of channels where these are at most `alone`.
+
+    A function of the sizes alone, so results repeat. The longer side of a tile is along memory, so that loads coalesce.
+    """
+    last = inner == 1
+    outer, inner = (1, outer) if last else (outer, inner)
+    # Small planes are seldom aligned: few elements a thread.
+    block_c = min(_power_of_2(channels), 128 if last else max(tile // 4 // _power_of_2(inner), 1))
+    block_inner = min(_power_of_2(inner), tile // block_c)
+    c_blocks, inner_blocks = _ceil_div(channels, block_c), _ceil_div(inner, block_inner)
+    items = outer * inner_blocks
+    per_split = items if items <= alone else _ceil_div(items, _ceil_div(programs, c_blocks))
+    splits = _ceil_div(items, per_split)
+    return Grid(last, block_c, block_inner, inner_blocks, inner, items, per_split, splits, channels, c_blocks)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2 per channel of a tensor that is not empty: float64 of shape (C,)."""
-    shape = geometry(x)
-    g = grid(shape, min(REDUCING * _processors(x.device), MAX_SPLITS))
-    counts = torch.empty(g.splits, dtype=torch.float64, device=x.device)
-    partial = torch.empty(2, g.splits, shape.channels, dtype=torch.float64, device=x.device)
-    mean, m2 = (torch.empty(shape.channels, dtype=torch.float64, device=x.device) for _ in range(2))
-    block_s = _power_of_2(g.splits)
-    block_c = min(_power_of_2(shape.channels), max(1, COMBINING // block_s))
-    with _on(x):
-        kernels.moments_partial[g.programs,](
-            x, counts, partial, *shape.strides, shape.outer[1:], g.inner_blocks, shape.inner, g.items, g.per_split,
-            g.splits, shape.channels, g.c_blocks, BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
-        )  # fmt: skip
-        kernels.moments_combine[_ceil_div(shape.channels, block_c),](
-            counts, partial, mean, m2, g.splits, shape.channels, BLOCK_S=block_s, BLOCK_C=block_c, **OPTIONS
-        )
-    return mean, m2
+    """Kernel of `library.channel_moments`."""
+    x = layout.dense(x)
+    mean, var = _statistics(x, None, None, None, None, 0.0, 0.0, 1, False)
+    return mean, var * aten.samples_per_channel(x)
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    batch: bool,
-    relu: bool,
-) -> Tensor:
-    """Normalize by (mean, var), scale, shift and apply the activation; see `kernels.normalize`."""
-    y = torch.empty_like(x)
-    shape = geometry(y, x)
-    g = grid(shape, STREAMING * _processors(x.device))
-    with _on(x):
-        kernels.normalize[g.programs,](
-            x, y, *_dense(mean, var, weight, bias), *reversed(shape.strides), shape.outer[1:], g.inner_blocks,
-            shape.inner, g.items, g.per_split, shape.channels, g.c_blocks, eps, BATCH=batch, RELU=relu,
-            BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
-        )  # fmt: skip
-    return y
-
-
-def gradient_sums(
-    grad: Tensor, x: Tensor, y: None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    batch: bool, relu: bool,
+def forward(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool, momentum: float, counter: Tensor | None,
+    state: Tensor | None, steps: int, begins: bool, group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Σg and Σg·(x − mean) per channel, float64 of shape (C,); see `kernels.gradient_sums_partial`."""
-    shape = geometry(x, grad)
-    g = grid(shape, min(REDUCING * _processors(x.device), MAX_SPLITS))
-    partial = torch.empty(2, g.splits, shape.channels, dtype=torch.float64, device=x.device)
+    """Kernel of `library.batch_norm_fwd`."""
+    x = layout.dense(x)
+    mean, var, weight, bias = _dense(mean, var, weight, bias)
+    kept = None
+    if mean is not None:
+        statistics = kept = x.new_empty(2, x.shape[1], dtype=torch.float64)
+    else:
+        if group:
+            renorm = None if state is None else Renorm(state, steps, begins)
+            moments = channel_moments(x)
+            statistics = aten.settle_(x, moments, running_mean, running_var, eps, momentum, counter, renorm, group)
+        else:
+            statistics = _statistics(x, running_mean, running_var, counter, state, momentum, eps, steps, begins)
+        mean = statistics
+    y, g = torch.empty_like(x), _grid(x, STREAMING)
+    flags = {"BATCH": kept is None, "RENORM": state is not None, "RELU": relu}
     with _on(x):
-        kernels.gradient_sums_partial[g.programs,](
-            x, grad, partial, *_dense(mean, var, weight, bias), *shape.strides, shape.outer[1:], g.inner_blocks,
-            shape.inner, g.items, g.per_split, g.splits, shape.channels, g.c_blocks, eps, BATCH=batch, RELU=relu,
-            BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
-        )  # fmt: skip
-    sum_dy, sum_dy_xmu = partial[0].sum(0), partial[1].sum(0)
-    return sum_dy, sum_dy_xmu
+        kernels.normalize[g.programs,](x, y, mean, var, weight, bias, kept, eps, *g[3:], **flags, **g.blocks)
+    return y, statistics
 
 
-def gradient_input(
-    grad: Tensor, x: Tensor, y: None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
-    mean_dy: Tensor | None, mean_dy_xmu: Tensor | None, eps: float, relu: bool,
+def _statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None, state: Tensor | None,
+    momentum: float, eps: float, steps: int, begins: bool,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the input; see `kernels.gradient_input`. Without the two means the statistics are constants."""
-    dx = torch.empty_like(x)
-    shape = geometry(dx, x, grad)
-    g = grid(shape, STREAMING * _processors(x.device))
-    out_strides, x_strides, grad_strides = shape.strides
+    """As `aten.settle_` gives them, in one launch or two."""
+    g = _grid(x, REDUCING, ALONE)
+    statistics = x.new_empty(2 if state is None else 4, g.channels, dtype=torch.float64)
+    moved = _dense(running_mean, running_var)
+    _reduce(kernels.moments, g, (x,), (statistics, *moved, counter, state, momentum, eps, steps, begins))
+    for running, new in zip((running_mean, running_var), moved, strict=True):
+        if running is not None and new is not None and running is not new:
+            running.copy_(new)
+    return statistics
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Kernel of `library.batch_norm_bwd`."""
+    x = layout.dense(x)
+    grad = layout.dense(grad, x)
+    weight, bias = _dense(weight, bias)
+    dx, d_weight, d_bias = aten.gradients(x, wants_input, wants_affine)
+    flags = {"BATCH": training, "RENORM": len(statistics) == 4, "RELU": relu}
+    sums, count = x.new_empty(2, x.shape[1], dtype=torch.float64), aten.samples_per_channel(x)
+    if training or wants_affine:
+        g = _grid(x, REDUCING, ALONE)
+        results = sums, *((d_weight, d_bias) if wants_affine else (None, None)), statistics, eps
+        _reduce(kernels.gradient_sums, g, (x, grad), results, (weight, bias), flags)
+    if training and group:
+        total = sum_over_ranks(torch.cat((sums.flatten(), sums.new_full((1,), count))), group)
+        sums, count = total[:-1] / total[-1], 1
+    if wants_input:
+        g = _grid(x, STREAMING)
+        with _on(x):
+            kernels.gradient_input[g.programs,](
+                x, grad, dx, sums, statistics, weight, bias, eps, count, *g[3:], **flags, **g.blocks
+            )
+    return dx, d_weight, d_bias
+
+
+def _reduce(
+    kernel: Any, g: Grid, inputs: tuple[Tensor, ...], results: tuple[Any, ...], more: tuple[Any, ...] = (),
+    flags: Mapping[str, bool] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """Launch `kernel`, and `combine` behind it where several programs share a channel."""
+    x, alone = inputs[0], g.splits == 1
+    partial = None if alone else x.new_empty(3, g.splits, g.channels, dtype=torch.float64)
     with _on(x):
-        kernels.gradient_input[g.programs,](
-            x, grad, dx, *_dense(mean, var, weight, bias, mean_dy, mean_dy_xmu), x_strides, grad_strides, out_strides,
-            shape.outer[1:], g.inner_blocks, shape.inner, g.items, g.per_split, shape.channels, g.c_blocks, eps,
-            BATCH=mean_dy is not None, RELU=relu, BLOCK_C=g.block_c, BLOCK_INNER=g.block_inner, **OPTIONS,
-        )  # fmt: skip
-    return dx
+        kernel[g.programs,](*inputs, partial, *more, results, *g[3:], ALONE=alone, **flags, **g.blocks)
+        if not alone:
+            block_s = _power_of_2(g.splits)
+            block_c = min(_power_of_2(g.channels), max(1, COMBINING // block_s))
+            kernels.combine[_ceil_div(g.channels, block_c),](
+                partial, results, g.splits, g.channels, MOMENTS=len(inputs) == 1, RENORM=flags.get("RENORM", False),
+                BLOCK_S=block_s, BLOCK_C=block_c, **OPTIONS,
+            )  # fmt: skip
+
+
+def _grid(x: Tensor, per_processor: int, alone: int = 0) -> Grid:
+    outer, inner = layout.extent(x)
+    programs = per_processor * _processors(x.device)
+    return grid(outer, x.shape[1], inner, min(programs, MAX_SPLITS) if alone else programs, TILE, alone)
 
 
 @functools.cache
@@ -193,12 +174,13 @@ def _processors(device: torch.device) -> int:
 
 
 def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
-    """Vectors of C elements side by side, as the kernels read them; that they are is the rule."""
+    """Vectors of C elements side by side, as the kernels read them."""
     return [vector if vector is None else vector.contiguous() for vector in vectors]
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+    there = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return nullcontext() if there else torch.cuda.device_of(x)
 
 
 def _power_of_2(n: int) -> int:

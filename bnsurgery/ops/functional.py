@@ -1,14 +1,16 @@
-"""The public functions: checks, statistics, and the running averages."""
+"""The public functions: checks, and by what an input is normalized."""
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
-from bnsurgery.devices import takes_float64
-
 from . import aten, library
-from .sync import group_name, merge_moments
+from .renorm import Renorm
+from .sync import group_name
+
+# Elements up to which a CUDA tensor in training goes to ATen's kernels, whose launches cost the host less. A guess: no
+# GPU has been measured yet (benchmarks/gpu).
+_ATEN_UP_TO = 1 << 18
 
 
 def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -32,7 +34,7 @@ def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
     References: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance" (shifted data, merging).
     """
     check(input, "channel_moments")
-    moments = aten.channel_moments if transformed() else library.channel_moments
+    moments = aten.channel_moments if aten.transformed() else library.channel_moments
     return aten.samples_per_channel(input), *moments(input.detach())
 
 
@@ -79,86 +81,79 @@ def batch_norm(
     References: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, algorithm 1.
     """
     check(input, "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError("batch_norm: got no running_mean and running_var, which eval mode normalizes by")
-        return _apply(input, running_mean, running_var, weight, bias, None, eps, False, relu, "")
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("batch_norm: got no running_mean and running_var, which eval mode normalizes by")
     group = group_name(process_group)
-    mean, var, count = batch_statistics(input, group)
-    update_running_(running_mean, running_var, mean, var, count, momentum)
-    return normalize_by_batch(input, mean, var, count, weight, bias, eps, relu, group)
+    return normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, relu, group)
 
 
-def batch_statistics(input: Tensor, group: str) -> tuple[Tensor, Tensor, int | Tensor]:
-    """Mean, population variance and count of the batch over all ranks of a group; the count is a tensor then.
+def normalize(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float | Tensor, eps: float, relu: bool, group: str = "", counter: Tensor | None = None,
+    renorm: Renorm | None = None,
+) -> Tensor:  # fmt: skip
+    """`batch_norm` of what was checked, by ATen's kernels or by our ops; `counter` moves by one in training.
 
     Raises:
         ValueError: there is one value per channel, whose variance of 0 would erase it.
     """
-    if takes_float64(input.device):
-        count, mean, m2 = channel_moments(input)
-    else:
-        count = aten.samples_per_channel(input)
-        mean, m2 = aten.channel_moments_there(input.detach())
-    if group:
-        total, mean, m2 = merge_moments(mean.new_full((), count), mean, m2, group)
-        return mean, m2 / total.clamp_min(1), total
-    if count == 1:
+    if training and not group and input.numel() == input.shape[1]:
         raise ValueError(
             f"batch_norm: expected more than 1 value per channel when training, got shape {tuple(input.shape)}: use "
             "larger batches, eval mode or frozen statistics (bnsurgery.set_statistics_(model, 'running'))"
         )
-    return mean, m2 / max(count, 1), count
+    if isinstance(momentum, Tensor):
+        moved = [t if t is None else t.clone() for t in (running_mean, running_var)]
+        rest = (weight, bias, training, 1.0, eps, relu, group, counter, renorm)
+        y = normalize(input, moved[0], moved[1], *rest)
+        for running, new in zip((running_mean, running_var), moved, strict=True):
+            if running is not None and new is not None:
+                running.lerp_(new, momentum.to(running.dtype))
+        return y
+    if (
+        group
+        or torch.compiler.is_compiling()
+        or not _suits_aten(input, running_mean, running_var, weight, bias, training)
+    ):
+        running, none = (running_mean, running_var), (None, None)
+        vectors: Sequence[Tensor | None] = (
+            (*none, *running, weight, bias) if training else (*running, *none, weight, bias)
+        )
+        schedule = (None, 0, False) if renorm is None else (renorm.state, renorm.steps, renorm.begins)
+        return library.batch_norm(input, *vectors, eps, relu, momentum, counter, *schedule, group)
+    if not training:
+        assert running_mean is not None and running_var is not None
+        if torch.is_grad_enabled():  # the next training step will change them in place
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        return aten.normalize(input, (running_mean, running_var), weight, bias, eps, relu)
+    if renorm is not None:
+        with torch.no_grad():
+            moments = library.channel_moments(input)
+            rows = aten.settle_(input, moments, running_mean, running_var, eps, momentum, counter, renorm, "")[2:]
+        dtype = aten.work_dtype(input)
+        weight, bias = aten.corrected(weight, bias, [row.to(dtype).to(input.device) for row in rows], dtype)
+        return aten.batch_norm(input, None, None, weight, bias, True, 0.0, eps, relu)
+    if counter is not None:
+        counter.add_(1)
+    return aten.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps, relu)
 
 
-def normalize_by_batch(
-    input: Tensor, mean: Tensor, var: Tensor, count: int | Tensor, weight: Tensor | None, bias: Tensor | None,
-    eps: float, relu: bool, group: str,
-) -> Tensor:  # fmt: skip
-    """Training's batch norm by statistics from `batch_statistics`, differentiated as functions of the input."""
-    samples = count if isinstance(count, Tensor) else None
-    return _apply(input, mean, var, weight, bias, samples, eps, True, relu, group)
-
-
-def _apply(
-    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, count: Tensor | None,
-    eps: float, batch: bool, relu: bool, group: str,
-) -> Tensor:  # fmt: skip
-    if not transformed():
-        return library.batch_norm_fwd(input, mean, var, weight, bias, count, eps, batch, relu, group)
-    if group:
-        raise NotImplementedError("batch_norm: no torch.func transform or forward-mode AD with a process group")
-    return aten.differentiable(input, mean, var, weight, bias, eps, batch, relu)
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is at work, which know ATen's ops but not custom ones."""
-    if torch.compiler.is_compiling():
+def _suits_aten(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool,
+) -> bool:  # fmt: skip
+    """Whether ATen's kernels take these tensors, and no kernel of ours is better."""
+    if library.takes_kernels(x) and not (training and x.numel() <= _ATEN_UP_TO) and not aten.transformed():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-@torch.no_grad()
-def update_running_(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: int | Tensor,
-    momentum: float | Tensor,
-) -> None:
-    """Running ← (1 − momentum)·running + momentum·batch, with the unbiased variance; an empty batch changes nothing."""
-    if isinstance(count, Tensor):
-        momentum = momentum * (count > 0).to(var.dtype)
-        unbiased = var * (count / (count - 1).clamp_min(1))
-    elif count:
-        unbiased = var * (count / max(count - 1, 1))
-    else:
-        return
-    for running, value in ((running_mean, mean), (running_var, unbiased)):
-        if running is not None:
-            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-            running.lerp_(value.to(running.dtype), weight)
+    dtype = aten.work_dtype(x)
+    return (
+        x.numel() > 0  # with none, ATen's backward divides by zero
+        and (running_mean is None or running_mean.dtype is dtype)
+        and (running_var is None or running_var.dtype is dtype)
+        and (running_mean is None) is (running_var is None)
+        and (weight is None or weight.dtype is dtype)
+        and (bias is None or bias.dtype is dtype)
+    )
 
 
 def check(input: Tensor, name: str, **per_channel: Tensor | None) -> None:

@@ -35,7 +35,6 @@ def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, group: str) -> tuple[
     return total, overall, (m2s + counts * (means - overall).square()).sum(0)
 
 
-def sum_over_ranks(vectors: tuple[Tensor, Tensor], group: str) -> tuple[Tensor, Tensor]:
-    """Both vectors, each summed over the ranks in the order of the ranks."""
-    first, second = gather(torch.cat(vectors), group).sum(0).chunk(2)
-    return first, second
+def sum_over_ranks(vector: Tensor, group: str) -> Tensor:
+    """Summed over the ranks in the order of the ranks."""
+    return gather(vector, group).sum(0)

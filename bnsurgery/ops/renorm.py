@@ -1,0 +1,59 @@
+"""Batch Renormalization: train-mode outputs tied to the running statistics, less and less."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Renorm:
+    """Where a layer stands in its schedule.
+
+    Attributes:
+        state: (3, C), changed in place: running mean and variance as they were when this training step began, and the
+            number of steps before it, once for each channel.
+        steps: length of the schedule.
+        begins: whether a step begins with this call.
+    """
+
+    state: Tensor
+    steps: int
+    begins: bool
+
+
+def limits(step: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """(r_max, d_max) at a training step: (∞, ∞) at step 0, (3, 5) half way, (1, 0) from `steps` on.
+
+    With p = step/steps: ln r_max = ln 3·(1 − p)/p and d_max = 5·(1 − p)/p. The paper opens from (1, 0) to (3, 5); here
+    the running statistics are right from the start and the weights shall come to live with plain batch norm.
+
+    Args:
+        step: floating point, of any shape: the training steps done.
+        steps: length of the schedule, above 0.
+
+    References: Ioffe 2017, arXiv:1702.03275, section 4.
+    """
+    p = (step / steps).clamp(0, 1)
+    openness = (1 - p) / p
+    return (math.log(3) * openness).exp(), 5 * openness
+
+
+def r_and_d_(
+    renorm: Renorm, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """Begin a step where one begins; then r = clip(σ_B/σ, 1/r_max, r_max) and d = clip((μ_B − μ)/σ, −d_max, d_max).
+
+    Rows of (2, C), constants for the gradient. Plain batch norm with weight·r and weight·d + bias then computes
+    weight·(r·x̂ + d) + bias; wide open that is the eval function, by the running statistics of the step's beginning.
+    """
+    if renorm.begins:
+        renorm.state[0].copy_(running_mean)
+        renorm.state[1].copy_(running_var)
+        renorm.state[2].add_(1)
+    anchor_mean, anchor_var, step = renorm.state.to(mean.device).to(mean.dtype)
+    r_max, d_max = limits(step, renorm.steps)
+    std = (anchor_var + eps).sqrt()
+    r = ((var + eps).sqrt() / std).clamp(1 / r_max, r_max)
+    return torch.stack((r, ((mean - anchor_mean) / std).clamp(-d_max, d_max)))
