@@ -24,7 +24,7 @@ from bnsurgery.ops import cuda, kernels
 from bnsurgery.tables import table
 
 ARCHITECTURES = (80, 90, 100)
-NAMES = ("moments_partial", "moments_combine", "normalize", "gradient_sums_partial", "gradient_input")
+NAMES = ("moments", "gradient_sums", "combine", "normalize", "gradient_input")
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 MAX_STACK = 16  # bytes; registers that do not fit go to the stack, and more than this is more than one or two
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,30 +76,30 @@ def launch_all(quick: bool) -> None:
 
     The quick way, any two of layout, dtype and flags meet, but not every three.
     """
-    inputs = [x for shape in [(2, 64, 8, 8), (3, 5, 7)] for x in layouts(torch.empty(shape))]
+    inputs = [x for shape in [(2, 64, 8, 8), (3, 5, 7), (4, 3, 224, 224)] for x in layouts(torch.empty(shape))]
     flags = list(itertools.product((True, False), repeat=2))
     if quick:
         for i, x in enumerate(inputs):
             for j, dtype in enumerate(DTYPES):
-                launch(x.to(dtype), x.to(dtype), *flags[(i + j) % 4], True, True)
-            launch(x.bfloat16(), x.bfloat16(), *flags[(i + 3) % 4], False, False)
+                launch(x.to(dtype), *flags[(i + j) % 4], True, True, renorm=j == 0)
+            launch(x.bfloat16(), *flags[(i + 3) % 4], False, False)
         return
     for x, dtype, (batch, relu), (weight, bias) in itertools.product(inputs, DTYPES, flags, flags):
-        launch(x.to(dtype), x.to(dtype), batch, relu, weight, bias)
-    for shape, dtype in itertools.product(SHAPES, DTYPES):
-        for x, grad in itertools.product(*(list(layouts(torch.empty(shape, dtype=dtype))) for _ in range(2))):
-            launch(x, grad, True, True, True, True)
+        launch(x.to(dtype), batch, relu, weight, bias)
+    for shape, dtype, renorm in itertools.product(SHAPES, DTYPES, (True, False)):
+        for x in layouts(torch.empty(shape, dtype=dtype)):
+            launch(x, True, True, True, True, renorm=renorm)
 
 
-def launch(x: Tensor, grad: Tensor, batch: bool, relu: bool, weight: bool, bias: bool) -> None:
-    dtype = torch.float64 if batch else torch.float32  # of statistics: the batch's, or the running ones
-    statistics = torch.empty(x.shape[1], dtype=dtype), torch.empty(x.shape[1], dtype=dtype)
-    affine = [torch.empty(x.shape[1]) if wanted else None for wanted in (weight, bias)]
-    means = statistics if batch else (None, None)
+def launch(x: Tensor, batch: bool, relu: bool, weight: bool, bias: bool, renorm: bool = False) -> None:
+    channels = x.shape[1]
+    running = torch.empty(channels), torch.empty(channels)
+    affine = [torch.empty(channels) if wanted else None for wanted in (weight, bias)]
+    vectors = (None, None, *running, *affine) if batch else (*running, None, None, *affine)
+    state = torch.empty(3, channels) if batch and renorm else None
     cuda.channel_moments(x)
-    cuda.normalize(x, *statistics, *affine, 1e-5, batch, relu)
-    cuda.gradient_sums(grad, x, None, *statistics, *affine, 1e-5, batch, relu)
-    cuda.gradient_input(grad, x, None, *statistics, *affine, *means, 1e-5, relu)
+    _, statistics = cuda.forward(x, *vectors, 1e-5, relu, 0.1, torch.tensor(0), state, 10, True, "")
+    cuda.backward(x, x, None, statistics, *affine, 1e-5, batch, relu, "", True, weight)
 
 
 def usage(cubin: bytes) -> dict[str, int]:

@@ -20,6 +20,7 @@ from .sync import merge_moments, sum_over_ranks
 
 # |mean|/σ from which on x is centred first: ATen's kernels round the mean to float32 and then subtract it.
 _FAR = 16.0
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def batch_norm(
@@ -31,15 +32,16 @@ def batch_norm(
     For strides other than contiguous and channels_last ATen has slow code, which in eval mode rounds otherwise: there
     the dims go into the order of memory, where x is (outer, C, inner).
     """
-    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu":
-        # ATen would round the gradient of the bias to half precision.
-        arguments = (running_mean, running_var, weight, bias, training, momentum, eps, relu)
-        return batch_norm(x.float(), *arguments).to(x.dtype)
-    if not x.is_contiguous() and not _channels_last(x):
-        rest = (running_mean, running_var, weight, bias, training, momentum, eps, relu)
-        return layout.unflat(batch_norm(layout.flat(x), *rest), x)
+    if x.is_cpu and x.dtype.itemsize == 2:  # ATen would round the gradient of the bias to half precision
+        vectors = (running_mean, running_var, weight, bias)
+        return batch_norm(x.float(), *vectors, training, momentum, eps, relu).to(x.dtype)
+    if not x.is_contiguous() and not (
+        x.ndim in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim])
+    ):
+        vectors = (running_mean, running_var, weight, bias)
+        return layout.unflat(batch_norm(layout.flat(x), *vectors, training, momentum, eps, relu), x)
     y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
-    if training and _is_far(x, mean, invstd):
+    if training and x.is_cpu and _is_far(mean, invstd):
         centred, n = x - along_channels(mean, x), samples_per_channel(x)
         y, more, better = torch.native_batch_norm(centred, weight, bias, None, None, True, momentum, eps)
         if running_mean is not None and running_var is not None:
@@ -48,16 +50,13 @@ def batch_norm(
     return y.relu_() if relu else y
 
 
-def _channels_last(x: Tensor) -> bool:
-    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    return memory_format is not None and x.is_contiguous(memory_format=memory_format)
-
-
-def _is_far(x: Tensor, mean: Tensor, invstd: Tensor) -> bool:
-    """Whether rounding the mean to float32 costs digits that x has. Asked where the answer is at hand: of the CPU."""
-    if x.device.type != "cpu" or type(x) is not Tensor or transformed():
+def _is_far(mean: Tensor, invstd: Tensor) -> bool:
+    """Whether rounding the mean to float32 costs digits that the input has; False where no number is to be had."""
+    if type(mean) is not Tensor or transformed():
         return False
-    return (mean * invstd).abs_().max().item() > _FAR
+    ratio = mean * invstd
+    squares = torch.dot(ratio, ratio).item()  # the cheaper question first
+    return not squares <= _FAR**2 and ratio.abs().max().item() > _FAR
 
 
 def transformed() -> bool:

@@ -115,44 +115,38 @@ def normalize(
         or torch.compiler.is_compiling()
         or not _suits_aten(input, running_mean, running_var, weight, bias, training)
     ):
-        running, none = (running_mean, running_var), (None, None)
-        vectors: Sequence[Tensor | None] = (
-            (*none, *running, weight, bias) if training else (*running, *none, weight, bias)
-        )
+        vectors = (None, None, running_mean, running_var) if training else (running_mean, running_var, None, None)
         schedule = (None, 0, False) if renorm is None else (renorm.state, renorm.steps, renorm.begins)
-        return library.batch_norm(input, *vectors, eps, relu, momentum, counter, *schedule, group)
+        return library.batch_norm(input, *vectors, weight, bias, eps, relu, momentum, counter, *schedule, group)
     if not training:
         assert running_mean is not None and running_var is not None
         if torch.is_grad_enabled():  # the next training step will change them in place
             running_mean, running_var = running_mean.clone(), running_var.clone()
-        return aten.normalize(input, (running_mean, running_var), weight, bias, eps, relu)
-    if renorm is not None:
+        if not input.is_cpu:
+            return aten.normalize(input, (running_mean, running_var), weight, bias, eps, relu)
+    elif renorm is not None:
         with torch.no_grad():
             moments = library.channel_moments(input)
             rows = aten.settle_(input, moments, running_mean, running_var, eps, momentum, counter, renorm, "")[2:]
-        dtype = aten.work_dtype(input)
+        dtype, running_mean, running_var = aten.work_dtype(input), None, None
         weight, bias = aten.corrected(weight, bias, [row.to(dtype).to(input.device) for row in rows], dtype)
-        return aten.batch_norm(input, None, None, weight, bias, True, 0.0, eps, relu)
-    if counter is not None:
+    elif counter is not None:
         counter.add_(1)
-    return aten.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps, relu)
+    return aten.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, relu)
 
 
 def _suits_aten(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool,
-) -> bool:  # fmt: skip
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool
+) -> bool:
     """Whether ATen's kernels take these tensors, and no kernel of ours is better."""
     if library.takes_kernels(x) and not (training and x.numel() <= _ATEN_UP_TO) and not aten.transformed():
         return False
     dtype = aten.work_dtype(x)
     return (
-        x.numel() > 0  # with none, ATen's backward divides by zero
-        and (running_mean is None or running_mean.dtype is dtype)
-        and (running_var is None or running_var.dtype is dtype)
-        and (running_mean is None) is (running_var is None)
+        (mean is var if mean is None or var is None else mean.dtype is var.dtype is dtype)
         and (weight is None or weight.dtype is dtype)
         and (bias is None or bias.dtype is dtype)
+        and x.numel() > 0  # with none, ATen's backward divides by zero
     )
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 # Compiled once for all values: a network has as many of these as it has layers and batch sizes.
-SIZES = ["inner_blocks", "inner", "items", "per_split", "splits", "count"]
+SIZES = ["inner_blocks", "inner", "items", "per_split", "splits", "samples"]
 
 
 @triton.jit
@@ -108,8 +108,9 @@ def _settle(mean, var, count, c, channels, results):
     if running_var is not None:
         old = tl.load(running_var + c, mask=exists)
         tl.store(running_var + c, old + momentum * (var * (count / (count - 1)) - old), mask=exists)
-    if counter is not None and tl.program_id(0) == 0:
-        tl.store(counter, tl.load(counter) + 1)
+    if counter is not None:  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            tl.store(counter, tl.load(counter) + 1)
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def gradient_sums(
     sums = tl.zeros((BLOCK_C, BLOCK_INNER), tl.float32)
     products = tl.zeros((BLOCK_C, BLOCK_INNER), tl.float32)
     for item in range(first, last):
-        offsets, mask, _ = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
+        offsets, mask, _count = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         g = _masked(g, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
@@ -231,11 +232,12 @@ def normalize(
     """Y = act((x − mean)/√(var + eps)·weight + bias): one read and one write. `kept` gets the running statistics."""
     c, split, first, last = _span(per_split, c_blocks, items, BLOCK_C)
     center, _, _, scale, shift = _coefficients(mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, c, eps, BATCH, RENORM)
-    if not BATCH and split == 0:
-        tl.store(kept_ptr + c, tl.load(mean_ptr + c, mask=c < channels), mask=c < channels)
-        tl.store(kept_ptr + channels + c, tl.load(var_ptr + c, mask=c < channels), mask=c < channels)
+    if not BATCH:  # noqa: SIM102
+        if split == 0:
+            tl.store(kept_ptr + c, tl.load(mean_ptr + c, mask=c < channels), mask=c < channels)
+            tl.store(kept_ptr + channels + c, tl.load(var_ptr + c, mask=c < channels), mask=c < channels)
     for item in range(first, last):
-        offsets, mask, _ = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
+        offsets, mask, _count = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         y = (x - center[:, None]) * scale[:, None] + shift[:, None]
         if RELU:
@@ -245,7 +247,7 @@ def normalize(
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_input(
-    x_ptr, grad_ptr, out_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr, eps, count, inner_blocks, inner, items,
+    x_ptr, grad_ptr, out_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr, eps, samples, inner_blocks, inner, items,
     per_split, splits, channels, c_blocks,
     BATCH: tl.constexpr, RENORM: tl.constexpr, RELU: tl.constexpr,
     LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
@@ -257,11 +259,11 @@ def gradient_input(
     )
     slope, level = tl.zeros_like(scale), tl.zeros_like(scale)
     if BATCH:
-        slope = tl.load(sums_ptr + channels + c, mask=c < channels, other=0.0).to(tl.float32) / count
+        slope = tl.load(sums_ptr + channels + c, mask=c < channels, other=0.0).to(tl.float32) / samples
         slope *= scale * invstd * invstd
-        level = tl.load(sums_ptr + c, mask=c < channels, other=0.0).to(tl.float32) / count * scale - low * slope
+        level = tl.load(sums_ptr + c, mask=c < channels, other=0.0).to(tl.float32) / samples * scale - low * slope
     for item in range(first, last):
-        offsets, mask, _ = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
+        offsets, mask, _count = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
         g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         x = g
         if BATCH or RELU:
