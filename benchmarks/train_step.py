@@ -30,7 +30,8 @@ COMPILING = 25  # seconds that a vgg16 may take to compile
 def networks() -> dict[str, Callable[[], nn.Module]]:
     @functools.cache
     def inserted() -> nn.Module:
-        return bnsurgery.insert(models.vgg16(weights=None).eval(), [torch.randn(2, 3, 64, 64)], layers="conv")
+        noise = torch.randn(2, 3, 64, 64)
+        return bnsurgery.insert(models.vgg16(weights=None).eval(), [noise], layers="conv", fuse_relu=True)
 
     def ours() -> nn.Module:
         return copy.deepcopy(inserted())
@@ -46,7 +47,8 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
 
 def squeezenets() -> dict[str, Callable[[], nn.Module]]:
     def ours() -> nn.Module:
-        return bnsurgery.insert(models.squeezenet1_1(weights=None).eval(), [torch.randn(2, 3, 64, 64)])
+        noise = torch.randn(2, 3, 64, 64)
+        return bnsurgery.insert(models.squeezenet1_1(weights=None).eval(), [noise], fuse_relu=True)
 
     return {
         "squeezenet1_1 + bnsurgery": ours,

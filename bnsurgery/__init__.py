@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .moments import ChannelMoments
     from .nn import set_process_group_, set_statistics_
     from .planning import Plan, Site, Skip, plan
+    from .relu_fusion import fuse_relu_, unfuse_relu_
     from .stock import to_torch
     from .surgery_record import SurgeryRecord, record
     from .verification import EquivalenceReport, verify
@@ -52,6 +53,8 @@ _HOMES = {
     "Site": "planning",
     "Skip": "planning",
     "plan": "planning",
+    "fuse_relu_": "relu_fusion",
+    "unfuse_relu_": "relu_fusion",
     "to_torch": "stock",
     "SurgeryRecord": "surgery_record",
     "record": "surgery_record",
@@ -81,6 +84,7 @@ __all__ = [
     "export",
     "finetune",
     "fold",
+    "fuse_relu_",
     "insert",
     "load",
     "nn",
@@ -93,6 +97,7 @@ __all__ = [
     "set_process_group_",
     "set_statistics_",
     "to_torch",
+    "unfuse_relu_",
     "verify",
 ]
 

@@ -13,14 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .copies import on_meta
-from .errors import CheckpointError, printable
+from .errors import BNSurgeryError, CheckpointError, printable
 from .files import atomic_write
 from .folding import strip_
 from .heads import replace_head_
 from .insertion import Options, edit_
 from .lrn import drop_lrn_
 from .models import identify_model
-from .surgery_record import SurgeryRecord, attach_record, record
+from .relu_fusion import is_fused, take_over_
+from .surgery_record import FORMAT_VERSION, SurgeryRecord, attach_record, record
 from .weights import describe_mismatch, is_safetensors, read_state_dict
 
 # One metadata entry, since safetensors writes several in random order: the record's SHA-256, a space, the record. The
@@ -32,13 +33,20 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
     """Write `bn_model` and its record to one safetensors file: to a temporary name first, then renamed.
 
     The tensors are the state dict, under its keys; any safetensors reader can open the file. Equal models give equal
-    bytes. The architecture noted is what the model is now, so a head replaced after the insertion is in it.
+    bytes. The architecture noted is what the model is now, so a head replaced after the insertion is in it. ReLUs that
+    are fused are so after `load`.
 
     Raises:
         CheckpointError: the file exists and `overwrite` is False, or it cannot be written; an old file is intact.
-        BNSurgeryError: the model carries no record.
+        BNSurgeryError: the model carries no record, or its norms apply other ReLUs than that says.
     """
     state, the_record = bn_model.state_dict(), current_record(bn_model)
+    for site in the_record.sites:
+        if site.relu is not None and is_fused(bn_model, site) != the_record.fuse_relu:
+            raise BNSurgeryError(
+                f"save: '{site.norm}' was changed by hand: call bnsurgery.fuse_relu_ or unfuse_relu_, which "
+                "make all ReLUs alike"
+            )
     write_tensors(state, path, {_KEY: _sealed(the_record.to_json())}, overwrite)
 
 
@@ -86,7 +94,6 @@ def load(
     if mismatch:
         raise CheckpointError(f"load: '{path}': the tensors do not fit its record: {mismatch}")
     skeleton.load_state_dict(state, assign=True)
-    attach_record(skeleton, the_record)
     return skeleton.to(map_location).eval()
 
 
@@ -164,18 +171,38 @@ def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) ->
             skeleton = the_record.architecture.build()
         if the_record.dropped_lrn:
             drop_lrn_(skeleton, the_record.dropped_lrn)
+        _set_relus_(skeleton, the_record)
         options = Options(the_record.absorb_bias, the_record.fuse_relu, the_record.eps, the_record.momentum)
         sites = edit_(skeleton, [inserted.site for inserted in the_record.sites], options)
-    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration) as error:
+        named = the_record.sites
+        if the_record.format_version == 1 and not the_record.fuse_relu:  # it named fused ReLUs alone
+            pairs = zip(named, sites, strict=True)
+            named = tuple(replace(old, relu=new.relu, relu_inplace=new.relu_inplace) for old, new in pairs)
+        attach_record(skeleton, replace(the_record, sites=sites, format_version=FORMAT_VERSION))
+        if the_record.fuse_relu:
+            take_over_(skeleton, sites)
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration, BNSurgeryError) as error:
         name = printable(the_record.model)
         what = name if model is None else f"the {type(model).__name__} given: it is of a {name}"
         reason = printable(str(error))
         raise CheckpointError(f"load: '{path}': its record does not fit {what}: {reason}") from error
-    if sites != the_record.sites:
+    if sites != named:
         raise CheckpointError(
             f"load: '{path}': its record names other layers than the {printable(the_record.model)} has"
         )
     return skeleton.eval()
+
+
+def _set_relus_(skeleton: nn.Module, the_record: SurgeryRecord) -> None:
+    """Whether they work in place, as in the network that was saved."""
+    for inserted in the_record.sites:
+        if inserted.relu is not None:
+            relu = skeleton.get_submodule(str(inserted.site.relu))
+            if type(relu) is not nn.ReLU:
+                raise ValueError(
+                    f"'{inserted.site.relu}' is a {type(relu).__name__}, expected the nn.ReLU that was there"
+                )
+            relu.inplace = inserted.relu_inplace
 
 
 def _sealed(text: str) -> str:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import FoldError
+from .errors import BNSurgeryError, FoldError
 from .layer_kinds import LAYERS, TRANSPOSED, Layer
-from .module_tree import place, remove, replace
+from .module_tree import place, remove
 from .nn import Normed
 from .nn.identity import kernel_scale_shift
 from .nn.normed import detach_, detached_class
+from .relu_fusion import give_back_, is_fused
 from .surgery_record import InsertedSite, detach_record, record
 
 _PLAIN_FORWARDS = {cls.forward for cls in LAYERS}
@@ -76,9 +77,11 @@ def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:
     try:
         norm, layer = model.get_submodule(inserted.norm), model.get_submodule(inserted.layer)
         target = model.get_submodule(inserted.next_layer) if inserted.next_layer is not None else None
-        model.get_submodule(inserted.relu or "")
+        is_fused(model, inserted)
     except AttributeError as error:
         return f"the model was changed since the insertion: {error}"
+    except BNSurgeryError as error:
+        return str(error)
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
         return f"is a {type(norm).__name__}, expected a BatchNorm with running statistics"
     scale, shift = _scale_shift(norm)
@@ -133,17 +136,22 @@ def _fold_(model: nn.Module, sites: list[InsertedSite]) -> None:
 
 
 def strip_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
-    """Change the module tree only: norms out, ReLUs and dropped biases back, numbers as they were."""
+    """Change the module tree only: norms out, ReLUs and dropped biases back, numbers as they were.
+
+    Raises:
+        BNSurgeryError: a ReLU is lost, see `is_fused`; nothing is changed then.
+    """
+    sites = list(sites)
+    give_back_(model, sites)
     found = [  # before any edit: removing a sibling renumbers those behind it
         (
             inserted,
             model.get_submodule(inserted.norm),
             _layer(model, inserted.layer),
-            model.get_submodule(inserted.relu) if inserted.relu is not None else None,
         )
         for inserted in sites
     ]
-    for inserted, norm, layer, identity in found:
+    for inserted, norm, layer in found:
         parent, name = place(model, norm)
         if isinstance(parent, Normed):
             detach_(parent)
@@ -151,8 +159,6 @@ def strip_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
             remove(parent, name)
         if inserted.absorbed_bias and layer.bias is None:
             layer.bias = _zero_bias(layer)
-        if identity is not None:
-            replace(model, identity, nn.ReLU(inplace=inserted.relu_inplace).train(identity.training))
 
 
 def _fold_into_output(layer: Layer, scale: Tensor, shift: Tensor) -> None:

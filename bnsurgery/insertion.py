@@ -18,12 +18,13 @@ from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError
 from .layer_kinds import LAYERS, device_and_dtype
 from .lrn import drop_lrn_, find_lrn, warn_of_change
 from .modes import observing
-from .module_tree import insert_after, replace
+from .module_tree import insert_after
 from .moments import ChannelMoments, digest
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d
 from .nn.identity import identity_parameters
 from .nn.normed import attach_
 from .planning import Layers, Placement, Plan, Site, plan
+from .relu_fusion import fuse_relu_
 from .surgery_record import InsertedSite, SurgeryRecord, attach_record, carries_record, describe_model, record
 
 _NORM_CLASSES: dict[int, type[BatchNorm1d | BatchNorm2d | BatchNorm3d]] = {
@@ -39,7 +40,7 @@ class Options:
     """How the norms are made: see `insert`."""
 
     absorb_bias: bool = False
-    fuse_relu: bool = True
+    fuse_relu: bool = False
     eps: float = 1e-5
     momentum: float | None = 0.1
 
@@ -63,7 +64,7 @@ def insert(
     layers: Layers = "all",
     head: bool = False,
     absorb_bias: bool = False,
-    fuse_relu: bool = True,
+    fuse_relu: bool = False,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
     drop_lrn: bool = False,
@@ -91,7 +92,7 @@ def insert(
         layers: "all", "conv", "dense", or a predicate (fqn, module) -> bool.
         head: also put one behind the output layer.
         absorb_bias: drop the layers' biases, which BN's shift makes redundant; equal to about 1e-6 then, not bitwise.
-        fuse_relu: let the norm apply a following `nn.ReLU`, whose place keeps an `nn.Identity`.
+        fuse_relu: also call `fuse_relu_`: the norms then apply the ReLUs behind them.
         eps: added to the variance, above 0 and at most 1.
         momentum: of the running statistics in training, as in torch; None averages cumulatively over the training
             batches, the first of which replaces what was calibrated.
@@ -152,6 +153,8 @@ def insert_(model: nn.Module, plan: Plan, moments: dict[str, ChannelMoments], op
         calibration_digest=digest(moments),
     )
     attach_record(model, done)
+    if options.fuse_relu:
+        fuse_relu_(model)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -208,7 +211,8 @@ def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None
     if what:
         raise BNSurgeryError(
             f"insert: {type(model).__name__} {what} after the insertion, so it is not given out. Does "
-            "its code look at its own layers (by index, type, hook)? Leave these out with layers=, or fuse_relu=False."
+            "its code look at its own layers (by index, type, hook)? Leave these out with layers="
+            + (", or fuse_relu=False." if done.fuse_relu else ".")
         ) from failure
     if not once:
         warnings.warn(
@@ -234,14 +238,14 @@ def _same(expected: list[torch.Tensor], got: list[torch.Tensor], *, exact: bool)
 
 
 def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[InsertedSite, ...]:
-    """Change the module tree only: fresh norms behind every site's anchor, ReLUs taken over, biases dropped.
+    """Change the module tree only: fresh norms behind every site's anchor, biases dropped; no ReLU is fused.
 
     Works on a model on the meta device too, where nothing is allocated.
     """
     edits = []
     for site in sites:  # modules before any edit: renumbering changes names
         layer, anchor = model.get_submodule(site.name), model.get_submodule(site.anchor)
-        relu = model.get_submodule(site.relu) if site.relu is not None and options.fuse_relu else None
+        relu = model.get_submodule(site.relu) if site.relu is not None else None
         following = model.get_submodule(site.next_layer) if site.next_layer is not None else None
         edits.append((site, layer, anchor, relu, following))
     made = []
@@ -252,7 +256,6 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
             options.momentum,
             device=device_and_dtype(layer)[0],
             dtype=_norm_dtype(layer),
-            activation="relu" if relu is not None else None,
         ).train(anchor.training)
         absorbed = options.absorb_bias and _bias(layer) is not None and anchor is layer
         if absorbed:
@@ -261,22 +264,19 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
             insert_after(model, anchor, norm)
         else:
             attach_(anchor, norm)
-        identity = nn.Identity().train(relu.training) if relu is not None else None
-        if relu is not None and identity is not None:
-            replace(model, relu, identity)
-        made.append((site, layer, norm, identity, bool(relu is not None and relu.inplace), following, absorbed))
+        made.append((site, layer, norm, relu, following, absorbed))
     names = {module: name for name, module in model.named_modules()}
     return tuple(
         InsertedSite(
             site=site,
             layer=names[layer],
             norm=names[norm],
-            relu=names[identity] if identity is not None else None,
-            relu_inplace=inplace,
+            relu=names[relu] if relu is not None else None,
+            relu_inplace=bool(relu is not None and relu.inplace),
             next_layer=names[following] if following is not None else None,
             absorbed_bias=absorbed,
         )
-        for site, layer, norm, identity, inplace, following, absorbed in made
+        for site, layer, norm, relu, following, absorbed in made
     )
 
 

@@ -212,7 +212,7 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
     if not in_sequential and "forward" in vars(anchor):
         return "its forward was replaced on the object (a wrapper, an adapter), which would pass its BatchNorm by"
     # The hooks of a layer that carries its norm run behind the norm: they must not see the ReLU's output.
-    fusible = placement == "pre-activation" and (in_sequential or not _is_hooked(anchor))
+    fusible = placement == "pre-activation" and (in_sequential or not is_hooked(anchor))
     relu = activation if fusible and _can_take_over(trace, activation) else None
     post = placement == "post-activation"
     next_layer = _folds_into(trace, anchor, flat=kind == "dense", channel_dim=channel_dim) if post else None
@@ -236,12 +236,13 @@ def _can_take_over(trace: Trace, activation: nn.Module | None) -> bool:
 
     Code that branches could apply it to something else on other inputs.
     """
-    if type(activation) is not nn.ReLU or _is_hooked(activation) or activation in trace.uncertain:
+    if type(activation) is not nn.ReLU or is_hooked(activation) or activation in trace.uncertain:
         return False
     return not trace.callers(activation) & trace.shaped
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at its inputs, outputs or gradients."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 

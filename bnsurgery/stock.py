@@ -12,6 +12,7 @@ from .layer_kinds import device_and_dtype
 from .module_tree import replace
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d, Normed
 from .nn.normed import detach_
+from .relu_fusion import give_back_
 from .surgery_record import InsertedSite, detach_record, record
 
 _TORCH: dict[type, type[nn.modules.batchnorm._BatchNorm]] = {
@@ -25,9 +26,9 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
     """A copy of `bn_model` whose BatchNorm and ReLU layers are torch.nn's own classes, with the same parameters.
 
     For what recognises layers by their exact type: quantization-aware training with torch.ao, `torch.fx`'s fusion,
-    `SyncBatchNorm.convert_sync_batchnorm`. A ReLU that a norm applies becomes an `nn.ReLU` in its old place; a layer
-    that carries its norm (outside of a `nn.Sequential`) becomes `nn.Sequential(layer, norm)`, so there its keys gain
-    a `0.`, its norm's a `1.` in place of `norm.`. Norms over the last dimension, for which torch has no class, are
+    `SyncBatchNorm.convert_sync_batchnorm`. A ReLU that a norm applies is an `nn.ReLU` in its place again; a layer that
+    carries its norm (outside of a `nn.Sequential`) becomes `nn.Sequential(layer, norm)`, so there its keys gain a
+    `0.`, its norm's a `1.` in place of `norm.`. Norms over the last dimension, for which torch has no class, are
     folded into their layer. Statistics modes and process groups are left behind, and so is the record.
 
     Args:
@@ -36,9 +37,11 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
 
     Raises:
         FoldError: a norm that has to be folded cannot be.
-        BNSurgeryError: the model carries no record, or a layer with its norm inside has forward hooks.
+        BNSurgeryError: the model carries no record, a fused ReLU is lost, or a layer with its norm inside has forward
+            hooks.
     """
     done, model = record(bn_model), copy.deepcopy(bn_model)
+    give_back_(model, done.sites)
     kept: list[InsertedSite] = []
     folded: list[InsertedSite] = []
     for site in done.sites:
@@ -49,14 +52,13 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
             model.get_submodule(site.norm),
             model.get_submodule(site.norm.rpartition(".")[0]),
             model.get_submodule(site.layer),
-            model.get_submodule(site.relu) if site.relu is not None else None,
             site,
         )
         for site in kept
     ]
     fold_(model, folded)
-    for norm, parent, layer, identity, site in found:
-        stock = _stock(norm)
+    for norm, parent, layer, site in found:
+        stock = _stock(norm, site.site.channels)
         if isinstance(parent, Normed):
             if parent._forward_hooks:
                 raise BNSurgeryError(
@@ -66,8 +68,6 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
             replace(model, parent, nn.Sequential(parent, stock).train(parent.training))
         else:
             replace(model, norm, stock)
-        if identity is not None:
-            replace(model, identity, nn.ReLU(inplace=site.relu_inplace).train(identity.training))
         if site.absorbed_bias and layer.bias is None:  # torch's own networks have one
             device, dtype = device_and_dtype(layer)
             layer.bias = nn.Parameter(torch.zeros(site.site.channels, device=device, dtype=dtype))
@@ -75,11 +75,11 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
     return model
 
 
-def _stock(norm: nn.Module) -> nn.modules.batchnorm._BatchNorm:
+def _stock(norm: nn.Module, channels: int) -> nn.modules.batchnorm._BatchNorm:
     assert isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
     cls = next(stock for ours, stock in _TORCH.items() if isinstance(norm, ours))
     with torch.device("meta"):
-        new = cls(norm.num_features, norm.eps, norm.momentum)
+        new = cls(channels, norm.eps, norm.momentum)
     new._parameters.update(norm._parameters)
     new._buffers.update({name: norm._buffers[name] for name in new._buffers})
     return new.train(norm.training)

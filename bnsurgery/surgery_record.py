@@ -20,7 +20,7 @@ from .tables import table
 from .task import Task
 from .typed_json import loads, parse
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 named a ReLU only where it was fused
 _ATTRIBUTE = "_bnsurgery_record"
 
 
@@ -32,7 +32,7 @@ class InsertedSite:
         site: the site as planned, named as in the original model.
         layer: fqn of the conv or dense layer now.
         norm: fqn of its BatchNorm.
-        relu: fqn of the Identity that stands for the ReLU which the norm applies, if any.
+        relu: fqn of the ReLU that the norm can apply, if any; an Identity stands there while it is fused.
         relu_inplace: whether that ReLU worked in place.
         next_layer: fqn of the layer that a post-activation norm folds into now.
         absorbed_bias: whether the layer's bias was dropped.
@@ -55,6 +55,7 @@ class SurgeryRecord:
         model: class name of the original model.
         architecture: the torchvision architecture, where it is one.
         weights_digest: `state_digest` of the original's state dict.
+        fuse_relu: whether the norms apply those ReLUs now, see `fuse_relu_`.
         calibration_digest: SHA-256 of the calibration's moments, see `moments.digest`.
         provenance: where weights and images came from, as far as the caller said.
         versions: of the libraries that did it.

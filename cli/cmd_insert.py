@@ -38,7 +38,9 @@ from .reporting import check_report, report_options, write_report, written
 @normalize_option
 @sites_options
 @click.option("--absorb-bias", is_flag=True, help="Drop the layers' biases: BN shifts too. Equal to 1e-6, not bitwise.")
-@click.option("--fuse-relu/--no-fuse-relu", default=True, help="Let the BatchNorm apply the ReLU behind it, or not.")
+@click.option(
+    "--fuse-relu/--no-fuse-relu", default=False, show_default=True, help="Let the BatchNorm apply the ReLU behind it."
+)
 @click.option("--drop-lrn", is_flag=True, help="First take out LocalResponseNorm layers. This changes the function.")
 @output_options("File to write.  [default: ARCH-bn.safetensors, here]")
 @report_options

@@ -39,7 +39,7 @@ def saved(inserted, tmp_path):
         ("alexnet", {"absorb_bias": True}),
         *(
             ("squeezenet1_0", options)
-            for options in ({}, {"placement": "post-activation"}, {"absorb_bias": True}, {"fuse_relu": False})
+            for options in ({}, {"placement": "post-activation"}, {"absorb_bias": True}, {"fuse_relu": True})
         ),
     ],
 )

@@ -135,11 +135,12 @@ def torch_translates_batchnorm():
     return True
 
 
+@pytest.mark.parametrize("fuse_relu", [False, True])
 @pytest.mark.parametrize("to", ["onnx", "exported-program"])
-def test_batchnorm_can_stay_in_a_program(to, tmp_path):
+def test_batchnorm_can_stay_in_a_program(to, fuse_relu, tmp_path):
     network, file = NETWORKS["srcnn"], f"net{SUFFIXES[to]}"
     (batch,) = network.batches(1, 2)
-    bn_model = train_(insert(network.make(), [batch]))
+    bn_model = train_(insert(network.make(), [batch], fuse_relu=fuse_relu))
     try:
         export(bn_model, tmp_path / file, to=to, keep_bn=True, example=batch)
     except ExportError:

@@ -9,7 +9,7 @@ import bnsurgery
 from bnsurgery import BNSurgeryError, FoldError, fold, insert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
-OPTIONS = [{}, {"fuse_relu": False}, {"placement": "post-activation"}, {"head": True}, {"layers": "conv"}]
+OPTIONS = [{}, {"fuse_relu": True}, {"placement": "post-activation"}, {"head": True}, {"layers": "conv"}]
 
 
 def train_(bn_model, x, steps=3):
@@ -71,7 +71,7 @@ def test_a_negative_zero_bias_keeps_its_sign(images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"fuse_relu": False}, {"absorb_bias": True}, {"head": True}])
+@pytest.mark.parametrize("options", [{}, {"fuse_relu": True}, {"absorb_bias": True}, {"head": True}])
 @pytest.mark.parametrize("name", ["thin vgg11", "squeezenet1_1"])
 def test_trained_folds_to_the_same_function(name, options, network, images):
     x = images(8)

@@ -187,7 +187,7 @@ def test_every_kind_of_layer_inserts_trains_and_folds(layer, shape, dtype):
 def test_train_mode_of_dense_layers_on_sequences_normalizes_over_samples_and_steps():
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     x = torch.randn(8, 5, 6)
-    bn_model = insert(model, [x])
+    bn_model = insert(model, [x], fuse_relu=True)
     assert type(bn_model[1]) is bnsurgery.nn.LastDimBatchNorm1d
     with torch.no_grad():
         got = bn_model[1].train()(bn_model[0](x))

@@ -132,7 +132,7 @@ def inserted(job: Job, size: int) -> tuple[nn.Module, Tensor]:
     """In train mode, without dropout, whose random numbers would differ from run to run."""
     x = noise(4 if job.quick else 16, size, job.device).to(memory_format=torch.channels_last)
     network = squeezenet(job.data).to(job.device, memory_format=torch.channels_last)
-    model = bnsurgery.insert(network, [x]).train()
+    model = bnsurgery.insert(network, [x], fuse_relu=True).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

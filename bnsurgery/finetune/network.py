@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,6 +19,7 @@ from bnsurgery.copies import sharing_tensors
 from bnsurgery.errors import ArchitectureError, BNSurgeryError
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
+from bnsurgery.relu_fusion import fuse_relu_, unfuse_relu_
 from bnsurgery.surgery_record import attach_record, carries_record, record
 from bnsurgery.task import Task
 
@@ -158,11 +161,27 @@ def prepare(
     if config.arm != "plain" and not carries_record(model):
         model = bnsurgery.insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
     if carries_record(model):
+        unfuse_relu_(model)  # one state, whatever the file's: see `fuse_for_training_`
         provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
         own = own_name(config)
         provenance |= {"model": own} if own else {}
         attach_record(model, replace(record(model), task=task, provenance=provenance))
     return model, model.get_submodule(find_head(model, shape))
+
+
+def fuse_for_training_(network: nn.Module, device: torch.device) -> None:
+    """On a GPU let the norms apply their ReLUs, which spares it passes over the tensors; `RunDirectory` saves unfused.
+
+    A network whose norms or ReLUs have hooks is trained as it is.
+    """
+    if carries_record(network) and fuses(device):
+        with suppress(BNSurgeryError):
+            fuse_relu_(network)
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether fused ReLUs train faster there."""
+    return device.type == "cuda"
 
 
 def forget_(model: nn.Module) -> None:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bnsurgery import checkpoint
+from bnsurgery.copies import sharing_tensors
 from bnsurgery.errors import BNSurgeryError, CheckpointError, printable
 from bnsurgery.files import atomic_write, make_folder, only_process_in, read_text
+from bnsurgery.relu_fusion import unfuse_relu_
 from bnsurgery.report import plot_curves
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.surgery_record import carries_record
@@ -175,7 +177,9 @@ class RunDirectory:
     def log(self, rows: Sequence[Row], best: nn.Module | None) -> None:
         """Write what a validation found: metrics.csv, curves.png, TensorBoard's events; `best` to best.safetensors."""
         if best is not None and carries_record(best):
-            checkpoint.save(best, self.best, overwrite=True)
+            kept = sharing_tensors(best)
+            unfuse_relu_(kept)  # as other people's tools expect it
+            checkpoint.save(kept, self.best, overwrite=True)
         self._write_metrics(rows)
         write_figure(plot_curves(rows), self.path / "curves.png")
         self._write_events(rows[-1])

@@ -23,7 +23,7 @@ from . import recipe
 from .config import Config
 from .datasets import Data, open_data
 from .loading import Loader, Prepared, TrainBatches, default_workers, plain_loader
-from .network import Source, choose_statistics, find, forget_, given, keeps_head, prepare, task_of
+from .network import Source, choose_statistics, find, forget_, fuse_for_training_, given, keeps_head, prepare, task_of
 from .run_directory import Resolved
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def build(
         set_statistics_(network, resolved.statistics, renorm_steps=config.epochs * batches.per_epoch)  # type: ignore[arg-type]
         if world > 1:
             set_process_group_(network, torch.distributed.group.WORLD)
+    fuse_for_training_(network, accelerator.device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # of conv weights
     return Setup(

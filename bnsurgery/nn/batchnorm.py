@@ -1,7 +1,6 @@
 """BatchNorm modules for insertion: torch's own on our op, with a fused ReLU, statistics modes, and exact casts."""
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -59,7 +58,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if _exporting():
             return self._in_torch(input)
-        if not input.is_floating_point() or input.shape[1] != self.num_features:
+        if not input.is_floating_point() or input.shape[1] != self.__dict__["num_features"]:
             check(input, type(self).__name__, **self._affine_and_statistics())
         buffers: dict[str, Any] = (
             self._buffers
@@ -122,7 +121,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         """Normalize by "renorm" from now on, as if `done` of its training steps had been taken."""
         self.statistics, self.renorm_steps = "renorm", steps
         self.renorm_start = int(self.num_batches_tracked) - done
-        self.renorm_state = self.running_mean.new_zeros(3, self.num_features)
+        self.renorm_state = self.running_mean.new_zeros(3, len(self.running_mean))
         self.renorm_state[2] = done - 1  # the next call begins a step
         self.renorm_weights = None
 
@@ -137,27 +136,37 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """Torch's text, with what differs from torch's behaviour."""
-        extra = {
-            "activation": self.activation,
-            "statistics": None if self.statistics == "batch" else self.statistics,
-            "process_group": self.process_group or None,
-        }
+        extra = {**self._beyond_torch(), "process_group": self.process_group}
         return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in extra.items() if value)])
 
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """None, as ever; but what `SyncBatchNorm.convert_sync_batchnorm` would lose is refused here.
+    @property
+    def num_features(self) -> int:
+        """Torch's; refused where its reader would lose something.
 
-        It builds a plain SyncBatchNorm from the attributes that torch's classes have and then asks for the children.
+        Code that makes another norm of this one (torch's `convert_sync_batchnorm`, timm's `freeze_batch_norm_2d`, loops
+        over `isinstance(module, nn.BatchNorm2d)`) asks for it, and takes over only what torch's classes have.
         """
-        converting = sys._getframe(1).f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__code__
-        lost = [f"activation={self.activation!r}"] if self.activation else []
-        lost += [f"statistics={self.statistics!r}"] if self.statistics != "batch" else []
-        if converting and lost:
+        if self._beyond_torch():
+            what = " and ".join(f"{name}={value!r}" for name, value in self._beyond_torch().items())
             raise BNSurgeryError(
-                f"convert_sync_batchnorm would drop {' and '.join(lost)} of {type(self).__name__}: use "
-                "bnsurgery.set_process_group_(model, torch.distributed.group.WORLD) instead"
+                f"num_features: this {type(self).__name__} has {what}, which a converter of norms would drop. First "
+                "call bnsurgery.unfuse_relu_(model), or set_statistics_(model, 'batch'); to share statistics between "
+                "processes there is set_process_group_"
             )
-        return super().named_children()
+        return int(vars(self)["num_features"])
+
+    @num_features.setter
+    def num_features(self, value: int) -> None:
+        vars(self)["num_features"] = value  # where torch's `extra_repr` finds it
+
+    def __dir__(self) -> list[str]:
+        """What can be read: torch.jit.trace reads everything."""
+        return [name for name in super().__dir__() if name != "num_features" or not self._beyond_torch()]
+
+    def _beyond_torch(self) -> dict[str, str]:
+        """What changes the function and torch's classes do not have."""
+        statistics = None if self.statistics == "batch" else self.statistics
+        return {name: value for name, value in (("activation", self.activation), ("statistics", statistics)) if value}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Insertable":
         """Follow `.to()` and its kin, but keep float32 under half precision and identity channels exact.
@@ -213,7 +222,8 @@ class BatchNorm1d(Insertable, nn.BatchNorm1d):
     the cumulative average is kept on the device.
 
     Args:
-        activation: None, or "relu" to apply ReLU to the output in the same pass; also an attribute.
+        activation: None, or "relu" to apply ReLU to the output in the same pass; also an attribute. Code that makes
+            another norm of this one would drop it: see `num_features`.
 
     Raises:
         ValueError: `activation` is neither None nor "relu", the input has the wrong number of dimensions, or train mode

@@ -11,6 +11,7 @@ from bnsurgery.advice import statistics_for
 from bnsurgery.batches import Inputs, inputs
 from bnsurgery.errors import CalibrationError
 from bnsurgery.nn.identity import kernel_scale_shift
+from bnsurgery.relu_fusion import is_fused
 from bnsurgery.surgery_record import SurgeryRecord, record
 from bnsurgery.verification import EquivalenceReport, verify
 
@@ -139,7 +140,7 @@ def _facts(done: SurgeryRecord, result: EquivalenceReport) -> tuple[tuple[str, s
 
 
 def _network(bn_model: nn.Module, done: SurgeryRecord) -> Section:
-    taken = sum(site.relu is not None for site in done.sites)
+    taken = sum(is_fused(bn_model, site) for site in done.sites)
     text = f"In order of definition. {len(done.sites)} BatchNorm layers were inserted"
     text += (
         f"; {taken} of them apply the ReLU behind them themselves, and an Identity keeps its place." if taken else "."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from bnsurgery.layer_kinds import LAYERS, is_activation
+from bnsurgery.relu_fusion import is_fused
 from bnsurgery.surgery_record import record
 from bnsurgery.tables import cell_text
 
@@ -30,8 +31,8 @@ class Box:
 def boxes(bn_model: nn.Module) -> dict[str, list[Box]]:
     """The layers in order of definition, a BatchNorm behind its layer, by the network's top-level part."""
     done = record(bn_model)
-    norms = {site.norm for site in done.sites}
-    relus = {site.relu for site in done.sites}
+    norms = {site.norm: site.site.channels for site in done.sites}
+    relus = {site.relu for site in done.sites if is_fused(bn_model, site)}
     sites = {site.layer: site.site.name for site in done.sites}
     part_of = {site.norm: _part(site.layer) for site in done.sites}  # of a norm inside its layer: the layer's
     found: dict[str, list[Box]] = {}
@@ -56,10 +57,10 @@ def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _layers(child, f"{name}.{key}" if name else key)
 
 
-def _box(name: str, module: nn.Module, norms: set[str], relus: set[str | None]) -> Box:
+def _box(name: str, module: nn.Module, norms: dict[str, int], relus: set[str | None]) -> Box:
     kind = next(cls.__name__ for cls in type(module).__mro__ if not cls.__name__.startswith(("Normed", "Parametrized")))
     if name in norms:
-        return Box(name, f"BN {module.num_features}", "inserted")
+        return Box(name, f"BN {norms[name]}", "inserted")
     if name in relus:
         return Box(name, "ReLU", "taken")
     if isinstance(module, LAYERS):

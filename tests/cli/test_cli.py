@@ -91,7 +91,14 @@ def test_json_is_one_object_and_nothing_else(cli, weights):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [["--placement", "post-activation"], ["--layers", "conv"], ["--head"], ["--absorb-bias"], ["--no-fuse-relu"]],
+    [
+        ["--placement", "post-activation"],
+        ["--layers", "conv"],
+        ["--head"],
+        ["--absorb-bias"],
+        ["--fuse-relu"],
+        ["--no-fuse-relu"],
+    ],
 )
 def test_options_reach_the_network(cli, weights, options):
     code, _, err = cli("insert", "squeezenet1_1", "--weights", weights, *FAST, *options)
@@ -101,7 +108,7 @@ def test_options_reach_the_network(cli, weights, options):
     assert done.layers == ("conv" if "conv" in options else "all")
     assert len(done.sites) == 26 if "--head" in options else 25
     assert done.absorb_bias == ("--absorb-bias" in options)
-    assert done.fuse_relu == ("--no-fuse-relu" not in options)
+    assert done.fuse_relu == ("--fuse-relu" in options)
     assert done.architecture.num_classes == 7
     code, out, err = cli("verify", "squeezenet1_1-bn.safetensors", "--weights", weights, *FAST)
     assert code == 0, out + err

@@ -197,3 +197,17 @@ def test_channels_and_sizes_follow_the_network(plain):
     assert network.task_of(network.given(one), photographs, replace(CONFIG, image_size=224)).resize_size == 256
     with pytest.raises(BNSurgeryError, match="takes 5 channels, expected 1 or 3"):
         network.task_of(network.given(five), DATA, CONFIG)
+
+
+def test_a_gpu_trains_with_fused_relus_what_can_be():
+    """What is hooked is trained as it is, and so is a network without BatchNorm; no CPU gains by it."""
+    plain, made = tiny(), bnsurgery.insert(tiny(), [torch.rand(8, 1, 8, 8)])
+    hooked = bnsurgery.insert(tiny(), [torch.rand(8, 1, 8, 8)])
+    hooked[1].register_forward_hook(lambda module, args, output: None)
+    before = [str(each) for each in (plain, made, hooked)]
+    network.fuse_for_training_(made, torch.device("cpu"))
+    for each in (plain, hooked):
+        network.fuse_for_training_(each, torch.device("cuda", 1))
+    assert [str(each) for each in (plain, made, hooked)] == before
+    network.fuse_for_training_(made, torch.device("cuda", 1))
+    assert bnsurgery.record(made).fuse_relu and made[1].activation == "relu"

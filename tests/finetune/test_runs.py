@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
-from bnsurgery.finetune import recipe
+from bnsurgery.finetune import loop, network, recipe
 from bnsurgery.finetune.loading import Prepared, TrainBatches, plain_loader
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import build, processes
@@ -278,7 +278,7 @@ class _Stop(Exception):
 
 @pytest.mark.parametrize("ema", [0.0, 0.8])
 def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(model, data, config, tmp_path, monkeypatch, ema):
-    """Dropout, momentum, average, running statistics, and the curves: nothing may be lost."""
+    """Dropout, momentum, average, running statistics, and the curves: nothing may be lost. Begun as on a GPU, fused."""
     chosen = {"ema": ema, "dropout": 0.3, "save_every": 0.0}
     whole = finetune.run(config(output=str(tmp_path / "whole"), **chosen), model=model, data=data)
     save, saves = RunDirectory.save_state, []
@@ -290,6 +290,7 @@ def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(model, data, config, tmp_
             raise _Stop
 
     monkeypatch.setattr(RunDirectory, "save_state", stop_after_some)
+    monkeypatch.setattr(network, "fuses", lambda device: not saves)
     with pytest.raises(_Stop):
         finetune.run(config(**chosen), model=model, data=data)
     with pytest.raises(_Stop):
@@ -325,3 +326,35 @@ def _wider():
     model = tiny()
     model[6], model[9] = nn.Linear(128, 24), nn.Linear(24, 4)
     return model
+
+
+def test_on_a_gpu_it_trains_with_fused_relus_and_saves_without(model, data, config, tmp_path, monkeypatch):
+    """What is asked of a GPU, and then the CPU in its place: the same files whatever state is trained or given."""
+    assert network.fuses(torch.device("cuda", 1)) and not network.fuses(torch.device("cpu"))
+    trained = []
+
+    class Noting(loop.Trainer):
+        def fit(self, stop):
+            trained.append(
+                {bool(m.activation) for m in self.network.modules() if isinstance(m, bnsurgery.nn.BatchNorm2d)}
+            )
+            super().fit(stop)
+
+    monkeypatch.setattr(loop, "Trainer", Noting)
+    batches = (data.train.read.images.float() / 255).split(32)
+    given = {state: bnsurgery.insert(model, batches, fuse_relu=state) for state in (False, True)}
+    kept = {}
+    for fuses in (False, True):
+        for state, source in given.items():
+            monkeypatch.setattr(network, "fuses", lambda device, fuses=fuses: fuses)
+            chosen = config(output=str(tmp_path / f"{fuses}-{state}"), epochs=1, evaluations=2)
+            result = finetune.run(chosen, model=source, data=data)
+            last = torch.load(result.directory / "last" / "state.pt", weights_only=True)["network"]
+            kept[fuses, state] = (result.directory / "best.safetensors").read_bytes(), last
+            best = bnsurgery.load(result.directory / "best.safetensors", model=model)
+            assert not bnsurgery.record(best).fuse_relu and type(best[2]) is nn.ReLU
+    assert trained == [{False}, {False}, {True}, {True}]
+    expected, state = kept[False, False]
+    for best, last in kept.values():
+        assert best == expected
+        assert all(torch.equal(tensor, last[name]) for name, tensor in state.items())

@@ -47,6 +47,7 @@ def _checkpoints() -> dict[str, bytes]:
         "named": _saved(named),
         "post": _saved(inserted(placement="post-activation")),
         "absorbed": _saved(inserted(absorb_bias=True)),
+        "fused": _saved(inserted(fuse_relu=True)),
         "no-record": to_safetensors(small().state_dict()),
         "long-header": struct.pack("<Q", 17 * 2**20) + b"{",
         "twice": struct.pack("<Q", 50) + b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'.ljust(50),

@@ -35,4 +35,4 @@ def exact_convolutions():
 
 @pytest.fixture
 def inserted(custom, images, device):
-    return bnsurgery.insert(custom.to(device), [images(16, 32).to(device)])
+    return bnsurgery.insert(custom.to(device), [images(16, 32).to(device)], fuse_relu=True)

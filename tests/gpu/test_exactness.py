@@ -27,7 +27,7 @@ def assert_exact(model, x, **options):
 def test_insertion_changes_no_bit(network, images, device, name, memory_format, dtype):
     model = copy.deepcopy(network(name)).to(device, dtype, memory_format=memory_format)
     x = images(4, 128).to(device, dtype, memory_format=memory_format)
-    for options in ({}, {"fuse_relu": False}, {"placement": "post-activation"}):
+    for options in ({}, {"fuse_relu": True}, {"placement": "post-activation"}):
         assert_exact(model, x, **options)
 
 

@@ -50,7 +50,7 @@ def test_torchs_own_module_samples(stock, sample, training):
 
 @pytest.fixture
 def inserted(custom, images):
-    return bnsurgery.insert(custom, [images(8, 32)])
+    return bnsurgery.insert(custom, [images(8, 32)], fuse_relu=True)
 
 
 def outputs_and_gradients(model, x, run=None):
@@ -187,7 +187,7 @@ def stock_twin(model):
     for module in list(twin.modules()):
         for name, child in module.named_children():
             if type(child).__name__ in OURS and type(child) is OURS[type(child).__name__]:
-                norm = getattr(nn, type(child).__name__)(child.num_features, dtype=child.weight.dtype)
+                norm = getattr(nn, type(child).__name__)(len(child.weight), dtype=child.weight.dtype)
                 norm.load_state_dict(child.state_dict())
                 setattr(module, name, nn.Sequential(norm, nn.ReLU()) if child.activation else norm)
     return twin

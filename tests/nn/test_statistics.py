@@ -16,7 +16,7 @@ from bnsurgery.ops.renorm import limits
 
 @pytest.fixture
 def inserted(custom, images):
-    return bnsurgery.insert(custom, [images(16, 32)])
+    return bnsurgery.insert(custom, [images(16, 32)], fuse_relu=True)
 
 
 def norms(model):

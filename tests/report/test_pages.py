@@ -1,5 +1,6 @@
 """Pages and figures: what they say, that they need nothing else, and that names in them are only names."""
 
+import copy
 import dataclasses
 import re
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from bnsurgery.advice import statistics_for
 from bnsurgery.finetune.comparison import Comparison, Trial
 from bnsurgery.finetune.run_directory import Resolved, Row
 from bnsurgery.report.glossary import TERMS
+from bnsurgery.report.sites import view_sites
 from bnsurgery.report.strip import boxes
 from bnsurgery.tables import is_number
 
@@ -58,7 +60,7 @@ def test_insertion(insertion_page):
     page = insertion_page
     assert page.good is True and "same output bits on 12 images" in page.verdict
     text = re.sub(r"\s+", " ", Outline(page.to_html()).text)
-    assert "3 BatchNorm layers were inserted; 1 of them" in text
+    assert "3 BatchNorm layers were inserted." in text
     for heading in ("The network", "Statistics by site", "Pre-activations", "Train-mode drift", "What it costs"):
         assert heading in text
     assert re.search(r"\d+ dead, \d+ near eps, \d+ silent", text)
@@ -125,13 +127,26 @@ def test_a_batch_of_all_images_says_nothing_of_drift(odd, inserted, batches):
 
 
 def test_the_strip_has_every_norm_behind_its_layer(inserted):
-    labels = {part: [box.label for box in found] for part, found in boxes(inserted).items()}
-    assert labels == {
-        "part": ["Conv2d 6", "BN 6", "ReLU"],
-        "": ["Conv2d 6", "BN 6", "Linear 5", "BN 5", "Linear 4"],
-    }
-    kinds = [box.kind for found in boxes(inserted).values() for box in found]
-    assert kinds.count("inserted") == 3 and kinds.count("taken") == 1
+    for taken in (0, 1):
+        labels = {part: [box.label for box in found] for part, found in boxes(inserted).items()}
+        assert labels == {
+            "part": ["Conv2d 6", "BN 6", "ReLU"],
+            "": ["Conv2d 6", "BN 6", "Linear 5", "BN 5", "Linear 4"],
+        }
+        kinds = [box.kind for found in boxes(inserted).values() for box in found]
+        assert kinds.count("inserted") == 3 and kinds.count("taken") == taken
+        bnsurgery.fuse_relu_(inserted)
+
+
+def test_a_fused_network_looks_the_same(odd, inserted, batches):
+    """Before and behind the normalization; and the page says which norms apply their ReLU."""
+    fused = copy.deepcopy(inserted)
+    bnsurgery.fuse_relu_(fused)
+    for one, two in zip(view_sites(inserted, batches), view_sites(fused, batches), strict=True):
+        assert torch.equal(one.before.counts, two.before.counts) and torch.equal(one.after.counts, two.after.counts)
+        assert (one.activation, one.dead, one.silent) == (two.activation, two.dead, two.silent)
+    text = report.insertion(odd, fused, batches).to_html()
+    assert "3 BatchNorm layers were inserted; 1 of them" in re.sub(r"\s+", " ", text)
 
 
 def test_the_strip_shows_a_parametrized_layer_as_such(batches):
