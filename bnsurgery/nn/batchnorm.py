@@ -122,7 +122,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         self.statistics, self.renorm_steps = "renorm", steps
         self.renorm_start = int(self.num_batches_tracked) - done
         self.renorm_state = self.running_mean.new_zeros(3, len(self.running_mean))
-        self.renorm_state[2] = done - 1  # the next call begins a step
+        self.renorm_state[2].fill_(done - 1)  # the next call begins a step
         self.renorm_weights = None
 
     def reset_running_stats(self) -> None:
