@@ -72,6 +72,7 @@ class _BatchNorm(torch.autograd.Function):
         kept = output if ctx.relu and not takes_kernels(input) else None
         ctx.save_for_backward(input, weight, bias, statistics, kept)
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)  # it would be a tensor of zeros
         return output, statistics
 
     @staticmethod

@@ -12,7 +12,7 @@ from bnsurgery.ops.library import has_triton
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
-FILES = ("test_batch_norm.py", "test_kernels.py", "test_channel_moments.py")
+FILES = ("test_batch_norm.py", "test_kernels.py", "test_channel_moments.py", "test_launches.py", "test_renorm.py")
 
 
 @pytest.fixture(autouse=True)
