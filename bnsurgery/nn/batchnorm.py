@@ -72,6 +72,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 momentum = 1 / (counter + 1) if self.momentum is None else self.momentum
                 if self.statistics == "renorm":
                     renorm = Renorm(self.renorm_state, self.renorm_steps, self._step_begins())
+                    counter = counter if renorm.begins else None
             else:
                 running_mean = running_var = None
         else:
@@ -114,8 +115,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.statistics == "renorm" and not self.num_batches_tracked.is_meta:
-            done = int(self.num_batches_tracked) - self.renorm_start
-            self.start_renorm_(max(done, 0), self.renorm_steps)
+            self.start_renorm_(max(int(self.num_batches_tracked) - self.renorm_start, 0), self.renorm_steps)
 
     def start_renorm_(self, done: int, steps: int) -> None:
         """Normalize by "renorm" from now on, as if `done` of its training steps had been taken."""

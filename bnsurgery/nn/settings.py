@@ -17,15 +17,19 @@ def set_statistics_(bn_model: nn.Module, mode: Statistics, *, renorm_steps: int 
     - "renorm": the batch's, corrected towards the running ones (Batch Renormalization) by limits that close over the
       next `renorm_steps` training steps: the first step computes what eval mode does, the last plain BN.
 
+    A step of "renorm" ends when a layer's weight or bias changes. Until then its calls, as of a siamese network or of
+    gradients accumulated, count as one in num_batches_tracked and share the limits and the running statistics of the
+    step's beginning; so a layer of frozen weights stays at its first step. Compiled code cannot see the change: there
+    every call is a step. A CUDA graph repeats what it was captured with: capture a whole step, optimizer included.
+
     Eval mode always uses the running ones. Copies and pickles keep the mode; `save` does not store it. Gradient
-    checkpointing runs a layer twice, and so moves running statistics twice as in torch; with "renorm" the second run
-    differs from the first and the gradients are wrong, so do not put the two together. A schedule is resumed by setting
-    the mode on the network as it was, before `load_state_dict` restores the steps done (num_batches_tracked).
+    checkpointing runs a layer twice, and so moves running statistics twice as in torch. A schedule is resumed by
+    setting the mode on the network as it was, before `load_state_dict` restores the steps (num_batches_tracked).
 
     Args:
         bn_model: a network with layers of `bnsurgery.nn`; other norms in it are left alone.
         mode: see above.
-        renorm_steps: length of the closing schedule in forward passes, above 0; used by "renorm" alone.
+        renorm_steps: length of the closing schedule in training steps, above 0; used by "renorm" alone.
 
     Raises:
         ValueError: `mode` or `renorm_steps` is none of these.
