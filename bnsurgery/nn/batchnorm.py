@@ -58,12 +58,12 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if _exporting():
             return self._in_torch(input)
-        if not input.is_floating_point() or input.shape[1] != self.__dict__["num_features"]:
-            check(input, type(self).__name__, **self._affine_and_statistics())
         buffers: dict[str, Any] = (
             self._buffers
         )  # nn.Module's __getattr__ takes half a microsecond, much beside a small layer
         running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+        if running_mean is None or input.shape[1] != running_mean.numel() or not input.is_floating_point():
+            check(input, type(self).__name__, **self._affine_and_statistics())
         training, group, counter, renorm, momentum = self.training, "", None, None, 0.0
         if training and self.statistics != "running":
             group = self.process_group

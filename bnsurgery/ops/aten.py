@@ -182,7 +182,7 @@ def backward(
 
 def gradients(x: Tensor, wants_input: bool, wants_affine: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients of input, weight and bias; none for what is not wanted."""
-    weight, bias = (x.new_empty(x.shape[1] * wants_affine, dtype=work_dtype(x)) for _ in range(2))
+    weight, bias = (x.new_empty(x.shape[1] if wants_affine else 0, dtype=work_dtype(x)) for _ in range(2))
     return torch.empty_like(x) if wants_input else x.new_empty(0), weight, bias
 
 
