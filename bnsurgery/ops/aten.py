@@ -92,9 +92,10 @@ def settle_(
     rows = torch.stack((mean, m2 / some))
     if renorm is not None and running_mean is not None and running_var is not None:
         rows = torch.cat((rows, r_and_d_(renorm, rows[0], rows[1], running_mean, running_var, eps)))
+    share = momentum * (count > 0)
     for running, value in ((running_mean, mean), (running_var, m2 / (some - 1 * (some > 1)))):
         if running is not None:
-            running.lerp_(value.to(running.dtype).to(running.device), momentum * (count > 0))
+            running.mul_(1 - share).add_(value.to(running.dtype).to(running.device) * share)
     if counter is not None:
         counter.add_(1)
     return rows
