@@ -45,8 +45,36 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     state_dict = _tensors(_load(path), path)
+    for name, tensor in state_dict.items():
+        if tensor.dtype not in _SUMMABLE and not name.endswith("num_batches_tracked"):
+            raise _refusal(
+                path, f"{tensor.dtype} under {shown(name)}", "Save it in float32, float16, bfloat16 or float64."
+            )
     check_finite(state_dict, path)
     return state_dict
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read what a file of our own holds: dense tensors of any type and of any value.
+
+    Raises:
+        CheckpointError: as `read_state_dict`, but for the values.
+    """
+    path = Path(path)
+    return _tensors(_load(path), path)
+
+
+def check_kinds(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse tensors of a type that the network's own, of the same names, cannot have been cast to.
+
+    Raises:
+        CheckpointError: integers stand where real numbers belong, or the like; the message names the first.
+    """
+    for name, tensor in state.items():
+        wanted, castable = expected[name].dtype, tensor.dtype in _SUMMABLE or not tensor.is_floating_point()
+        kinds = {(dtype.is_floating_point, dtype.is_complex) for dtype in (tensor.dtype, wanted)}
+        if tensor.dtype != wanted and not (castable and len(kinds) == 1):
+            raise _refusal(path, f"{tensor.dtype} under {shown(name)}", f"The network's is {wanted}.")
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
@@ -247,10 +275,6 @@ def _tensors(loaded: object, path: Path) -> dict[str, Tensor]:
                 path,
                 f"a quantized, sparse, expanded or empty-shell tensor {shown(key)}",
                 "Save it as a plain one (.dequantize(), .to_dense(), .contiguous()).",
-            )
-        if value.dtype not in _SUMMABLE and not key.endswith("num_batches_tracked"):
-            raise _refusal(
-                path, f"{value.dtype} under {shown(key)}", "Save it in float32, float16, bfloat16 or float64."
             )
         state_dict[key] = value.detach()
     # Tensors can be views of one storage, and what is not aligned is copied.
