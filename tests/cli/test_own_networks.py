@@ -1,6 +1,9 @@
 """Networks that are not torchvision's, on the command line: --model, timm:NAME, and the formats to leave by."""
 
 import json
+import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from xml.etree import ElementTree
@@ -194,3 +197,106 @@ def test_a_checkpoint_never_says_what_code_to_run(cli):
         images = ["x.png"] if command == ["predict"] else []
         code, _out, err = cli(command[0], "small-bn.safetensors", *command[1:], *images)
         assert code == 1 and "pass --model net.py:small, as when it was made" in err
+
+
+PARTS = "from torch import nn\ndef block(): return nn.Sequential(nn.Conv2d(3, {width}, 3), nn.ReLU())\n"
+
+
+def in_a_process_of_its_own(code):
+    """What it prints; modules that a test's files import would stay in this process."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("spec", ["repo/net.py:make", "net:make", "sub.net:make"])
+def test_neighbours_can_be_imported(spec, tmp_path, monkeypatch):
+    """As under `python net.py`; for a module, as under `python -m net`."""
+    monkeypatch.chdir(tmp_path)
+    here = Path("repo") if spec.startswith("repo") else Path()
+    net = here / ("sub/net.py" if spec.startswith("sub") else "net.py")
+    net.parent.mkdir(exist_ok=True)
+    net.write_text("from parts import block\ndef make():\n    import more\n    return block().append(more.block())\n")
+    for name, width in (("parts", 5), ("more", 6)):
+        (here / f"{name}.py").write_text(PARTS.format(width=width))
+    code = f"from bnsurgery import factories; made = factories.build({spec!r}); print(made[0].out_channels, len(made))"
+    assert in_a_process_of_its_own(code) == "5 3\n"
+
+
+@pytest.mark.slow
+def test_neighbours_can_be_imported_when_the_network_runs_and_in_workers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("repo").mkdir()
+    Path("repo/parts.py").write_text("def double(x): return 2 * x\n")
+    Path("repo/net.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n        from parts import double\n"
+        "        return double(x)\n"
+    )
+    code = """
+        import multiprocessing, sys
+        from bnsurgery import factories
+        net = factories.build("repo/net.py:Net")
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.apply(net, (4,)), "parts" in sys.modules, net(5))
+    """
+    assert in_a_process_of_its_own(code) == "8 False 10\n"
+
+
+@pytest.mark.slow
+def test_neighbours_of_one_name_do_not_take_each_others_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, width in (("a", 5), ("b", 6), ("c", 7)):
+        Path(folder).mkdir()
+        Path(folder, "parts.py").write_text(PARTS.format(width=width))
+        Path(folder, "net.py").write_text("from parts import block\ndef make(): return block()\n")
+    Path("c/net.py").write_text("def make():\n    from torch import nn\n    return nn.Conv2d(3, 7, 1)\n")
+    Path("b/other.py").write_text("import net\ndef make(): return net.make()\n")
+    code = """
+        from bnsurgery import ArchitectureError, factories
+        def width(spec):
+            try:
+                return next(factories.build(spec).parameters()).shape[0]
+            except ArchitectureError as error:
+                assert "was imported from" in str(error) and "Use a process for each" in str(error), error
+                return "refused"
+        print(*map(width, {specs}))
+    """
+    for specs, expected in (
+        (["a/net.py:make", "b/net.py:make", "a/net.py:make"], "5 refused 5"),
+        (["c/net.py:make", "a/net.py:make"], "7 refused"),  # a function of c's may ask for its own yet
+        (["b/net.py:make", "b/other.py:make"], "6 6"),
+    ):
+        assert in_a_process_of_its_own(textwrap.dedent(code).replace("{specs}", repr(specs))) == f"{expected}\n"
+    Path("c/parts.py").unlink()
+    code = textwrap.dedent(code).replace("{specs}", "['c/net.py:make', 'b/other.py:make']")
+    assert in_a_process_of_its_own(code) == "7 refused\n"  # other asks for the net.py beside it
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "net = nn.Sequential(nn.Conv2d(3, 2, 1))",
+            "'net' is a Sequential, expected a function .* def make.*: return net",
+        ),
+        ("net = {}", "'net' is a dict, expected a function that returns a network"),
+        ("def net(): import no_such_one", "No module named 'no_such_one'. Install it, or add .* to PYTHONPATH"),
+        ("from .parts import net", "is part of a package: .* pass package.module:function"),
+        ("def net(classes): ...", "missing 1 required positional argument: 'classes'"),
+    ],
+)
+def test_what_is_no_function_that_makes_a_network(code, message, cli):
+    Path("odd.py").write_text(f"from torch import nn\n{code}\n")
+    got, out, err = cli("plan", "--model", "odd.py:net")
+    assert (got, out) == (1, "") and re.search(message, err)
+
+
+def test_a_file_that_reads_the_command_line_sees_none_of_ours(cli):
+    Path("script.py").write_text(
+        "import argparse, sys\nargs = argparse.ArgumentParser().parse_args()\nfrom torch import nn\n"
+        "def make():\n    assert sys.argv == ['script.py']\n    return nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))\n"
+    )
+    words = sys.argv
+    code, _out, err = cli("plan", "--model", "script.py:make")
+    assert code == 0, err
+    assert sys.argv is words
