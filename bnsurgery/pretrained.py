@@ -11,10 +11,12 @@ from torchvision.transforms._presets import ImageClassification
 
 from . import factories
 from .checkpoint import read_record
+from .copies import sharing_tensors
 from .errors import ArchitectureError, CheckpointError, UntraceableModelError, shown
+from .folding import strip_
 from .layer_kinds import LAYERS
 from .models import Architecture, identify, state_shapes
-from .surgery_record import SurgeryRecord
+from .surgery_record import SurgeryRecord, carries_record, record
 from .task import MAX_SIDE
 from .tracing import Trace, is_layer
 from .weights import check_finite, describe_mismatch, download, read_state_dict
@@ -156,7 +158,15 @@ def own_preprocessing(model: nn.Module, image_size: int | None, normalize: str =
 
 
 def input_channels(model: nn.Module) -> int:
-    """Colour channels that the first layer takes; 3 where it is no conv."""
+    """Colour channels that a network takes: as its record has it, else its first layer; 3 where that is no conv."""
+    if carries_record(model):
+        done = record(model)
+        if done.task is not None:
+            return len(done.task.mean)
+        if done.input_shape is not None:
+            return done.input_shape[0]
+        model = sharing_tensors(model)
+        strip_(model, done.sites)  # a layer with a norm is one module with it
     try:
         first = next((node.meta.get("module") for node in Trace(model).nodes if is_layer(node)), None)
     except UntraceableModelError:  # without an input: then the first to be defined

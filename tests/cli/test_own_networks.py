@@ -5,12 +5,18 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+
+import bnsurgery
+from bnsurgery.pretrained import input_channels
+from bnsurgery.surgery_record import attach_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporters'
 
@@ -99,6 +105,64 @@ def test_grey_images(cli):
     assert code == 0, err
     code, _out, err = cli("verify", "grey-bn.safetensors", "--model", "net.py:grey", "--num-images", "8")
     assert code == 0, err
+
+
+LAYERS = """
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            torch.manual_seed(0)
+            self.middle = nn.Conv2d(8, 16, 3, padding=1)  # defined before the layer that comes before it
+            self.first = nn.Conv2d(channels, 8, 3, padding=1)
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.middle(torch.relu(self.first(x)))).mean((2, 3)))
+
+    def grey(): return Net(1)
+    def colour(): return Net(3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "channels"), [("grey", 1), ("colour", 3)])
+def test_an_inserted_network_takes_the_channels_that_it_took(name, channels, cli):
+    Path("layers.py").write_text(textwrap.dedent(LAYERS))
+    own = ["--model", f"layers.py:{name}", "--image-size", "16"]
+    for kind in "ab":
+        Path("photos", kind).mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (16, 16), 40 * i + 9 * (kind == "b")).save(Path("photos", kind, f"{i}.png"))
+    code, _out, err = cli("insert", *own, "--num-images", "4", "-o", "net.safetensors")
+    assert code == 0, err
+    for to, file in (("onnx", "net.onnx"), ("exported-program", "net.pt2")):
+        code, _out, err = cli("export", "net.safetensors", *own, "--to", to, "-o", file)
+        assert code == 0, err
+    program = torch.export.load("net.pt2").module()
+    assert program(torch.zeros(3, channels, 16, 16)).shape == (3, 2)
+    train = ["--data", "photos", "--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--normalize", "none"]
+    code, _out, err = cli("finetune", "net.safetensors", *own, *train, "-o", "run")
+    assert code == 0, err
+    best = ["run/best.safetensors", "--model", f"layers.py:{name}"]
+    code, _out, err = cli("export", *best, "--image-size", "24", "--to", "exported-program", "-o", "best.pt2")
+    assert code == 0, err
+    assert torch.export.load("best.pt2").module()(torch.zeros(3, channels, 24, 24)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_channels_are_the_records_and_else_the_first_layers(channels):
+    names: dict = {}
+    exec(textwrap.dedent(LAYERS), names)
+    model = names["Net"](channels).eval()
+    bn_model = bnsurgery.insert(model, [torch.randn(4, channels, 8, 8)])
+    assert input_channels(model) == input_channels(bn_model) == channels
+    attach_record(bn_model, replace(bnsurgery.record(bn_model), input_shape=None))
+    before = str(bn_model)
+    assert input_channels(bn_model) == channels
+    assert str(bn_model) == before
 
 
 @pytest.mark.slow
@@ -294,7 +358,8 @@ def test_what_is_no_function_that_makes_a_network(code, message, cli):
 def test_a_file_that_reads_the_command_line_sees_none_of_ours(cli):
     Path("script.py").write_text(
         "import argparse, sys\nargs = argparse.ArgumentParser().parse_args()\nfrom torch import nn\n"
-        "def make():\n    assert sys.argv == ['script.py']\n    return nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))\n"
+        "def make():\n    assert sys.argv == ['script.py']\n"
+        "    return nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))\n"
     )
     words = sys.argv
     code, _out, err = cli("plan", "--model", "script.py:make")
