@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import nn
 from .errors import ArchitectureError, CheckpointError
 
 _TIMM = "timm:"
-_folders: set[str] = set()  # from which code of a user's was taken in this process: they stay importable
+# From which code of a user's was taken in this process, and which files in them were run: they stay importable.
+_folders: dict[str, set[str]] = {}
 _files: dict[str, ModuleType] = {}  # what was run as a file, by the name that it has in sys.modules
 
 
@@ -111,7 +112,7 @@ def _module(place: str) -> object:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    _make_importable(str(path.parent), place)
+    _make_importable(str(path.parent), place, path.stem)
     if sys.modules.get(path.stem) is _files.get(path.stem):  # not one that is installed
         # Dataclasses and pickle look a class's module up there.
         sys.modules[path.stem] = _files[path.stem] = module
@@ -131,18 +132,19 @@ def _package(place: str) -> object:
         raise ArchitectureError(f"model '{place}': cannot be imported: {_reason(error)}") from error
 
 
-def _make_importable(folder: str, place: str) -> None:
-    """Put `folder` in front of the search path, where spawned processes get it from."""
+def _make_importable(folder: str, place: str, stem: str = "") -> None:
+    """Put `folder` in front of the search path, where spawned processes get it from; `stem` is to be run as a file."""
     importlib.invalidate_caches()
-    _refuse_namesakes(place, {*_folders, folder})
+    folders = {**_folders, folder: {*_folders.get(folder, ()), stem}}
+    _refuse_namesakes(place, folders)
     for name, module in list(_files.items()):
         if _home(module) != folder and _has(folder, name):
             del _files[name], sys.modules[name]  # or it would be taken for this folder's
     sys.path[:] = [folder, *(other for other in sys.path if other != folder)]
-    _folders.add(folder)
+    _folders.update(folders)
 
 
-def _refuse_namesakes(place: str, folders: set[str]) -> None:
+def _refuse_namesakes(place: str, folders: Mapping[str, set[str]]) -> None:
     """Refuse to go on where a module was imported from one folder that another has, too: it would get the first's.
 
     Raises:
@@ -152,7 +154,7 @@ def _refuse_namesakes(place: str, folders: set[str]) -> None:
         home = _home(module)
         if "." in name or home not in folders or module is _files.get(name):
             continue
-        other = next((folder for folder in folders - {home} if _has(folder, name)), None)
+        other = next((at for at, run in folders.items() if at != home and name not in run and _has(at, name)), None)
         if other is not None:
             raise ArchitectureError(
                 f"model '{place}': '{name}' was imported from '{home}', and '{other}' has one of that name, too. Use a "

@@ -6,7 +6,7 @@ import pickle
 import random
 import struct
 import warnings
-from argparse import Namespace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -15,14 +15,21 @@ from torch import nn
 from torch_files import STATE, Evil, assert_is_state, deflated, to_torch
 
 from bnsurgery.errors import CheckpointError
-from bnsurgery.weights import check_finite, describe_mismatch, read_state_dict
+from bnsurgery.weights import check_finite, check_plain, describe_mismatch, read_weights
+
+
+def read(path):
+    """A stranger's file, with all checks but those for which a network is needed."""
+    state = check_plain(read_weights(path).tensors, path)
+    check_finite(state, path)
+    return state
 
 
 def refused(path, content, message):
     """Assert that a file of `content` at `path` is refused with one short line that names it and says no unsafe way."""
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_state_dict(path)
+        read(path)
     text = str(caught.value)
     assert str(path) in text
     assert "\n" not in text
@@ -44,30 +51,12 @@ def refused(path, content, message):
 def test_the_content_decides_not_the_suffix(tmp_path, content, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
-    assert_is_state(read_state_dict(path))
-
-
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
-def test_unwraps_checkpoints_of_training_scripts(tmp_path, wrapper):
-    torch.save({"epoch": 3, wrapper: {f"module.{k}": v for k, v in STATE.items()}}, tmp_path / "a.pth")
-    assert_is_state(read_state_dict(tmp_path / "a.pth"))
-
-
-def test_strips_module_only_where_all_have_it(tmp_path):
-    mixed = {"module.a": torch.ones(1), "b": torch.ones(1)}
-    torch.save(mixed, tmp_path / "a.pth")
-    assert_is_state(read_state_dict(tmp_path / "a.pth"), mixed)
-
-
-def test_a_tensor_called_model_is_no_wrapper(tmp_path):
-    state = {"model": torch.ones(2), "other": torch.zeros(1)}
-    torch.save(state, tmp_path / "a.pth")
-    assert_is_state(read_state_dict(tmp_path / "a.pth"), state)
+    assert_is_state(read(path))
 
 
 def test_parameters_come_out_as_plain_tensors(tmp_path):
     torch.save(dict(nn.Linear(2, 2).named_parameters()), tmp_path / "a.pth")
-    assert all(type(tensor) is torch.Tensor for tensor in read_state_dict(tmp_path / "a.pth").values())
+    assert all(type(tensor) is torch.Tensor for tensor in read(tmp_path / "a.pth").values())
 
 
 BAD_FILES = {
@@ -83,9 +72,9 @@ BAD_FILES = {
     "safetensors-json": (struct.pack("<Q", 20) + b"{" * 20 + bytes(20), "truncated or damaged"),
     "safetensors-length": (struct.pack("<Q", 2**62) + b'{"a": 1}', "truncated or damaged"),
     "module": (to_torch(nn.Linear(2, 2)), r"holds code or objects.*Linear.*refused.*save model\.state_dict\(\)"),
-    "namespace": (to_torch({"state_dict": STATE, "args": Namespace(lr=1)}), r"holds code or objects.*Namespace"),
-    "no-tensors": (to_torch({"epoch": 3}), r"a int under 'epoch'"),
-    "integer-key": (to_torch({3: torch.ones(1)}), r"a Tensor under 3"),
+    "other-object": (to_torch({"state_dict": STATE, "lr": Fraction(1, 3)}), r"holds code or objects.*Fraction"),
+    "no-tensors": (to_torch({"epoch": 3, "model": {}}), r"a dict without tensors"),
+    "integer-key": (to_torch({3: torch.ones(1)}), r"a dict without tensors"),
     "list": (to_torch([torch.ones(1)]), r"a list without tensors"),
     "empty-dict": (to_torch({}), r"a dict without tensors"),
     "meta": (to_torch({"a": torch.ones(3, device="meta")}), r"empty-shell tensor 'a'"),
@@ -149,7 +138,7 @@ def test_paths_that_are_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, message in (("missing.pth", "no such file"), (".", "a directory"), ("pipe", "a directory or device")):
         with pytest.raises(CheckpointError, match=message):
-            read_state_dict(tmp_path / name)
+            read(tmp_path / name)
 
 
 @pytest.mark.filterwarnings("error")
@@ -168,7 +157,7 @@ def test_damage_anywhere_is_survived(tmp_path, content):
             damaged[generator.randrange(len(damaged))] = generator.randrange(256)
         path.write_bytes(damaged)
         try:
-            read_state_dict(path)
+            read(path)
         except CheckpointError as error:
             assert "weights_only" not in str(error)
 
@@ -176,15 +165,15 @@ def test_damage_anywhere_is_survived(tmp_path, content):
 def test_tensors_are_aligned_as_torch_allocates_them(tmp_path):
     odd = {"a": torch.ones(3, dtype=torch.float16), "b": torch.arange(5.0), "c": torch.arange(7.0)}
     (tmp_path / "a.safetensors").write_bytes(to_safetensors(odd))
-    state = read_state_dict(tmp_path / "a.safetensors")
+    state = read(tmp_path / "a.safetensors")
     assert_is_state(state, odd)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in state.values())
 
 
 def test_mapped_weights_can_be_changed_without_changing_the_file(tmp_path):
     torch.save(STATE, tmp_path / "a.pth")
-    read_state_dict(tmp_path / "a.pth")["0.bias"].zero_()
-    assert_is_state(read_state_dict(tmp_path / "a.pth"))
+    read(tmp_path / "a.pth")["0.bias"].zero_()
+    assert_is_state(read(tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

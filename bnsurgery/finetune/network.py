@@ -15,6 +15,7 @@ from bnsurgery.advice import statistics_for
 from bnsurgery.checkpoint import read_record
 from bnsurgery.copies import sharing_tensors
 from bnsurgery.errors import ArchitectureError, BNSurgeryError
+from bnsurgery.fitting import Choice
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
 from bnsurgery.surgery_record import attach_record, carries_record, record
@@ -63,17 +64,17 @@ def find(config: Config) -> Source:
             else None
         )
         return Source(model, f"checkpoint {path.name}", preprocess, done.task)
-    own = own_name(config)
+    own, choice = own_name(config), Choice(config.weights_key, config.weights_prefix, config.partial)
     if own:
         weights = config.source if config.model and config.source else config.weights
-        model, description = pretrained.own_network(own, weights, config.seed)
+        model, description = pretrained.own_network(own, weights, config.seed, choice)
         known = pretrained.own_preprocessing(model, config.image_size) if factories.is_timm(own) else None
         return Source(model, f"{own}, {description}", known)
     if is_file:
-        architecture, weights = pretrained.recognise(path), config.source
+        architecture, weights = pretrained.recognise(path, choice), config.source
     else:
         architecture, weights = models.architecture(config.source), config.weights
-    found = pretrained.load(architecture, weights, image_size=config.image_size, seed=config.seed)
+    found = pretrained.load(architecture, weights, choice=choice, image_size=config.image_size, seed=config.seed)
     return Source(found.model, f"{found.name}, {found.weights}", found.preprocess)
 
 

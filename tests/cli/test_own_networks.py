@@ -223,7 +223,11 @@ def test_pictures(cli):
         (["insert", "--model", "no.py:small", *FEW], 1, "no such file"),
         (["insert", "--model", "small", *FEW], 1, "package.module:factory, file.py:factory or timm:NAME"),
         (["insert", "--model", "net.py:small", "--weights", "random", *FEW], 1, "makes its own: leave --weights out"),
-        (["insert", "--model", "net.py:small", "--weights", "no.pth", *FEW], 1, "no such file, nor DEFAULT or random"),
+        (
+            ["insert", "--model", "net.py:small", "--weights", "no.pth", *FEW],
+            1,
+            "no such file, nor one of DEFAULT, random",
+        ),
         (["insert", "--model", "net.py:grey", "--normalize", "imagenet", *FEW], 1, "grey images"),
         (["plan"], 2, "Name one network: ARCH or FILE, or --model"),
         (["plan", "--model", "net.py:sound"], 1, "takes 2 channels"),
@@ -333,7 +337,7 @@ def test_neighbours_of_one_name_do_not_take_each_others_place(tmp_path, monkeypa
         assert in_a_process_of_its_own(textwrap.dedent(code).replace("{specs}", repr(specs))) == f"{expected}\n"
     Path("c/parts.py").unlink()
     code = textwrap.dedent(code).replace("{specs}", "['c/net.py:make', 'b/other.py:make']")
-    assert in_a_process_of_its_own(code) == "7 refused\n"  # other asks for the net.py beside it
+    assert in_a_process_of_its_own(code) == "7 6\n"  # other asks for the net.py beside it
 
 
 @pytest.mark.parametrize(
@@ -365,3 +369,37 @@ def test_a_file_that_reads_the_command_line_sees_none_of_ours(cli):
     code, _out, err = cli("plan", "--model", "script.py:make")
     assert code == 0, err
     assert sys.argv is words
+
+
+@pytest.mark.slow
+def test_which_of_a_files_weights_are_taken(cli):
+    """By every command that takes a file of them, and said once; a NaN elsewhere in the file is no matter."""
+    start, other = weights(), {name: torch.full_like(tensor, torch.nan) for name, tensor in weights().items()}
+    torch.save({"student": {f"net.{k}": v for k, v in start.items()}, "teacher": other}, "both.pth")
+    chosen = ["--weights", "both.pth", "--weights-key", "student", "--weights-prefix", "net."]
+    code, _out, err = cli("insert", "--model", "net.py:small", "--weights", "both.pth", *FEW)
+    assert code == 1 and "2 places fit equally well: student.net., teacher." in err
+    code, _out, err = cli("insert", "--model", "net.py:small", *chosen, *FEW)
+    assert code == 0, err
+    assert err.count("Warning: weights 'both.pth': its 'student.net.0.weight' is taken for '0.weight'\n") == 1
+    own = ["small-bn.safetensors", "--model", "net.py:small"]
+    code, out, err = cli("verify", *own, *chosen, "--num-images", "8", "--json")
+    assert json.loads(out)["ok"], err
+    code, _out, err = cli("fold", *own)
+    folded = load_file("small-folded.safetensors")
+    assert all(torch.equal(folded[name], tensor) for name, tensor in start.items())
+    torch.save({"net": {k: v for k, v in start.items() if k[0] != "7"}, "teacher": other}, "part.pth")
+    part = ["--model", "net.py:small", "--weights", "part.pth", "--weights-key", "net"]
+    code, _out, err = cli("insert", *part, *FEW, "--force")
+    assert code == 1 and "2 missing (7.weight, 7.bias). 4 of 6 fit: --partial takes these alone" in err
+    code, _out, err = cli("insert", *part, "--partial", *FEW, "--force")
+    assert code == 0 and "left as they were made: 7.weight, 7.bias" in err
+    train = ["--image-size", "24", "--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--data", "photos"]
+    for kind in "ab":
+        Path("photos", kind).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (24, 24), (40 * i, 9, 99)).save(Path("photos", kind, f"{i}.png"))
+    code, _out, err = cli("finetune", *part, "--partial", *train, "-o", "run")
+    assert code == 0 and "left as they were made: 7.weight, 7.bias" in err
+    code, _out, err = cli("insert", "squeezenet1_1", "--weights", "random", "--partial", *FEW)
+    assert code == 1 and "a key, a prefix and partial are for weights from a file" in err
