@@ -230,8 +230,9 @@ def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
     _refuse_inserted(path)
     for name in names():
         candidate = Architecture(name)
-        fit = find(file, state_shapes(candidate.build()), replace(choice, partial=False))
-        found = identify(fit.shapes, (candidate,))
+        expected = state_shapes(candidate.build())
+        fit = find(file, expected, replace(choice, partial=False))
+        found = identify(fit.shapes, (candidate,)) if len(fit.names) == len(expected) else None
         if found is not None and (fit.norm is None or choice.partial):
             return found
     norm = next((name for name in file.tensors if name.endswith("running_mean")), None)

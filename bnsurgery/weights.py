@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from .errors import CheckpointError, is_utf8, printable, shown
+from .foreign import kind_of_archive, kind_of_file
 from .unpickling import load_pickle
 
 _ALIGNMENT = 64  # bytes
@@ -68,7 +69,7 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
                 places[id(value)] = inner
                 todo.append((inner, value))
     if not tensors:
-        raise _refusal(path, f"a {type(loaded).__name__} without tensors", "Save model.state_dict().")
+        raise _refusal(path, f"a {type(loaded).__name__} without tensors", "Save model.state_dict(): tensors by name.")
     return WeightsFile(path, tensors, frozenset(places.values()))
 
 
@@ -262,9 +263,8 @@ def _load(path: Path) -> object:
                 path, "more than there is memory for", "Use a machine with more; or it is damaged, or hostile."
             ) from error
         raise _refusal(path, "a truncated or damaged file", "Download or copy it again.") from error
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise _refusal(path, "what looks like a web page: the download failed", "Download it again.")
-    raise _refusal(path, "something else", "Pass a .safetensors file or one that torch.save wrote.")
+    unknown = "something else", "Pass a .safetensors file or one that torch.save wrote."
+    raise _refusal(path, *(kind_of_file(head, path) or unknown))
 
 
 def _head(path: Path) -> bytes:
@@ -288,8 +288,9 @@ def _head(path: Path) -> bytes:
 def _load_zip(path: Path) -> object:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    if any(PurePosixPath(entry.filename).name == "constants.pkl" for entry in entries):
-        raise _refusal(path, "a TorchScript archive", "Save the state_dict() of the model it was made from.")
+    foreign = kind_of_archive([entry.filename for entry in entries])
+    if foreign is not None:
+        raise _refusal(path, *foreign)
     _refuse_expansion(path, sum(entry.file_size for entry in entries))
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if stored and path.suffix != ".safetensors":

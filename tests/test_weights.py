@@ -1,13 +1,16 @@
 """Weights files, good and bad."""
 
+import gzip
 import io
 import os
 import pickle
 import random
 import struct
 import warnings
+import zipfile
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save as to_safetensors
@@ -110,6 +113,70 @@ def test_hostile_pickles_do_nothing(tmp_path, kind):
     assert not trace.exists()
     pickle.loads(pickle.dumps(Evil(trace)))  # the trap works
     assert trace.exists()
+
+
+ARRAYS = {name: tensor.numpy() for name, tensor in STATE.items()}
+
+
+def written(write):
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+def zipped(*names):
+    def write(buffer):
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"content")
+
+    return written(write)
+
+
+def onnx_model():
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.helper.make_graph([], "net", [], [])
+    return onnx.helper.make_model(graph, producer_name="pytorch").SerializeToString()
+
+
+FOREIGN = {
+    "npz": (lambda: written(lambda file: np.savez(file, **ARRAYS)), r"NumPy arrays \(.npz\).*numpy.load.*save_file"),
+    "npz-compressed": (lambda: written(lambda file: np.savez_compressed(file, **ARRAYS)), r"NumPy arrays"),
+    "npy": (lambda: written(lambda file: np.save(file, ARRAYS["0.weight"])), "one NumPy array"),
+    "numpy-in-torch": (lambda: to_torch(ARRAYS), r"a dict without tensors.*state_dict\(\): tensors by name"),
+    "hdf5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file, such as Keras writes.*h5py"),
+    "keras": (lambda: zipped("metadata.json", "config.json", "model.weights.h5"), "a Keras model.*h5py"),
+    "matlab": (lambda: b"MATLAB 5.0 MAT-file, Platform: GLNXA64".ljust(128), "a MATLAB file"),
+    "onnx": (onnx_model, r"an ONNX model.*onnx2torch, and save its state_dict\(\)"),
+    "caffe": (lambda: b"\x0a\x07AlexNet\xa2\x06\x10\x0a\x05conv1" + bytes(50), "a Caffe model"),
+    "caffe-old": (lambda: b"\x0a\x09CaffeNet2\x12\x10\x22\x05conv1" + bytes(50), "a Caffe model"),
+    "tflite": (lambda: b"\x1c\0\0\0TFL3" + bytes(50), "a TensorFlow model"),
+    "gguf": (lambda: b"GGUF\x03\0\0\0" + bytes(50), "a GGUF file"),
+    "lfs": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n",
+        "Git LFS pointer.*git lfs pull",
+    ),
+    "json": (lambda: b'{"weight_map": {"a": "model-00001.safetensors"}}', "JSON text.*weights file that belongs to it"),
+    "gzip": (lambda: gzip.compress(to_torch(STATE)), "a gzip archive.*Unpack it"),
+    "zip": (lambda: zipped("release/net.pth", "release/README"), "a zip archive.*Unpack it"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_files_are_called_what_they_are(kind, tmp_path):
+    make, message = FOREIGN[kind]
+    refused(tmp_path / "weights.pth", make(), f"got {message}" if kind != "lfs" else message)
+
+
+@pytest.mark.parametrize(("suffix", "what"), [(".onnx", "ONNX"), (".caffemodel", "Caffe"), (".PB", "TensorFlow")])
+def test_what_has_no_mark_is_told_by_its_name(suffix, what, tmp_path):
+    refused(tmp_path / f"net{suffix}", b"\x3a\x99 no mark", f"a(n?) {what} model")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_of_torch_export(tmp_path):
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
+    refused(tmp_path / "a.pt2", written(lambda file: torch.export.save(program, file)), "a program of torch.export")
 
 
 def quantized():

@@ -14,8 +14,8 @@ from bnsurgery import factories, models, pretrained
 from bnsurgery.advice import statistics_for
 from bnsurgery.checkpoint import read_record
 from bnsurgery.copies import sharing_tensors
-from bnsurgery.errors import ArchitectureError, BNSurgeryError
-from bnsurgery.fitting import Choice
+from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
+from bnsurgery.fitting import BEST_FIT, Choice
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
 from bnsurgery.surgery_record import attach_record, carries_record, record
@@ -54,7 +54,10 @@ def find(config: Config) -> Source:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass --model")
     path = Path(config.source)
     is_file = bool(config.source) and path.is_file() and config.source not in models.names()
+    choice = Choice(config.weights_key, config.weights_prefix, config.partial)
     if is_file and read_record(path) is not None:
+        if choice != BEST_FIT:
+            raise CheckpointError(f"'{path}' is a whole checkpoint: a key, a prefix and partial are for plain weights")
         custom = factories.build(config.model) if config.model else None
         model = bnsurgery.load(path, model=custom)
         done = record(model)
@@ -64,7 +67,7 @@ def find(config: Config) -> Source:
             else None
         )
         return Source(model, f"checkpoint {path.name}", preprocess, done.task)
-    own, choice = own_name(config), Choice(config.weights_key, config.weights_prefix, config.partial)
+    own = own_name(config)
     if own:
         weights = config.source if config.model and config.source else config.weights
         model, description = pretrained.own_network(own, weights, config.seed, choice)

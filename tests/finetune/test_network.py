@@ -197,3 +197,12 @@ def test_channels_and_sizes_follow_the_network(plain):
     assert network.task_of(network.given(one), photographs, replace(CONFIG, image_size=224)).resize_size == 256
     with pytest.raises(BNSurgeryError, match="takes 5 channels, expected 1 or 3"):
         network.task_of(network.given(five), DATA, CONFIG)
+
+
+def test_a_checkpoint_is_taken_whole(tmp_path):
+    bnsurgery.save(bnsurgery.insert(tiny(), [torch.rand(8, 1, 8, 8)]), tmp_path / "bn.safetensors")
+    source = replace(CONFIG, source=str(tmp_path / "bn.safetensors"), model="tiny_task:tiny")
+    assert network.find(source).description == "checkpoint bn.safetensors"
+    for given in ({"weights_key": "model"}, {"weights_prefix": "net."}, {"partial": True}):
+        with pytest.raises(CheckpointError, match="is a whole checkpoint: a key, a prefix and partial are for plain"):
+            network.find(replace(source, **given))
