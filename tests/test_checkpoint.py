@@ -265,6 +265,8 @@ def test_what_can_be_inserted_into_comes_back(kind, images, tmp_path):
     """To the bit, which tells two NaN from each other, too; and folds into files that others read."""
     model, x = WithBuffer(BUFFERS[kind]).eval(), images(4, 16)
     bn_model = insert(model, [x])
+    if not checkpoint.has_place_for(model.odd.dtype) and not model.odd.is_complex():
+        pytest.skip("for this type a safetensors of later than 0.5 is needed; it is refused")
     save(bn_model, tmp_path / "net.safetensors")
     loaded = load(tmp_path / "net.safetensors", model=WithBuffer(torch.zeros_like(BUFFERS[kind])))
     assert loaded.odd.dtype == model.odd.dtype and loaded.odd.shape == model.odd.shape
