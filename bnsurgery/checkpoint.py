@@ -3,17 +3,19 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .copies import on_meta
-from .errors import BNSurgeryError, CheckpointError, printable
+from .errors import BNSurgeryError, CheckpointError, printable, shown
 from .files import atomic_write
 from .folding import strip_
 from .heads import replace_head_
@@ -22,32 +24,40 @@ from .lrn import drop_lrn_
 from .models import identify_model
 from .relu_fusion import is_fused, take_over_
 from .surgery_record import FORMAT_VERSION, SurgeryRecord, attach_record, record
-from .weights import describe_mismatch, is_safetensors, read_state_dict
+from .weights import check_kinds, describe_mismatch, is_safetensors, read_tensors
 
 # One metadata entry, since safetensors writes several in random order: the record's SHA-256, a space, the record. The
 # digest is there because a flipped bit in the JSON could still parse.
 _KEY = "bnsurgery"
+_REAL_PARTS = (torch.float16, torch.float32, torch.float64)  # of what torch has as complex numbers
 
 
 def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-    """Write `bn_model` and its record to one safetensors file: to a temporary name first, then renamed.
+    """Write `bn_model` and its record to one safetensors file: to a temporary name, read back, then renamed.
 
-    The tensors are the state dict, under its keys; any safetensors reader can open the file. Equal models give equal
-    bytes. The architecture noted is what the model is now, so a head replaced after the insertion is in it. ReLUs that
-    are fused are so after `load`.
+    The tensors are the state dict, under its keys and of any value; any safetensors reader can open the file. Complex
+    numbers stand in it as pairs of real ones, in a last dimension of 2. Equal models give equal bytes. The architecture
+    noted is what the model is now, so a head replaced after the insertion is in it. ReLUs that are fused are so after
+    `load`.
 
     Raises:
-        CheckpointError: the file exists and `overwrite` is False, or it cannot be written; an old file is intact.
+        CheckpointError: the file exists and `overwrite` is False, it cannot be written, or a tensor or the record
+            would not come back; an old file is intact.
         BNSurgeryError: the model carries no record, or its norms apply other ReLUs than that says.
     """
-    state, the_record = bn_model.state_dict(), current_record(bn_model)
+    the_record = current_record(bn_model)
     for site in the_record.sites:
         if site.relu is not None and is_fused(bn_model, site) != the_record.fuse_relu:
             raise BNSurgeryError(
                 f"save: '{site.norm}' was changed by hand: call bnsurgery.fuse_relu_ or unfuse_relu_, which "
                 "make all ReLUs alike"
             )
-    write_tensors(state, path, {_KEY: _sealed(the_record.to_json())}, overwrite)
+    tensors = _storable(bn_model.state_dict())
+    with atomic_write(path, overwrite=overwrite) as temporary:
+        save_file(tensors, temporary, metadata={_KEY: _sealed(the_record.to_json())})
+        if read_record(temporary) != the_record:
+            raise CheckpointError(f"save: '{path}': the record did not come back as it was written")
+        _compare(tensors, temporary, path)
 
 
 def current_record(bn_model: nn.Module) -> SurgeryRecord:
@@ -83,16 +93,21 @@ def load(
     path = Path(path)
     the_record = read_record(path)
     if the_record is None:
-        read_state_dict(path)  # a missing or damaged file says so itself
+        read_tensors(path)  # a missing or damaged file says so itself
         raise CheckpointError(f"load: '{path}': not a bnsurgery checkpoint: its metadata holds no record")
     skeleton = _skeleton(path, the_record, model)
-    state = read_state_dict(path)
+    expected = skeleton.state_dict()
+    state = {
+        name: torch.view_as_complex(tensor) if _is_pairs(tensor, expected.get(name)) else tensor
+        for name, tensor in read_tensors(path).items()
+    }
     mismatch = describe_mismatch(
-        {name: tensor.shape for name, tensor in skeleton.state_dict().items()},
+        {name: tensor.shape for name, tensor in expected.items()},
         {name: tensor.shape for name, tensor in state.items()},
     )
     if mismatch:
         raise CheckpointError(f"load: '{path}': the tensors do not fit its record: {mismatch}")
+    check_kinds(state, expected, path)
     skeleton.load_state_dict(state, assign=True)
     return skeleton.to(map_location).eval()
 
@@ -118,23 +133,57 @@ def read_record(path: str | PathLike[str]) -> SurgeryRecord | None:
     return SurgeryRecord.from_json(text)
 
 
-def write_tensors(
-    state: Mapping[str, Tensor], path: str | PathLike[str], metadata: dict[str, str], overwrite: bool
-) -> None:
-    """Write a state dict as safetensors, atomically.
-
-    Raises:
-        CheckpointError: the file exists and `overwrite` is False, or it cannot be written.
-    """
+def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it: contiguous, complex numbers as pairs, no two names for one storage."""
     tensors, seen = {}, set()
-    for name, tensor in state.items():  # safetensors takes no two names for one storage: a shared module has them
-        shared = tensor.data_ptr() in seen
-        seen.add(tensor.data_ptr())
-        tensors[name] = (
-            tensor.detach().clone(memory_format=torch.contiguous_format) if shared else tensor.detach().contiguous()
-        )
-    with atomic_write(path, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    for name, tensor in state.items():
+        tensor = tensor.detach()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
+        if tensor.layout != torch.strided or not has_place_for(tensor.dtype):
+            what = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout)
+            raise CheckpointError(
+                f"save: {shown(name)} is {what}, which safetensors has no place for. Keep it as another type, or leave "
+                "it out of the state dict: register_buffer(..., persistent=False)"
+            )
+        storage = tensor.untyped_storage().data_ptr()
+        copy = tensor.clone(memory_format=torch.contiguous_format) if storage in seen else tensor.contiguous()
+        seen.add(storage)
+        tensors[name] = copy.resolve_neg()
+    return tensors
+
+
+@cache
+def has_place_for(dtype: torch.dtype) -> bool:
+    """Whether safetensors can hold numbers of this type."""
+    try:
+        serialize({"": torch.empty(0, dtype=dtype)})
+    except Exception:  # of many kinds, from version to version
+        return False
+    return True
+
+
+def _compare(tensors: Mapping[str, Tensor], written: Path, path: str | PathLike[str]) -> None:
+    """Make sure that the file holds these bits. One tensor at a time, so that they are not in memory twice."""
+    with safe_open(written, framework="pt") as file:
+        for name, tensor in tensors.items():
+            again, there = file.get_tensor(name), tensor.cpu()
+            if (
+                again.dtype != there.dtype
+                or again.shape != there.shape
+                or not torch.equal(_bytes(again), _bytes(there))
+            ):
+                raise CheckpointError(f"save: '{path}': {shown(name)} came back from the disk as something else")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _is_pairs(tensor: Tensor, expected: Tensor | None) -> bool:
+    """Whether these are the real and imaginary parts of what is a complex tensor in the network."""
+    is_complex = expected is not None and expected.is_complex()
+    return is_complex and tensor.dtype in _REAL_PARTS and tensor.shape[-1:] == (2,)
 
 
 def torch_save(state: Mapping[str, Any], temporary: Path) -> None:

@@ -21,7 +21,7 @@ from torchvision import models
 
 from . import pretrained
 from .batches import Inputs, join, outputs, placed
-from .checkpoint import current_record, torch_save
+from .checkpoint import current_record, has_place_for, torch_save
 from .copies import on_meta
 from .errors import ExportError, shown
 from .files import atomic_write
@@ -30,7 +30,7 @@ from .modes import evaluating
 from .stock import to_torch
 from .surgery_record import SurgeryRecord, state_digest
 from .verification import EquivalenceReport, verify
-from .weights import read_state_dict
+from .weights import read_tensors
 
 Format = Literal["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
 SUFFIXES = {
@@ -204,7 +204,7 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
 def _state_dict(job: _Written) -> nn.Module:
     _write_state(job)
     again = on_meta(job.network)
-    again.load_state_dict(read_state_dict(job.temporary), assign=True)
+    again.load_state_dict(read_tensors(job.temporary), assign=True)
     return again
 
 
@@ -216,7 +216,7 @@ def _stock(job: _Written) -> nn.Module:
     with torch.device("meta"):
         name = architecture.name + ("_bn" if has_bn else "")
         again: nn.Module = models.get_model(name, weights=None, num_classes=architecture.num_classes)
-    again.load_state_dict(read_state_dict(job.temporary), assign=True)
+    again.load_state_dict(read_tensors(job.temporary), assign=True)
     return again.to(next(job.network.parameters()).device).eval()
 
 
@@ -224,8 +224,13 @@ def _write_state(job: _Written) -> None:
     form = torch.contiguous_format  # a clone each: safetensors takes no two names for one storage
     state = job.network.state_dict().items()
     tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in state}
+    odd = next((name for name, tensor in tensors.items() if not has_place_for(tensor.dtype)), None)
     if job.suffix in _PICKLES:
         torch_save(tensors, job.temporary)
+    elif odd is not None:
+        raise ExportError(
+            f"export: safetensors has no place for '{odd}', which is {tensors[odd].dtype}: give the file a name in .pth"
+        )
     else:
         save_file(tensors, job.temporary, metadata={"format": "pt"})
 

@@ -5,14 +5,20 @@ import importlib
 import importlib.util
 import os
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
 from .errors import ArchitectureError, CheckpointError
 
 _TIMM = "timm:"
+# From which code of a user's was taken in this process, and which files in them were run: they stay importable.
+_folders: dict[str, set[str]] = {}
+_files: dict[str, ModuleType] = {}  # what was run as a file, by the name that it has in sys.modules
 
 
 def is_timm(name: str) -> bool:
@@ -25,12 +31,17 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
 
     The factory is called without arguments. Nothing read from a checkpoint ever gets here.
 
+    What lies beside the file, or in the current folder where a module is named, can be imported as under `python
+    file.py`: by functions that are called later, too, and in processes that are started from here. A process has one
+    module of a name, so what two folders have under the same name is refused.
+
     Args:
         name: as above.
         pretrained: let timm fill it with its weights, downloaded unless cached.
 
     Raises:
-        ArchitectureError: no such module, function or timm network, or it fails, or what it returns is no network.
+        ArchitectureError: no such module, function or timm network, or it fails, or what it returns is no network; or
+            it imports what another folder has under the same name.
         CheckpointError: timm cannot get the weights.
     """
     if is_timm(name):
@@ -38,15 +49,21 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
     place, separator, function = name.rpartition(":")
     if not separator or not place or not function.isidentifier():
         raise ArchitectureError(f"model '{name}': expected package.module:factory, file.py:factory or timm:NAME")
-    with redirect_stdout(sys.stderr):  # what this code prints is no part of a command's output
+    with _running(place):
         factory = getattr(_module(place), function, None)
     if factory is None:
         raise ArchitectureError(f"model '{name}': '{place}' has no '{function}'")
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise ArchitectureError(
+            f"model '{name}': '{function}' is a {type(factory).__name__}, expected a function that returns a network. "
+            f"Write one, such as def make(): return {function}, and pass {place}:make"
+        )
     try:
-        with redirect_stdout(sys.stderr):
+        with _running(place):
             model = factory()
     except (Exception, SystemExit) as error:  # the user's own code
-        raise ArchitectureError(f"model '{name}': calling it failed: {type(error).__name__}: {error}") from error
+        raise ArchitectureError(f"model '{name}': calling it failed: {_reason(error)}") from error
+    _refuse_namesakes(name, _folders)
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"model '{name}': returned a {type(model).__name__}, expected a torch.nn.Module")
     return model.eval()
@@ -75,6 +92,17 @@ def _did_you_mean(close: list[str]) -> str:
     return f"Did you mean {' or '.join(_TIMM + name for name in close)}?" if close else ""
 
 
+@contextmanager
+def _running(place: str) -> Iterator[None]:
+    """What this code prints is no part of a command's output, nor are the command's words meant for it."""
+    words, sys.argv = sys.argv, [place]
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.argv = words
+
+
 def _module(place: str) -> object:
     if not place.endswith(".py"):
         return _package(place)
@@ -84,22 +112,71 @@ def _module(place: str) -> object:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look a class's module up there
+    _make_importable(str(path.parent), place, path.stem)
+    if sys.modules.get(path.stem) is _files.get(path.stem):  # not one that is installed
+        # Dataclasses and pickle look a class's module up there.
+        sys.modules[path.stem] = _files[path.stem] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's own code
-        raise ArchitectureError(f"model: '{place}': cannot be run: {type(error).__name__}: {error}") from error
+        raise ArchitectureError(f"model: '{place}': cannot be run: {_reason(error)}") from error
     return module
 
 
 def _package(place: str) -> object:
     """Import a module by name, from the current folder too, which an installed command does not look into by itself."""
-    sys.path.insert(0, str(Path.cwd()))
+    _make_importable(str(Path.cwd()), place)
     try:
         return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise ArchitectureError(f"model '{place}': {error}. Install it, or give the path of a .py file.") from error
     except (Exception, SystemExit) as error:  # the user's own code
-        raise ArchitectureError(f"model '{place}': cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
+        raise ArchitectureError(f"model '{place}': cannot be imported: {_reason(error)}") from error
+
+
+def _make_importable(folder: str, place: str, stem: str = "") -> None:
+    """Put `folder` in front of the search path, where spawned processes get it from; `stem` is to be run as a file."""
+    importlib.invalidate_caches()
+    folders = {**_folders, folder: {*_folders.get(folder, ()), stem}}
+    _refuse_namesakes(place, folders)
+    for name, module in list(_files.items()):
+        if _home(module) != folder and _has(folder, name):
+            del _files[name], sys.modules[name]  # or it would be taken for this folder's
+    sys.path[:] = [folder, *(other for other in sys.path if other != folder)]
+    _folders.update(folders)
+
+
+def _refuse_namesakes(place: str, folders: Mapping[str, set[str]]) -> None:
+    """Refuse to go on where a module was imported from one folder that another has, too: it would get the first's.
+
+    Raises:
+        ArchitectureError: there is one.
+    """
+    for name, module in list(sys.modules.items()):
+        home = _home(module)
+        if "." in name or home not in folders or module is _files.get(name):
+            continue
+        other = next((at for at, run in folders.items() if at != home and name not in run and _has(at, name)), None)
+        if other is not None:
+            raise ArchitectureError(
+                f"model '{place}': '{name}' was imported from '{home}', and '{other}' has one of that name, too. Use a "
+                "process for each, or give them different names."
+            )
+
+
+def _home(module: ModuleType) -> str:
+    """The folder that a top-level module was found in; "." where it is built in."""
+    file = Path(getattr(module, "__file__", None) or "")
+    return str((file.parent if file.name == "__init__.py" else file).parent)
+
+
+def _has(folder: str, name: str) -> bool:
+    spec = PathFinder.find_spec(name, [folder])
+    return spec is not None and spec.origin is not None  # a folder of that name is no module yet
+
+
+def _reason(error: BaseException) -> str:
+    advice = ""
+    if isinstance(error, ModuleNotFoundError):
+        advice = ". Install it, or add the folder that holds it to PYTHONPATH"
+    elif isinstance(error, ImportError) and "relative import" in str(error):
+        advice = ". The file is part of a package: from the folder above that, pass package.module:function"
+    return f"{type(error).__name__}: {error}{advice}"

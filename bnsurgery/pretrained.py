@@ -1,6 +1,6 @@
 """A network with its weights and its preprocessing, from a name or a file, without a random initialization first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ from torchvision.transforms._presets import ImageClassification
 
 from . import factories
 from .checkpoint import read_record
-from .errors import ArchitectureError, CheckpointError, UntraceableModelError, shown
+from .copies import sharing_tensors
+from .errors import ArchitectureError, CheckpointError, UntraceableModelError, printable, shown
+from .fitting import BEST_FIT, Choice, fill_, find
+from .folding import strip_
 from .layer_kinds import LAYERS
-from .models import Architecture, identify, state_shapes
-from .surgery_record import SurgeryRecord
+from .models import Architecture, identify, names, state_shapes
+from .surgery_record import SurgeryRecord, carries_record, record
 from .task import MAX_SIDE
 from .tracing import Trace, is_layer
-from .weights import check_finite, describe_mismatch, download, read_state_dict
+from .weights import download, read_weights
 
 _CROP = 224
 _RESIZE = 256
@@ -42,15 +45,22 @@ class Pretrained:
 
 
 def load(
-    architecture: Architecture, weights: str, *, image_size: int | None = None, seed: int = 0, progress: bool = False
+    architecture: Architecture,
+    weights: str,
+    *,
+    choice: Choice = BEST_FIT,
+    image_size: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Pretrained:
     """The network `architecture` with `weights`.
 
     Args:
         weights: "DEFAULT" or another name in torchvision's enum (downloaded unless cached), "random" (torchvision's
             initialization, seeded), or a path to a .pth, .pt or .safetensors file holding a state dict.
+        choice: which tensors of a file to take.
         image_size: side of the images in pixels; the weights' own where None.
-        seed: for "random".
+        seed: for "random", and for what a file does not have.
         progress: show the download.
 
     Raises:
@@ -61,30 +71,28 @@ def load(
         raise ArchitectureError(
             f"image size {image_size} is too small for {architecture.name}, which takes {architecture.min_size} or more"
         )
+    known = ("DEFAULT", *architecture.weight_names, "random")
+    _check_choice(choice, weights, known)
     if weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = architecture.build("cpu")
-        description = f"random, seed {seed}"
-    elif weights in ("DEFAULT", *architecture.weight_names):
+        model, description = _random(architecture, seed), f"random, seed {seed}"
+    elif weights in known:
         member: WeightsEnum = architecture.weights[weights]
-        model = _fill(architecture, download(member, progress=progress), member.url)
-        description = str(member)
+        model, description = architecture.build("meta"), str(member)
+        fill_(model, architecture.name, download(member, progress=progress), choice)
     else:
-        path = Path(weights)
-        if not path.exists():
-            known = ", ".join(["DEFAULT", *architecture.weight_names, "random"])
-            raise CheckpointError(f"weights '{weights}': no such file, nor one of {known}")
-        state = read_state_dict(path)
-        _refuse_inserted(path, state)
-        architecture = identify({name: tensor.shape for name, tensor in state.items()}, (architecture,)) or architecture
-        model, description = _fill(architecture, state, weights), f"file {path.name}"
+        file = read_weights(weights)
+        _refuse_inserted(file.path)
+        shapes = find(file, state_shapes(architecture.build()), choice).shapes
+        architecture = identify(shapes, (architecture,)) or architecture
+        model = _random(architecture, seed) if choice.partial else architecture.build("meta")
+        fill_(model, architecture.name, file, choice)
+        model, description = model.float(), f"file {file.path.name}"  # of half precision: CPUs compute in single
     return Pretrained(
         architecture.name, model, architecture, description, preprocessing(architecture, description, image_size)
     )
 
 
-def own_network(name: str, weights: str = "DEFAULT", seed: int = 0) -> tuple[nn.Module, str]:
+def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choice = BEST_FIT) -> tuple[nn.Module, str]:
     """A network that is not torchvision's, by the name of what makes it, and where its weights came from, in words.
 
     Args:
@@ -92,33 +100,38 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0) -> tuple[nn.
         weights: a path to a file that holds its state dict; "DEFAULT" for timm's own, or what the factory made;
             "random" for timm's initialization.
         seed: for whatever the factory draws.
+        choice: which tensors of a file to take.
 
     Raises:
         ArchitectureError, CheckpointError: there is no such network, or these are not its weights.
     """
-    is_file = weights not in ("DEFAULT", "random")
-    if is_file and not Path(weights).exists():
-        raise CheckpointError(f"weights '{weights}': no such file, nor DEFAULT or random")
+    known = ("DEFAULT", "random")
+    _check_choice(choice, weights, known)
     if weights == "random" and not factories.is_timm(name):
         raise CheckpointError(f"weights 'random': '{name}' makes its own: leave --weights out, or pass a file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = factories.build(name, pretrained=factories.is_timm(name) and weights == "DEFAULT")
     description = "as they are made" if weights == "DEFAULT" else f"random, seed {seed}"
-    if is_file:
-        state = read_state_dict(weights)
-        if read_record(weights) is not None:
-            _refuse_inserted(Path(weights), state)
-        fill_(model, state, weights, name)
-        description = f"file {Path(weights).name}"
+    if weights not in known:
+        file = read_weights(weights)
+        _refuse_inserted(file.path)
+        fill_(model, name, file, choice)
+        description = f"file {file.path.name}"
     return model, description
 
 
 def load_own(
-    name: str, weights: str, *, image_size: int | None = None, normalize: str = "auto", seed: int = 0
+    name: str,
+    weights: str,
+    *,
+    choice: Choice = BEST_FIT,
+    image_size: int | None = None,
+    normalize: str = "auto",
+    seed: int = 0,
 ) -> Pretrained:
     """`own_network` with its `own_preprocessing`."""
-    model, description = own_network(name, weights, seed)
+    model, description = own_network(name, weights, seed, choice)
     return Pretrained(name, model, None, description, own_preprocessing(model, image_size, normalize))
 
 
@@ -156,7 +169,15 @@ def own_preprocessing(model: nn.Module, image_size: int | None, normalize: str =
 
 
 def input_channels(model: nn.Module) -> int:
-    """Colour channels that the first layer takes; 3 where it is no conv."""
+    """Colour channels that a network takes: as its record has it, else its first layer; 3 where that is no conv."""
+    if carries_record(model):
+        done = record(model)
+        if done.task is not None:
+            return len(done.task.mean)
+        if done.input_shape is not None:
+            return done.input_shape[0]
+        model = sharing_tensors(model)
+        strip_(model, done.sites)  # a layer with a norm is one module with it
     try:
         first = next((node.meta.get("module") for node in Trace(model).nodes if is_layer(node)), None)
     except UntraceableModelError:  # without an input: then the first to be defined
@@ -199,18 +220,27 @@ def preprocessing_of(
     return own_preprocessing(model, size, str(kind))
 
 
-def recognise(path: Path) -> Architecture:
+def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
     """The architecture that a plain weights file belongs to.
 
     Raises:
         CheckpointError: the file cannot be read, or fits none.
     """
-    state = read_state_dict(path)
-    _refuse_inserted(path, state)
-    found = identify({name: tensor.shape for name, tensor in state.items()})
-    if found is None:
-        raise CheckpointError(f"'{path}': its keys and shapes fit none of the architectures of `bnsurgery archs`")
-    return found
+    file = read_weights(path)
+    _refuse_inserted(path)
+    for name in names():
+        candidate = Architecture(name)
+        expected = state_shapes(candidate.build())
+        fit = find(file, expected, replace(choice, partial=False))
+        found = identify(fit.shapes, (candidate,)) if len(fit.names) == len(expected) else None
+        if found is not None and (fit.norm is None or choice.partial):
+            return found
+    norm = next((name for name in file.tensors if name.endswith("running_mean")), None)
+    if norm is not None:
+        raise CheckpointError(
+            f"'{path}' holds a network that has BatchNorm already ('{printable(norm)}'). Nothing to insert."
+        )
+    raise CheckpointError(f"'{path}': its keys and shapes fit none of the architectures of `bnsurgery archs`")
 
 
 def origin(record: SurgeryRecord, untouched: bool) -> str:
@@ -229,34 +259,24 @@ def example(source: Pretrained) -> Tensor:
     return torch.zeros(1, len(source.preprocess.mean), size, size, device=device)
 
 
-def fill_(model: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> None:
-    """Give `model`, which is called `name`, the tensors of `state`, which came from `origin`.
-
-    Raises:
-        CheckpointError: keys or shapes differ, or a value is not finite.
-    """
-    mismatch = describe_mismatch(state_shapes(model), {name: tensor.shape for name, tensor in state.items()})
-    if mismatch:
-        raise CheckpointError(f"weights '{origin}' are not those of {name}: {mismatch}")
-    check_finite(state, origin)
-    model.load_state_dict(state, assign=True)
+def _random(architecture: Architecture, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return architecture.build("cpu")
 
 
-def _fill(architecture: Architecture, state: dict[str, Tensor], origin: str) -> nn.Module:
-    """Build on the meta device and assign the tensors; half precision becomes float32, which CPUs compute in."""
-    model = architecture.build("meta")
-    fill_(model, state, origin, architecture.name)
-    return model.float()
+def _check_choice(choice: Choice, weights: str, known: tuple[str, ...]) -> None:
+    if weights in known and choice != BEST_FIT:
+        raise CheckpointError(f"weights '{weights}': a key, a prefix and partial are for weights from a file")
+    if weights not in known and not Path(weights).exists():
+        raise CheckpointError(f"weights '{weights}': no such file, nor one of {', '.join(known)}")
 
 
-def _refuse_inserted(path: Path, state: dict[str, Tensor]) -> None:
+def _refuse_inserted(path: Path) -> None:
     if read_record(path) is not None:
         raise CheckpointError(
             f"'{path}' holds a network that has been inserted into already. Fold it first: bnsurgery fold {path}"
         )
-    norm = next((name for name in state if name.endswith("running_mean")), None)
-    if norm is not None:
-        raise CheckpointError(f"'{path}' holds a network that has BatchNorm already ('{norm}'). Nothing to insert.")
 
 
 def _sized(transforms: ImageClassification, image_size: int | None) -> ImageClassification:

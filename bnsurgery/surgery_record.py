@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnsurgery
 
@@ -146,6 +147,13 @@ def record(bn_model: nn.Module) -> SurgeryRecord:
     """
     found = vars(bn_model).get(_ATTRIBUTE)  # not getattr: a wrapper passes that on, but has other names for its layers
     if not isinstance(found, SurgeryRecord):
+        norms = {name: type(norm) for name, norm in bn_model.named_modules() if isinstance(norm, _BatchNorm)}
+        if norms and all(kind.__module__.startswith("torch.") for kind in norms.values()):
+            raise BNSurgeryError(
+                f"{type(bn_model).__name__} carries no record of bnsurgery.insert: its norm '{next(iter(norms))}' is "
+                "its own, and only what was inserted is taken out again. To fold this one, use "
+                "torch.fx.experimental.optimization.fuse(model.eval())"
+            )
         raise BNSurgeryError(
             f"record: {type(bn_model).__name__} carries no record: it was not made by bnsurgery.insert or .load "
             "(a wrapped model carries it inside: pass model.module, or model._orig_mod)"

@@ -7,13 +7,42 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
+from torch.serialization import safe_globals
 from torch.storage import TypedStorage, UntypedStorage
 
 _lock = threading.Lock()
 
 
+class _Nothing:
+    """Stands for a harmless object that training scripts keep beside the weights; takes part of it and keeps none."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+# By the names that pickles have for them. Not the classes themselves: what those do with their input is their affair.
+_STAND_INS: list[Any] = [
+    type(name, (_Nothing,), {"__module__": module})
+    for module, name in (
+        ("argparse", "Namespace"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        *(
+            (f"numpy.{core}.multiarray", function)
+            for core in ("core", "_core")
+            for function in ("scalar", "_reconstruct")
+        ),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "WindowsPath"),
+    )
+]
+
+
 def load_pickle(source: str | os.PathLike[str] | IO[bytes], *, mmap: bool = False) -> Any:
-    """What `torch.save` wrote, on the CPU, by torch's restricted unpickler.
+    """What `torch.save` wrote, on the CPU, by torch's restricted unpickler: tensors, numbers, text and containers.
+
+    For the objects in `_STAND_INS` there is an empty one in the result.
 
     Args:
         source: a path, or an open file where it shall not be mapped.
@@ -22,7 +51,7 @@ def load_pickle(source: str | os.PathLike[str] | IO[bytes], *, mmap: bool = Fals
     Raises:
         Exception: of any kind, where the file is damaged or hostile; `pickle.UnpicklingError` where it holds code.
     """
-    with _brief_storages():
+    with _brief_storages(), safe_globals(_STAND_INS):
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
 
 

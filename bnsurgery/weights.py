@@ -6,7 +6,8 @@ import socket
 import threading
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
@@ -20,33 +21,97 @@ from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from .errors import CheckpointError, is_utf8, printable, shown
+from .foreign import kind_of_archive, kind_of_file
 from .unpickling import load_pickle
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts keep it, beside epoch and optimizer
 _ALIGNMENT = 64  # bytes
 _MAX_HEADER = 16 * 2**20  # bytes of JSON: 200 times what a network of 1,000 layers has; safetensors would parse 100 MB
 _MAX_EXPANSION = 20  # times its own size that a file may come to in memory: compressed, or by tensors that share memory
+_MAX_PLACE = 256  # characters of the keys that lead to a dict: every name in it is made to begin with them
 _SMALL = 2**20  # bytes that any file may come to
 _SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from a safetensors or PyTorch file, told apart by content; no code in it is ever run.
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a weights file holds; of the tensors nothing is checked yet.
 
-    A dict nested under `state_dict`, `model` or `model_state_dict` is taken out, and a `module.` before every key
-    (DataParallel) removed. The values are mapped from the file where its format allows and aligns them, else copied.
+    Attributes:
+        path: the file.
+        tensors: by the keys of the dicts that lead to them, joined by ".": "state_dict.features.0.weight".
+        places: the dicts, by what comes before the names in them: "" is the file's own, then "state_dict.", ...
+    """
 
-    Returns:
-        The tensors by key, on the CPU: dense, and finite.
+    path: Path
+    tensors: dict[str, Tensor]
+    places: frozenset[str]
+
+
+def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
+    """Read a safetensors or PyTorch file, told apart by content; no code in it is ever run.
+
+    The values are mapped from the file where its format allows it.
 
     Raises:
-        CheckpointError: the file is missing, empty, damaged, no weights file, holds code or anything else that is not a
-            plain tensor, or NaN or Inf.
+        CheckpointError: the file is missing, empty, damaged, no weights file, holds code, or no tensor by a name.
     """
     path = Path(path)
-    state_dict = _tensors(_load(path), path)
-    check_finite(state_dict, path)
-    return state_dict
+    loaded = _load(path)
+    tensors: dict[str, Tensor] = {}
+    todo = [("", loaded)] if isinstance(loaded, Mapping) else []
+    places = {id(loaded): ""}
+    for place, found in todo:  # grows as it goes
+        for key, value in found.items():
+            inner = f"{place}{key}." if isinstance(key, str) and len(place) < _MAX_PLACE else ""
+            if inner and isinstance(value, Tensor):
+                tensors.setdefault(inner[:-1], value)
+            elif inner and isinstance(value, Mapping) and id(value) not in places:  # a pickle can hold itself
+                places[id(value)] = inner
+                todo.append((inner, value))
+    if not tensors:
+        raise _refusal(path, f"a {type(loaded).__name__} without tensors", "Save model.state_dict(): tensors by name.")
+    return WeightsFile(path, tensors, frozenset(places.values()))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a state dict that we wrote: dense tensors of any type and of any value, on the CPU.
+
+    Raises:
+        CheckpointError: as `read_weights` and `check_plain`.
+    """
+    file = read_weights(path)
+    return check_plain(file.tensors, file.path)
+
+
+def check_plain(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors, each dense and where torch would have put it in memory.
+
+    Raises:
+        CheckpointError: one is quantized, sparse or larger than what is behind it, or all are far larger than the file.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or _is_expanded(tensor):
+            raise _refusal(
+                path,
+                f"a quantized, sparse, expanded or empty-shell tensor {shown(name)}",
+                "Save it as a plain one (.dequantize(), .to_dense(), .contiguous()).",
+            )
+    # Tensors can be views of one storage, and what is not aligned is copied.
+    _refuse_expansion(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    return {name: _aligned(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def check_kinds(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse tensors of a type that the network's own, of the same names, cannot have been cast to.
+
+    Raises:
+        CheckpointError: integers stand where real numbers belong, or the like; the message names the first.
+    """
+    for name, tensor in state.items():
+        wanted, castable = expected[name].dtype, tensor.dtype in _SUMMABLE or not tensor.is_floating_point()
+        kinds = {(dtype.is_floating_point, dtype.is_complex) for dtype in (tensor.dtype, wanted)}
+        if tensor.dtype != wanted and not (castable and len(kinds) == 1):
+            raise _refusal(path, f"{tensor.dtype} under {shown(name)}", f"The network's is {wanted}.")
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
@@ -63,8 +128,11 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     return head[8:9] == b"{"
 
 
-def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], masks: Collection[str] = ()) -> None:
     """Refuse weights that are not all finite.
+
+    Args:
+        masks: keys of tensors that may be infinite, such as the buffers of a network, but not NaN.
 
     Raises:
         CheckpointError: a tensor holds NaN or Inf; the message names the first.
@@ -72,10 +140,11 @@ def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str])
     for name, tensor in state_dict.items():
         # NaN and Inf survive a sum, which takes a twentieth of the time of isfinite; a sum may overflow all by itself.
         probably_finite = tensor.dtype in _SUMMABLE and tensor.sum().isfinite()
-        if not probably_finite and not tensor.isfinite().all():
-            raise _refusal(
-                path, f"NaN or Inf in {shown(name)}", "The training diverged or the file is damaged: use another."
-            )
+        if probably_finite or (~tensor.isnan() if name in masks else tensor.isfinite()).all():
+            continue
+        raise _refusal(
+            path, f"NaN or Inf in {shown(name)}", "The training diverged or the file is damaged: use another."
+        )
 
 
 def describe_mismatch(expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> str | None:
@@ -100,7 +169,7 @@ def describe_mismatch(expected: Mapping[str, torch.Size], got: Mapping[str, torc
     )
 
 
-def download(weights: WeightsEnum, *, timeout: float = 12.0, progress: bool) -> dict[str, Tensor]:
+def download(weights: WeightsEnum, *, timeout: float = 12.0, progress: bool) -> WeightsFile:
     """Read torchvision weights from torch.hub's cache, where they are first downloaded to if need be.
 
     Args:
@@ -109,13 +178,13 @@ def download(weights: WeightsEnum, *, timeout: float = 12.0, progress: bool) -> 
         progress: whether to show a bar on stderr.
 
     Raises:
-        CheckpointError: no network, a stalled transfer, another hash, or a cached file that `read_state_dict` refuses.
+        CheckpointError: no network, a stalled transfer, another hash, or a cached file that `read_weights` refuses.
     """
     cached = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlparse(weights.url).path).name)
     if not cached.exists():
         _fetch(weights.url, cached, timeout, progress)
     try:
-        return read_state_dict(cached)
+        return read_weights(cached)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} It is the cached download: delete '{cached}' to have it fetched anew."
@@ -194,9 +263,8 @@ def _load(path: Path) -> object:
                 path, "more than there is memory for", "Use a machine with more; or it is damaged, or hostile."
             ) from error
         raise _refusal(path, "a truncated or damaged file", "Download or copy it again.") from error
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise _refusal(path, "what looks like a web page: the download failed", "Download it again.")
-    raise _refusal(path, "something else", "Pass a .safetensors file or one that torch.save wrote.")
+    unknown = "something else", "Pass a .safetensors file or one that torch.save wrote."
+    raise _refusal(path, *(kind_of_file(head, path) or unknown))
 
 
 def _head(path: Path) -> bytes:
@@ -220,8 +288,9 @@ def _head(path: Path) -> bytes:
 def _load_zip(path: Path) -> object:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    if any(PurePosixPath(entry.filename).name == "constants.pkl" for entry in entries):
-        raise _refusal(path, "a TorchScript archive", "Save the state_dict() of the model it was made from.")
+    foreign = kind_of_archive([entry.filename for entry in entries])
+    if foreign is not None:
+        raise _refusal(path, *foreign)
     _refuse_expansion(path, sum(entry.file_size for entry in entries))
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if stored and path.suffix != ".safetensors":
@@ -229,37 +298,6 @@ def _load_zip(path: Path) -> object:
     # Compressed entries cannot be mapped, and a path that ends in .safetensors torch takes for one.
     with path.open("rb") as file:
         return load_pickle(file)
-
-
-def _tensors(loaded: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in `loaded`: unwrapped, `module.` stripped, every value checked to be a plain tensor."""
-    if isinstance(loaded, Mapping):
-        nested = (loaded[wrapper] for wrapper in _WRAPPERS if isinstance(loaded.get(wrapper), Mapping))
-        loaded = next(nested, loaded)
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise _refusal(path, f"a {type(loaded).__name__} without tensors", "Save model.state_dict().")
-    state_dict: dict[str, Tensor] = {}
-    for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise _refusal(path, f"a {type(value).__name__} under {shown(key)}", "Save model.state_dict() alone.")
-        if value.layout != torch.strided or value.is_quantized or value.is_meta or _is_expanded(value):
-            raise _refusal(
-                path,
-                f"a quantized, sparse, expanded or empty-shell tensor {shown(key)}",
-                "Save it as a plain one (.dequantize(), .to_dense(), .contiguous()).",
-            )
-        if value.dtype not in _SUMMABLE and not key.endswith("num_batches_tracked"):
-            raise _refusal(
-                path, f"{value.dtype} under {shown(key)}", "Save it in float32, float16, bfloat16 or float64."
-            )
-        state_dict[key] = value.detach()
-    # Tensors can be views of one storage, and what is not aligned is copied.
-    _refuse_expansion(path, sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values()))
-    state_dict = {key: _aligned(tensor) for key, tensor in state_dict.items()}
-    prefix = "module."
-    if all(key.startswith(prefix) for key in state_dict):
-        return {key.removeprefix(prefix): value for key, value in state_dict.items()}
-    return state_dict
 
 
 def _refuse_expansion(path: Path, size: int) -> None:

@@ -43,15 +43,14 @@ def command(
 
     from bnsurgery import pretrained
     from bnsurgery.exporting import SUFFIXES, export
-    from bnsurgery.surgery_record import record
 
     output = output or Path(f"{file.stem.removesuffix('-bn')}-{to}{SUFFIXES[to]}")
     bn_model = load_checkpoint(file, model)
     claim(output, force)
     example = None
     if image_size is not None:
-        channels = len(pretrained.preprocessing_of(record(bn_model), bn_model, image_size).mean)
         generator = torch.Generator().manual_seed(0)
-        example = torch.randn(2, channels, image_size, image_size, generator=generator)
+        shape = 2, pretrained.input_channels(bn_model), image_size, image_size
+        example = torch.randn(shape, generator=generator)
     result = export(bn_model, output, to=to, example=example, keep_bn=keep_bn, overwrite=force)  # type: ignore[arg-type]
     show(str(result), result.to_dict(), as_json, quiet)

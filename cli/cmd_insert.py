@@ -19,6 +19,7 @@ from .options import (
     print_options,
     show,
     sites_options,
+    weights_options,
 )
 from .reporting import check_report, report_options, write_report, written
 
@@ -34,6 +35,7 @@ from .reporting import check_report, report_options, write_report, written
     help="The library's weights by name (downloaded once), random ones, or a .pth, .pt or .safetensors file; with "
     "MODULE:FUNCTION a file, or what it makes.",
 )
+@weights_options
 @data_options(num_images=64)
 @normalize_option
 @sites_options
@@ -49,6 +51,9 @@ def command(
     arch: str | None,
     model: str | None,
     weights: str,
+    weights_key: str | None,
+    weights_prefix: str | None,
+    partial: bool,
     data: str,
     num_images: int,
     batch_size: int,
@@ -82,6 +87,7 @@ def command(
     from bnsurgery.copies import on_meta, sharing_tensors
     from bnsurgery.data import calibration_batches
     from bnsurgery.errors import CalibrationError
+    from bnsurgery.fitting import Choice
     from bnsurgery.insertion import Options, insert_
     from bnsurgery.planning import plan
     from bnsurgery.summary import summarize
@@ -99,13 +105,14 @@ def command(
     output = output or Path(f"{stem(name)}-bn.safetensors")
     loud = not (quiet or as_json)
     place = devices.device(device)
+    taken = Choice(weights_key, weights_prefix, partial)
     if own:
-        source = pretrained.load_own(name, weights, image_size=image_size, normalize=normalize, seed=seed)
+        source = pretrained.load_own(name, weights, choice=taken, image_size=image_size, normalize=normalize, seed=seed)
     architecture = None if own else models.architecture(name)
     claim(output, force)
     reporting = check_report(page, plot, force, output, weights)
     if architecture is not None:
-        source = pretrained.load(architecture, weights, image_size=image_size, seed=seed, progress=loud)
+        source = pretrained.load(architecture, weights, choice=taken, image_size=image_size, seed=seed, progress=loud)
     network = source.model.to(place)
     batches = calibration_batches(
         data,

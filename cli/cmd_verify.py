@@ -6,7 +6,15 @@ import click
 
 from bnsurgery.system import quote
 
-from .options import data_options, load_checkpoint, model_option, normalize_option, print_options, show
+from .options import (
+    data_options,
+    load_checkpoint,
+    model_option,
+    normalize_option,
+    print_options,
+    show,
+    weights_options,
+)
 from .reporting import check_report, force_option, report_options, write_report, written
 
 
@@ -18,6 +26,7 @@ from .reporting import check_report, force_option, report_options, write_report,
     metavar="DEFAULT|NAME|random|PATH",
     help="Compare with these weights.  [default: with FILE's own folded network]",
 )
+@weights_options
 @data_options(num_images=32)
 @normalize_option
 @report_options
@@ -27,6 +36,9 @@ def command(
     file: Path,
     model: str | None,
     weights: str | None,
+    weights_key: str | None,
+    weights_prefix: str | None,
+    partial: bool,
     data: str,
     num_images: int,
     batch_size: int,
@@ -51,6 +63,7 @@ def command(
     from bnsurgery import devices, folding, pretrained
     from bnsurgery.data import calibration_batches
     from bnsurgery.errors import BNSurgeryError
+    from bnsurgery.fitting import Choice
     from bnsurgery.surgery_record import record, state_digest
     from bnsurgery.verification import verify
 
@@ -63,11 +76,14 @@ def command(
     reference, against = folded, "its own folded network"
     preprocess = pretrained.preprocessing_of(done, folded, image_size, normalize)
     if weights is not None:
+        taken = Choice(weights_key, weights_prefix, partial)
         if done.architecture is not None:
-            source = pretrained.load(done.architecture, weights, image_size=image_size, progress=not (quiet or as_json))
+            loud = not (quiet or as_json)
+            source = pretrained.load(done.architecture, weights, choice=taken, image_size=image_size, progress=loud)
             preprocess = source.preprocess
         else:
-            source = pretrained.load_own(str(model), weights, image_size=preprocess.crop_size[0], normalize=normalize)
+            size = preprocess.crop_size[0]
+            source = pretrained.load_own(str(model), weights, choice=taken, image_size=size, normalize=normalize)
         reference, against = source.model, source.weights
     batches = calibration_batches(
         data, num_images=num_images, batch_size=batch_size, preprocess=preprocess, seed=seed, skip_bad=skip_bad

@@ -65,6 +65,21 @@ sites_options = _together(
     click.option("--head", is_flag=True, help="Also put one behind the output layer."),
 )
 
+# Which tensors of a weights file to take.
+weights_options = _together(
+    click.option(
+        "--weights-key",
+        metavar="KEY",
+        help="Where in the file the weights are, such as state_dict or models.generator.  [default: where they fit]",
+    ),
+    click.option(
+        "--weights-prefix",
+        metavar="PREFIX",
+        help="What stands there before the network's names, such as backbone.  [default: what fits]",
+    ),
+    click.option("--partial", is_flag=True, help="Take from the file what fits, and leave the rest as it is made."),
+)
+
 image_size_option = click.option(
     "--image-size", type=click.IntRange(1, 4096), help="Side in pixels.  [default: the weights' own, 224]"
 )

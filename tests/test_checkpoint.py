@@ -4,12 +4,13 @@ import sys
 import pytest
 import torch
 from record_files import rewrite
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
 
 import bnsurgery
-from bnsurgery import CheckpointError, SurgeryRecord, insert, load, record, save
+from bnsurgery import CheckpointError, ExportError, SurgeryRecord, checkpoint, insert, load, record, save
 from bnsurgery.surgery_record import FORMAT_VERSION
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
@@ -222,3 +223,114 @@ def test_other_files_are_refused(tmp_path, squeezenet):
         load(tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="missing.safetensors"):
         load(tmp_path / "missing.safetensors")
+
+
+class WithBuffer(nn.Module):
+    """Two convolutions, and a buffer for which a network may have any use."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+        self.register_buffer("odd", buffer)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+FLOATS = torch.tensor([1.5, -torch.inf, torch.inf, torch.nan, -0.0])
+COMPLEX = torch.complex(FLOATS, FLOATS.flip(0))
+BUFFERS = {
+    **{
+        str(kind): torch.arange(5).to(kind) for kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    },
+    **{str(kind): torch.arange(5).to(kind) for kind in (torch.uint16, torch.uint32, torch.uint64, torch.bool)},
+    **{str(kind): FLOATS.to(kind) for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64)},
+    **{str(kind): FLOATS.to(kind) for kind in (torch.float8_e4m3fn, torch.float8_e5m2)},
+    **{str(kind): COMPLEX.to(kind) for kind in (torch.complex64, torch.complex128)},
+    "conjugate": COMPLEX.conj(),
+    "negated": torch.zeros(3, dtype=torch.complex64).conj().imag,
+    "no dimension": torch.tensor(7),
+    "empty": torch.empty(0, 3, dtype=torch.int64),
+    "matrix of pairs": torch.arange(8.0).view(4, 2),
+    "complex matrix": torch.ones(3, 2, dtype=torch.complex64),
+}
+
+
+def as_bytes(tensor):
+    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_what_can_be_inserted_into_comes_back(kind, images, tmp_path):
+    """To the bit, which tells two NaN from each other, too; and folds into files that others read."""
+    model, x = WithBuffer(BUFFERS[kind]).eval(), images(4, 16)
+    bn_model = insert(model, [x])
+    if not checkpoint.has_place_for(model.odd.dtype) and not model.odd.is_complex():
+        pytest.skip("for this type a safetensors of later than 0.5 is needed; it is refused")
+    save(bn_model, tmp_path / "net.safetensors")
+    loaded = load(tmp_path / "net.safetensors", model=WithBuffer(torch.zeros_like(BUFFERS[kind])))
+    assert loaded.odd.dtype == model.odd.dtype and loaded.odd.shape == model.odd.shape
+    assert torch.equal(as_bytes(loaded.odd), as_bytes(model.odd))
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+    bnsurgery.export(loaded, tmp_path / "folded.pth", to="state-dict")
+    folded = torch.load(tmp_path / "folded.pth", weights_only=True)
+    assert all(torch.equal(as_bytes(folded[name]), as_bytes(tensor)) for name, tensor in model.state_dict().items())
+
+
+def test_overlapping_buffers_and_a_frozen_integer_come_back(images, tmp_path):
+    model = WithBuffer(torch.arange(6.0)).eval()
+    model.register_buffer("tail", model.odd[2:])
+    model.register_buffer("turned", model.odd.view(2, 3).t())
+    model.index = nn.Parameter(torch.arange(3), requires_grad=False)
+    bn_model = insert(model, [images(4, 16)])
+    save(bn_model, tmp_path / "net.safetensors")
+    loaded = load(tmp_path / "net.safetensors", model=model).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in bn_model.state_dict().items())
+
+
+def test_what_safetensors_has_no_place_for_is_named_before_anything_is_written(images, tmp_path):
+    bn_model = insert(WithBuffer(torch.ones(3, dtype=torch.uint8).view(torch.bits8)).eval(), [images(4, 16)])
+    (tmp_path / "net.safetensors").write_text("old")
+    with pytest.raises(CheckpointError, match=r"'odd' is torch.bits8, which safetensors has no place for"):
+        save(bn_model, tmp_path / "net.safetensors", overwrite=True)
+    assert (tmp_path / "net.safetensors").read_text() == "old"
+    bn_model.odd = torch.ones(3, dtype=torch.complex128)
+    with pytest.raises(
+        ExportError, match=r"no place for 'odd', which is torch.complex128: give the file a name in .pth"
+    ):
+        bnsurgery.export(bn_model, tmp_path / "folded.safetensors", to="state-dict")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+@pytest.mark.parametrize("place", ["tensors", "record"])
+def test_what_came_back_from_the_disk_as_something_else_gets_no_name(place, inserted, tmp_path, monkeypatch):
+    def write(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        data = bytearray(path.read_bytes())
+        spot = len(data) - 5 if place == "tensors" else data.index(b'"bnsurgery":"') + 100
+        data[spot] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(checkpoint, "save_file", write)
+    with pytest.raises(
+        CheckpointError, match="came back from the disk as something else|record in its metadata is dam"
+    ):
+        save(inserted, tmp_path / "net.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"), [(".weight", torch.int64), (".weight", torch.float8_e5m2), (".running_var", torch.int32)]
+)
+def test_a_checkpoint_with_tensors_of_another_kind_is_refused(end, kind, images, tmp_path):
+    bn_model = insert(WithBuffer(torch.arange(3)).eval(), [images(4, 16)])
+    path = tmp_path / "net.safetensors"
+    save(bn_model, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith(end))
+    save_file({**tensors, name: tensors[name].to(kind)}, path, metadata)
+    with pytest.raises(CheckpointError, match=rf"{kind} under '.*{end}'.*The network's is torch.float32"):
+        load(path, model=bnsurgery.fold(bn_model))

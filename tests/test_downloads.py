@@ -76,10 +76,10 @@ def cache(tmp_path):
 def test_download_then_cache(server, tmp_path, capsys):
     name = file_name(server.content)
     weights = weights_at(f"{server.url}/models/{name}")
-    assert_is_state(download(weights, progress=False))
+    assert_is_state(download(weights, progress=False).tensors)
     assert server.requests == [("HEAD", f"/models/{name}"), ("GET", f"/models/{name}")]
     assert cache(tmp_path) == [name]
-    assert_is_state(download(weights, progress=False))
+    assert_is_state(download(weights, progress=False).tensors)
     assert len(server.requests) == 2
     assert capsys.readouterr() == ("", "")
 
@@ -93,14 +93,14 @@ def test_download_shows_progress_on_stderr_only(server, capsys):
 
 def test_a_server_that_does_not_know_head(server):
     name = file_name(server.content, "no-head")
-    assert_is_state(download(weights_at(f"{server.url}/{name}"), progress=False))
+    assert_is_state(download(weights_at(f"{server.url}/{name}"), progress=False).tensors)
 
 
 def test_download_through_a_proxy(server, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url)
     monkeypatch.setenv("no_proxy", "")
     url = f"http://weights.invalid/{file_name(server.content)}"
-    assert_is_state(download(weights_at(url), progress=False))
+    assert_is_state(download(weights_at(url), progress=False).tensors)
     assert server.requests == [("HEAD", url), ("GET", url)]
 
 

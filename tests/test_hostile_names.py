@@ -22,7 +22,7 @@ from bnsurgery.errors import CheckpointError, DataError
 from bnsurgery.finetune.datasets import open_data
 from bnsurgery.surgery_record import attach_record, record
 from bnsurgery.task import Task
-from bnsurgery.weights import read_state_dict
+from bnsurgery.weights import read_tensors
 from tests.fuzz.networks import inserted
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")
@@ -116,7 +116,7 @@ def test_names_that_are_not_utf_8(odd, squeezenet_file, capfd):
 def test_weights_under_a_name_that_is_not_utf_8(odd, content):
     Path(odd).write_bytes(content)
     with pytest.raises(CheckpointError, match="a file name that is not UTF-8.*Rename"):
-        read_state_dict(odd)
+        read_tensors(odd)
     with pytest.raises(CheckpointError, match="not UTF-8"):
         bnsurgery.load(odd)
 

@@ -21,7 +21,7 @@ from bnsurgery.finetune import Comparison, Config, Result
 from bnsurgery.finetune.datasets import open_data
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.pretrained import recognise
-from bnsurgery.weights import read_state_dict
+from bnsurgery.weights import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")
 
@@ -173,7 +173,7 @@ def test_no_function_runs_it(container, name, folder, squeezenet_file, sentinel)
     spread(CONTAINERS[container](Evil(sentinel)), name, squeezenet_file)
     calls = [
         lambda: bnsurgery.load(name),
-        lambda: read_state_dict(name),
+        lambda: read_tensors(name),
         lambda: recognise(Path(name)),
         lambda: load_image(name),
         lambda: Comparison.read(name),

@@ -1,13 +1,16 @@
 """Weights files, good and bad."""
 
+import gzip
 import io
 import os
 import pickle
 import random
 import struct
 import warnings
-from argparse import Namespace
+import zipfile
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save as to_safetensors
@@ -15,14 +18,21 @@ from torch import nn
 from torch_files import STATE, Evil, assert_is_state, deflated, to_torch
 
 from bnsurgery.errors import CheckpointError
-from bnsurgery.weights import check_finite, describe_mismatch, read_state_dict
+from bnsurgery.weights import check_finite, check_plain, describe_mismatch, read_weights
+
+
+def read(path):
+    """A stranger's file, with all checks but those for which a network is needed."""
+    state = check_plain(read_weights(path).tensors, path)
+    check_finite(state, path)
+    return state
 
 
 def refused(path, content, message):
     """Assert that a file of `content` at `path` is refused with one short line that names it and says no unsafe way."""
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_state_dict(path)
+        read(path)
     text = str(caught.value)
     assert str(path) in text
     assert "\n" not in text
@@ -44,30 +54,12 @@ def refused(path, content, message):
 def test_the_content_decides_not_the_suffix(tmp_path, content, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
-    assert_is_state(read_state_dict(path))
-
-
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
-def test_unwraps_checkpoints_of_training_scripts(tmp_path, wrapper):
-    torch.save({"epoch": 3, wrapper: {f"module.{k}": v for k, v in STATE.items()}}, tmp_path / "a.pth")
-    assert_is_state(read_state_dict(tmp_path / "a.pth"))
-
-
-def test_strips_module_only_where_all_have_it(tmp_path):
-    mixed = {"module.a": torch.ones(1), "b": torch.ones(1)}
-    torch.save(mixed, tmp_path / "a.pth")
-    assert_is_state(read_state_dict(tmp_path / "a.pth"), mixed)
-
-
-def test_a_tensor_called_model_is_no_wrapper(tmp_path):
-    state = {"model": torch.ones(2), "other": torch.zeros(1)}
-    torch.save(state, tmp_path / "a.pth")
-    assert_is_state(read_state_dict(tmp_path / "a.pth"), state)
+    assert_is_state(read(path))
 
 
 def test_parameters_come_out_as_plain_tensors(tmp_path):
     torch.save(dict(nn.Linear(2, 2).named_parameters()), tmp_path / "a.pth")
-    assert all(type(tensor) is torch.Tensor for tensor in read_state_dict(tmp_path / "a.pth").values())
+    assert all(type(tensor) is torch.Tensor for tensor in read(tmp_path / "a.pth").values())
 
 
 BAD_FILES = {
@@ -83,9 +75,9 @@ BAD_FILES = {
     "safetensors-json": (struct.pack("<Q", 20) + b"{" * 20 + bytes(20), "truncated or damaged"),
     "safetensors-length": (struct.pack("<Q", 2**62) + b'{"a": 1}', "truncated or damaged"),
     "module": (to_torch(nn.Linear(2, 2)), r"holds code or objects.*Linear.*refused.*save model\.state_dict\(\)"),
-    "namespace": (to_torch({"state_dict": STATE, "args": Namespace(lr=1)}), r"holds code or objects.*Namespace"),
-    "no-tensors": (to_torch({"epoch": 3}), r"a int under 'epoch'"),
-    "integer-key": (to_torch({3: torch.ones(1)}), r"a Tensor under 3"),
+    "other-object": (to_torch({"state_dict": STATE, "lr": Fraction(1, 3)}), r"holds code or objects.*Fraction"),
+    "no-tensors": (to_torch({"epoch": 3, "model": {}}), r"a dict without tensors"),
+    "integer-key": (to_torch({3: torch.ones(1)}), r"a dict without tensors"),
     "list": (to_torch([torch.ones(1)]), r"a list without tensors"),
     "empty-dict": (to_torch({}), r"a dict without tensors"),
     "meta": (to_torch({"a": torch.ones(3, device="meta")}), r"empty-shell tensor 'a'"),
@@ -123,6 +115,70 @@ def test_hostile_pickles_do_nothing(tmp_path, kind):
     assert trace.exists()
 
 
+ARRAYS = {name: tensor.numpy() for name, tensor in STATE.items()}
+
+
+def written(write):
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+def zipped(*names):
+    def write(buffer):
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"content")
+
+    return written(write)
+
+
+def onnx_model():
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.helper.make_graph([], "net", [], [])
+    return onnx.helper.make_model(graph, producer_name="pytorch").SerializeToString()
+
+
+FOREIGN = {
+    "npz": (lambda: written(lambda file: np.savez(file, **ARRAYS)), r"NumPy arrays \(.npz\).*numpy.load.*save_file"),
+    "npz-compressed": (lambda: written(lambda file: np.savez_compressed(file, **ARRAYS)), r"NumPy arrays"),
+    "npy": (lambda: written(lambda file: np.save(file, ARRAYS["0.weight"])), "one NumPy array"),
+    "numpy-in-torch": (lambda: to_torch(ARRAYS), r"a dict without tensors.*state_dict\(\): tensors by name"),
+    "hdf5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file, such as Keras writes.*h5py"),
+    "keras": (lambda: zipped("metadata.json", "config.json", "model.weights.h5"), "a Keras model.*h5py"),
+    "matlab": (lambda: b"MATLAB 5.0 MAT-file, Platform: GLNXA64".ljust(128), "a MATLAB file"),
+    "onnx": (onnx_model, r"an ONNX model.*onnx2torch, and save its state_dict\(\)"),
+    "caffe": (lambda: b"\x0a\x07AlexNet\xa2\x06\x10\x0a\x05conv1" + bytes(50), "a Caffe model"),
+    "caffe-old": (lambda: b"\x0a\x09CaffeNet2\x12\x10\x22\x05conv1" + bytes(50), "a Caffe model"),
+    "tflite": (lambda: b"\x1c\0\0\0TFL3" + bytes(50), "a TensorFlow model"),
+    "gguf": (lambda: b"GGUF\x03\0\0\0" + bytes(50), "a GGUF file"),
+    "lfs": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n",
+        "Git LFS pointer.*git lfs pull",
+    ),
+    "json": (lambda: b'{"weight_map": {"a": "model-00001.safetensors"}}', "JSON text.*weights file that belongs to it"),
+    "gzip": (lambda: gzip.compress(to_torch(STATE)), "a gzip archive.*Unpack it"),
+    "zip": (lambda: zipped("release/net.pth", "release/README"), "a zip archive.*Unpack it"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_files_are_called_what_they_are(kind, tmp_path):
+    make, message = FOREIGN[kind]
+    refused(tmp_path / "weights.pth", make(), f"got {message}" if kind != "lfs" else message)
+
+
+@pytest.mark.parametrize(("suffix", "what"), [(".onnx", "ONNX"), (".caffemodel", "Caffe"), (".PB", "TensorFlow")])
+def test_what_has_no_mark_is_told_by_its_name(suffix, what, tmp_path):
+    refused(tmp_path / f"net{suffix}", b"\x3a\x99 no mark", f"a(n?) {what} model")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_of_torch_export(tmp_path):
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
+    refused(tmp_path / "a.pt2", written(lambda file: torch.export.save(program, file)), "a program of torch.export")
+
+
 def quantized():
     return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
 
@@ -149,7 +205,7 @@ def test_paths_that_are_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, message in (("missing.pth", "no such file"), (".", "a directory"), ("pipe", "a directory or device")):
         with pytest.raises(CheckpointError, match=message):
-            read_state_dict(tmp_path / name)
+            read(tmp_path / name)
 
 
 @pytest.mark.filterwarnings("error")
@@ -168,7 +224,7 @@ def test_damage_anywhere_is_survived(tmp_path, content):
             damaged[generator.randrange(len(damaged))] = generator.randrange(256)
         path.write_bytes(damaged)
         try:
-            read_state_dict(path)
+            read(path)
         except CheckpointError as error:
             assert "weights_only" not in str(error)
 
@@ -176,15 +232,15 @@ def test_damage_anywhere_is_survived(tmp_path, content):
 def test_tensors_are_aligned_as_torch_allocates_them(tmp_path):
     odd = {"a": torch.ones(3, dtype=torch.float16), "b": torch.arange(5.0), "c": torch.arange(7.0)}
     (tmp_path / "a.safetensors").write_bytes(to_safetensors(odd))
-    state = read_state_dict(tmp_path / "a.safetensors")
+    state = read(tmp_path / "a.safetensors")
     assert_is_state(state, odd)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in state.values())
 
 
 def test_mapped_weights_can_be_changed_without_changing_the_file(tmp_path):
     torch.save(STATE, tmp_path / "a.pth")
-    read_state_dict(tmp_path / "a.pth")["0.bias"].zero_()
-    assert_is_state(read_state_dict(tmp_path / "a.pth"))
+    read(tmp_path / "a.pth")["0.bias"].zero_()
+    assert_is_state(read(tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

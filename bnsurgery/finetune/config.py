@@ -33,6 +33,9 @@ class Config:
         source: name of an architecture, or a file: plain weights or a bnsurgery checkpoint. May be empty with `model`.
         model: "package.module:factory" or "file.py:factory", a function without arguments that makes the network.
         weights: of an architecture: "DEFAULT" or another name in torchvision's enum, "random", or a file.
+        weights_key: where the tensors are in a weights file: the keys that lead to them, joined by "."; None to search.
+        weights_prefix: what stands there before the network's own names, such as "backbone."; None to search.
+        partial: take from a weights file what fits, and leave the rest of the network as it is made.
         layers: which layers get a BatchNorm: "all", "conv" or "dense".
         head: "new" replaces the output layer, "keep" keeps it; "auto" keeps it where a checkpoint has these classes.
         dropout: probability that every Dropout module is set to; None lowers those above 0.2 to 0.2.
@@ -89,6 +92,9 @@ class Config:
     output: str = ""
     model: str | None = None
     weights: str = "DEFAULT"
+    weights_key: str | None = None
+    weights_prefix: str | None = None
+    partial: bool = False
     layers: str = "all"
     head: str = "auto"
     dropout: float | None = None

@@ -16,7 +16,8 @@ from bnsurgery import factories, models, pretrained
 from bnsurgery.advice import statistics_for
 from bnsurgery.checkpoint import read_record
 from bnsurgery.copies import sharing_tensors
-from bnsurgery.errors import ArchitectureError, BNSurgeryError
+from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
+from bnsurgery.fitting import BEST_FIT, Choice
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
 from bnsurgery.relu_fusion import fuse_relu_, unfuse_relu_
@@ -56,7 +57,10 @@ def find(config: Config) -> Source:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass --model")
     path = Path(config.source)
     is_file = bool(config.source) and path.is_file() and config.source not in models.names()
+    choice = Choice(config.weights_key, config.weights_prefix, config.partial)
     if is_file and read_record(path) is not None:
+        if choice != BEST_FIT:
+            raise CheckpointError(f"'{path}' is a whole checkpoint: a key, a prefix and partial are for plain weights")
         custom = factories.build(config.model) if config.model else None
         model = bnsurgery.load(path, model=custom)
         done = record(model)
@@ -69,14 +73,14 @@ def find(config: Config) -> Source:
     own = own_name(config)
     if own:
         weights = config.source if config.model and config.source else config.weights
-        model, description = pretrained.own_network(own, weights, config.seed)
+        model, description = pretrained.own_network(own, weights, config.seed, choice)
         known = pretrained.own_preprocessing(model, config.image_size) if factories.is_timm(own) else None
         return Source(model, f"{own}, {description}", known)
     if is_file:
-        architecture, weights = pretrained.recognise(path), config.source
+        architecture, weights = pretrained.recognise(path, choice), config.source
     else:
         architecture, weights = models.architecture(config.source), config.weights
-    found = pretrained.load(architecture, weights, image_size=config.image_size, seed=config.seed)
+    found = pretrained.load(architecture, weights, choice=choice, image_size=config.image_size, seed=config.seed)
     return Source(found.model, f"{found.name}, {found.weights}", found.preprocess)
 
 

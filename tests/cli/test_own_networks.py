@@ -1,13 +1,22 @@
 """Networks that are not torchvision's, on the command line: --model, timm:NAME, and the formats to leave by."""
 
 import json
+import re
+import subprocess
+import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+
+import bnsurgery
+from bnsurgery.pretrained import input_channels
+from bnsurgery.surgery_record import attach_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporters'
 
@@ -98,6 +107,64 @@ def test_grey_images(cli):
     assert code == 0, err
 
 
+LAYERS = """
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            torch.manual_seed(0)
+            self.middle = nn.Conv2d(8, 16, 3, padding=1)  # defined before the layer that comes before it
+            self.first = nn.Conv2d(channels, 8, 3, padding=1)
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.middle(torch.relu(self.first(x)))).mean((2, 3)))
+
+    def grey(): return Net(1)
+    def colour(): return Net(3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "channels"), [("grey", 1), ("colour", 3)])
+def test_an_inserted_network_takes_the_channels_that_it_took(name, channels, cli):
+    Path("layers.py").write_text(textwrap.dedent(LAYERS))
+    own = ["--model", f"layers.py:{name}", "--image-size", "16"]
+    for kind in "ab":
+        Path("photos", kind).mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (16, 16), 40 * i + 9 * (kind == "b")).save(Path("photos", kind, f"{i}.png"))
+    code, _out, err = cli("insert", *own, "--num-images", "4", "-o", "net.safetensors")
+    assert code == 0, err
+    for to, file in (("onnx", "net.onnx"), ("exported-program", "net.pt2")):
+        code, _out, err = cli("export", "net.safetensors", *own, "--to", to, "-o", file)
+        assert code == 0, err
+    program = torch.export.load("net.pt2").module()
+    assert program(torch.zeros(3, channels, 16, 16)).shape == (3, 2)
+    train = ["--data", "photos", "--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--normalize", "none"]
+    code, _out, err = cli("finetune", "net.safetensors", *own, *train, "-o", "run")
+    assert code == 0, err
+    best = ["run/best.safetensors", "--model", f"layers.py:{name}"]
+    code, _out, err = cli("export", *best, "--image-size", "24", "--to", "exported-program", "-o", "best.pt2")
+    assert code == 0, err
+    assert torch.export.load("best.pt2").module()(torch.zeros(3, channels, 24, 24)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_channels_are_the_records_and_else_the_first_layers(channels):
+    names: dict = {}
+    exec(textwrap.dedent(LAYERS), names)
+    model = names["Net"](channels).eval()
+    bn_model = bnsurgery.insert(model, [torch.randn(4, channels, 8, 8)])
+    assert input_channels(model) == input_channels(bn_model) == channels
+    attach_record(bn_model, replace(bnsurgery.record(bn_model), input_shape=None))
+    before = str(bn_model)
+    assert input_channels(bn_model) == channels
+    assert str(bn_model) == before
+
+
 @pytest.mark.slow
 def test_timm(cli):
     pytest.importorskip("timm")
@@ -156,7 +223,11 @@ def test_pictures(cli):
         (["insert", "--model", "no.py:small", *FEW], 1, "no such file"),
         (["insert", "--model", "small", *FEW], 1, "package.module:factory, file.py:factory or timm:NAME"),
         (["insert", "--model", "net.py:small", "--weights", "random", *FEW], 1, "makes its own: leave --weights out"),
-        (["insert", "--model", "net.py:small", "--weights", "no.pth", *FEW], 1, "no such file, nor DEFAULT or random"),
+        (
+            ["insert", "--model", "net.py:small", "--weights", "no.pth", *FEW],
+            1,
+            "no such file, nor one of DEFAULT, random",
+        ),
         (["insert", "--model", "net.py:grey", "--normalize", "imagenet", *FEW], 1, "grey images"),
         (["plan"], 2, "Name one network: ARCH or FILE, or --model"),
         (["plan", "--model", "net.py:sound"], 1, "takes 2 channels"),
@@ -194,3 +265,141 @@ def test_a_checkpoint_never_says_what_code_to_run(cli):
         images = ["x.png"] if command == ["predict"] else []
         code, _out, err = cli(command[0], "small-bn.safetensors", *command[1:], *images)
         assert code == 1 and "pass --model net.py:small, as when it was made" in err
+
+
+PARTS = "from torch import nn\ndef block(): return nn.Sequential(nn.Conv2d(3, {width}, 3), nn.ReLU())\n"
+
+
+def in_a_process_of_its_own(code):
+    """What it prints; modules that a test's files import would stay in this process."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("spec", ["repo/net.py:make", "net:make", "sub.net:make"])
+def test_neighbours_can_be_imported(spec, tmp_path, monkeypatch):
+    """As under `python net.py`; for a module, as under `python -m net`."""
+    monkeypatch.chdir(tmp_path)
+    here = Path("repo") if spec.startswith("repo") else Path()
+    net = here / ("sub/net.py" if spec.startswith("sub") else "net.py")
+    net.parent.mkdir(exist_ok=True)
+    net.write_text("from parts import block\ndef make():\n    import more\n    return block().append(more.block())\n")
+    for name, width in (("parts", 5), ("more", 6)):
+        (here / f"{name}.py").write_text(PARTS.format(width=width))
+    code = f"from bnsurgery import factories; made = factories.build({spec!r}); print(made[0].out_channels, len(made))"
+    assert in_a_process_of_its_own(code) == "5 3\n"
+
+
+@pytest.mark.slow
+def test_neighbours_can_be_imported_when_the_network_runs_and_in_workers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("repo").mkdir()
+    Path("repo/parts.py").write_text("def double(x): return 2 * x\n")
+    Path("repo/net.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n        from parts import double\n"
+        "        return double(x)\n"
+    )
+    code = """
+        import multiprocessing, sys
+        from bnsurgery import factories
+        net = factories.build("repo/net.py:Net")
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.apply(net, (4,)), "parts" in sys.modules, net(5))
+    """
+    assert in_a_process_of_its_own(code) == "8 False 10\n"
+
+
+@pytest.mark.slow
+def test_neighbours_of_one_name_do_not_take_each_others_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, width in (("a", 5), ("b", 6), ("c", 7)):
+        Path(folder).mkdir()
+        Path(folder, "parts.py").write_text(PARTS.format(width=width))
+        Path(folder, "net.py").write_text("from parts import block\ndef make(): return block()\n")
+    Path("c/net.py").write_text("def make():\n    from torch import nn\n    return nn.Conv2d(3, 7, 1)\n")
+    Path("b/other.py").write_text("import net\ndef make(): return net.make()\n")
+    code = """
+        from bnsurgery import ArchitectureError, factories
+        def width(spec):
+            try:
+                return next(factories.build(spec).parameters()).shape[0]
+            except ArchitectureError as error:
+                assert "was imported from" in str(error) and "Use a process for each" in str(error), error
+                return "refused"
+        print(*map(width, {specs}))
+    """
+    for specs, expected in (
+        (["a/net.py:make", "b/net.py:make", "a/net.py:make"], "5 refused 5"),
+        (["c/net.py:make", "a/net.py:make"], "7 refused"),  # a function of c's may ask for its own yet
+        (["b/net.py:make", "b/other.py:make"], "6 6"),
+    ):
+        assert in_a_process_of_its_own(textwrap.dedent(code).replace("{specs}", repr(specs))) == f"{expected}\n"
+    Path("c/parts.py").unlink()
+    code = textwrap.dedent(code).replace("{specs}", "['c/net.py:make', 'b/other.py:make']")
+    assert in_a_process_of_its_own(code) == "7 6\n"  # other asks for the net.py beside it
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "net = nn.Sequential(nn.Conv2d(3, 2, 1))",
+            "'net' is a Sequential, expected a function .* def make.*: return net",
+        ),
+        ("net = {}", "'net' is a dict, expected a function that returns a network"),
+        ("def net(): import no_such_one", "No module named 'no_such_one'. Install it, or add .* to PYTHONPATH"),
+        ("from .parts import net", "is part of a package: .* pass package.module:function"),
+        ("def net(classes): ...", "missing 1 required positional argument: 'classes'"),
+    ],
+)
+def test_what_is_no_function_that_makes_a_network(code, message, cli):
+    Path("odd.py").write_text(f"from torch import nn\n{code}\n")
+    got, out, err = cli("plan", "--model", "odd.py:net")
+    assert (got, out) == (1, "") and re.search(message, err)
+
+
+def test_a_file_that_reads_the_command_line_sees_none_of_ours(cli):
+    Path("script.py").write_text(
+        "import argparse, sys\nargs = argparse.ArgumentParser().parse_args()\nfrom torch import nn\n"
+        "def make():\n    assert sys.argv == ['script.py']\n"
+        "    return nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))\n"
+    )
+    words = sys.argv
+    code, _out, err = cli("plan", "--model", "script.py:make")
+    assert code == 0, err
+    assert sys.argv is words
+
+
+@pytest.mark.slow
+def test_which_of_a_files_weights_are_taken(cli):
+    """By every command that takes a file of them, and said once; a NaN elsewhere in the file is no matter."""
+    start, other = weights(), {name: torch.full_like(tensor, torch.nan) for name, tensor in weights().items()}
+    torch.save({"student": {f"net.{k}": v for k, v in start.items()}, "teacher": other}, "both.pth")
+    chosen = ["--weights", "both.pth", "--weights-key", "student", "--weights-prefix", "net."]
+    code, _out, err = cli("insert", "--model", "net.py:small", "--weights", "both.pth", *FEW)
+    assert code == 1 and "2 places fit equally well: student.net., teacher." in err
+    code, _out, err = cli("insert", "--model", "net.py:small", *chosen, *FEW)
+    assert code == 0, err
+    assert err.count("Warning: weights 'both.pth': its 'student.net.0.weight' is taken for '0.weight'\n") == 1
+    own = ["small-bn.safetensors", "--model", "net.py:small"]
+    code, out, err = cli("verify", *own, *chosen, "--num-images", "8", "--json")
+    assert json.loads(out)["ok"], err
+    code, _out, err = cli("fold", *own)
+    folded = load_file("small-folded.safetensors")
+    assert all(torch.equal(folded[name], tensor) for name, tensor in start.items())
+    torch.save({"net": {k: v for k, v in start.items() if k[0] != "7"}, "teacher": other}, "part.pth")
+    part = ["--model", "net.py:small", "--weights", "part.pth", "--weights-key", "net"]
+    code, _out, err = cli("insert", *part, *FEW, "--force")
+    assert code == 1 and "2 missing (7.weight, 7.bias). 4 of 6 fit: --partial takes these alone" in err
+    code, _out, err = cli("insert", *part, "--partial", *FEW, "--force")
+    assert code == 0 and "left as they were made: 7.weight, 7.bias" in err
+    train = ["--image-size", "24", "--epochs", "1", "--batch-size", "2", "--num-workers", "0", "--data", "photos"]
+    for kind in "ab":
+        Path("photos", kind).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (24, 24), (40 * i, 9, 99)).save(Path("photos", kind, f"{i}.png"))
+    code, _out, err = cli("finetune", *part, "--partial", *train, "-o", "run")
+    assert code == 0 and "left as they were made: 7.weight, 7.bias" in err
+    code, _out, err = cli("insert", "squeezenet1_1", "--weights", "random", "--partial", *FEW)
+    assert code == 1 and "a key, a prefix and partial are for weights from a file" in err

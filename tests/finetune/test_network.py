@@ -211,3 +211,12 @@ def test_a_gpu_trains_with_fused_relus_what_can_be():
     assert [str(each) for each in (plain, made, hooked)] == before
     network.fuse_for_training_(made, torch.device("cuda", 1))
     assert bnsurgery.record(made).fuse_relu and made[1].activation == "relu"
+
+
+def test_a_checkpoint_is_taken_whole(tmp_path):
+    bnsurgery.save(bnsurgery.insert(tiny(), [torch.rand(8, 1, 8, 8)]), tmp_path / "bn.safetensors")
+    source = replace(CONFIG, source=str(tmp_path / "bn.safetensors"), model="tiny_task:tiny")
+    assert network.find(source).description == "checkpoint bn.safetensors"
+    for given in ({"weights_key": "model"}, {"weights_prefix": "net."}, {"partial": True}):
+        with pytest.raises(CheckpointError, match="is a whole checkpoint: a key, a prefix and partial are for plain"):
+            network.find(replace(source, **given))

@@ -358,3 +358,23 @@ def test_on_a_gpu_it_trains_with_fused_relus_and_saves_without(model, data, conf
     for best, last in kept.values():
         assert best == expected
         assert all(torch.equal(tensor, last[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_buffers_of_any_kind_come_through_a_run(ema, model, data, config, tmp_path):
+    buffers = {
+        "order": torch.arange(4).flip(0),
+        "mask": torch.tensor([0.0, -torch.inf]),
+        "used": torch.tensor([True, False]),
+        "phase": torch.complex(torch.ones(2), torch.arange(2.0)),
+    }
+    for name, buffer in buffers.items():
+        model.register_buffer(name, buffer)
+    chosen = config(epochs=1, ema=ema)
+    finetune.run(chosen, model=model, data=data)
+    finetune.resume(chosen.output, model=model, data=data)
+    best = bnsurgery.load(RunDirectory(chosen.output).best, model=model)
+    assert all(torch.equal(best.get_buffer(name), buffer) for name, buffer in buffers.items())
+    bnsurgery.export(best, tmp_path / "folded.pth", to="state-dict")
+    folded = torch.load(tmp_path / "folded.pth", weights_only=True)
+    assert all(torch.equal(folded[name], buffer) for name, buffer in buffers.items())

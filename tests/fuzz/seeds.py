@@ -4,9 +4,11 @@ import io
 import json
 import pickle
 import struct
+from argparse import Namespace
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save as to_safetensors
@@ -64,6 +66,13 @@ def _weights() -> dict[str, bytes]:
         "compressed": deflated(to_torch(state)),
         "safetensors": to_safetensors(state),
         "nested": to_torch({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}),
+        "beside": to_torch(
+            {
+                "args": Namespace(lr=0.1, data=PosixPath("x")),
+                "accuracy": np.float64(0.5),
+                "nets": {"b": {f"net.{k}": v for k, v in state.items()}, "d": {"net.0.weight": torch.ones(1)}},
+            }
+        ),
         "bomb": deflated(to_torch({"a": torch.zeros(2**19)})),
         "views": to_torch({f"{i}": views[1:] for i in range(150)}),
         "half": to_torch({"a": torch.ones(3).half(), "b": torch.ones(2, 2).double()}),

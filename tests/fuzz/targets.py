@@ -1,5 +1,6 @@
 """What is fuzzed: every target gives the bytes of an input to one reader, in the current folder, which is its own."""
 
+import copy
 import io
 import os
 import pickle
@@ -14,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 import bnsurgery
-from bnsurgery import cli, pretrained, weights
+from bnsurgery import cli, fitting, pretrained, weights
 from bnsurgery.checkpoint import read_record
 from bnsurgery.data import load_image
 from bnsurgery.errors import BNSurgeryError
@@ -88,8 +89,16 @@ def _checkpoint(data: bytes) -> None:
 def _weights(data: bytes) -> None:
     path = Path("input.pth")
     path.write_bytes(data)
-    state = weights.read_state_dict(path)
-    weights.describe_mismatch({}, {key: tensor.shape for key, tensor in state.items()})
+    network = copy.deepcopy(networks.small())
+    for choice in (fitting.BEST_FIT, fitting.Choice(partial=True)):
+        try:
+            fitting.fill_(network, "small", weights.read_weights(path), choice)
+        except BNSurgeryError as error:
+            refusal = error
+        else:
+            assert all(parameter.isfinite().all() for parameter in network.parameters())
+            return
+    raise refusal
 
 
 def _recognise(data: bytes) -> None:
