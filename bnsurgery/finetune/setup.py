@@ -222,7 +222,10 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
 
     def drift() -> float:
         loader = plain_loader(prepared, size, 0, images=4 * size)
-        return verify(network, network, loader, drift_batch_sizes=(size,)).train_drift[size]
+        found = verify(network, network, loader, drift_batch_sizes=(size,))
+        if found.no_drift is not None:
+            raise BNSurgeryError(f"finetune: no drift to choose by: {found.no_drift}. Pass --statistics.")
+        return found.train_drift[size]
 
     statistics, reason = choose_statistics(config, drift)
     lr = recipe.default_rate(config) if config.lr in (None, "auto") else float(config.lr)

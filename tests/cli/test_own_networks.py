@@ -29,6 +29,13 @@ CODE = """
     def sound():
         return nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3))
 
+    class Boxes(nn.Sequential):
+        def forward(self, x):  # as converters from ONNX write it: for one image
+            return super().forward(x).permute(0, 2, 3, 1).reshape(1, 400, 2)
+
+    def boxes():
+        return Boxes(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
     def number():
         return 7
 """
@@ -96,6 +103,22 @@ def test_grey_images(cli):
     assert code == 0, err
     code, _out, err = cli("verify", "grey-bn.safetensors", "--model", "net.py:grey", "--num-images", "8")
     assert code == 0, err
+
+
+@pytest.mark.slow
+def test_a_network_for_one_image_at_a_time(cli):
+    """It has no drift to measure, and everything says why."""
+    one = ["--batch-size", "1", *FEW]
+    code, out, err = cli("insert", "--model", "net.py:boxes", *one, "--report", "page.html")
+    assert code == 0, err
+    assert "bit-identical on 8 images" in out and "drift not measured: verify: Boxes failed on an input" in out
+    assert "Not measured: verify: Boxes failed on an input of shape (2, 3, 24, 24)" in Path("page.html").read_text()
+    code, out, err = cli("insert", "--model", "net.py:boxes", *one, "--json", "--force")
+    assert code == 0 and json.loads(out)["equivalence"]["samples"] == 2, err
+    code, out, err = cli("verify", "boxes-bn.safetensors", "--model", "net.py:boxes", *one, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["train_drift"], json.loads(out)["samples"]) == ({}, 8)
+    assert "Boxes failed on an input of shape (2, 3, 24, 24)" in json.loads(out)["no_drift"]
 
 
 @pytest.mark.slow
