@@ -150,11 +150,10 @@ def command(
 
     summary = summarize(done, moments)
     skipped = [skip.to_dict() for skip in sites.skipped]
-    left_out = f" ({len(batches.skipped)} damaged ones left out)" if batches.skipped else ""
     custom = f" --model {quote(name)}" if own else ""
     text = (
         f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
-        f"weights      {source.weights}\nimages       {batches.used}: {batches.description}{left_out}\n"
+        f"weights      {source.weights}\nimages       {batches.summary}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n{wrote}"
         f"Next: bnsurgery verify {quote(str(output))}{custom}\n"
@@ -165,6 +164,7 @@ def command(
         "architecture": name,
         **provenance,
         "skipped_images": [str(path) for path, _ in batches.skipped],
+        "passed_over": [str(path) for path in batches.passed_over],
         "sites": summary.to_dict(),
         "skipped": skipped,
         "equivalence": equivalence.to_dict(),

@@ -81,7 +81,7 @@ def data_options(num_images: int) -> Callable[[F], F]:
             default="samples",
             show_default=True,
             metavar="DIR|samples",
-            help="Folder of JPEG, PNG or WebP images, searched through; or two built-in photographs, cropped.",
+            help="Folder of images of any format that Pillow reads, searched through; or two built-in photographs.",
         ),
         click.option(
             "--num-images",

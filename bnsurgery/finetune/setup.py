@@ -12,6 +12,7 @@ from torch import nn
 from bnsurgery import devices
 from bnsurgery.batches import Inputs, run
 from bnsurgery.calibration import input_moments, recalibrate_
+from bnsurgery.data import told_of
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.heads import find_head
 from bnsurgery.modes import observing
@@ -241,6 +242,8 @@ def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept:
     ]
     if data.skipped:
         facts.append(f"left out     {len(data.skipped)} damaged images, the first: {data.skipped[0]}")
+    if data.passed_over:
+        facts.append(f"left out     {told_of(data.passed_over, 'no images by name or in no class folder')}")
     if config.arm != "plain":
         facts.append(f"statistics   {resolved.statistics}: {resolved.reason}")
     return facts
