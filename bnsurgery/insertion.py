@@ -86,7 +86,8 @@ def insert(
         model: a BN-free network; not changed.
         batches: calibration inputs in `model`'s own preprocessing: an iterable of tensors, of dicts of keyword
             arguments, or of tuples or lists, as a DataLoader gives, whose first item is the input: a tensor, a dict, a
-            tuple of several arguments, or a list as one (of images, for a detector).
+            tuple of several arguments, or a list as one (of images, for a detector). Of a dict, keys that `forward` has
+            no parameter for, such as labels, are left out; where it has none for any, it gets the dict as one argument.
         placement: "pre-activation" or "post-activation", see `plan`.
         layers: "all", "conv", "dense", or a predicate (fqn, module) -> bool.
         head: also put one behind the output layer.

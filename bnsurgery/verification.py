@@ -127,6 +127,7 @@ def _outputs(model: nn.Module | Callable[..., Any], batch: Inputs) -> list[Tenso
         with observing(model):
             result = run("verify", model, batch)
     else:
+        batch = batch.of_signature(model)
         result = model(*batch.args, **batch.kwargs)
     return [tensor.detach().cpu() for tensor in outputs(result)]
 
