@@ -1,6 +1,5 @@
 """Take BatchNorm out again: fold it into the neighbouring layers, which get back their original form."""
 
-import copy
 from collections.abc import Iterable
 from typing import cast
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .copies import independent
 from .errors import FoldError
 from .layer_kinds import LAYERS, TRANSPOSED, Layer
 from .module_tree import place, remove, replace
@@ -45,7 +45,7 @@ def fold(bn_model: nn.Module, *, allow_partial: bool = False) -> nn.Module:
     obstacles = {inserted.norm: _obstacle(bn_model, inserted) for inserted in the_record.sites}
     if not allow_partial:
         _refuse(obstacles, "allow_partial=True leaves such norms in place.")
-    plain = copy.deepcopy(bn_model)
+    plain = independent(bn_model)
     fold_(plain, [inserted for inserted in the_record.sites if not obstacles[inserted.norm]])
     detach_record(plain)
     return plain

@@ -118,7 +118,7 @@ def insert(
     reference = _without_lrn(model, example) if drop_lrn else model
     the_plan = plan(reference, example, placement=placement, layers=layers, head=head)
     _check_model(model)
-    bn_model = _copy(reference)
+    bn_model = independent(reference)
     moments = calibrate(reference, the_plan, batches, progress=progress)
     insert_(bn_model, the_plan, moments, options)
     dropped = find_lrn(model) if drop_lrn else ()
@@ -163,19 +163,8 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        with torch.inference_mode(False):  # tensors made under inference mode could never be trained
-            return independent(model)
-    except (RuntimeError, TypeError) as error:
-        raise BNSurgeryError(
-            f"insert: {type(model).__name__} cannot be copied: {str(error).splitlines()[0]}. Does it hold what "
-            "belongs to the process, such as a lock or a file? Take that out first."
-        ) from error
-
-
 def _without_lrn(model: nn.Module, example: Inputs) -> nn.Module:
-    without, names = _copy(model), find_lrn(model)
+    without, names = independent(model), find_lrn(model)
     drop_lrn_(without, names)
     warn_of_change(model, without, example, len(names))
     return without

@@ -1,11 +1,11 @@
 """The same network in torch.nn's own layers, for tools that look at types."""
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from .copies import independent
 from .errors import BNSurgeryError
 from .folding import fold_
 from .layer_kinds import device_and_dtype
@@ -38,7 +38,7 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
         FoldError: a norm that has to be folded cannot be.
         BNSurgeryError: the model carries no record, or a layer with its norm inside has forward hooks.
     """
-    done, model = record(bn_model), copy.deepcopy(bn_model)
+    done, model = record(bn_model), independent(bn_model)
     kept: list[InsertedSite] = []
     folded: list[InsertedSite] = []
     for site in done.sites:
