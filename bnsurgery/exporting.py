@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_map
 from torchvision import models
 
 from . import pretrained
-from .batches import Inputs, join, outputs, placed
+from .batches import Inputs, join, outputs, placed, run
 from .checkpoint import current_record, torch_save
 from .copies import on_meta
-from .errors import ExportError, shown
+from .errors import CalibrationError, ExportError, shown
 from .files import atomic_write
 from .folding import fold as fold_model
-from .modes import evaluating
+from .modes import evaluating, observing
 from .stock import to_torch
 from .surgery_record import SurgeryRecord, state_digest
 from .verification import EquivalenceReport, verify
@@ -102,7 +102,8 @@ def export(
       the file is called .pth or .pt.
     - "torchvision": the same, made sure to fit torchvision's own class.
     - "torchvision-bn": for torchvision's vgg*_bn: BatchNorm behind the convolutions stays, the rest is folded.
-    - "onnx": the folded network in eval mode for any batch size; tried in onnxruntime.
+    - "onnx": the folded network in eval mode for any batch size, or for one image where it takes no more at a time;
+      tried in onnxruntime.
     - "exported-program": the same by `torch.export`.
 
     Args:
@@ -117,13 +118,14 @@ def export(
         ExportError: the format has no place for the network, a package is missing, or what was written computes
             something else; nothing is left behind.
         FoldError: a norm cannot be folded.
+        CalibrationError: the network does not take the example.
         CheckpointError: the file exists or cannot be written.
         BNSurgeryError: the model carries no record.
     """
     path = Path(path)
     done = current_record(bn_model)
     _check(to, done, keep_bn)
-    inputs = placed(bn_model, _example(bn_model, done, example))
+    inputs = placed(bn_model, _taken(bn_model, _example(bn_model, done, example)))
     with evaluating(bn_model):
         folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model)
         network = folded if folded is not None else to_torch(bn_model, keep=_keeps(to))
@@ -201,6 +203,17 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
     return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
 
 
+def _taken(bn_model: nn.Module, inputs: Inputs) -> Inputs:
+    """These, or the first of them where the network takes no more than one at a time."""
+    with observing(bn_model):
+        try:
+            run("export", bn_model, inputs)
+        except CalibrationError:
+            inputs = inputs.take(0, 1)
+            run("export", bn_model, inputs)
+    return inputs
+
+
 def _state_dict(job: _Written) -> nn.Module:
     _write_state(job)
     again = on_meta(job.network)
@@ -267,10 +280,16 @@ def _exported_program(job: _Written) -> Callable[..., list[Tensor]]:
 
 def _capture(job: _Written) -> torch.export.ExportedProgram:
     shapes = _any_batch(job.network, job.inputs)
-    try:
-        return torch.export.export(job.network, job.inputs.args, job.inputs.kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # the exporter's, of many kinds
-        raise ExportError(f"export: torch.export cannot export {job.done.model}: {_reason(error)}") from error
+    first: Exception | None = None
+    for strict in (False, True):  # each follows code that the other does not, such as torch.tensor(data=...)
+        try:
+            return torch.export.export(
+                job.network, job.inputs.args, job.inputs.kwargs, dynamic_shapes=shapes, strict=strict
+            )
+        except Exception as error:  # the exporter's, of many kinds
+            first = first or error
+    assert first is not None
+    raise ExportError(f"export: torch.export cannot export {job.done.model}: {_reason(first)}") from first
 
 
 _WRITERS: dict[str, Callable[..., Any]] = {
@@ -296,7 +315,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _any_batch(network: nn.Module, inputs: Inputs) -> Any:
-    """Of every tensor in the inputs, that its first dimension may have any size."""
+    """Of every tensor in the inputs, that its first dimension may have any size; of a batch of one, none."""
+    if inputs.samples == 1:  # or torch.export would take that for a constant, and complain
+        return None
     count, batch = inputs.samples, torch.export.Dim("batch")
     given = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs).arguments
     return tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == count else None, dict(given))
