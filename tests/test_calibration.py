@@ -8,7 +8,16 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 from unchanged import assert_unchanged, snapshot
 
-from bnsurgery import BNSurgeryError, CalibrationError, ChannelMoments, calibrate, insert, plan, recalibrate_
+from bnsurgery import (
+    BNSurgeryError,
+    BNSurgeryWarning,
+    CalibrationError,
+    ChannelMoments,
+    calibrate,
+    insert,
+    plan,
+    recalibrate_,
+)
 
 
 def outputs_of(model, name, batches):
@@ -100,7 +109,8 @@ def test_leaves_no_trace(custom, images):
     loader = DataLoader(TensorDataset(x, torch.arange(8)), batch_size=3, shuffle=True)
     before = snapshot(custom)
     calibrate(custom, plan(custom, x), loader)
-    insert(custom, loader)
+    with pytest.warns(BNSurgeryWarning, match="in train mode"):
+        insert(custom, loader)
     assert_unchanged(custom, before)
 
 

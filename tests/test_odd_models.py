@@ -108,6 +108,25 @@ def test_what_no_trace_shows_is_caught_before_the_model_is_given_out(x):
         insert(LooksAtTypes().eval(), [x])
 
 
+@pytest.mark.parametrize("absorb_bias", [False, True])
+def test_numbers_that_are_nan_by_construction_hide_no_difference(absorb_bias, x):
+    """0/0 in an output; exact, and up to rounding."""
+
+    class Nan(nn.Module):
+        def __init__(self, honest):
+            super().__init__()
+            self.net, self.honest = convs(), honest
+
+        def forward(self, x):
+            y = self.net(x)
+            count = 1 if self.honest else len(self.net)
+            return torch.where(y > y.mean(), y * count, torch.nan), y / 0, (y - y) / (y - y), torch.ones(2) * torch.nan
+
+    with pytest.raises(BNSurgeryError, match="Nan computes something else after the insertion"):
+        insert(Nan(False).eval(), [x], absorb_bias=absorb_bias)
+    insert(Nan(True).eval(), [x], absorb_bias=absorb_bias)
+
+
 def test_a_layers_own_hooks_run_where_they_did(x):
     class Child(nn.Module):
         def __init__(self):
