@@ -26,6 +26,7 @@ from .copies import on_meta
 from .errors import CalibrationError, ExportError, shown
 from .files import atomic_write
 from .folding import fold as fold_model
+from .folding import gained_biases
 from .modes import evaluating, observing
 from .stock import to_torch
 from .surgery_record import SurgeryRecord, state_digest
@@ -58,6 +59,7 @@ class Export:
         folds_back: whether they are, to the bit, those that were inserted into.
         equivalence: of the network with BatchNorm to the one read back from the file, in eval mode.
         usage: a line or more of Python that load it without this package.
+        new_biases: layers of the folded network that had no bias and got one: their class has to have bias=True there.
     """
 
     path: str
@@ -67,6 +69,7 @@ class Export:
     folds_back: bool
     equivalence: EquivalenceReport
     usage: str
+    new_biases: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         what = f"{self.network}, {self.format}: {self.origin}"
@@ -94,6 +97,7 @@ def export(
     to: Format,
     example: Any = None,
     keep_bn: bool = False,
+    bias: Literal["add", "refuse"] = "add",
     overwrite: bool = False,
 ) -> Export:
     """Write `bn_model` in a format that needs nothing of this package, read it back, and compare.
@@ -112,6 +116,7 @@ def export(
         to: the format.
         example: an input batch, as for `plan`; needed where the input is not one tensor of real numbers.
         keep_bn: leave the BatchNorm layers in, as torch's own; "torchvision" has no place for them.
+        bias: as for `fold`; what was added is said in `Export.new_biases` and `usage`.
         overwrite: whether an old file may be replaced.
 
     Raises:
@@ -127,7 +132,7 @@ def export(
     _check(to, done, keep_bn)
     inputs = placed(bn_model, _taken(bn_model, _example(bn_model, done, example)))
     with evaluating(bn_model):
-        folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model)
+        folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model, bias=bias)
         network = folded if folded is not None else to_torch(bn_model, keep=_keeps(to))
         network.eval()
         folds_back = folded is not None and state_digest(folded.state_dict()) == done.weights_digest
@@ -142,7 +147,9 @@ def export(
                 )
     name = _name(to, done)
     origin = pretrained.origin(done, folds_back) if folded is not None else "with its BatchNorm"
-    return Export(str(path), to, name, origin, folds_back, equivalence, _usage(to, path, done, keep_bn))
+    gained = tuple(gained_biases(bn_model, done.sites).values()) if folded is not None else ()
+    usage = _usage(to, path, done, keep_bn, gained)
+    return Export(str(path), to, name, origin, folds_back, equivalence, usage, gained)
 
 
 @dataclass(frozen=True)
@@ -333,7 +340,7 @@ def _name(to: str, done: SurgeryRecord) -> str:
     return f"{name}_bn" if to == "torchvision-bn" else name
 
 
-def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> str:
+def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool, gained: Sequence[str]) -> str:
     load = (
         f'torch.load("{path}", weights_only=True)'
         if path.suffix in _PICKLES
@@ -342,7 +349,8 @@ def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> str:
     if to == "state-dict" and keep_bn:
         return f"{load}, for a network with BatchNorm in these places"
     head = f", with {len(done.task.classes)} classes" if done.task is not None and done.task.head is not None else ""
-    made = f"...  # what {done.provenance.get('model', done.model)} makes{head}"
+    with_bias = f", with bias=True in {', '.join(gained)}" if gained else ""
+    made = f"...  # what {done.provenance.get('model', done.model)} makes{head}{with_bias}"
     if done.architecture is not None:
         made = f"torchvision.models.{_name(to, done)}(num_classes={done.architecture.num_classes})"
     return {

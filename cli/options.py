@@ -108,6 +108,16 @@ def output_options(help: str) -> Callable[[F], F]:
     )
 
 
+# What to do where folding needs a bias that the network has not.
+bias_option = click.option(
+    "--bias",
+    type=click.Choice(["add", "refuse"]),
+    default="add",
+    show_default=True,
+    help="Give layers without a bias one where their BatchNorm shifts, which other keys follow from, or refuse.",
+)
+
+
 def claim(output: Path, force: bool) -> None:
     """Make sure that `output` can be written, and keep other processes from it until the command is done."""
     from bnsurgery.files import claimed

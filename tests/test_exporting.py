@@ -18,6 +18,7 @@ from bnsurgery.exporting import SUFFIXES
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning"),
+    pytest.mark.filterwarnings("ignore:.*had no bias:bnsurgery.BNSurgeryWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's exporters
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -246,6 +247,30 @@ def test_a_network_that_torch_cannot_export_says_so(tmp_path, capfd):
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")  # torch prints the graph where it fails
     assert export(bn_model, tmp_path / "net", to="state-dict", example=x).folds_back
+
+
+def test_a_bias_that_folding_adds_is_told_or_refused(tmp_path):
+    def make(bias):
+        return nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+
+    x = torch.randn(4, 3, 12, 12)
+    bn_model = insert(make(False), [x])
+    assert export(bn_model, tmp_path / "a.pth", to="state-dict", bias="refuse").new_biases == ()
+    train_(bn_model)
+    for to in ("state-dict", "onnx"):
+        with pytest.raises(FoldError, match="'0' has no bias"):
+            export(bn_model, tmp_path / "b", to=to, bias="refuse")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    with pytest.warns(bnsurgery.BNSurgeryWarning, match="layer '0' had no bias and got one"):
+        result = export(bn_model, tmp_path / "c.pth", to="state-dict")
+    assert result.new_biases == ("0",) == result.to_dict()["new_biases"]
+    assert "model = ...  # what Sequential makes, with bias=True in 0\n" in str(result)
+    model = make(True)
+    model.load_state_dict(torch.load(tmp_path / "c.pth", weights_only=True))  # as it says
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), bn_model.eval()(x), rtol=1e-4, atol=1e-5)
+    kept = export(bn_model, tmp_path / "d.pth", to="state-dict", keep_bn=True, bias="refuse")
+    assert kept.new_biases == ()
 
 
 @pytest.mark.parametrize("to", ["onnx", "exported-program"])

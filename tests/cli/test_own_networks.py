@@ -8,6 +8,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+
+import bnsurgery
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporters'
 
@@ -35,6 +38,9 @@ CODE = """
 
     def boxes():
         return Boxes(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+    def plain():
+        return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3))
 
     def number():
         return 7
@@ -119,6 +125,28 @@ def test_a_network_for_one_image_at_a_time(cli):
     assert code == 0, err
     assert (json.loads(out)["train_drift"], json.loads(out)["samples"]) == ({}, 8)
     assert "Boxes failed on an input of shape (2, 3, 24, 24)" in json.loads(out)["no_drift"]
+
+
+@pytest.mark.slow
+def test_a_bias_that_folding_adds(cli):
+    own = ["--model", "net.py:plain"]
+    code, out, err = cli("insert", *own, *FEW, "-o", "new.safetensors")
+    assert code == 0, err
+    code, out, err = cli("fold", "new.safetensors", *own, "--bias", "refuse", "--json")
+    assert code == 0 and json.loads(out)["new_biases"] == [] and not err
+    trained = bnsurgery.load(
+        "new.safetensors", model=nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    )
+    with torch.no_grad():
+        trained[1].bias += 1
+    bnsurgery.save(trained, "net.safetensors")
+    for command in (["fold", "net.safetensors"], ["export", "net.safetensors", "--to", "onnx"]):
+        code, out, err = cli(*command, *own, "--bias", "refuse")
+        assert code == 1 and "'0' has no bias that could take the shift: bias='add' (--bias add)" in err
+    assert not list(Path().glob("net-*"))
+    code, out, err = cli("fold", "net.safetensors", *own)
+    assert code == 0 and "layer '0' had no bias and got one" in err and "with bias=True in 0" in out, (out, err)
+    assert "0.bias" in load_file("net-folded.safetensors")
 
 
 @pytest.mark.slow
