@@ -74,11 +74,11 @@ def gained_biases(model: nn.Module, sites: Iterable[InsertedSite]) -> dict[str, 
     """By norm, the original names of the layers that have no bias and get one where these norms are folded."""
     found = {}
     for inserted in sites:
+        if inserted.absorbed_bias or not (_scale_shift(model.get_submodule(inserted.norm))[1] != 0).any():
+            continue
         behind = inserted.site.anchor == inserted.site.name
         now, name = (inserted.layer, inserted.site.name) if behind else (inserted.next_layer, inserted.site.next_layer)
-        if now is None or name is None or inserted.absorbed_bias or _layer(model, now).bias is not None:
-            continue
-        if (_scale_shift(model.get_submodule(inserted.norm))[1] != 0).any():
+        if now is not None and name is not None and _layer(model, now).bias is None:
             found[inserted.norm] = name
     return found
 
