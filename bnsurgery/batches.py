@@ -1,5 +1,6 @@
 """What a model is called with, taken out of whatever a caller passes as `batches`; and its call."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import chain
@@ -7,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .errors import CalibrationError
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
 _EXPECTED = "expected a tensor, a dict of keyword arguments, or a tuple whose first item is the input"
+
+
+_APART = object()  # stands for what cannot be joined
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,9 @@ class Inputs:
     def of(cls, batch: Any) -> "Inputs":
         """The input of one batch.
 
-        A tensor is the one argument, a dict the keyword arguments. Of a tuple or list, as a DataLoader gives, the first
-        item is the input: a tensor, a dict, a tuple of several arguments, or a list as one argument (of images).
+        A tensor is the one argument, a dict the keyword arguments until `of_signature` sees the model. Of a tuple or
+        list, as a DataLoader gives, the first item is the input: a tensor, a dict, a tuple of several arguments, or a
+        list as one argument (of images).
 
         Raises:
             CalibrationError: it is none of these, or a tensor without a batch dimension.
@@ -67,16 +72,36 @@ class Inputs:
         return tuple(only.shape[1:]) if isinstance(only, Tensor) and only.is_floating_point() else None
 
     def map(self, function: Callable[[Any], Any]) -> "Inputs":
-        """With `function` applied to every tensor and other leaf."""
-        args, kwargs = tree_map(function, (self.args, self.kwargs))
+        """With `function` applied to every tensor and other leaf, such as a list of names."""
+        args, kwargs = tree_map(function, (self.args, self.kwargs), is_leaf=_is_names)
         return Inputs(args, kwargs)
+
+    def of_signature(self, function: Callable[..., Any]) -> "Inputs":
+        """As `function` takes them: what came as a dict is keyword arguments, if it has parameters of these names.
+
+        Keys for which it has none, such as labels, are left out. Where it has none for any of them, or needs others,
+        the dict as a whole is its one argument. What fits in no way stays as it is.
+        """
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # some built-in functions have none
+            return self
+        taken = {name: value for name, value in self.kwargs.items() if name in signature.parameters}
+        ways = [self, Inputs(self.args, taken)] if taken else [self]
+        for way in [*ways, Inputs((dict(self.kwargs),))] if self.kwargs and not self.args else []:
+            try:
+                signature.bind(*way.args, **way.kwargs)
+            except TypeError:
+                continue
+            return way
+        return self
 
     def take(self, start: int, stop: int) -> "Inputs":
         """The samples from `start` to `stop`; what is not as long as the batch stays whole."""
         count = self.samples
         if len(self.args) == 1 and isinstance(self.args[0], list):
             return Inputs((self.args[0][start:stop],), self.kwargs)
-        return self.map(lambda x: x[start:stop] if isinstance(x, Tensor) and x.ndim and len(x) == count else x)
+        return self.map(lambda x: x[start:stop] if _length(x) == count else x)
 
     def non_finite(self) -> list[int]:
         """The samples, counted from 0, in which a real number is NaN or infinite."""
@@ -88,21 +113,42 @@ class Inputs:
         return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors[:4])
 
 
+def _is_names(node: Any) -> bool:
+    """A list without a tensor, as a DataLoader makes of one name or number a sample."""
+    return isinstance(node, list) and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(node))
+
+
+def _length(leaf: Any) -> int | None:
+    """Of what may have an entry for every sample."""
+    return len(leaf) if isinstance(leaf, list) or (isinstance(leaf, Tensor) and leaf.ndim) else None
+
+
 def join(parts: list[Inputs]) -> Inputs | None:
     """The samples of all parts as one batch; None where they do not go together (images of other sizes)."""
-    flat = [tree_leaves((part.args, part.kwargs)) for part in parts]
-    same = all(
-        len(leaves) == len(flat[0])
-        and all(
-            isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim and a.shape[1:] == b.shape[1:] and len(a) == n
-            for a, b, n in zip(leaves, flat[0], [part.samples] * len(leaves), strict=True)
-        )
-        for leaves, part in zip(flat, parts, strict=True)
-    )
-    if not parts or not same:
+    if parts and all(len(part.args) == 1 and isinstance(part.args[0], list) for part in parts):
+        return Inputs(([image for part in parts for image in part.args[0]],), parts[0].kwargs)
+    flat = [tree_flatten((part.args, part.kwargs), is_leaf=_is_names) for part in parts]
+    if not parts or any(structure != flat[0][1] for _, structure in flat):
         return None
-    joined = iter([torch.cat(tensors) for tensors in zip(*flat, strict=True)])
-    return parts[0].map(lambda _: next(joined))
+    counts = [part.samples for part in parts]
+    joined = [_join(leaves, counts) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)]
+    if any(leaf is _APART for leaf in joined):
+        return None
+    return Inputs(*tree_unflatten(joined, flat[0][1]))
+
+
+def _join(leaves: tuple[Any, ...], counts: list[int]) -> Any:
+    """What stands in one place of several batches: joined where it has an entry a sample, or the same in all."""
+    first = leaves[0]
+    whole = [_length(leaf) for leaf in leaves] == counts
+    if all(isinstance(leaf, Tensor) for leaf in leaves):
+        return torch.cat(leaves) if whole and len({leaf.shape[1:] for leaf in leaves}) == 1 else _APART
+    if any(isinstance(leaf, Tensor) for leaf in leaves):
+        return _APART
+    if whole:
+        return [entry for leaf in leaves for entry in leaf]
+    plain = isinstance(first, (str, int, float))
+    return first if all(leaf is first or (plain and leaf == first) for leaf in leaves) else _APART
 
 
 def inputs(batches: Iterable[Any]) -> Iterator[Inputs]:
@@ -147,8 +193,13 @@ def outputs(result: Any) -> list[Tensor]:
     return [leaf for part in nested for leaf in part if isinstance(leaf, Tensor)]
 
 
+def equal(one: Tensor, other: Tensor) -> Tensor:
+    """Where two tensors of one shape are equal, NaN to NaN: a network may put some out by construction."""
+    return (one == other) | ((one != one) & (other != other))
+
+
 def placed(model: nn.Module, batch: Inputs) -> Inputs:
-    """A copy of `batch` on the model's device, its real numbers in the model's dtype."""
+    """A copy of `batch` as the model takes it: on its device, real numbers in its dtype, a dict by its signature."""
     like = next(chain(model.parameters(), model.buffers()), None)
 
     def place(leaf: Any) -> Any:
@@ -159,7 +210,7 @@ def placed(model: nn.Module, batch: Inputs) -> Inputs:
         dtype = like.dtype if like.is_floating_point() and leaf.is_floating_point() else None
         return leaf.to(like.device, dtype, copy=True)
 
-    return batch.map(place)
+    return batch.of_signature(model.forward).map(place)
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -185,6 +236,7 @@ def run(operation: str, model: nn.Module, batch: Inputs) -> Any:
     Raises:
         CalibrationError: the model does not take the batch, or memory runs out.
     """
+    given = batch
     try:
         batch = placed(model, batch)
         return model(*batch.args, **batch.kwargs)
@@ -192,7 +244,9 @@ def run(operation: str, model: nn.Module, batch: Inputs) -> Any:
         if out_of_memory(error):
             raise CalibrationError(use_less(operation, batch.samples)) from error
         advice = ""
-        if isinstance(error, TypeError) and "argument" in str(error):
+        if batch.args and given.kwargs and isinstance(error, (TypeError, LookupError, AttributeError)):
+            advice = " The dict was its one argument, for its forward has no parameters of these names."
+        elif isinstance(error, TypeError) and "argument" in str(error):
             advice = (
                 " A tuple is several arguments, a list one: pass a list as one."
                 if len(batch.args) > 1

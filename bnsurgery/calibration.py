@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from .batches import Inputs, inputs, placed, run
+from .batches import Inputs, inputs, join, placed, run
 from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError, NonFiniteError
 from .modes import observing, training_norms
 from .moments import ChannelMoments
@@ -59,7 +59,8 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
 
     While the data passes, each BatchNorm normalizes by the batch, whatever its statistics mode; its input's mean and
     (population) variance over all samples become running_mean and running_var. Weight and bias stay. Dropout is off.
-    As `calibrate`, it merges over the ranks of `torch.distributed`.
+    A batch of one input, as a loader may give last, is joined to its larger neighbour: alone it has no variance where
+    a dense layer sees it. As `calibrate`, it merges over the ranks of `torch.distributed`.
 
     Raises:
         CalibrationError: as `calibrate`; then the model is unchanged.
@@ -76,7 +77,7 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
     last_dim = {name for name, norm in norms.items() if isinstance(norm, LastDimBatchNorm1d)}
     with _watching(norms, output=False, last_dim=last_dim) as measured, training_norms(bn_model, by_batch=True):
-        failure = _feed("recalibrate_", bn_model, batches, measured, progress)
+        failure = _feed("recalibrate_", bn_model, batches, measured, progress, joining=True)
     moments = _gather("recalibrate_", measured, norms, failure)
     with torch.no_grad():
         for name in norms:
@@ -154,13 +155,18 @@ def _watching(
 
 
 def _feed(
-    operation: str, model: nn.Module, batches: Iterable[Any], measured: _Measured, progress: bool
+    operation: str,
+    model: nn.Module,
+    batches: Iterable[Any],
+    measured: _Measured,
+    progress: bool,
+    *,
+    joining: bool = False,
 ) -> Exception | None:
     """Run the batches until one fails. The error is given back: a rank that raised would leave the others waiting."""
     total = len(batches) if isinstance(batches, Sized) else None
-    bar = tqdm(
-        inputs(batches), desc=operation, total=total, unit="batch", disable=None if progress else True, leave=False
-    )
+    given = _joining(inputs(batches)) if joining else inputs(batches)
+    bar = tqdm(given, desc=operation, total=total, unit="batch", disable=None if progress else True, leave=False)
     try:
         for number, batch in enumerate(bar):
             run(operation, model, batch)
@@ -169,6 +175,24 @@ def _feed(
     except Exception as error:  # a loader's own, too
         return error
     return None
+
+
+def _joining(batches: Iterator[Inputs]) -> Iterator[Inputs]:
+    """The same, but a batch of one sample goes with a larger one beside it, where the two can be joined."""
+    held: Inputs | None = None
+    for batch in batches:
+        both = None
+        if held is not None and min(held.samples, batch.samples) == 1 < max(held.samples, batch.samples):
+            both = join([held, batch])
+        if both is not None:
+            yield both
+            held = None
+            continue
+        if held is not None:
+            yield held
+        held = batch
+    if held is not None:
+        yield held
 
 
 def _are_finite(measured: dict[str, ChannelMoments]) -> bool:

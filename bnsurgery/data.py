@@ -1,5 +1,6 @@
 """Calibration images: found, decoded whatever their mode, refused by name where damaged, and given in batches."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -8,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +22,14 @@ from .batches import out_of_memory, use_less
 from .errors import DataError, printable
 from .system import at_fork
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_FORMATS = ("JPEG", "PNG", "WEBP")
+# What Pillow knows and is not read. EPS, WMF: other programs run; IPTC: opens whatever is inside, EPS, too. FITS: is
+# decompressed without a bound. ICO, CUR, ICNS: what is inside may be larger than they say. FPX, MIC: need another
+# package. The rest have no decoder.
+_REFUSED = {"EPS", "WMF", "IPTC", "FITS", "ICO", "CUR", "ICNS", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"}
 _MAX_ASPECT = 100
+_MAX_GREY = 2**16 - 1
 _MAX_PIXELS = 178_000_000  # about where Pillow suspects a decompression bomb; half a gigabyte as RGB
+_NAMED = 3  # files passed over, of which the names are said
 
 _SAMPLES = ("china.jpg", "flower.jpg")
 # Share of the photograph. Against 24 photographs (Kodak), 32 crops leave the channels of SqueezeNet, a quarter-width
@@ -44,7 +49,7 @@ Item = TypeVar("Item", bound=Hashable)
 class ImageBatches(Generic[Item]):
     """Images as batches of shape (B, C, H, W), each read when it is asked for; sized, and to be iterated repeatedly.
 
-    `description` says where they come from, in words.
+    `description` says where they come from, in words; `passed_over` are the files there that are no images by name.
     """
 
     # Reading ahead in a thread was measured and left out: on two cores, which torch computes on meanwhile, SqueezeNet,
@@ -58,10 +63,12 @@ class ImageBatches(Generic[Item]):
         *,
         description: str,
         skip_bad: bool = False,
+        passed_over: Sequence[Path] = (),
     ) -> None:
         if batch_size < 1:
             raise DataError(f"images: got a batch size of {batch_size}, expected 1 or more.")
         self.description = description
+        self.passed_over = tuple(passed_over)
         self._items = items
         self._read = read
         self._batch_size = batch_size
@@ -77,6 +84,13 @@ class ImageBatches(Generic[Item]):
     def used(self) -> int:
         """How many images a pass gives; before the first, the bad ones still count."""
         return len(self._items) - len(self._bad)
+
+    @property
+    def summary(self) -> str:
+        """How many of what, and what was left out, in words."""
+        bad = f"{len(self._bad)} damaged ones left out" if self._bad else ""
+        notes = "; ".join(filter(None, (bad, told_of(self.passed_over))))
+        return f"{self.used}: {self.description}" + (f" ({notes})" if notes else "")
 
     def __len__(self) -> int:
         return -(-self.used // self._batch_size)
@@ -149,10 +163,12 @@ def calibration_batches(
         raise DataError(f"images: got {num_images} images to take, expected 1 or more.")
     if source == "samples":
         return sample_crops(num_images, batch_size, preprocess=preprocess, seed=seed)
-    paths = find_images(source)
+    paths, others = find_images(source)
     if len(paths) > num_images:
         paths = sorted(random.Random(seed).sample(paths, num_images))
-    return image_batches(paths, preprocess, batch_size, description=f"folder {source}", skip_bad=skip_bad)
+    return image_batches(
+        paths, preprocess, batch_size, description=f"folder {source}", skip_bad=skip_bad, passed_over=others
+    )
 
 
 def image_batches(
@@ -162,17 +178,30 @@ def image_batches(
     *,
     description: str = "image files",
     skip_bad: bool = False,
+    passed_over: Sequence[Path] = (),
 ) -> ImageBatches[Path]:
     """The image files `paths` in batches; `preprocess` makes of each a tensor of one shape (C, H, W)."""
     return ImageBatches(
-        paths, lambda path: preprocess(load_image(path)), batch_size, description=description, skip_bad=skip_bad
+        paths,
+        lambda path: preprocess(load_image(path)),
+        batch_size,
+        description=description,
+        skip_bad=skip_bad,
+        passed_over=passed_over,
     )
 
 
-def find_images(directory: str | Path) -> list[Path]:
-    """All JPEG, PNG and WebP files in `directory` and below, by suffix, sorted; hidden files and folders left out.
+class Found(NamedTuple):
+    """The files of a folder, sorted: images by their names, and the others."""
 
-    Links to folders are followed, and every folder is visited once.
+    images: list[Path]
+    others: list[Path]
+
+
+def find_images(directory: str | Path) -> Found:
+    """All files in `directory` and below, images by suffix and others; hidden files and folders left out.
+
+    A suffix is an image's where Pillow reads its format. Links to folders are followed, every folder is visited once.
 
     Raises:
         DataError: it is no directory, one in it cannot be read, or there is no image.
@@ -181,7 +210,8 @@ def find_images(directory: str | Path) -> list[Path]:
     if not root.is_dir():
         got = "a file" if root.exists() else "nothing"
         raise DataError(f"images: '{root}': got {got}, expected a directory. Check the path.")
-    found: list[Path] = []
+    formats = _formats()
+    found = Found([], [])
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse_folder):
         status = Path(folder).stat()
@@ -190,25 +220,57 @@ def find_images(directory: str | Path) -> list[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [Path(folder, name) for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
-    if not found:
-        raise DataError(f"images: '{root}': got no image, expected {', '.join(_SUFFIXES)} files in it or below.")
-    return sorted(found)
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith("."):
+                (found.images if path.suffix.lower() in formats else found.others).append(path)
+    for paths in found:
+        paths.sort()
+    if not found.images:
+        others = told_of(found.others)
+        raise DataError(
+            f"images: '{root}': got no image{f' ({others})' if others else ''}, expected files in it or below whose "
+            "names end as an image's: .jpg, .png, .webp, .tif, .bmp, or another that Pillow reads."
+        )
+    return found
+
+
+def told_of(passed_over: Sequence[Path], why: str = "no images by name") -> str:
+    """How many files were passed over, why, and the first of them; empty where there is none."""
+    count = len(passed_over)
+    names = ", ".join(printable(path.name) for path in passed_over[:_NAMED]) + (", ..." if count > _NAMED else "")
+    return f"{count} file{'s' if count > 1 else ''} passed over, {why}: {names}" if count else ""
+
+
+@functools.cache
+def _formats() -> dict[str, str]:
+    """The format of every suffix that an image may have."""
+    Image.init()  # of all plugins, and what others registered
+    return {end: kind for end, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _REFUSED}
+
+
+def _tried(path: str | Path) -> list[str]:
+    """The formats that a file may be of, whatever its name; but by its name alone where nothing in it says so."""
+    named = _formats().get(Path(path).suffix.lower())
+    # Of (factory, accept): a format without a mark of its own would take a damaged file of another for its own.
+    return [kind for kind in Image.OPEN if kind not in _REFUSED and (Image.OPEN[kind][1] or kind == named)]
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file to 8-bit RGB, turned upright as its EXIF data says.
+    """Decode an image file, of any format that Pillow reads, to 8-bit RGB, turned upright as its EXIF data says.
+
+    Of several frames or pages, the first. 16 bits become 8 by scaling.
 
     Raises:
-        DataError: it is missing, no regular file, no such image, damaged, above 178 million pixels, or a strip over
-            100 times as long as wide.
+        DataError: it is missing, no regular file, no image, damaged, above 178 million pixels, a strip over 100 times
+            as long as wide, or of numbers whose range is not known (floating point, or beyond 16 bits).
     """
     try:
         if not Path(path).is_file():  # opening a pipe would hang
             raise _unusable(path, "not a regular file" if Path(path).exists() else "no such file")
         with _SILENCE, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about oddities that do not change the pixels
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=_tried(path)) as image:
                 if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded
                     raise _unusable(path, f"{image.width} x {image.height} pixels, above {_MAX_PIXELS:,}")
                 if max(image.size) > _MAX_ASPECT * min(
@@ -224,8 +286,13 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
     if image.mode.startswith("I"):  # 16 bits of grey: Pillow's own conversion clips all above 255 to white
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > _MAX_GREY:
+            raise ValueError(f"pixels from {values.min()} to {values.max()}, beyond 16 bits")
+        image = Image.fromarray((values // 257).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -293,6 +360,6 @@ def _refuse_folder(error: OSError) -> None:
 
 def _unusable(path: str | Path, reason: str) -> DataError:
     return DataError(
-        f"image: '{path}': {reason}; expected a readable JPEG, PNG or WebP file. "
+        f"image: '{path}': {reason}; expected an image file that Pillow reads, such as JPEG, PNG or TIFF. "
         "Remove it; insert, verify and finetune leave such out with --skip-bad."
     )

@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_map
 from torchvision import models
 
 from . import pretrained
-from .batches import Inputs, join, outputs, placed
+from .batches import Inputs, join, outputs, placed, run
 from .checkpoint import current_record, has_place_for, torch_save
 from .copies import on_meta
-from .errors import ExportError, shown
+from .errors import CalibrationError, ExportError, shown
 from .files import atomic_write
 from .folding import fold as fold_model
-from .modes import evaluating
+from .folding import gained_biases
+from .modes import evaluating, observing
 from .stock import to_torch
 from .surgery_record import SurgeryRecord, state_digest
 from .verification import EquivalenceReport, verify
@@ -58,6 +59,7 @@ class Export:
         folds_back: whether they are, to the bit, those that were inserted into.
         equivalence: of the network with BatchNorm to the one read back from the file, in eval mode.
         usage: a line or more of Python that load it without this package.
+        new_biases: layers of the folded network that had no bias and got one: their class has to have bias=True there.
     """
 
     path: str
@@ -67,6 +69,7 @@ class Export:
     folds_back: bool
     equivalence: EquivalenceReport
     usage: str
+    new_biases: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         what = f"{self.network}, {self.format}: {self.origin}"
@@ -94,6 +97,7 @@ def export(
     to: Format,
     example: Any = None,
     keep_bn: bool = False,
+    bias: Literal["add", "refuse"] = "add",
     overwrite: bool = False,
 ) -> Export:
     """Write `bn_model` in a format that needs nothing of this package, read it back, and compare.
@@ -102,7 +106,8 @@ def export(
       the file is called .pth or .pt.
     - "torchvision": the same, made sure to fit torchvision's own class.
     - "torchvision-bn": for torchvision's vgg*_bn: BatchNorm behind the convolutions stays, the rest is folded.
-    - "onnx": the folded network in eval mode for any batch size; tried in onnxruntime.
+    - "onnx": the folded network in eval mode for any batch size, or for one image where it takes no more at a time;
+      tried in onnxruntime.
     - "exported-program": the same by `torch.export`.
 
     Args:
@@ -111,21 +116,23 @@ def export(
         to: the format.
         example: an input batch, as for `plan`; needed where the input is not one tensor of real numbers.
         keep_bn: leave the BatchNorm layers in, as torch's own; "torchvision" has no place for them.
+        bias: as for `fold`; what was added is said in `Export.new_biases` and `usage`.
         overwrite: whether an old file may be replaced.
 
     Raises:
         ExportError: the format has no place for the network, a package is missing, or what was written computes
             something else; nothing is left behind.
         FoldError: a norm cannot be folded.
+        CalibrationError: the network does not take the example.
         CheckpointError: the file exists or cannot be written.
         BNSurgeryError: the model carries no record.
     """
     path = Path(path)
     done = current_record(bn_model)
     _check(to, done, keep_bn)
-    inputs = placed(bn_model, _example(bn_model, done, example))
+    inputs = placed(bn_model, _taken(bn_model, _example(bn_model, done, example)))
     with evaluating(bn_model):
-        folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model)
+        folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model, bias=bias)
         network = folded if folded is not None else to_torch(bn_model, keep=_keeps(to))
         network.eval()
         folds_back = folded is not None and state_digest(folded.state_dict()) == done.weights_digest
@@ -140,7 +147,9 @@ def export(
                 )
     name = _name(to, done)
     origin = pretrained.origin(done, folds_back) if folded is not None else "with its BatchNorm"
-    return Export(str(path), to, name, origin, folds_back, equivalence, _usage(to, path, done, keep_bn))
+    gained = tuple(gained_biases(bn_model, done.sites).values()) if folded is not None else ()
+    usage = _usage(to, path, done, keep_bn, gained)
+    return Export(str(path), to, name, origin, folds_back, equivalence, usage, gained)
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,17 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
         )
     # Any input shows whether two networks are one function; noise needs no data.
     return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
+
+
+def _taken(bn_model: nn.Module, inputs: Inputs) -> Inputs:
+    """These, or the first of them where the network takes no more than one at a time."""
+    with observing(bn_model):
+        try:
+            run("export", bn_model, inputs)
+        except CalibrationError:
+            inputs = inputs.take(0, 1)
+            run("export", bn_model, inputs)
+    return inputs
 
 
 def _state_dict(job: _Written) -> nn.Module:
@@ -272,10 +292,16 @@ def _exported_program(job: _Written) -> Callable[..., list[Tensor]]:
 
 def _capture(job: _Written) -> torch.export.ExportedProgram:
     shapes = _any_batch(job.network, job.inputs)
-    try:
-        return torch.export.export(job.network, job.inputs.args, job.inputs.kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # the exporter's, of many kinds
-        raise ExportError(f"export: torch.export cannot export {job.done.model}: {_reason(error)}") from error
+    first: Exception | None = None
+    for strict in (False, True):  # each follows code that the other does not, such as torch.tensor(data=...)
+        try:
+            return torch.export.export(
+                job.network, job.inputs.args, job.inputs.kwargs, dynamic_shapes=shapes, strict=strict
+            )
+        except Exception as error:  # the exporter's, of many kinds
+            first = first or error
+    assert first is not None
+    raise ExportError(f"export: torch.export cannot export {job.done.model}: {_reason(first)}") from first
 
 
 _WRITERS: dict[str, Callable[..., Any]] = {
@@ -301,7 +327,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _any_batch(network: nn.Module, inputs: Inputs) -> Any:
-    """Of every tensor in the inputs, that its first dimension may have any size."""
+    """Of every tensor in the inputs, that its first dimension may have any size; of a batch of one, none."""
+    if inputs.samples == 1:  # or torch.export would take that for a constant, and complain
+        return None
     count, batch = inputs.samples, torch.export.Dim("batch")
     given = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs).arguments
     return tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == count else None, dict(given))
@@ -317,7 +345,7 @@ def _name(to: str, done: SurgeryRecord) -> str:
     return f"{name}_bn" if to == "torchvision-bn" else name
 
 
-def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> str:
+def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool, gained: Sequence[str]) -> str:
     load = (
         f'torch.load("{path}", weights_only=True)'
         if path.suffix in _PICKLES
@@ -326,7 +354,8 @@ def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool) -> str:
     if to == "state-dict" and keep_bn:
         return f"{load}, for a network with BatchNorm in these places"
     head = f", with {len(done.task.classes)} classes" if done.task is not None and done.task.head is not None else ""
-    made = f"...  # what {done.provenance.get('model', done.model)} makes{head}"
+    with_bias = f", with bias=True in {', '.join(gained)}" if gained else ""
+    made = f"...  # what {done.provenance.get('model', done.model)} makes{head}{with_bias}"
     if done.architecture is not None:
         made = f"torchvision.models.{_name(to, done)}(num_classes={done.architecture.num_classes})"
     return {

@@ -1,15 +1,16 @@
 """Take BatchNorm out again: fold it into the neighbouring layers, which get back their original form."""
 
-import copy
+import warnings
 from collections.abc import Iterable
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import BNSurgeryError, FoldError
+from .copies import independent
+from .errors import BNSurgeryError, BNSurgeryWarning, FoldError
 from .layer_kinds import LAYERS, TRANSPOSED, Layer
 from .module_tree import place, remove
 from .nn import Normed
@@ -18,38 +19,77 @@ from .nn.normed import detach_, detached_class
 from .relu_fusion import give_back_, is_fused
 from .surgery_record import InsertedSite, detach_record, record
 
+_NAMED = 8  # layers in a message
 _PLAIN_FORWARDS = {cls.forward for cls in LAYERS}
 _PLAIN_CONV_FORWARDS = {getattr(cls, "_conv_forward", None) for cls in LAYERS}
 
 
-def fold(bn_model: nn.Module, *, allow_partial: bool = False) -> nn.Module:
+def fold(bn_model: nn.Module, *, allow_partial: bool = False, bias: Literal["add", "refuse"] = "add") -> nn.Module:
     """A copy of `bn_model` without the BatchNorm layers that `insert` put in, computing the same in eval mode.
 
     With scale a = weight/√(running_var + eps) and shift s = bias − running_mean·a, a layer before its norm becomes
     W·a, b·a + s (per output channel), and a layer behind a post-activation norm W·a, b + W·s (per input channel).
     Channels that are still the identity (a = 1, s = 0) keep their bits, so an untrained insertion folds back to the
     original exactly. Class and state-dict keys are the original's; only a layer that never had a bias gets one if
-    its norm shifts.
+    its norm shifts, and a warning names it: strict loading into the original class then fails, and without `strict` the
+    shift would be lost.
 
     Args:
         bn_model: from `insert` or `load`, trained since or not; not changed.
         allow_partial: leave in place what cannot be folded, instead of raising. The result then still carries a
             norm or more, and no record.
+        bias: "add" gives layers without a bias one where a norm shifts; "refuse" takes that for what cannot be folded.
 
     Raises:
         FoldError: a post-activation norm has no layer that could take it, or a norm or layer is gone or was replaced
             by something else, or the layer's weight is tied, computed, or used in a way of its own; named, with the
             reason.
         BNSurgeryError: the model carries no record.
+        ValueError: `bias` is neither of the two.
     """
+    if bias not in ("add", "refuse"):
+        raise ValueError(f"fold: bias must be 'add' or 'refuse', got {bias!r}")
     the_record = record(bn_model)
     obstacles = {inserted.norm: _obstacle(bn_model, inserted) for inserted in the_record.sites}
+    gained = gained_biases(bn_model, [site for site in the_record.sites if not obstacles[site.norm]])
+    if bias == "refuse":
+        reason = "shifts, and '{}' has no bias that could take the shift: bias='add' (--bias add) gives it one"
+        obstacles |= {norm: reason.format(name) for norm, name in gained.items()}
     if not allow_partial:
         _refuse(obstacles, "allow_partial=True leaves such norms in place.")
-    plain = copy.deepcopy(bn_model)
+    plain = independent(bn_model)
     fold_(plain, [inserted for inserted in the_record.sites if not obstacles[inserted.norm]])
     detach_record(plain)
+    if gained and bias == "add":
+        warnings.warn(
+            f"fold: {told_of_biases(gained.values())}. Load the weights into a network that has bias=True there: "
+            "load_state_dict with strict=False would drop the shift, which changes what is computed. bias='refuse' "
+            "(--bias refuse) folds nothing then.",
+            BNSurgeryWarning,
+            stacklevel=2,
+        )
     return plain
+
+
+def gained_biases(model: nn.Module, sites: Iterable[InsertedSite]) -> dict[str, str]:
+    """By norm, the original names of the layers that have no bias and get one where these norms are folded."""
+    found = {}
+    for inserted in sites:
+        if inserted.absorbed_bias or not (_scale_shift(model.get_submodule(inserted.norm))[1] != 0).any():
+            continue
+        behind = inserted.site.anchor == inserted.site.name
+        now, name = (inserted.layer, inserted.site.name) if behind else (inserted.next_layer, inserted.site.next_layer)
+        if now is not None and name is not None and _layer(model, now).bias is None:
+            found[inserted.norm] = name
+    return found
+
+
+def told_of_biases(names: Iterable[str]) -> str:
+    """Which layers got one, in words."""
+    listed = [f"'{name}'" for name in names]
+    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+    who = f"layer{'s' if len(listed) > 1 else ''} {', '.join(listed[:_NAMED])}{more}"
+    return f"{who} had no bias and got one, since the BatchNorm there shifts"
 
 
 def fold_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
@@ -188,7 +228,8 @@ def _fold_into_input(layer: Layer, scale: Tensor, shift: Tensor) -> None:
         rows = torch.arange(weight.shape[0]) // (weight.shape[0] // layer.groups)
         shape = (weight.shape[0], per_group, *[1] * (weight.ndim - 2))
         a, s = scale.view(-1, per_group)[rows].view(shape), shift.view(-1, per_group)[rows].view(shape)
-    _set(layer, "bias", _bias(layer) + (weight * s).flatten(1).sum(1, dtype=torch.float64))
+    if layer.bias is not None or bool((s != 0).any()):
+        _set(layer, "bias", _bias(layer) + (weight * s).flatten(1).sum(1, dtype=torch.float64))
     _set(layer, "weight", weight * a)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batches import Inputs, outputs, peek, run
+from .batches import Inputs, equal, outputs, peek, run
 from .calibration import calibrate, warn_of_dead_channels
 from .copies import independent
 from .devices import claims_identity
@@ -80,6 +80,8 @@ def insert(
     of one after the other. But torch's random state belongs to the process and is put back at the end, with whatever
     another thread drew meanwhile: pass loaders that shuffle by a generator of their own.
 
+    The copy is in the mode that `model` is in: put it into eval mode to compute the same.
+
     In a `nn.Sequential` the norm follows its layer and what is behind is renumbered, which with `layers="conv"` gives
     torchvision's vgg*_bn layout; elsewhere it becomes the layer's child `norm`, and the layer keeps its keys.
 
@@ -87,7 +89,8 @@ def insert(
         model: a BN-free network; not changed.
         batches: calibration inputs in `model`'s own preprocessing: an iterable of tensors, of dicts of keyword
             arguments, or of tuples or lists, as a DataLoader gives, whose first item is the input: a tensor, a dict, a
-            tuple of several arguments, or a list as one (of images, for a detector).
+            tuple of several arguments, or a list as one (of images, for a detector). Of a dict, keys that `forward` has
+            no parameter for, such as labels, are left out; where it has none for any, it gets the dict as one argument.
         placement: "pre-activation" or "post-activation", see `plan`.
         layers: "all", "conv", "dense", or a predicate (fqn, module) -> bool.
         head: also put one behind the output layer.
@@ -118,12 +121,21 @@ def insert(
     reference = _without_lrn(model, example) if drop_lrn else model
     the_plan = plan(reference, example, placement=placement, layers=layers, head=head)
     _check_model(model)
-    bn_model = _copy(reference)
+    bn_model = independent(reference)
     moments = calibrate(reference, the_plan, batches, progress=progress)
     insert_(bn_model, the_plan, moments, options)
     dropped = find_lrn(model) if drop_lrn else ()
     attach_record(bn_model, replace_fields(record(bn_model), dropped_lrn=dropped, input_shape=example.shape))
     _check_result(reference, bn_model, example.take(0, 1))
+    training = [site.layer for site in record(bn_model).sites if bn_model.get_submodule(site.norm).training]
+    if training:
+        warnings.warn(
+            f"insert: {type(model).__name__} is in train mode (such as '{training[0]}'), and so is the copy with "
+            "BatchNorm, which normalizes by the batch there and so computes something else. Call .eval() on it for "
+            "what the network computed; train mode is for training.",
+            BNSurgeryWarning,
+            stacklevel=2,
+        )
     return bn_model
 
 
@@ -165,19 +177,8 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        with torch.inference_mode(False):  # tensors made under inference mode could never be trained
-            return independent(model)
-    except (RuntimeError, TypeError) as error:
-        raise BNSurgeryError(
-            f"insert: {type(model).__name__} cannot be copied: {str(error).splitlines()[0]}. Does it hold what "
-            "belongs to the process, such as a lock or a file? Take that out first."
-        ) from error
-
-
 def _without_lrn(model: nn.Module, example: Inputs) -> nn.Module:
-    without, names = _copy(model), find_lrn(model)
+    without, names = independent(model), find_lrn(model)
     drop_lrn_(without, names)
     warn_of_change(model, without, example, len(names))
     return without
@@ -204,7 +205,7 @@ def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None
     what = ""
     if failure:
         what = "no longer runs"
-    elif all(map(torch.equal, once, again)) and not _same(once, got, exact=exact):
+    elif _same(once, again, exact=True) and not _same(once, got, exact=exact):
         what = "computes something else"
     elif silent:
         what = f"does not run {len(silent)} of its BatchNorms"
@@ -228,13 +229,17 @@ def _outputs(model: nn.Module, sample: Inputs) -> list[torch.Tensor]:
 
 
 def _same(expected: list[torch.Tensor], got: list[torch.Tensor], *, exact: bool) -> bool:
-    """The same bits; or, unless `exact`, up to what rounding in the outputs' dtype comes to."""
+    """The same bits, NaN being NaN; or, unless `exact`, up to what rounding in the outputs' dtype comes to."""
     if [t.shape for t in expected] != [t.shape for t in got]:
         return False
-    if exact:
-        return all(map(torch.equal, expected, got))
-    pairs = [(a, b) for a, b in zip(expected, got, strict=True) if a.is_floating_point() and a.numel()]
-    return all((a - b).abs().max() <= 1e4 * torch.finfo(a.dtype).eps * a.abs().max() for a, b in pairs)
+    pairs = [(a, b) for a, b in zip(expected, got, strict=True) if exact or a.is_floating_point()]
+    return all(bool((equal(a, b) if exact else _near(a, b)).all()) for a, b in pairs)
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    finite = a[a.isfinite()].abs()
+    reach = 1e4 * torch.finfo(a.dtype).eps * (finite.max().item() if finite.numel() else 0.0)
+    return equal(a, b) | ((a - b).abs() <= reach)
 
 
 def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[InsertedSite, ...]:

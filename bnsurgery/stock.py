@@ -1,11 +1,11 @@
 """The same network in torch.nn's own layers, for tools that look at types."""
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from .copies import independent
 from .errors import BNSurgeryError
 from .folding import fold_
 from .layer_kinds import device_and_dtype
@@ -40,7 +40,7 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
         BNSurgeryError: the model carries no record, a fused ReLU is lost, or a layer with its norm inside has forward
             hooks.
     """
-    done, model = record(bn_model), copy.deepcopy(bn_model)
+    done, model = record(bn_model), independent(bn_model)
     give_back_(model, done.sites)
     kept: list[InsertedSite] = []
     folded: list[InsertedSite] = []

@@ -110,6 +110,7 @@ class Tracer(fx.Tracer):
         self._shaped = shaped
         self._callers: list[nn.Module] = [root]
         self._bound: dict[str, Any] = {}
+        self._plain: dict[fx.Node, dict[Any, Any]] = {}
         self._evaluating = False
         self._thread = threading.get_ident()
         self._owners = {parameter: module for module in root.modules() for parameter in module._parameters.values()}
@@ -181,6 +182,8 @@ class Tracer(fx.Tracer):
         proxy.node.meta["caller"] = self._callers[-1]
         if kind == "placeholder":
             proxy.value = self._bound.get(target, _UNKNOWN)
+            if isinstance(proxy.value, dict):
+                self._plain[proxy.node] = {k: v for k, v in proxy.value.items() if not _holds_tensors(v)}
         elif kind == "get_attr":
             proxy.value = self._evaluate(self.root.get_parameter, (target,), {})
         elif kind == "call_function":
@@ -189,7 +192,17 @@ class Tracer(fx.Tracer):
         elif kind == "call_method":
             proxy.value = self._evaluate(lambda first, *more, **kw: getattr(first, target)(*more, **kw), args, kwargs)
             proxy.is_shape = target in _METHODS or _follow_from_shapes(args, kwargs)
+        if self._is_plain(target, args, proxy.value):
+            return proxy.value
         return proxy.value if proxy.is_shape and proxy.value is not _UNKNOWN and self.tells_shapes() else proxy
+
+    def _is_plain(self, target: Any, args: Any, value: Any) -> bool:
+        """Whether this reads, from a dict that the model was given, a flag or name, or finds that there is no entry."""
+        entries = self._plain.get(args[0].node) if args and isinstance(args[0], ValueProxy) else None
+        if entries is None or target not in (operator.getitem, "get"):
+            return False
+        missing = target == "get" and len(args) == 2 and args[1] not in args[0].value
+        return missing or (args[1] in entries and value is entries[args[1]])
 
     def tells_shapes(self) -> bool:
         """Whether the code that runs now gets shapes as they are on the example."""

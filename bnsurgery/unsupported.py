@@ -7,11 +7,6 @@ from torch.nn.parameter import is_lazy
 from .errors import UntraceableModelError
 from .layer_kinds import LAYERS
 
-_WRAPPERS = {
-    nn.DataParallel: "pass model.module",
-    nn.parallel.DistributedDataParallel: "pass model.module",
-    torch.jit.ScriptModule: "it is compiled TorchScript: pass the Python module it was made from",
-}
 _QUANTIZED_PACKAGES = ("torch.ao.nn.", "torchao.", "bitsandbytes.")
 
 
@@ -25,6 +20,14 @@ def refuse(model: nn.Module) -> None:
     advice = _obstacle(model)
     if advice:
         raise UntraceableModelError(f"plan: {name} is not the network itself: {advice}")
+    wrapped = [(fqn, inside) for fqn, module in model.named_modules() if fqn and (inside := _inside(module))]
+    if wrapped:
+        lines = "; ".join(f"{_expression(fqn)} = {_expression(fqn)}.{inside}" for fqn, inside in wrapped)
+        kind = type(model.get_submodule(wrapped[0][0])).__name__
+        raise UntraceableModelError(
+            f"plan: {name}: '{wrapped[0][0]}' is a {kind}, around the layers themselves. Unwrap it, and wrap the "
+            f"result anew: {lines}"
+        )
     for fqn, module in model.named_modules():
         kind = type(module).__name__
         if _is_quantized(module):
@@ -38,16 +41,28 @@ def refuse(model: nn.Module) -> None:
             )
 
 
+def _inside(module: nn.Module) -> str | None:
+    """The attribute in which a wrapper keeps the module itself; None for what is no wrapper."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    return "_orig_mod" if "_orig_mod" in module._modules else None
+
+
+def _expression(fqn: str) -> str:
+    """Python that names a submodule of `model`."""
+    return "model" + "".join(f".{part}" if part.isidentifier() else f"[{part}]" for part in fqn.split("."))
+
+
 def _obstacle(model: object) -> str | None:
-    for wrapper, advice in _WRAPPERS.items():
-        if isinstance(model, wrapper):
-            return advice
+    if isinstance(model, torch.jit.ScriptModule):
+        return "it is compiled TorchScript: pass the Python module it was made from"
     if isinstance(model, torch.export.ExportedProgram):
         return "it is an exported program: pass the Python module it was made from"
     if not isinstance(model, nn.Module):
         return "expected a torch.nn.Module"
-    if "_orig_mod" in model._modules:
-        return "it is compiled by torch.compile: pass model._orig_mod, and compile the result"
+    if (inside := _inside(model)) is not None:
+        how = "it is compiled by torch.compile: " if inside == "_orig_mod" else ""
+        return f"{how}pass model.{inside}, and wrap the result anew"
     if isinstance(model, fx.GraphModule) and any(
         isinstance(n.target, torch._ops.OpOverload) for n in model.graph.nodes
     ):

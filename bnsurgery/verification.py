@@ -1,6 +1,7 @@
 """Prove that two networks compute the same, and say what train mode will do to the inserted one."""
 
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Inputs, inputs, join, outputs, run
-from .errors import CalibrationError
+from .batches import Inputs, equal, inputs, join, outputs, run
+from .errors import BNSurgeryWarning, CalibrationError
 from .modes import observing, training_norms
 from .tables import WIDTH
 
@@ -24,16 +25,19 @@ class EquivalenceReport:
 
     Attributes:
         samples: how many inputs were compared, both networks in eval mode.
-        bit_identical: `torch.equal` for every output of every batch. A fresh insertion is, on the CPU and by the CUDA
-            kernels; on other devices, such as MPS, that is not claimed.
-        max_abs: largest |candidate − reference|, in output units.
+        bit_identical: whether every output of every batch is equal, NaN to NaN. A fresh insertion is, on the CPU and by
+            the CUDA kernels; on other devices, such as MPS, that is not claimed.
+        max_abs: largest |candidate − reference|, in output units, where the reference is finite.
         max_rel: `max_abs` divided by the largest |reference|.
         top1_agreement: share of samples with the same argmax, 0 to 1; None where outputs are not of shape (N, classes).
         train_drift: by batch size, ‖train − reference‖₂/‖reference‖₂ over the outputs when the candidate's BatchNorm
             layers are in train mode, by this process's batch or as `set_statistics_` has it (dropout off); sizes beyond
-            the number of samples are left out.
+            the number of samples are left out. Empty where it could not be measured: `no_drift` says why.
         worst: where `max_abs` is: number of the output tensor, sample over all batches, then the index in that sample;
-            None where there is no difference.
+            None where there is no difference. Of an output without one row a sample, the first sample of the batch and
+            the index in the whole output.
+        no_drift: why the drift of some or all sizes is missing, such as outputs without one row a sample, or a network
+            that takes batches of one only; None where it is not, or was not asked for.
     """
 
     samples: int
@@ -43,6 +47,7 @@ class EquivalenceReport:
     top1_agreement: float | None
     train_drift: dict[int, float]
     worst: tuple[int, ...] | None = None
+    no_drift: str | None = None
 
     def __str__(self) -> str:
         same = "bit-identical" if self.bit_identical else "NOT bit-identical"
@@ -57,8 +62,10 @@ class EquivalenceReport:
         if self.train_drift:
             pairs = [f"{100 * drift:.3g} % at {size}" for size, drift in self.train_drift.items()]
             drifts = ", ".join(pair.replace(" ", _TOGETHER) for pair in pairs)
-            text = f"drift by batch size: {drifts}"
-            lines += textwrap.wrap(text, WIDTH, initial_indent="train mode   ", subsequent_indent=" " * 13)
+            lines += _wrapped("train mode   ", f"drift by batch size: {drifts}")
+        if self.no_drift is not None:
+            start = " " * 13 if self.train_drift else "train mode   "
+            lines += _wrapped(start, f"drift not measured: {self.no_drift}")
         return "\n".join(lines).replace(_TOGETHER, " ")
 
     def place(self) -> str:
@@ -95,8 +102,8 @@ def verify(
         drift_batch_sizes: each at least 2; measured on the first samples, in up to 4 groups a size.
 
     Raises:
-        CalibrationError: no data, outputs of other shapes, not finite or without tensors, or a batch that one of the
-            networks does not take.
+        CalibrationError: no data, outputs of other shapes or without tensors, NaN or Inf in one network's where the
+            other has a number, or in all of them, or a batch that one of the networks does not take.
         ValueError: a drift batch size below 2.
     """
     sizes = sorted(set(drift_batch_sizes))
@@ -108,7 +115,11 @@ def verify(
             compared.add(batch, _outputs(reference, batch), _outputs(candidate, batch))
     if not compared.samples:
         raise CalibrationError("verify: no data. Pass at least one batch.")
-    return compared.report(_drift(candidate, compared, sizes))
+    return compared.report(*_drift(candidate, compared, sizes))
+
+
+def _wrapped(start: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * 13)
 
 
 def _outputs(model: nn.Module | Callable[..., Any], batch: Inputs) -> list[Tensor]:
@@ -116,6 +127,7 @@ def _outputs(model: nn.Module | Callable[..., Any], batch: Inputs) -> list[Tenso
         with observing(model):
             result = run("verify", model, batch)
     else:
+        batch = batch.of_signature(model)
         result = model(*batch.args, **batch.kwargs)
     return [tensor.detach().cpu() for tensor in outputs(result)]
 
@@ -129,8 +141,10 @@ class _Comparison:
         self.samples = 0
         self._equal = True
         self._max_abs = self._scale = 0.0
+        self._numbers = self._finite = 0
         self._agreeing: int | None = 0
         self._worst: tuple[int, ...] | None = None
+        self.obstacle: str | None = None
 
     def add(self, batch: Inputs, expected: list[Tensor], got: list[Tensor]) -> None:
         shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
@@ -138,59 +152,99 @@ class _Comparison:
             raise CalibrationError(f"verify: the outputs' shapes differ: got {shapes[1]}, expected {shapes[0]}")
         if not expected:
             raise CalibrationError("verify: the networks return no tensors, so there is nothing to compare")
+        count = batch.samples
         for number, (want, have) in enumerate(zip(expected, got, strict=True)):
-            for whose, tensor in (("reference", want), ("candidate", have)):
-                if not tensor.isfinite().all():
+            finite, same = want.isfinite(), equal(want, have)
+            for whose, odd in (("reference", ~finite & ~same), ("candidate", finite & ~have.isfinite())):
+                if odd.any():
                     raise CalibrationError(
-                        f"verify: NaN or Inf in the {whose}'s outputs: look at its weights and inputs"
+                        f"verify: NaN or Inf in the {whose}'s outputs, not in the other's: look at weights and inputs"
                     )
-            self._equal = self._equal and torch.equal(want, have)
-            if want.numel():
-                expected64, got64 = want.double(), have.double()
-                self._scale = max(self._scale, expected64.abs().max().item())
-                difference = (got64 - expected64).abs()
+            self._equal = self._equal and bool(same.all())
+            self._numbers += want.numel()
+            self._finite += int(finite.sum())
+            if finite.any():
+                expected64 = want.double()
+                self._scale = max(self._scale, expected64[finite].abs().max().item())
+                difference = (have.double() - expected64).abs().masked_fill(~finite, 0)
                 largest = difference.max().item()
                 if largest > self._max_abs:
                     self._max_abs = largest
-                    first, *index = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)] or [0]
+                    index = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
+                    first = index.pop(0) if want.shape[:1] == (count,) else 0
                     self._worst = (number, self.samples + first, *index)
-        if self._agreeing is not None and len(expected) == 1 and expected[0].ndim == 2:
+        if self._agreeing is not None and len(expected) == 1 and expected[0].ndim == 2 and len(expected[0]) == count:
             self._agreeing += int((expected[0].argmax(1) == got[0].argmax(1)).sum())
         else:
             self._agreeing = None
-        count = batch.samples
         self.samples += count
         room = self.keep - sum(kept.samples for kept, _ in self.kept)
-        if room > 0 and all(t.shape[:1] == (count,) for t in expected):
-            kept = batch.take(0, room)
-            if join([*(inputs for inputs, _ in self.kept), kept]) is not None:
-                self.kept.append((kept, [t[:room] for t in expected]))
+        if room > 0:
+            self._keep(batch, expected, room)
 
-    def report(self, drift: dict[int, float]) -> EquivalenceReport:
+    def _keep(self, batch: Inputs, expected: list[Tensor], room: int) -> None:
+        odd = next((tensor for tensor in expected if tensor.shape[:1] != (batch.samples,)), None)
+        kept = batch.take(0, room)
+        if odd is not None:
+            self.obstacle = (
+                f"an output of shape {tuple(odd.shape)} does not have one row for each of {batch.samples} inputs"
+            )
+        elif join([*(inputs for inputs, _ in self.kept), kept]) is None:
+            self.obstacle = "the inputs of the batches have other shapes, or are no tensors, and cannot be put together"
+        else:
+            self.kept.append((kept, [t[:room] for t in expected]))
+
+    def report(self, drift: dict[int, float], no_drift: str | None) -> EquivalenceReport:
+        if self._finite < self._numbers:
+            if not self._finite:
+                raise CalibrationError(
+                    "verify: NaN or Inf is all that the networks put out: look at weights and inputs"
+                )
+            warnings.warn(
+                f"verify: {self._numbers - self._finite} of {self._numbers} numbers in the outputs are NaN or Inf in "
+                "both networks: they were compared, but say little",
+                BNSurgeryWarning,
+                stacklevel=3,
+            )
         agreement = None if self._agreeing is None else self._agreeing / self.samples
         relative = self._max_abs / self._scale if self._scale else self._max_abs
-        return EquivalenceReport(self.samples, self._equal, self._max_abs, relative, agreement, drift, self._worst)
+        return EquivalenceReport(
+            self.samples, self._equal, self._max_abs, relative, agreement, drift, self._worst, no_drift
+        )
 
 
-def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> dict[int, float]:
-    if not compared.kept:
-        return {}
-    samples = join([batch for batch, _ in compared.kept])
-    assert samples is not None  # or it would not have been kept
-    expected = [torch.cat(parts) for parts in zip(*(outputs for _, outputs in compared.kept), strict=True)]
+def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> tuple[dict[int, float], str | None]:
+    """By batch size; and why some are missing that the samples would allow, or all."""
     drift: dict[int, float] = {}
+    if not sizes:
+        return drift, None
+    samples = join([batch for batch, _ in compared.kept])
+    if samples is None:
+        return drift, compared.obstacle
+    if samples.samples < sizes[0]:
+        return drift, f"it takes {sizes[0]} inputs, got {samples.samples}"
+    expected = [torch.cat(parts) for parts in zip(*(outputs for _, outputs in compared.kept), strict=True)]
     with training_norms(candidate, by_batch=False) as restore:
         if restore is None:
-            return {}
-        for size in sizes:
+            return drift, "the network has no BatchNorm"
+        for size in (size for size in sizes if size <= samples.samples):
             squares = [0.0, 0.0]
             for start in range(0, min(samples.samples - size + 1, _DRIFT_GROUPS * size), size):
                 restore()  # every group as the first step
                 group, part = slice(start, start + size), samples.take(start, start + size)
-                got = [tensor.cpu().double() for tensor in outputs(run("verify", candidate, part))]
-                for want, have in zip((t[group].double() for t in expected), got, strict=True):
-                    squares[0] += (have - want).square().sum().item()
-                    squares[1] += want.square().sum().item()
-            if squares[1]:
-                drift[size] = (squares[0] / squares[1]) ** 0.5
-    return drift
+                wanted = [tensor[group].double() for tensor in expected]
+                try:
+                    got = [tensor.cpu().double() for tensor in outputs(run("verify", candidate, part))]
+                except CalibrationError as error:  # a batch of one may be all that a network takes
+                    return drift, str(error)
+                if [t.shape for t in got] != [t.shape for t in wanted]:
+                    shapes = ", ".join(str(tuple(t.shape)) for t in got)
+                    return drift, f"an output of shape {shapes} does not have one row for each of {size} inputs"
+                for want, have in zip(wanted, got, strict=True):
+                    finite = want.isfinite()
+                    squares[0] += (have - want)[finite].square().sum().item()
+                    squares[1] += want[finite].square().sum().item()
+            if not squares[1]:
+                return drift, "the reference's outputs are zero"
+            drift[size] = (squares[0] / squares[1]) ** 0.5
+    return drift, None

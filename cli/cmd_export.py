@@ -4,7 +4,16 @@ from pathlib import Path
 
 import click
 
-from .options import claim, image_size_option, load_checkpoint, model_option, output_options, print_options, show
+from .options import (
+    bias_option,
+    claim,
+    image_size_option,
+    load_checkpoint,
+    model_option,
+    output_options,
+    print_options,
+    show,
+)
 
 _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
 
@@ -14,6 +23,7 @@ _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
 @click.option("--to", required=True, type=click.Choice(_FORMATS), help="The format, see above.")
 @model_option
 @click.option("--keep-bn", is_flag=True, help="Leave the BatchNorm layers in.")
+@bias_option
 @image_size_option
 @output_options("File to write; .pth gives torch.save's format.  [default: FILE's name, the format's suffix, here]")
 @print_options
@@ -22,6 +32,7 @@ def command(
     to: str,
     model: str | None,
     keep_bn: bool,
+    bias: str,
     image_size: int | None,
     output: Path | None,
     force: bool,
@@ -52,5 +63,13 @@ def command(
         generator = torch.Generator().manual_seed(0)
         shape = 2, pretrained.input_channels(bn_model), image_size, image_size
         example = torch.randn(shape, generator=generator)
-    result = export(bn_model, output, to=to, example=example, keep_bn=keep_bn, overwrite=force)  # type: ignore[arg-type]
+    result = export(
+        bn_model,
+        output,
+        to=to,  # type: ignore[arg-type]
+        example=example,
+        keep_bn=keep_bn,
+        bias=bias,  # type: ignore[arg-type]
+        overwrite=force,
+    )
     show(str(result), result.to_dict(), as_json, quiet)

@@ -4,22 +4,25 @@ from pathlib import Path
 
 import click
 
-from .options import claim, load_checkpoint, model_option, output_options, print_options, show
+from .options import bias_option, claim, load_checkpoint, model_option, output_options, print_options, show
 
 
 @click.command("fold")
 @click.argument("file", type=click.Path(path_type=Path))
 @model_option
+@bias_option
 @output_options("File to write.  [default: ARCH-folded.safetensors, here]")
 @print_options
-def command(file: Path, model: str | None, output: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
+def command(
+    file: Path, model: str | None, bias: str, output: Path | None, force: bool, as_json: bool, quiet: bool
+) -> None:
     """Fold the BatchNorm layers of FILE away again.
 
     The original architecture is back, at its original cost.
 
     Writes a plain safetensors state dict under the original's keys. A network that was not trained since the insertion
-    folds back to the bits it started from; a trained one to the same function within 1e-5. Other formats: `bnsurgery
-    export`.
+    folds back to the bits it started from; a trained one to the same function within 1e-5. A layer that had no bias
+    gets one where its BatchNorm came to shift; the output names it. Other formats: `bnsurgery export`.
     """
     from bnsurgery.exporting import export
     from bnsurgery.surgery_record import record
@@ -27,7 +30,7 @@ def command(file: Path, model: str | None, output: Path | None, force: bool, as_
     output = output or Path(f"{file.stem.removesuffix('-bn')}-folded.safetensors")
     bn_model = load_checkpoint(file, model)
     claim(output, force)
-    result = export(bn_model, output, to="state-dict", overwrite=force)
+    result = export(bn_model, output, to="state-dict", bias=bias, overwrite=force)  # type: ignore[arg-type]
     done = record(bn_model)
     text = (
         f"{len(done.sites)} BatchNorm layers folded away; gives {result.origin}\n{result.proof}\n\n"

@@ -79,8 +79,6 @@ def command(
     undo it, proves the outputs equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, or timm:NAME;
     --model takes a network of your own.
     """
-    import torch
-
     from bnsurgery import checkpoint, devices, lrn, models, pretrained
     from bnsurgery.batches import Inputs
     from bnsurgery.calibration import calibrate
@@ -132,9 +130,10 @@ def command(
     moments = calibrate(network, sites, batches, progress=loud)
     bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
     insert_(bn_model, sites, moments, options)
-    sample = torch.cat(list(islice(batches, _CHECKED)))[:_CHECKED]
+    # As they come: a network may take batches of one size only.
+    samples = [batch[:_CHECKED] for batch in islice(batches, -(-_CHECKED // batch_size))]
     sizes = (2, 4, 8, 16, 32) if reporting else (_CHECKED,)
-    equivalence = verify(network, bn_model, batches if reporting else [sample], drift_batch_sizes=sizes)
+    equivalence = verify(network, bn_model, batches if reporting else samples, drift_batch_sizes=sizes)
     allowed = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
     if not equivalence.within(allowed):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
@@ -146,7 +145,7 @@ def command(
     }
     if own:
         provenance |= {"model": name, "image_size": source.preprocess.crop_size[0], "normalize": normalize}
-    shape = tuple(sample.shape[1:])
+    shape = tuple(samples[0].shape[1:])
     done = replace(record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=shape)
     attach_record(bn_model, done)
     checkpoint.save(bn_model, output, overwrite=force)
@@ -160,11 +159,10 @@ def command(
 
     summary = summarize(done, moments)
     skipped = [skip.to_dict() for skip in sites.skipped]
-    left_out = f" ({len(batches.skipped)} damaged ones left out)" if batches.skipped else ""
     custom = f" --model {quote(name)}" if own else ""
     text = (
         f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
-        f"weights      {source.weights}\nimages       {batches.used}: {batches.description}{left_out}\n"
+        f"weights      {source.weights}\nimages       {batches.summary}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n{wrote}"
         f"Next: bnsurgery verify {quote(str(output))}{custom}\n"
@@ -175,6 +173,7 @@ def command(
         "architecture": name,
         **provenance,
         "skipped_images": [str(path) for path, _ in batches.skipped],
+        "passed_over": [str(path) for path in batches.passed_over],
         "sites": summary.to_dict(),
         "skipped": skipped,
         "equivalence": equivalence.to_dict(),

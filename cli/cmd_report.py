@@ -94,5 +94,5 @@ def _of_checkpoint(bn_model: "nn.Module", batches: "ImageBatches", name: str) ->
 
     folded = folding.fold(bn_model)
     untouched = state_digest(folded.state_dict()) == record(bn_model).weights_digest
-    facts = {"compared with": "its own folded network", "images": f"{batches.used}: {batches.description}"}
+    facts = {"compared with": "its own folded network", "images": batches.summary}
     return insertion(folded, bn_model, batches, tolerance=0.0 if untouched else 1e-5, title=name, facts=facts)

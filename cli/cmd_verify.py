@@ -95,7 +95,7 @@ def command(
     if reporting:
         from bnsurgery.report import insertion
 
-        facts = {"compared with": against, "images": f"{batches.used}: {batches.description}"}
+        facts = {"compared with": against, "images": batches.summary}
         found = insertion(
             reference, bn_model, batches, result=result, tolerance=tolerance, title=file.name, facts=facts
         )
@@ -104,8 +104,18 @@ def command(
     origin = pretrained.origin(done, untouched)
     custom = f" --model {quote(model)}" if model else ""
     hint = f"Next: bnsurgery fold {quote(str(file))}{custom}"
-    text = f"{file} against {against}\n{result}\nfolds back to {origin}\n\n{wrote}{hint}"
-    told = {"ok": ok, "against": against, "folds_back": untouched, **result.to_dict(), **written(page, plot)}
+    text = (
+        f"{file} against {against}\nimages       {batches.summary}\n{result}\nfolds back to {origin}\n\n{wrote}{hint}"
+    )
+    told = {
+        "ok": ok,
+        "against": against,
+        "folds_back": untouched,
+        "skipped_images": [str(path) for path, _ in batches.skipped],
+        "passed_over": [str(path) for path in batches.passed_over],
+        **result.to_dict(),
+        **written(page, plot),
+    }
     show(text, told, as_json, quiet)
     if not ok:
         raise BNSurgeryError(

@@ -96,7 +96,7 @@ def data_options(num_images: int) -> Callable[[F], F]:
             default="samples",
             show_default=True,
             metavar="DIR|samples",
-            help="Folder of JPEG, PNG or WebP images, searched through; or two built-in photographs, cropped.",
+            help="Folder of images of any format that Pillow reads, searched through; or two built-in photographs.",
         ),
         click.option(
             "--num-images",
@@ -121,6 +121,16 @@ def output_options(help: str) -> Callable[[F], F]:
         click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help=help),
         click.option("--force", is_flag=True, help="Replace the output file if it exists."),
     )
+
+
+# What to do where folding needs a bias that the network has not.
+bias_option = click.option(
+    "--bias",
+    type=click.Choice(["add", "refuse"]),
+    default="add",
+    show_default=True,
+    help="Give layers without a bias one where their BatchNorm shifts, which other keys follow from, or refuse.",
+)
 
 
 def claim(output: Path, force: bool) -> None:

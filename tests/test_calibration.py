@@ -8,7 +8,16 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 from unchanged import assert_unchanged, snapshot
 
-from bnsurgery import BNSurgeryError, CalibrationError, ChannelMoments, calibrate, insert, plan, recalibrate_
+from bnsurgery import (
+    BNSurgeryError,
+    BNSurgeryWarning,
+    CalibrationError,
+    ChannelMoments,
+    calibrate,
+    insert,
+    plan,
+    recalibrate_,
+)
 
 
 def outputs_of(model, name, batches):
@@ -100,7 +109,8 @@ def test_leaves_no_trace(custom, images):
     loader = DataLoader(TensorDataset(x, torch.arange(8)), batch_size=3, shuffle=True)
     before = snapshot(custom)
     calibrate(custom, plan(custom, x), loader)
-    insert(custom, loader)
+    with pytest.warns(BNSurgeryWarning, match="in train mode"):
+        insert(custom, loader)
     assert_unchanged(custom, before)
 
 
@@ -178,6 +188,33 @@ def test_recalibrate_gives_the_population_statistics(custom, images):
         before["state"][f"{name}.running_mean"] = norm.running_mean.clone()
         before["state"][f"{name}.running_var"] = norm.running_var.clone()
     assert_unchanged(bn_model, before)
+
+
+@pytest.mark.parametrize(
+    ("split", "joined"), [([8, 8, 1], [8, 9]), ([1, 8, 8], [9, 8]), ([8, 1, 8], [9, 8]), ([8, 1, 1, 7], [9, 8])]
+)
+def test_recalibrate_takes_a_batch_of_one_with_its_neighbour(images, split, joined):
+    """Alone it has no variance where the dense layer sees it."""
+    network = small_network().eval()
+    bn_model, oracle, other = (insert(network, [images(17, 8)]) for _ in range(3))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        other.train()(images(1, 8))
+    loader = [(part, torch.zeros(len(part))) for part in images(17, 8, seed=5).split(split)]
+    recalibrate_(bn_model, iter(loader))
+    recalibrate_(oracle, images(17, 8, seed=5).split(joined))
+    for one, other in zip(bn_model.buffers(), oracle.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_recalibrate_on_batches_of_one_and_on_images_of_other_sizes(images):
+    """Convolutions have positions enough; what cannot be joined passes alone."""
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3)).eval()
+    bn_model = insert(network, [images(4, 8)])
+    for batches in (images(3, 8).split(1), [images(4, 8), images(1, 9)]):
+        recalibrate_(bn_model, batches)
+        with torch.no_grad():
+            seen = [network[0](batch).transpose(0, 1).flatten(1) for batch in batches]
+        torch.testing.assert_close(bn_model[1].running_mean, torch.cat(seen, 1).mean(1), rtol=1e-5, atol=1e-6)
 
 
 def test_recalibrate_refuses_and_leaves_alone(custom, images):

@@ -51,14 +51,14 @@ def test_batches_in_order_and_again(folder):
 
 
 def test_images_are_read_when_their_batch_is_asked_for(folder):
-    batches = iter(image_batches(find_images(folder), plain, 2))
+    batches = iter(image_batches(find_images(folder).images, plain, 2))
     assert reds([next(batches)]) == [[0, 1]]
     with pytest.raises(DataError, match=r"2-broken\.png"):
         next(batches)
 
 
 def test_bad_images_are_skipped_and_batches_stay_full(folder):
-    batches = image_batches(find_images(folder), plain, 2, skip_bad=True)
+    batches = image_batches(find_images(folder).images, plain, 2, skip_bad=True)
     for _ in range(2):
         assert reds(batches) == [[0, 1], [2, 3], [4]]
         ((path, reason),) = batches.skipped
@@ -69,14 +69,14 @@ def test_bad_images_are_skipped_and_batches_stay_full(folder):
 
 
 def test_what_was_skipped_stays_out_of_later_passes(folder):
-    batches = image_batches(find_images(folder), plain, 2, skip_bad=True)
+    batches = image_batches(find_images(folder).images, plain, 2, skip_bad=True)
     first = reds(batches)
     save(folder / "2-broken.png", Image.new("RGB", (8, 8), (99, 0, 0)))
     assert reds(batches) == first
 
 
 def test_a_partial_pass_keeps_what_was_skipped(folder):
-    batches = image_batches(find_images(folder), plain, 1, skip_bad=True)
+    batches = image_batches(find_images(folder).images, plain, 1, skip_bad=True)
     list(batches)
     next(iter(batches))
     assert len(batches.skipped) == 1
@@ -85,7 +85,7 @@ def test_a_partial_pass_keeps_what_was_skipped(folder):
 def test_all_bad(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
-    batches = image_batches(find_images(tmp_path), plain, 2, skip_bad=True)
+    batches = image_batches(find_images(tmp_path).images, plain, 2, skip_bad=True)
     for _ in range(2):
         with pytest.raises(DataError, match=r"got no usable image of 2. The first: .*a\.png"):
             list(batches)
@@ -96,7 +96,7 @@ def test_mistakes_in_preprocess_are_not_taken_for_bad_images(folder):
         raise TypeError("my mistake")
 
     with pytest.raises(TypeError, match="my mistake"):
-        list(image_batches(find_images(folder), broken, 2, skip_bad=True))
+        list(image_batches(find_images(folder).images, broken, 2, skip_bad=True))
 
 
 def test_memory_does_not_grow_with_the_number_of_images(folder):

@@ -12,12 +12,13 @@ from torchvision import models
 
 import bnsurgery
 from benchmarks.zoo import NETWORKS
-from bnsurgery import CheckpointError, ExportError, FoldError, export, insert
+from bnsurgery import CalibrationError, CheckpointError, ExportError, FoldError, export, insert
 from bnsurgery.exporting import SUFFIXES
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning"),
+    pytest.mark.filterwarnings("ignore:.*had no bias:bnsurgery.BNSurgeryWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's exporters
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -247,6 +248,86 @@ def test_a_network_that_torch_cannot_export_says_so(tmp_path, capfd):
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")  # torch prints the graph where it fails
     assert export(bn_model, tmp_path / "net", to="state-dict", example=x).folds_back
+
+
+def test_a_bias_that_folding_adds_is_told_or_refused(tmp_path):
+    def make(bias):
+        return nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+
+    x = torch.randn(4, 3, 12, 12)
+    bn_model = insert(make(False), [x])
+    assert export(bn_model, tmp_path / "a.pth", to="state-dict", bias="refuse").new_biases == ()
+    train_(bn_model)
+    for to in ("state-dict", "onnx"):
+        with pytest.raises(FoldError, match="'0' has no bias"):
+            export(bn_model, tmp_path / "b", to=to, bias="refuse")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    with pytest.warns(bnsurgery.BNSurgeryWarning, match="layer '0' had no bias and got one"):
+        result = export(bn_model, tmp_path / "c.pth", to="state-dict")
+    assert result.new_biases == ("0",) == result.to_dict()["new_biases"]
+    assert "model = ...  # what Sequential makes, with bias=True in 0\n" in str(result)
+    model = make(True)
+    model.load_state_dict(torch.load(tmp_path / "c.pth", weights_only=True))  # as it says
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), bn_model.eval()(x), rtol=1e-4, atol=1e-5)
+    kept = export(bn_model, tmp_path / "d.pth", to="state-dict", keep_bn=True, bias="refuse")
+    assert kept.new_biases == ()
+
+
+@pytest.mark.parametrize("to", ["onnx", "exported-program"])
+def test_what_only_strict_export_follows(to, tmp_path):
+    """`torch.tensor(data=...)` in forward, as some pretrained networks subtract their mean."""
+    import onnxruntime
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x - torch.tensor(data=[0.1, 0.2, 0.3]).view(1, 3, 1, 1))))
+
+    x, file = torch.randn(3, 3, 12, 12), str(tmp_path / f"net{SUFFIXES[to]}")
+    bn_model = train_(insert(Mean().eval(), [x]))
+    export(bn_model, file, to=to, example=x[:2])
+    if to == "onnx":
+        session = onnxruntime.InferenceSession(file)
+        got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        got = torch.export.load(file).module()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(got, bn_model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("example", [None, 1, 2])
+@pytest.mark.parametrize("to", ["state-dict", "onnx", "exported-program"])
+def test_a_network_for_one_image_at_a_time(to, example, tmp_path):
+    """As converters from ONNX leave a detector: its reshape says how many there are."""
+    import onnxruntime
+
+    class Boxes(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).permute(0, 2, 3, 1).reshape(1, 64, 2)
+
+    x, file = torch.randn(4, 3, 12, 12), tmp_path / f"net{SUFFIXES[to]}"
+    bn_model = train_(insert(Boxes(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval(), x.split(1)))
+    result = export(bn_model, file, to=to, example=None if example is None else x[:example])
+    assert result.equivalence.samples == 1
+    if to != "state-dict":
+        if to == "onnx":
+            session = onnxruntime.InferenceSession(file)
+            got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x[3:].numpy()})[0])
+        else:
+            got = torch.export.load(file).module()(x[3:])
+        with torch.no_grad():
+            torch.testing.assert_close(got, bn_model(x[3:]), rtol=1e-4, atol=1e-5)
+
+
+def test_an_example_that_the_network_does_not_take(tmp_path):
+    bn_model = insert(NETWORKS["srcnn"].make(), NETWORKS["srcnn"].batches(1, 2))
+    with pytest.raises(CalibrationError, match=r"export: .* failed on an input of shape \(1, 7, 9, 9\)"):
+        export(bn_model, tmp_path / "net", to="onnx", example=torch.randn(2, 7, 9, 9))
+    assert not list(tmp_path.iterdir())
 
 
 def test_onnx_of_a_network_in_float64_says_what_to_do(tmp_path):

@@ -7,7 +7,7 @@ from torch.fx.experimental.optimization import fuse
 from unchanged import assert_same_network, assert_unchanged, snapshot
 
 import bnsurgery
-from bnsurgery import BNSurgeryError, FoldError, fold, insert
+from bnsurgery import BNSurgeryError, BNSurgeryWarning, FoldError, fold, insert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
 OPTIONS = [{}, {"fuse_relu": True}, {"placement": "post-activation"}, {"head": True}, {"layers": "conv"}]
@@ -96,10 +96,63 @@ def test_absorbed_biases_come_back(network, images):
 
 def test_a_layer_without_bias_gets_one_only_where_bn_shifts(custom, images):
     bn_model = insert(custom, [images(8, 32)])
-    assert fold(bn_model).left.bias is None
-    folded = fold(train_(bn_model, images(8, 32)))
+    assert fold(bn_model, bias="refuse").left.bias is None
+    with pytest.warns(BNSurgeryWarning, match="fold: layer 'left' had no bias and got one, since"):
+        folded = fold(train_(bn_model, images(8, 32)))
     assert folded.left.bias is not None
     assert_close_in_eval(bn_model, folded, images(4, 32, seed=5))
+
+
+def no_biases(bias=False):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=bias), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(),
+        nn.ConvTranspose2d(4, 6, 3, bias=bias), nn.ReLU(), nn.Conv2d(6, 2, 1),
+    ).eval()  # fmt: skip
+
+
+def test_layers_that_get_a_bias_are_named_as_in_the_original(images):
+    """Where Sequential renumbers, too; and what the warning says to do works."""
+    x = images(8, 12)
+    bn_model = train_(insert(no_biases(), [x]), x)
+    with pytest.warns(BNSurgeryWarning, match=r"layers '0', '4' had no bias and got one.*bias=True there") as warned:
+        folded = fold(bn_model)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    again = no_biases(bias=True)
+    again.load_state_dict(folded.state_dict())
+    assert_close_in_eval(bn_model, again, x)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        no_biases().load_state_dict(folded.state_dict())
+
+
+def test_a_bias_that_is_not_wanted_is_refused(images):
+    x = images(8, 12)
+    bn_model = insert(no_biases(), [x])
+    assert fold(bn_model, bias="refuse")[0].bias is None
+    train_(bn_model, x)
+    before = snapshot(bn_model)
+    with pytest.raises(FoldError, match=r"fold: '1': shifts, and '0' has no bias.*bias='add'.*\(1 more like it\)"):
+        fold(bn_model, bias="refuse")
+    partly = fold(bn_model, bias="refuse", allow_partial=True)
+    assert_unchanged(bn_model, before)
+    assert [name for name, layer in partly.named_children() if isinstance(layer, nn.BatchNorm2d)] == ["1", "6"]
+    assert [layer.bias is None for layer in partly if hasattr(layer, "kernel_size")] == [True, False, True, False]
+    assert_close_in_eval(bn_model, partly, x)
+    with pytest.raises(ValueError, match="bias must be 'add' or 'refuse', got 'drop'"):
+        fold(bn_model, bias="drop")
+
+
+def test_the_layer_behind_a_post_activation_norm_is_the_one_that_gets_a_bias(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False)).eval()
+    x = images(8, 12)
+    bn_model = insert(model, [x], placement="post-activation")
+    with torch.no_grad():
+        bn_model[2].weight.mul_(2)
+        bn_model[2].running_mean.zero_()
+        bn_model[2].bias.zero_()
+    assert fold(bn_model, bias="refuse")[2].bias is None  # it scales, and shifts nothing
+    train_(bn_model, x)
+    with pytest.warns(BNSurgeryWarning, match="layer '2' had no bias"):
+        assert_close_in_eval(bn_model, fold(bn_model), x)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -11,7 +11,9 @@ from unchanged import assert_unchanged, snapshot
 import bnsurgery
 from bnsurgery import BNSurgeryError, BNSurgeryWarning, CalibrationError, UntraceableModelError, fold, insert, plan
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*variance below eps:bnsurgery.BNSurgeryWarning", "ignore:.*had no bias:bnsurgery.BNSurgeryWarning"
+)
 
 
 def round_trip(model, batches, **options):
@@ -561,6 +563,31 @@ def test_what_is_no_ordinary_network_is_refused_by_name():
     ):
         with pytest.raises(UntraceableModelError, match=message):
             plan(bad, X)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "inside"), [(nn.DataParallel, "module"), (lambda m: torch.compile(m, backend="eager"), "_orig_mod")]
+)
+def test_wrappers_inside_are_named_with_the_line_that_takes_them_off(wrap, inside):
+    class Vgg(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = wrap(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()))
+            self.heads = nn.Sequential(nn.Flatten(), wrap(nn.Linear(1152, 4)), nn.ReLU(), nn.Linear(4, 2))
+
+        def forward(self, x):
+            return self.heads(self.features(x))
+
+    model, x = Vgg().eval(), torch.randn(2, 3, 16, 16)
+    with pytest.raises(UntraceableModelError, match=r"plan: Vgg: 'features' is a .*Unwrap it") as refused:
+        insert(model, [x])
+    lines = str(refused.value).partition("anew: ")[2]
+    assert lines == f"model.features = model.features.{inside}; model.heads[1] = model.heads[1].{inside}"
+    for line in lines.split("; "):
+        exec(line)  # as a user would
+    assert sites(model, x) == ["features.0", "features.2", "heads.1"]
+    with torch.no_grad():
+        assert torch.equal(insert(model, [x])(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")

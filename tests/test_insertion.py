@@ -160,7 +160,8 @@ def test_custom_networks_keep_keys_hooks_and_modes(custom, images):
     custom.squeeze.register_forward_hook(lambda *_: calls.append("squeeze"))
     custom.hidden.train()
     before = snapshot(custom)
-    bn_model = insert(custom, [x])
+    with pytest.warns(BNSurgeryWarning, match=r"Fire is in train mode \(such as 'hidden'\).*Call .eval\(\)"):
+        bn_model = insert(custom, [x])
     assert_unchanged(custom, before)
     assert set(before["state"]) - set(bn_model.state_dict()) == set()
     assert {m.training for m in (bn_model.hidden, bn_model.hidden.norm)} == {True}
@@ -227,11 +228,24 @@ def test_several_inputs_of_layers_and_one_dimension(images):
 
 
 def test_inserted_under_inference_mode_can_still_be_trained(images):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     with torch.inference_mode():
         bn_model = insert(model, [images(4, 8)])
     bn_model.train()(images(4, 8)).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in bn_model[1].parameters())
+
+
+def test_a_network_in_train_mode_is_warned_of(images):
+    """Without BatchNorm it makes no difference, and so nobody thought of it; with it, it does."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.Conv2d(4, 2, 1)), images(4, 8)
+    with pytest.warns(BNSurgeryWarning, match="Sequential is in train mode"):
+        bn_model = insert(model, [x])
+    with torch.no_grad():
+        assert bn_model.training and model.training
+        assert torch.equal(bn_model.eval()(x[:2]), model(x[:2]))  # as it says
+        assert not torch.equal(bn_model.train()(x[:2]), model(x[:2]))
+    model[1].train(), model[0].eval(), model[2].eval()
+    assert not insert(model, [x])[1].training  # no warning: no norm is in train mode
 
 
 def test_inserting_twice_says_so(custom, images):

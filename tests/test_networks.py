@@ -8,7 +8,9 @@ import bnsurgery
 from benchmarks.zoo import NETWORKS, Network, images, timm_network
 from bnsurgery import NoSitesError, fold, insert, load, plan, record, save, verify
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*variance below eps:bnsurgery.BNSurgeryWarning", "ignore:.*had no bias:bnsurgery.BNSurgeryWarning"
+)
 ELSEWHERE = {"vgg11", "vgg13", "vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1"}
 BACKBONE = "ssd300_vgg16.backbone"
 # A tenth of the weights between its two largest layers.

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torchvision import models
 
 import bnsurgery
 from bnsurgery import BNSurgeryError, CheckpointError, FoldError, fold, insert, load, plan, save
+from bnsurgery.copies import independent
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
 
@@ -104,6 +106,25 @@ def test_what_no_trace_shows_is_caught_before_the_model_is_given_out(x):
 
     with pytest.raises(BNSurgeryError, match="LooksAtTypes computes something else after the insertion"):
         insert(LooksAtTypes().eval(), [x])
+
+
+@pytest.mark.parametrize("absorb_bias", [False, True])
+def test_numbers_that_are_nan_by_construction_hide_no_difference(absorb_bias, x):
+    """0/0 in an output; exact, and up to rounding."""
+
+    class Nan(nn.Module):
+        def __init__(self, honest):
+            super().__init__()
+            self.net, self.honest = convs(), honest
+
+        def forward(self, x):
+            y = self.net(x)
+            count = 1 if self.honest else len(self.net)
+            return torch.where(y > y.mean(), y * count, torch.nan), y / 0, (y - y) / (y - y), torch.ones(2) * torch.nan
+
+    with pytest.raises(BNSurgeryError, match="Nan computes something else after the insertion"):
+        insert(Nan(False).eval(), [x], absorb_bias=absorb_bias)
+    insert(Nan(True).eval(), [x], absorb_bias=absorb_bias)
 
 
 def test_a_layers_own_hooks_run_where_they_did(x):
@@ -212,6 +233,12 @@ def test_a_model_that_cannot_be_copied_says_so(x):
     model.lock = threading.Lock()
     with pytest.raises(BNSurgeryError, match="Sequential cannot be copied: .*such as a lock"):
         insert(model, [x])
+    model = convs()
+    bn_model = insert(model, [x])
+    bn_model.file = (number for number in range(3))
+    for refused in (fold, bnsurgery.to_torch):
+        with pytest.raises(BNSurgeryError, match="Sequential cannot be copied: .*such as a lock"):
+            refused(bn_model)
 
 
 def test_what_code_keeps_is_as_it_was(x):
@@ -239,6 +266,71 @@ def test_what_code_keeps_is_as_it_was(x):
         assert not hasattr(network, "last")
         network.train()(x).sum().backward()
     assert len(insert(model.eval(), [x]).seen) == 1  # now a tensor with a gradient history is kept, which goes along
+
+
+class Cam:
+    """As grad-CAM code: an object whose methods are hooks, and which keeps what it saw."""
+
+    def __init__(self, layer):
+        self.seen = {}
+        layer.register_forward_hook(self.keep)
+
+    def keep(self, module, args, output):
+        self.seen["layers"] = [output, (output.mean(),)]
+
+
+class Keeps(nn.Module):
+    """As the RPN that keeps its loss, or LPIPS its features; `how` says in what."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second, self.how = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), how
+        self.kept = {"attribute": None, "list": [], "dict": {}, "object": types.SimpleNamespace(), "hook": None}[how]
+        self.cam = Cam(self.second) if how == "hook" else None
+
+    def forward(self, x):
+        features = torch.relu(self.first(x))
+        if self.how == "attribute":
+            self.kept = features
+        elif self.how == "list":
+            self.kept.append((features, features.mean()))
+        elif self.how == "dict":
+            self.kept["features"] = {"first": [features]}
+        elif self.how == "object":
+            self.kept.loss = features.mean()
+        return self.second(features)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporters'
+@pytest.mark.parametrize("how", ["attribute", "list", "dict", "object", "hook"])
+def test_what_a_training_step_leaves_behind_hinders_nothing(how, x, tmp_path):
+    bn_model = trained(Keeps(how).eval(), x).train()
+    bn_model(x).square().mean().backward()  # the last thing that ran keeps tensors with a history
+    bn_model.eval()
+    for network in (fold(bn_model), bnsurgery.to_torch(bn_model)):
+        with torch.no_grad():
+            torch.testing.assert_close(network(x), bn_model(x), rtol=1e-4, atol=1e-5)
+    bn_model(x).sum().backward()
+    save(bn_model, tmp_path / "net")
+    plain = Keeps(how).eval()
+    plain(x).sum().backward()
+    assert torch.equal(load(tmp_path / "net", model=plain)(x), bn_model(x))
+    assert torch.equal(insert(plain, [x])(x), plain(x))
+    for to in ("state-dict", "onnx", "exported-program"):
+        bnsurgery.export(bn_model, tmp_path / to, to=to, example=x)
+    bnsurgery.recalibrate_(bn_model, [x])
+    assert bnsurgery.verify(bn_model, bn_model, [x]).bit_identical
+
+
+def test_a_copy_keeps_what_is_shared_and_shares_nothing_else(x):
+    """Two names for one tensor with a history stay two names for one; the original keeps its own."""
+    model = Keeps("list").eval()
+    model(x)
+    model.again = model.kept
+    copied = independent(model)
+    (features, mean), (original, _) = copied.kept[0], model.kept[0]
+    assert copied.again is copied.kept and torch.equal(features, original) and features is not original
+    assert features.is_leaf and mean.is_leaf and original.grad_fn is not None
 
 
 def test_a_forward_on_the_object_is_not_passed_by(x):

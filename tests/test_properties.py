@@ -16,7 +16,7 @@ from torch import nn
 import bnsurgery
 from bnsurgery import FoldError, NoSitesError, fold, insert, load, plan, record, save, verify
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*had no bias:bnsurgery.BNSurgeryWarning")]
 
 EXAMPLES = int(os.environ.get("BNSURGERY_EXAMPLES", "100"))
 

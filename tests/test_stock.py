@@ -12,7 +12,11 @@ from torchvision import models
 import bnsurgery
 from bnsurgery import BNSurgeryError, insert, to_torch, verify
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning"),
+    pytest.mark.filterwarnings("ignore:.*had no bias:bnsurgery.BNSurgeryWarning"),
+]
 
 
 @pytest.fixture

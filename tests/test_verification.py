@@ -1,4 +1,5 @@
 import copy
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 from unchanged import assert_unchanged, snapshot
 
-from bnsurgery import CalibrationError, insert, verify
+from bnsurgery import BNSurgeryWarning, CalibrationError, insert, verify
 
 
 def test_bit_identical_insertion(custom, images):
@@ -65,7 +66,9 @@ def test_drift_sizes_beyond_the_data_are_left_out(custom, images):
 def test_dropout_does_not_count_as_drift(images):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.9), nn.Flatten(), nn.Linear(144, 3)).train()
     x = images(16, 8)
-    report = verify(model, insert(model, [x]), [x], drift_batch_sizes=(16,))
+    bn_model = insert(model.eval(), [x]).train()
+    model.train()
+    report = verify(model, bn_model, [x], drift_batch_sizes=(16,))
     assert report.bit_identical
     assert report.train_drift[16] < 1e-4
     assert model.training
@@ -160,3 +163,86 @@ def test_where_the_largest_difference_is():
     report = verify(lambda x: (first, second), Network(), [torch.zeros(4, 1)] * 2, drift_batch_sizes=())
     assert report.worst == (1, 6, 1, 0)
     assert "at image 6, index [1, 0] of output tensor 1, counted from 0" in str(report)
+
+
+class Detector(nn.Module):
+    """Two convolutions, and whatever `shape` makes of their output (N, 4, 8, 8)."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.a, self.b, self.shape = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), shape
+
+    def forward(self, x):
+        return self.shape(self.b(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "why"),
+    [
+        (lambda y: y.permute(0, 2, 3, 1).reshape(1, -1, 2), 1, r"output of shape \(1, 256, 2\) .* each of 2 inputs"),
+        (lambda y: y.reshape(1, 128, 2), 1, "failed on an input of shape"),  # takes batches of one only
+        (lambda y: y.transpose(0, 1), 3, r"output of shape \(4, 3, 8, 8\) .* each of 3 inputs"),
+        (lambda y: y.transpose(0, 1), 4, r"output of shape \(4, 2, 8, 8\) .* each of 2 inputs"),  # 4 channels, 4 inputs
+        (lambda y: (y, y.mean()), 3, r"output of shape \(\) .* each of 3 inputs"),
+        (lambda y: y.flatten(1)[:, :1].reshape(-1)[:0], 3, r"output of shape \(0,\)"),
+        (lambda y: y * 0, 3, "outputs are zero"),
+    ],
+)
+def test_where_drift_cannot_be_measured_the_report_says_why(images, shape, size, why):
+    model, batches = Detector(shape).eval(), images(12, 12).split(size)
+    report = verify(model, insert(model, batches), batches)
+    assert (report.bit_identical, report.samples, report.train_drift) == (True, 12, {})
+    assert re.search(why, report.no_drift)
+    assert re.search(why, " ".join(str(report).split("train mode")[1].split()))
+
+
+def test_the_drift_that_can_be_measured_is_there_beside_the_reason(images):
+    """A network that takes no more than 4 inputs at a time."""
+    model, x = Detector(lambda y: y[:4]).eval(), images(16, 12)
+    report = verify(model, insert(model, x.split(4)), x.split(4), drift_batch_sizes=(2, 4, 8))
+    by_two = verify(model, insert(model, x.split(4)), x.split(4), drift_batch_sizes=(2,))
+    assert list(report.train_drift) == [2, 4] and report.train_drift[2] == by_two.train_drift[2]
+    assert "output of shape (4, 4, 8, 8) does not have one row for each of 8 inputs" in report.no_drift
+    assert by_two.no_drift is None
+
+
+def test_other_reasons_for_no_drift(custom, images):
+    x = images(6, 32)
+    bn_model = insert(custom, [x])
+    assert verify(custom, bn_model, [x], drift_batch_sizes=()).no_drift is None
+    assert verify(custom, bn_model, [x[:1]]).no_drift == "it takes 2 inputs, got 1"
+    assert verify(custom, custom, [x]).no_drift == "the network has no BatchNorm"
+    other_sizes = [images(2, 12), images(2, 14)]
+    model = Detector(lambda y: y).eval()
+    assert list(verify(model, insert(model, other_sizes), other_sizes).train_drift) == [2]
+
+
+def test_rows_that_are_no_samples(images):
+    """Three boxes from every batch: no top-1 agreement, and the index of a difference is the output's."""
+    model, x = Detector(lambda y: y.mean((0, 2)).T[:3, :2]).eval(), images(8, 12)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.b.bias[1] += 5
+    report = verify(model, other, x.split(4))
+    assert report.top1_agreement is None
+    assert report.worst[:2] in ((0, 0), (0, 4)) and report.worst[3] == 1
+
+
+def test_numbers_that_are_not_finite_by_construction(images):
+    """0/0 in one output, infinite in places of the other: these are compared, too."""
+
+    def odd(y):
+        return (y - y) / (y - y), torch.where(y > y.mean(), y, torch.inf)
+
+    model, x = Detector(odd).eval(), images(4, 12)
+    with pytest.warns(BNSurgeryWarning, match=r"of 2048 numbers in the outputs are NaN or Inf in both"):
+        report = verify(model, model, [x])
+    assert report.bit_identical and report.max_abs == 0
+    with pytest.raises(CalibrationError, match="NaN or Inf in the reference's outputs, not in the other's"):
+        verify(model, Detector(lambda y: (y - y, odd(y)[1])), [x])
+    with pytest.raises(CalibrationError, match="NaN or Inf in the reference's"):
+        verify(lambda x: torch.full((4, 2), torch.inf), Detector(lambda y: y.flatten(1)[:, :2] * torch.nan), [x])
+    with pytest.raises(CalibrationError, match="is all that the networks put out"):
+        verify(lambda x: torch.full((4, 2), torch.nan), Detector(lambda y: y.flatten(1)[:, :2] * torch.nan), [x])
+    with pytest.warns(BNSurgeryWarning):
+        assert 0 < verify(lambda x: (model(x)[0], model(x)[1] + 1e-6), model, [x]).max_abs < 1e-5

@@ -93,6 +93,7 @@ class Data:
         augment: what `Config.augment` "auto" stands for.
         photographs: whether the images are larger than the input and are cut to its shape.
         skipped: damaged images that were left out.
+        passed_over: files that are no images by name, or in no class's folder.
     """
 
     train: Split
@@ -102,6 +103,7 @@ class Data:
     augment: str = "crop"
     photographs: bool = False
     skipped: tuple[str, ...] = ()
+    passed_over: tuple[Path, ...] = ()
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -206,26 +208,37 @@ class _Chosen:
 
 def _folder(directory: Path, val_fraction: float, seed: int, skip_bad: bool, show: bool) -> Data:
     has_split = (directory / "train").is_dir()
-    train, classes, bad = _labelled(directory / "train" if has_split else directory, skip_bad, show)
+    train, classes, bad, others = _labelled(directory / "train" if has_split else directory, skip_bad, show)
     if has_split and (directory / "val").is_dir():
-        val, val_classes, bad_val = _labelled(directory / "val", skip_bad, show)
-        bad += bad_val
+        val, val_classes, bad_val, others_val = _labelled(directory / "val", skip_bad, show)
+        bad, others = bad + bad_val, others + others_val
         if val_classes != classes:
             odd = ", ".join(sorted(set(classes) ^ set(val_classes)))
             raise DataError(f"data '{directory}': train/ and val/ must have the same classes, but only one has: {odd}")
     else:
         train, val = _split(train, val_fraction, seed)
-    return Data(train, val, classes, f"folder {directory}", "resized-crop", photographs=True, skipped=tuple(bad))
+    return Data(
+        train,
+        val,
+        classes,
+        f"folder {directory}",
+        "resized-crop",
+        photographs=True,
+        skipped=tuple(bad),
+        passed_over=tuple(others),
+    )
 
 
-def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple[str, ...], list[str]]:
-    """Every folder in `directory` is a class; its images are found at any depth."""
+def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple[str, ...], list[str], list[Path]]:
+    """Every folder in `directory` is a class; its images are found at any depth. Then: damaged, passed over."""
     try:
-        folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+        entries = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+        folders = [path for path in entries if path.is_dir()]
     except OSError as error:
         raise DataError(f"data '{directory}': {error.strerror}. Make it readable or pass another folder.") from error
     if not folders:
         raise DataError(f"data '{directory}': got no folder in it, expected one for every class, with its images.")
+    others = [path for path in entries if not path.is_dir()]
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
@@ -233,8 +246,9 @@ def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple
             found = find_images(folder)
         except DataError as error:
             raise DataError(f"class '{folder.name}': {error} Put images there, or remove the folder.") from None
-        paths += found
-        labels += [label] * len(found)
+        paths += found.images
+        others += found.others
+        labels += [label] * len(found.images)
     bad: dict[int, str] = {}
     if skip_bad:
         for index, path in enumerate(tqdm(paths, desc="checking images", disable=None if show else True, leave=False)):
@@ -251,7 +265,7 @@ def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple
         ) from error
     split = Split(_Files(tuple(paths[i] for i in kept)), tuple(labels[i] for i in kept), names)
     classes = tuple(folder.name for folder in folders)
-    return split, classes, [str(paths[index]) for index in bad]
+    return split, classes, [str(paths[index]) for index in bad], others
 
 
 def _digits(val_fraction: float, seed: int) -> Data:

@@ -1,6 +1,5 @@
 """The network to fine-tune: found, given a head for the classes, inserted into, and set up as the recipe says."""
 
-import copy
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import bnsurgery
 from bnsurgery import factories, models, pretrained
 from bnsurgery.advice import statistics_for
 from bnsurgery.checkpoint import read_record
-from bnsurgery.copies import sharing_tensors
+from bnsurgery.copies import independent, sharing_tensors
 from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
 from bnsurgery.fitting import BEST_FIT, Choice
 from bnsurgery.folding import strip_
@@ -92,7 +91,7 @@ def own_name(config: Config) -> str | None:
 def given(model: nn.Module) -> Source:
     """A network at hand; a copy of it."""
     task = record(model).task if carries_record(model) else None
-    return Source(copy.deepcopy(model).eval(), type(model).__name__, task=task)
+    return Source(independent(model).eval(), type(model).__name__, task=task)
 
 
 def task_of(source: Source, data: Data, config: Config) -> Task:

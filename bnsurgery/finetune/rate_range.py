@@ -1,12 +1,12 @@
 """The learning-rate range test: raise the rate step by step on a copy, and see where the loss falls and breaks."""
 
-import copy
 import itertools
 import math
 from dataclasses import dataclass
 
 from accelerate.utils import broadcast_object_list
 
+from bnsurgery.copies import independent
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.nn.batchnorm import Insertable
 
@@ -52,7 +52,7 @@ def find_rate(setup: Setup) -> RateRange:
 
 def _test(setup: Setup) -> RateRange:
     config, accelerator = setup.config, setup.accelerator
-    network, conditioner = copy.deepcopy((setup.network, setup.conditioner))  # the copies belong together
+    network, conditioner = independent((setup.network, setup.conditioner))  # the copies belong together
     network.train()
     for module in network.modules():
         if isinstance(module, Insertable):

@@ -12,6 +12,7 @@ from torch import nn
 from bnsurgery import devices
 from bnsurgery.batches import Inputs, run
 from bnsurgery.calibration import input_moments, recalibrate_
+from bnsurgery.data import told_of
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.heads import find_head
 from bnsurgery.modes import observing
@@ -223,7 +224,10 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
 
     def drift() -> float:
         loader = plain_loader(prepared, size, 0, images=4 * size)
-        return verify(network, network, loader, drift_batch_sizes=(size,)).train_drift[size]
+        found = verify(network, network, loader, drift_batch_sizes=(size,))
+        if found.no_drift is not None:
+            raise BNSurgeryError(f"finetune: no drift to choose by: {found.no_drift}. Pass --statistics.")
+        return found.train_drift[size]
 
     statistics, reason = choose_statistics(config, drift)
     lr = recipe.default_rate(config) if config.lr in (None, "auto") else float(config.lr)
@@ -239,6 +243,8 @@ def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept:
     ]
     if data.skipped:
         facts.append(f"left out     {len(data.skipped)} damaged images, the first: {data.skipped[0]}")
+    if data.passed_over:
+        facts.append(f"left out     {told_of(data.passed_over, 'no images by name or in no class folder')}")
     if config.arm != "plain":
         facts.append(f"statistics   {resolved.statistics}: {resolved.reason}")
     return facts

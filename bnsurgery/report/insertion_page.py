@@ -206,7 +206,8 @@ def _numbers(found: Tensor | None) -> str:
 def _drift(result: EquivalenceReport, modes: set[str]) -> Section:
     drifts = telling_drift(result)
     if not drifts:
-        text = "Not measured: it takes two batches of two images or more, and outputs with one row an image."
+        why = result.no_drift or "it takes two batches of two images or more"
+        text = f"Not measured: {why.rstrip('.')}."
         return Section("Train-mode drift", (text,))
     if modes != {"batch"}:
         text = f"Measured in the statistics mode that is set, {' and '.join(sorted(modes))}: see set_statistics_."

@@ -256,6 +256,24 @@ def test_bad_images(cli, weights, photos):
     assert [Path(path).name for path in result["skipped_images"]] == ["bad.jpg"]
 
 
+def test_images_of_all_formats_are_used_and_what_is_not_is_named(cli, weights, photos):
+    picture = Image.open(photos / "0.png").convert("RGB")
+    for suffix in ("tif", "tiff", "bmp", "ppm", "gif"):
+        picture.save(photos / f"other.{suffix}")
+    for name in ("b.heic", "a.txt"):
+        (photos / name).touch()
+    told = f"images       10: folder {photos} (2 files passed over, no images by name: a.txt, b.heic)"
+    command = ["insert", "squeezenet1_1", "--weights", weights, "--data", photos, *FAST[:2], "--num-images", 20]
+    code, out, err = cli(*command, "-o", "n.safetensors")
+    assert code == 0 and told in out, (out, err)
+    code, out, err = cli("verify", "n.safetensors", "--data", photos, *FAST[:2], "--num-images", 20)
+    assert code == 0 and told in out, (out, err)
+    code, out, err = cli("verify", "n.safetensors", "--data", photos, *FAST[:2], "--num-images", 1, "--json")
+    assert code == 0 and json.loads(out)["passed_over"] == [str(photos / name) for name in ("a.txt", "b.heic")], err
+    code, out, err = cli("predict", "n.safetensors", *photos.glob("other.*"))
+    assert code == 0 and out.count("%") == 15, (out, err)
+
+
 def test_an_existing_file_is_kept_without_force(cli, weights):
     Path("squeezenet1_1-bn.safetensors").write_text("precious")
     command = ["insert", "squeezenet1_1", "--weights", weights, *FAST]

@@ -165,6 +165,17 @@ def test_a_damaged_image_is_named_or_left_out(cli, folder):
     assert code == 0 and "left out     1 damaged images, the first: images/dark/5.png" in out
 
 
+def test_other_formats_are_trained_on_and_files_passed_over_are_named(cli, folder):
+    for path in (folder / "images" / "dark").iterdir():
+        Image.open(path).save(path.with_suffix(".tif"))
+        path.unlink()
+    (folder / "images" / "dark" / "about.txt").touch()
+    (folder / "images" / "stray.png").touch()
+    code, out, err = cli("finetune", *FAST)
+    assert code == 0, err
+    assert "left out     2 files passed over, no images by name or in no class folder: stray.png, about.txt\n" in out
+
+
 def wait_for(condition, process, seconds=60):
     end = time.monotonic() + seconds
     while not condition():

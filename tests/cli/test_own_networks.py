@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import bnsurgery
 from bnsurgery.pretrained import input_channels
@@ -37,6 +38,16 @@ CODE = """
 
     def sound():
         return nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3))
+
+    class Boxes(nn.Sequential):
+        def forward(self, x):  # as converters from ONNX write it: for one image
+            return super().forward(x).permute(0, 2, 3, 1).reshape(1, 400, 2)
+
+    def boxes():
+        return Boxes(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+    def plain():
+        return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3))
 
     def number():
         return 7
@@ -163,6 +174,44 @@ def test_the_channels_are_the_records_and_else_the_first_layers(channels):
     before = str(bn_model)
     assert input_channels(bn_model) == channels
     assert str(bn_model) == before
+
+
+@pytest.mark.slow
+def test_a_network_for_one_image_at_a_time(cli):
+    """It has no drift to measure, and everything says why."""
+    one = ["--batch-size", "1", *FEW]
+    code, out, err = cli("insert", "--model", "net.py:boxes", *one, "--report", "page.html")
+    assert code == 0, err
+    assert "bit-identical on 8 images" in out and "drift not measured: verify: Boxes failed on an input" in out
+    assert "Not measured: verify: Boxes failed on an input of shape (2, 3, 24, 24)" in Path("page.html").read_text()
+    code, out, err = cli("insert", "--model", "net.py:boxes", *one, "--json", "--force")
+    assert code == 0 and json.loads(out)["equivalence"]["samples"] == 2, err
+    code, out, err = cli("verify", "boxes-bn.safetensors", "--model", "net.py:boxes", *one, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["train_drift"], json.loads(out)["samples"]) == ({}, 8)
+    assert "Boxes failed on an input of shape (2, 3, 24, 24)" in json.loads(out)["no_drift"]
+
+
+@pytest.mark.slow
+def test_a_bias_that_folding_adds(cli):
+    own = ["--model", "net.py:plain"]
+    code, out, err = cli("insert", *own, *FEW, "-o", "new.safetensors")
+    assert code == 0, err
+    code, out, err = cli("fold", "new.safetensors", *own, "--bias", "refuse", "--json")
+    assert code == 0 and json.loads(out)["new_biases"] == [] and not err
+    trained = bnsurgery.load(
+        "new.safetensors", model=nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    )
+    with torch.no_grad():
+        trained[1].bias += 1
+    bnsurgery.save(trained, "net.safetensors")
+    for command in (["fold", "net.safetensors"], ["export", "net.safetensors", "--to", "onnx"]):
+        code, out, err = cli(*command, *own, "--bias", "refuse")
+        assert code == 1 and "'0' has no bias that could take the shift: bias='add' (--bias add)" in err
+    assert not list(Path().glob("net-*"))
+    code, out, err = cli("fold", "net.safetensors", *own)
+    assert code == 0 and "layer '0' had no bias and got one" in err and "with bias=True in 0" in out, (out, err)
+    assert "0.bias" in load_file("net-folded.safetensors")
 
 
 @pytest.mark.slow

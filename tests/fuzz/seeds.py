@@ -98,8 +98,15 @@ def _images() -> dict[str, bytes]:
                 )
             except (OSError, ValueError):
                 continue
-            if kind != "TIFF" or mode == "RGB":
-                found[f"{mode}.{kind.lower()}"] = buffer.getvalue()
+            found[f"{mode}.{kind.lower()}"] = buffer.getvalue()
+    for kind in ("BMP", "DDS", "GIF", "JPEG2000", "PCX", "PPM", "SGI"):
+        buffer = io.BytesIO()
+        rgba.convert("RGB").save(buffer, kind)
+        found[f"RGB.{kind.lower()}"] = buffer.getvalue()
+    for compression in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg"):
+        buffer = io.BytesIO()
+        rgba.convert("RGB").save(buffer, "TIFF", compression=compression)
+        found[f"{compression}.tiff"] = buffer.getvalue()
     for kind in ("PNG", "WEBP", "GIF"):
         buffer = io.BytesIO()
         rgba.save(buffer, kind, save_all=True, append_images=[rgba.rotate(90), rgba])

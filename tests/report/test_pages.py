@@ -183,7 +183,7 @@ def test_names_that_no_file_may_hold(batches, tmp_path):
 def test_a_trained_network_and_few_images(odd, inserted, batches):
     page = report.insertion(bnsurgery.fold(inserted), inserted, [batches[0][:1]])
     text = Outline(page.to_html()).text
-    assert "Not measured: it takes two batches" in text and "needs two images" in text
+    assert "Not measured: it takes 2 inputs, got 1." in text and "needs two images" in text
 
 
 def test_a_generator_is_refused(odd, inserted, batches):
