@@ -32,12 +32,8 @@ def batch_norm(
     For strides other than contiguous and channels_last ATen has slow code, which in eval mode rounds otherwise: there
     the dims go into the order of memory, where x is (outer, C, inner).
     """
-    if x.is_cpu and x.dtype.itemsize == 2:  # ATen would round the gradient of the bias to half precision
-        vectors = (running_mean, running_var, weight, bias)
-        return batch_norm(x.float(), *vectors, training, momentum, eps, relu).to(x.dtype)
-    if not x.is_contiguous() and not (
-        x.ndim in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim])
-    ):
+    memory_format = torch.contiguous_format if x.is_contiguous() else _CHANNELS_LAST.get(x.ndim)
+    if not memory_format or not x.is_contiguous(memory_format=memory_format) or x.stride(0) * len(x) != x.numel():
         vectors = (running_mean, running_var, weight, bias)
         return layout.unflat(batch_norm(layout.flat(x), *vectors, training, momentum, eps, relu), x)
     y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
@@ -47,6 +43,9 @@ def batch_norm(
         if running_mean is not None and running_var is not None:
             running_mean.add_(more, alpha=momentum)
             running_var.add_(better.pow(-2) - invstd.pow(-2), alpha=momentum * n / (n - 1))
+    if x.is_cpu and x.dtype.itemsize == 2 and y.requires_grad:
+        # For a gradient of other strides ATen rounds that of the bias to half precision.
+        y.register_hook(lambda grad: grad.contiguous(memory_format=memory_format))
     return y.relu_() if relu else y
 
 
