@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .moments import ChannelMoments
     from .nn import set_process_group_, set_statistics_
     from .planning import Plan, Site, Skip, plan
+    from .recomputation import recompute_activations_
     from .stock import to_torch
     from .surgery_record import SurgeryRecord, record
     from .verification import EquivalenceReport, verify
@@ -52,6 +53,7 @@ _HOMES = {
     "Site": "planning",
     "Skip": "planning",
     "plan": "planning",
+    "recompute_activations_": "recomputation",
     "to_torch": "stock",
     "SurgeryRecord": "surgery_record",
     "record": "surgery_record",
@@ -87,6 +89,7 @@ __all__ = [
     "ops",
     "plan",
     "recalibrate_",
+    "recompute_activations_",
     "record",
     "report",
     "save",

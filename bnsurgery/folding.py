@@ -15,6 +15,7 @@ from .module_tree import place, remove, replace
 from .nn import Normed
 from .nn.identity import kernel_scale_shift
 from .nn.normed import detach_, detached_class
+from .recomputation import keep_activations_
 from .surgery_record import InsertedSite, detach_record, record
 
 _PLAIN_FORWARDS = {cls.forward for cls in LAYERS}
@@ -46,6 +47,7 @@ def fold(bn_model: nn.Module, *, allow_partial: bool = False) -> nn.Module:
     if not allow_partial:
         _refuse(obstacles, "allow_partial=True leaves such norms in place.")
     plain = copy.deepcopy(bn_model)
+    keep_activations_(plain)
     fold_(plain, [inserted for inserted in the_record.sites if not obstacles[inserted.norm]])
     detach_record(plain)
     return plain

@@ -12,6 +12,7 @@ from .layer_kinds import device_and_dtype
 from .module_tree import replace
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d, Normed
 from .nn.normed import detach_
+from .recomputation import keep_activations_
 from .surgery_record import InsertedSite, detach_record, record
 
 _TORCH: dict[type, type[nn.modules.batchnorm._BatchNorm]] = {
@@ -39,6 +40,7 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
         BNSurgeryError: the model carries no record, or a layer with its norm inside has forward hooks.
     """
     done, model = record(bn_model), copy.deepcopy(bn_model)
+    keep_activations_(model)
     kept: list[InsertedSite] = []
     folded: list[InsertedSite] = []
     for site in done.sites:
