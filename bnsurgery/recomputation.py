@@ -168,14 +168,13 @@ class _Forward(saved_tensors_hooks):
 def _enter(model: nn.Module, args: Any) -> None:
     if not (model.training and torch.is_grad_enabled()) or _elsewhere():
         return
-    _exit(model)  # what Ctrl-C left behind
     forward = _Forward(model)
     forward.__enter__()
     vars(_threads).setdefault("forwards", []).append(forward)
 
 
 def _exit(model: nn.Module, *args: Any) -> None:
-    while _current() and any(forward.model is model for forward in _threads.forwards):
+    while _current() and any(forward.model is model for forward in _threads.forwards):  # and what Ctrl-C left behind
         _threads.forwards.pop().__exit__()
 
 
@@ -187,12 +186,11 @@ def _before_norm(norm: nn.Module, args: Any) -> None:
 
 def _after_norm(norm: nn.Module, args: Any, output: Any) -> None:
     forward = _current()
-    if not forward or not args or not _key(args[0]) or not _key(output):
-        return
-    source = next((kept for kept in forward.kept if kept.key == _key(args[0])), None)
-    whole = output.untyped_storage().nbytes() == output.nbytes  # so that any view of it can be made again
-    if source and whole:
-        forward.add(output, _Output(forward.norm, args[0], source, output))
+    key = _key(args[0]) if forward and args else None
+    if forward and key and _key(output) not in (None, key):
+        source = next((kept for kept in forward.kept if kept.key == key), None)
+        if source:
+            forward.add(output, _Output(forward.norm, args[0], source, output))
 
 
 def _after_relu(relu: nn.Module, args: Any, output: Any) -> None:
@@ -201,7 +199,7 @@ def _after_relu(relu: nn.Module, args: Any, output: Any) -> None:
     if forward and key and _key(output):
         storage, version, dtype = key
         found = forward.outputs.get((storage, version - (output is args[0]), dtype))
-        if found and not found.norm.activation and found.layout == _layout(args[0]) == _layout(output):
+        if found and found.layout == _layout(args[0]) == _layout(output):
             forward.add(output, found.with_relu(output))
 
 
