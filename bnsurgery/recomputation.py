@@ -30,9 +30,9 @@ def recompute_activations_(bn_model: nn.Module, enabled: bool = True) -> None:
 
     It works in calls of `bn_model`, or of what wraps it. Kept as ever is what functions such as `F.relu` put out, and
     everything in eval mode, under `torch.no_grad`, `torch.compile` (which has a choice of its own), `torch.func` and
-    inside a gradient checkpoint. A checkpoint or hooks for saved tensors around the whole network have no effect.
-    Norms with a process group exchange their statistics once more in the backward. Copies and pickles keep the setting;
-    `save`, `fold` and `to_torch` do not.
+    inside a gradient checkpoint. Other hooks for saved tensors around the whole network, such as a non-reentrant
+    checkpoint's, have no effect. Norms with a process group exchange their statistics once more in the backward. Copies
+    and pickles keep the setting; `save`, `fold` and `to_torch` do not. Not run on a GPU yet.
 
     Args:
         bn_model: a network with layers of `bnsurgery.nn`. Layers that come in later need another call.
