@@ -68,6 +68,7 @@ bench-op: .venv/.installed
 	$(BIN)/python -m benchmarks.kernel_resources
 	$(BIN)/python -m benchmarks.norm
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.memory
 
 bench-finetune: .venv/.installed
 	$(BIN)/python -m benchmarks.finetune_loop

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .moments import ChannelMoments
     from .nn import set_process_group_, set_statistics_
     from .planning import Plan, Site, Skip, plan
+    from .recomputation import recompute_activations_
     from .relu_fusion import fuse_relu_, unfuse_relu_
     from .stock import to_torch
     from .surgery_record import SurgeryRecord, record
@@ -53,6 +54,7 @@ _HOMES = {
     "Site": "planning",
     "Skip": "planning",
     "plan": "planning",
+    "recompute_activations_": "recomputation",
     "fuse_relu_": "relu_fusion",
     "unfuse_relu_": "relu_fusion",
     "to_torch": "stock",
@@ -91,6 +93,7 @@ __all__ = [
     "ops",
     "plan",
     "recalibrate_",
+    "recompute_activations_",
     "record",
     "report",
     "save",

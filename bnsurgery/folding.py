@@ -16,6 +16,7 @@ from .module_tree import place, remove
 from .nn import Normed
 from .nn.identity import kernel_scale_shift
 from .nn.normed import detach_, detached_class
+from .recomputation import keep_activations_
 from .relu_fusion import give_back_, is_fused
 from .surgery_record import InsertedSite, detach_record, record
 
@@ -58,6 +59,7 @@ def fold(bn_model: nn.Module, *, allow_partial: bool = False, bias: Literal["add
     if not allow_partial:
         _refuse(obstacles, "allow_partial=True leaves such norms in place.")
     plain = independent(bn_model)
+    keep_activations_(plain)
     fold_(plain, [inserted for inserted in the_record.sites if not obstacles[inserted.norm]])
     detach_record(plain)
     if gained and bias == "add":

@@ -12,6 +12,7 @@ from .layer_kinds import device_and_dtype
 from .module_tree import replace
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d, Normed
 from .nn.normed import detach_
+from .recomputation import keep_activations_
 from .relu_fusion import give_back_
 from .surgery_record import InsertedSite, detach_record, record
 
@@ -41,6 +42,7 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
             hooks.
     """
     done, model = record(bn_model), independent(bn_model)
+    keep_activations_(model)
     give_back_(model, done.sites)
     kept: list[InsertedSite] = []
     folded: list[InsertedSite] = []

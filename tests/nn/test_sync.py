@@ -84,6 +84,8 @@ def _data_parallel(rank, directory):
     bnsurgery.set_process_group_(model, dist.group.WORLD)
     if directory.endswith("compiled"):
         model.compile(fullgraph=True, backend="aot_eager")
+    if directory.endswith("recomputing"):
+        bnsurgery.recompute_activations_(model)
     run = DistributedDataParallel(model)
     x, _ = data()
     # DDP averages over ranks, so each weighs its sum by their number.
@@ -91,7 +93,7 @@ def _data_parallel(rank, directory):
     torch.save([p.grad for p in model.parameters()] + list(model.buffers()), f"{directory}/{rank}.pt")
 
 
-@pytest.mark.parametrize("kind", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["eager", "compiled", "recomputing"])
 def test_data_parallel_training(tmp_path, kind):
     directory = tmp_path / kind
     directory.mkdir()
