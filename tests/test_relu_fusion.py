@@ -71,6 +71,7 @@ def test_there_and_back(name, custom, network, images, tmp_path):
     assert str(again) == printed and record(again) == done
 
 
+@pytest.mark.filterwarnings("ignore:.*had no bias:bnsurgery.BNSurgeryWarning")
 @pytest.mark.parametrize("options", [{}, {"head": True}, {"absorb_bias": True}])
 def test_trained_networks_are_one_function_in_both_states(options, custom, images, tmp_path):
     """Whatever is made of them: folded, in torch's layers, recalibrated, verified; and their gradients."""
