@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.gpu import driver, report
 from benchmarks.gpu.steps import BUDGET, STEPS, Step
+from bnsurgery.ops.library import has_triton
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,30 @@ def test_a_quick_run_on_the_cpu(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "## norm" in page and "| skipped |" in page
+
+
+def without_a_gpu(code: str) -> str:
+    """What Python prints where CPU tensors go the way of CUDA tensors, and launches do nothing."""
+    if not has_triton():
+        pytest.skip("no Triton here takes the kernels, and the op does without them")
+    script = "from benchmarks import host; host.lead_the_cuda_way(); host.idle()\n" + code
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_what_the_sanitizer_watches_runs_every_kernel():
+    printed = without_a_gpu("from benchmarks.gpu import every_kernel; every_kernel.main('cpu')")
+    assert printed == "every kernel ran\n"
+
+
+def test_launches_of_a_layer():
+    """Two in either direction, three where programs share a channel; the running statistics need no reduction."""
+    printed = without_a_gpu(
+        "for shape in host.SHAPES.values():\n"
+        "    print([host.Stack(shape, name).launches() for name in (*host.STATISTICS, 'eval')])"
+    )
+    alone, shared = map(json.loads, printed.replace("(", "[").replace(")", "]").splitlines())
+    assert alone == [[2, 2], [2, 2], [1, 2], [1, 0]]
+    assert shared == [[3, 3], [3, 3], [1, 3], [1, 0]]
 
 
 def test_the_table_at_the_end_is_short_and_the_page_is_complete():
