@@ -33,10 +33,10 @@ def median(times: list[float]) -> float:
 
 
 @contextmanager
-def busy(wanted: bool = True) -> Iterator[None]:
-    """Beside a process that keeps one core busy, if `wanted`; it ends with this block, and with this process."""
+def busy(wanted: bool = True) -> Iterator[int | None]:
+    """Beside a process that keeps a core busy, if `wanted`; gives its id. It ends with the block and this process."""
     if not wanted:
-        yield
+        yield None
         return
     # It waits for the end of its input on a second thread: a parent that is killed ends it, too.
     code = (
@@ -44,12 +44,11 @@ def busy(wanted: bool = True) -> Iterator[None]:
         "threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()\n"
         "while True: pass"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def geomean(values: Iterable[float]) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import norm, timing
 from benchmarks.gpu import driver, report
 from benchmarks.gpu.steps import BUDGET, STEPS, Step
 from bnsurgery.ops.library import has_triton
@@ -144,6 +145,36 @@ def test_a_quick_run_on_the_cpu(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "## norm" in page and "| skipped |" in page
+
+
+def test_a_busy_process_ends_with_an_error_and_with_its_parent():
+    with pytest.raises(ZeroDivisionError), timing.busy() as pid:
+        raise ZeroDivisionError
+    assert gone(pid)
+    code = "from benchmarks.timing import busy\nwith busy() as pid: print(pid, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    assert gone(pid)
+
+
+def test_the_benchmark_of_the_op_prints_its_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(norm, "SHAPES", {"table": [(2, 8, 4, 4), (16, 12)]})
+    monkeypatch.setattr(norm, "SECONDS", 1e-6)
+    file = tmp_path / "norm.json"
+    monkeypatch.setattr(sys, "argv", ["norm", "--device", "cpu", "--rounds", "2", "--busy", "--json", str(file)])
+    norm.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["shape"], row["layout"], row["mode"], row["load"]) for row in rows] == [
+        (shape, layout, mode, load)
+        for load in ("quiet", "busy")
+        for shape, layout in (([2, 8, 4, 4], "NCHW"), ([2, 8, 4, 4], "NHWC"), ([16, 12], "NC"))
+        for mode in ("train", "eval")
+    ]
+    assert all(len(row["seconds"][name]) == 2 for row in rows for name in ("torch", "fused", "unfused"))
+    printed = capsys.readouterr().out
+    assert printed.count("2×8×4×4") >= 4 and printed.count(" of 3") == 8
 
 
 def without_a_gpu(code: str) -> str:
