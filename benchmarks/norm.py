@@ -14,7 +14,6 @@ All shapes take some five minutes a number of threads and load on two cores.
 import argparse
 import functools
 import json
-import math
 import platform
 import statistics
 import time
@@ -89,20 +88,21 @@ def measure(shape: tuple[int, ...], layout: str, device: str, rounds: int) -> It
     modules = {name: module.to(device) for name, module in layers(shape).items()}
     for mode in MODES:
         calls = {n: call(module, x.requires_grad_(), grad, mode) for n, module in modules.items()}
-        repeats = math.ceil(SECONDS / least(calls["torch"]))
+        repeats = enough(calls["torch"])
         candidates = {name: functools.partial(run, repeats) for name, run in calls.items()}
         times = {n: [t / repeats for t in found] for n, found in interleave(candidates, rounds).items()}
         yield {"shape": list(shape), "layout": layout, "mode": mode, "seconds": times}
 
 
-def least(run: Callable[[int], None]) -> float:
-    """Seconds of one call, the least of three."""
-    times = []
-    for _ in range(3):
+def enough(run: Callable[[int], None]) -> int:
+    """Calls that take SECONDS."""
+    times = 1
+    while True:
         start = time.perf_counter()
-        run(1)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        run(times)
+        if time.perf_counter() - start >= SECONDS:
+            return times
+        times *= 2
 
 
 def forms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
