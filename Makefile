@@ -64,10 +64,12 @@ bench: .venv/.benchmarks
 	$(BIN)/python -m benchmarks.insert_command
 	$(BIN)/python -m benchmarks.folded
 
+# some fifteen minutes, on a machine that does nothing else
 bench-op: .venv/.installed
 	$(BIN)/python -m benchmarks.kernel_resources
-	$(BIN)/python -m benchmarks.norm
-	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.host
+	$(BIN)/python -m benchmarks.norm --threads 1 2 --busy
+	$(BIN)/python -m benchmarks.train_step --busy
 	$(BIN)/python -m benchmarks.memory
 
 bench-finetune: .venv/.installed

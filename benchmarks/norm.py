@@ -1,275 +1,202 @@
-"""Batch norm + ReLU in training on VGG-16's shapes: ours against eager and compiled torch, and against a copy.
+"""A layer of BatchNorm and ReLU: torch's time ÷ ours, by shape, memory format, threads, and how busy the machine is.
 
-    python -m benchmarks.norm [--device cuda|cpu] [--batches 32 128] [--dtypes bfloat16 float32] [--json FILE]
+    python -m benchmarks.norm [--shapes table|vgg|squeezenet|all] [--threads 1 2] [--busy] [--rounds 9] [--json FILE]
 
-Conv shapes at 224×224 in both memory formats, and the dense layers' (128, 4096). "copy" is the time of a device copy of
-the bytes that must move: forward reads x twice and writes y; backward reads x and the gradient twice and writes dx;
-as a share of ours, it is the fraction of copy bandwidth reached. On CUDA every candidate is replayed from a CUDA graph,
-so launches cost nothing; `--eager` times plain calls instead.
+Torch's is `nn.BatchNorm2d` + `nn.ReLU(True)` (1d for a dense shape). Ours is fused, `activation="relu"`, or unfused,
+our norm + `nn.ReLU(True)`. "train" is forward and backward by the batch's statistics, "eval" forward by the running
+ones without gradients. Every round times each of the three in turn, over as many calls as take 20 ms; a ratio is the
+median of the rounds'. --busy measures everything once more beside a process that keeps a core busy.
+
+Goals: a geometric mean of 0.99; each ratio 0.95, or 0.90 where torch takes less than 200 µs. Rows below are listed.
+All shapes take some five minutes a number of threads and load on two cores.
 """
 
 import argparse
+import functools
 import json
-import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 
 import bnsurgery
 from bnsurgery.tables import table
 
-from .gpu.job import Job
-from .timing import interleave, median, ratio
+from .timing import busy, geomean, interleave, median, ratio
 
-CONVS = [(64, 224), (128, 112), (256, 56), (512, 28), (512, 14)]
-REPEATS = 10  # calls in one measurement on CUDA, so that launching it and waiting for it count little
-PASSES = {"forward": 3, "backward": 5, "both": 8}
-SMALL = [(2, 8, 4, 4), (8, 64, 7, 7), (8, 512, 14, 14), (32, 128, 28, 28)]
-LONGEST = 4  # seconds that a case which is not compiled takes on a GPU
-L2 = 60 << 20  # tensors below may be served from cache; the bandwidth goal is for those above
-
-
-@dataclass(frozen=True)
-class How:
-    """How to measure.
-
-    Attributes:
-        directions: some of PASSES.
-        rounds: in which every candidate takes its turn.
-        graphs: replay CUDA graphs, so that launches cost nothing.
-        compiled: measure torch.compile, too, which takes seconds a shape.
-        training: by the batch's statistics, or by running ones.
-    """
-
-    device: str
-    directions: Sequence[str] = tuple(PASSES)
-    rounds: int = 5
-    graphs: bool = False
-    compiled: bool = True
-    training: bool = True
+BATCHES = (1, 8, 32)
+VGG = [(64, 224, 224), (128, 112, 112), (256, 56, 56), (512, 28, 28), (512, 14, 14), (4096,)]
+SQUEEZENET = [
+    (64, 111, 111), (16, 55, 55), (64, 55, 55), (32, 27, 27), (128, 27, 27), (48, 13, 13), (192, 13, 13), (64, 13, 13),
+    (256, 13, 13), (1000, 13, 13),
+]  # fmt: skip
+SHAPES = {
+    "table": [(2, 8, 4, 4), (8, 64, 7, 7), (128, 4096), (8, 512, 14, 14), (32, 128, 28, 28), (8, 64, 112, 112)],
+    "vgg": [(batch, *rest) for batch in BATCHES for rest in VGG if (batch, *rest) != (1, 4096)],  # one value a channel
+    "squeezenet": [(batch, *rest) for batch in BATCHES for rest in SQUEEZENET],
+}
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+MODES, FORMS = ("train", "eval"), ("fused", "unfused")
+SECONDS = 0.02  # of one candidate in one round, at least
+EACH, SMALL, SHORT, MEAN = 0.95, 0.90, 200e-6, 0.99
 
 
-class Candidate:
-    """One way to compute BN + ReLU, with its own parameters, on shared input and gradient."""
-
-    def __init__(self, make: Callable[[int], nn.Module], x: Tensor, grad: Tensor, training: bool) -> None:
-        self.module = make(x.shape[1]).to(x.device).train(training)
-        self.x = x.detach().requires_grad_()
-        self.grad = grad
-        self.wanted = [self.x, *self.module.parameters()]
-        self.output = self.module(self.x)
-
-    def forward(self) -> None:
-        self.module(self.x)
-
-    def backward(self) -> None:
-        torch.autograd.grad(self.output, self.wanted, self.grad, retain_graph=True)
-
-    def both(self) -> None:
-        torch.autograd.grad(self.module(self.x), self.wanted, self.grad)
-
-
-def stock(channels: int) -> nn.Module:
-    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-
-
-def stock_dense(channels: int) -> nn.Module:
-    return nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU(inplace=True))
-
-
-def candidates(x: Tensor, grad: Tensor, how: How) -> dict[str, Candidate]:
-    plain = stock if x.ndim == 4 else stock_dense
-    ours = bnsurgery.nn.BatchNorm2d if x.ndim == 4 else bnsurgery.nn.BatchNorm1d
-    made = {
-        "ours": Candidate(lambda c: ours(c, activation="relu"), x, grad, how.training),
-        "eager": Candidate(plain, x, grad, how.training),
+def layers(shape: tuple[int, ...]) -> dict[str, nn.Module]:
+    name, channels = "BatchNorm2d" if len(shape) == 4 else "BatchNorm1d", shape[1]
+    torchs, ours = getattr(nn, name), getattr(bnsurgery.nn, name)
+    return {
+        "torch": nn.Sequential(torchs(channels), nn.ReLU(inplace=True)),
+        "fused": ours(channels, activation="relu"),
+        "unfused": nn.Sequential(ours(channels), nn.ReLU(inplace=True)),
     }
-    if how.compiled:
-        torch.compiler.reset()
-        functorch_config.donated_buffer = False  # lets a compiled backward run more than once on one graph
-        made["compiled"] = Candidate(lambda c: torch.compile(plain(c), mode="default"), x, grad, how.training)
-    return made
 
 
-def replayed(call: Callable[[], object]) -> Callable[[], None]:
-    """REPEATS calls as one CUDA graph, captured on the current stream, and a synchronization."""
-    for _ in range(3):
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(REPEATS):
-            call()
-    return synchronized(graph.replay, repeats=1)
+def call(module: nn.Module, x: Tensor, grad: Tensor, mode: str) -> Callable[[int], None]:
+    """What does one layer's work so many times."""
+    module.train(mode == "train")
+    wanted = [x, *module.parameters()]
+
+    def train(times: int) -> None:
+        for _ in range(times):
+            torch.autograd.grad(module(x), wanted, grad)
+        finish(x)
+
+    @torch.no_grad()
+    def evaluate(times: int) -> None:
+        for _ in range(times):
+            module(x)
+        finish(x)
+
+    return train if mode == "train" else evaluate
 
 
-def synchronized(call: Callable[[], object], repeats: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(repeats):
-            call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    return run
+def finish(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
 
 
-def measure(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, how: How):
-    """One row of results for every direction. With graphs, the current stream must not be the default one."""
-    x = torch.randn(shape, device=how.device).to(dtype)
-    grad = torch.randn(shape, device=how.device).to(dtype)
-    if x.ndim == 4:
-        x, grad = x.to(memory_format=memory_format), grad.to(memory_format=memory_format)
-    made = candidates(x, grad, how)
-    repeats = REPEATS if how.device == "cuda" else 1
-    target = torch.empty_like(x)
-    for direction in how.directions:
-        plain = {name: getattr(candidate, direction) for name, candidate in made.items()}
-        plain["copy"] = lambda: target.copy_(x)
-        calls = {name: replayed(call) if how.graphs else synchronized(call, repeats) for name, call in plain.items()}
-        times = interleave(calls, how.rounds)
-        passes = PASSES[direction] if how.training or direction != "forward" else 2  # eval mode needs no moments
-        moved = passes / 2  # a copy reads and writes: two passes
-        yield {
-            "shape": list(shape),
-            "dtype": str(dtype).removeprefix("torch."),
-            "layout": "dense" if x.ndim == 2 else str(memory_format).removeprefix("torch."),
-            "mode": "train" if how.training else "eval",
-            "direction": direction,
-            "milliseconds": {name: 1e3 * median(values) / repeats for name, values in times.items()},
-            "eager ÷ ours": ratio(times, "eager", "ours"),
-            "compiled ÷ ours": ratio(times, "compiled", "ours") if how.compiled else None,
-            "of copy": moved * ratio(times, "copy", "ours"),
-            "bytes": x.numel() * x.element_size(),
-        }
+def measure(shape: tuple[int, ...], layout: str, device: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for each mode, with the seconds of one call in every round."""
+    x, grad = (torch.randn(shape, device=device) for _ in range(2))
+    if layout in LAYOUTS:
+        x, grad = (tensor.to(memory_format=LAYOUTS[layout]) for tensor in (x, grad))
+    modules = {name: module.to(device) for name, module in layers(shape).items()}
+    for mode in MODES:
+        calls = {n: call(module, x.requires_grad_(), grad, mode) for n, module in modules.items()}
+        repeats = enough(calls["torch"])
+        candidates = {name: functools.partial(run, repeats) for name, run in calls.items()}
+        times = {n: [t / repeats for t in found] for n, found in interleave(candidates, rounds).items()}
+        yield {"shape": list(shape), "layout": layout, "mode": mode, "seconds": times}
 
 
-def on_a_side_stream() -> None:
-    """Graphs are captured on another stream than the default one, and autograd must have seen no other."""
-    torch.cuda.set_stream(torch.cuda.Stream())
+def enough(run: Callable[[int], None]) -> int:
+    """Calls that take SECONDS."""
+    times = 1
+    while True:
+        start = time.perf_counter()
+        run(times)
+        if time.perf_counter() - start >= SECONDS:
+            return times
+        times *= 2
 
 
-def geomean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
-
-
-def show(results: list[dict]) -> None:
-    """The table, then the geometric means over the conv shapes."""
-    columns = ("eager ÷ ours", "compiled ÷ ours", "of copy")
-    rows = [
-        ("×".join(map(str, r["shape"])), r["dtype"], r["layout"], r["direction"], r["milliseconds"]["ours"],
-         *(r[column] for column in columns))
-        for r in results
-    ]  # fmt: skip
-    print(table(("shape", "dtype", "layout", "direction", "ours, ms", *columns), rows))
-    print("\ngeometric means over the conv shapes (of copy: tensors above the L2 cache alone)")
-    found = means(results)
-    print(table(tuple(found[0]), [tuple(row.values()) for row in found]) if found else "none")
-
-
-def means(results: list[dict]) -> list[dict]:
-    """Geometric means over VGG-16's conv shapes by dtype, layout, mode and direction."""
-    convs = [r for r in results if r["layout"] != "dense" and tuple(r["shape"]) not in SMALL]
-    by = ("dtype", "layout", "mode", "direction")
+def forms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Both forms of every row, with torch ÷ ours and its goal."""
     found = []
-    for group in dict.fromkeys(tuple(r[name] for name in by) for r in convs):
-        members = [r for r in convs if tuple(r[name] for name in by) == group]
-        compiled = [r["compiled ÷ ours"] for r in members if r["compiled ÷ ours"]]
-        found.append({
-            **dict(zip(by, group, strict=True)),
-            "shapes": len(members),
-            "eager ÷ ours": geomean(r["eager ÷ ours"] for r in members),
-            "compiled ÷ ours": geomean(compiled) if compiled else None,
-            "shapes compiled": len(compiled),
-            "of copy": geomean(r["of copy"] for r in members if r["bytes"] > L2),
-        })  # fmt: skip
+    for row in rows:
+        seconds = median(row["seconds"]["torch"])
+        goal = SMALL if seconds < SHORT else EACH
+        rest = {name: value for name, value in row.items() if name != "seconds"}
+        found += [
+            {**rest, "form": form, "torch": seconds, "ratio": ratio(row["seconds"], "torch", form), "goal": goal,
+             "upper": upper(row["seconds"]["torch"], row["seconds"][form])}
+            for form in FORMS
+        ]  # fmt: skip
     return found
 
 
-def cases(quick: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, torch.memory_format, bool]]:
-    """Shape, dtype, layout and whether in train mode, those that say most first."""
-    vgg = [(batch, c, size, size) for batch in (32, 128) for c, size in CONVS]
-    for training, shapes in ((True, vgg), (True, [(128, 4096), *SMALL]), (False, vgg)):
-        for dtype in (torch.bfloat16, torch.float32):
-            for memory_format in (torch.channels_last, torch.contiguous_format):
-                for shape in [s for s in shapes if math.prod(s) < 20_000][:1] if quick else shapes:
-                    if len(shape) == 4 or memory_format == torch.contiguous_format:
-                        yield shape, dtype, memory_format, training
+def upper(torchs: list[float], ours: list[float]) -> float:
+    """The ratio that a quarter of the rounds exceed."""
+    ratios = [a / b for a, b in zip(torchs, ours, strict=True)]
+    return statistics.quantiles(ratios, n=4)[2]
 
 
-def step(job: Job) -> None:
-    """For `benchmarks.gpu`: compiled as well until half of the time is over."""
-    torch.manual_seed(0)
-    how = How(job.device, rounds=2 if job.quick else 7, graphs=job.device == "cuda")
-    if how.graphs:
-        on_a_side_stream()
-    results: list[dict] = []
-    left_out = 0
-    half = math.inf if job.device == "cpu" and job.quick else job.left() / 2  # compiling takes long there
-    for *case, training in cases(job.quick):
-        if job.left() < LONGEST:
-            left_out += 1
-            continue
-        directions = how.directions if training else ("forward", "backward")
-        now = replace(how, training=training, directions=directions, compiled=training and job.left() > half)
-        with job.part(f"{case}"):
-            rows = None
-            try:
-                rows = list(measure(*case, now))
-            except Exception as error:
-                if not now.compiled:
-                    raise
-                job.failure(f"compiled, {case}", repr(error))
-                half = math.inf
-            if rows is None:  # not above: the error holds the memory of what failed
-                rows = list(measure(*case, replace(now, compiled=False)))
-            for row in rows:
-                results.append(row)
-                times = {f"{name}, ms": value for name, value in row["milliseconds"].items()}
-                job.row("BatchNorm + ReLU", **{k: v for k, v in row.items() if k != "milliseconds"}, **times)
-    if left_out:
-        job.row("left out", what=f"{left_out} cases", reason="no time left")
-    for row in means(results):
-        job.row("geometric means over VGG-16's conv shapes", **row)
-        if (row["mode"], row["direction"]) == ("train", "both"):
-            ratio_, count = row["compiled ÷ ours"], f"{row['shapes compiled']} of {row['shapes']} shapes"
-            compiled = f", compiled ÷ ours {ratio_:.2f} ({count})" if ratio_ else ""
-            where = f"{row['dtype']} {row['layout']}, forward + backward"
-            job.key(f"{where}: eager ÷ ours {row['eager ÷ ours']:.2f}{compiled}, {row['of copy']:.2f} of copy")
+def show(rows: list[dict[str, Any]]) -> None:
+    """Rows of the same threads and load: one line a shape and format."""
+    lines: dict[tuple[str, str], list[object]] = {}
+    for row in rows:
+        line = lines.setdefault((named(row["shape"]), row["layout"]), [])
+        line += [1e6 * median(row["seconds"]["torch"]), *(ratio(row["seconds"], "torch", form) for form in FORMS)]
+    headers = ("shape", "format", *(name for mode in MODES for name in (f"{mode}, µs", *FORMS)))
+    print(table(headers, [(*place, *line) for place, line in lines.items()]), flush=True)
+
+
+def summarize(rows: list[dict[str, Any]]) -> None:
+    """Geometric means by form, mode, load and threads, then what is below its goal."""
+    by = ("form", "mode", "load", "threads")
+    found, lines = forms(rows), []
+    for group in dict.fromkeys(tuple(row[name] for name in by) for row in found):
+        members = [row for row in found if tuple(row[name] for name in by) == group]
+        ratios, below = [row["ratio"] for row in members], sum(row["ratio"] < row["goal"] for row in members)
+        lines.append((*group, geomean(ratios), min(ratios), f"{below} of {len(members)}"))
+    print(
+        f"\ntorch ÷ ours; goals: a mean of {MEAN}, each {EACH}, or {SMALL:.2f} where torch takes < {1e6 * SHORT:.0f} µs"
+    )
+    print(table((*by, "geometric mean", "least", "below goal"), sorted(lines)))
+    below = [
+        (
+            named(row["shape"]),
+            row["layout"],
+            *(row[name] for name in by),
+            1e6 * row["torch"],
+            row["ratio"],
+            row["upper"],
+        )
+        for row in found
+        if row["ratio"] < row["goal"]
+    ]
+    print("\nbelow their goals (upper: what a quarter of the rounds exceed):")
+    headers = ("shape", "format", *by, "torch, µs", "ratio", "upper")
+    print(table(headers, sorted(below, key=lambda row: row[-2])) if below else "none")
+
+
+def named(shape: list[int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128] if cuda else [32])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
-    parser.add_argument("--directions", nargs="+", default=list(PASSES), choices=list(PASSES))
-    parser.add_argument("--rounds", type=int, default=20 if cuda else 5)
-    parser.add_argument("--eager", action="store_true", help="on CUDA, time plain calls instead of CUDA graphs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--shapes", default="table", choices=(*SHAPES, "all"), help="default: table")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--busy", action="store_true", help="beside a busy process, too")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the raw figures there")
     args = parser.parse_args()
     torch.manual_seed(0)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{args.device}: {name}; torch {torch.__version__}, {platform.platform()}")
-    graphs = args.device == "cuda" and not args.eager
-    if graphs:
-        on_a_side_stream()
-    how = How(args.device, args.directions, args.rounds, graphs)
-    results = []
-    for dtype in (getattr(torch, name) for name in args.dtypes):
-        for memory_format in (torch.channels_last, torch.contiguous_format):
-            for batch in args.batches:
-                for channels, size in CONVS:
-                    results += measure((batch, channels, size, size), dtype, memory_format, how)
-        results += measure((128, 4096), dtype, torch.contiguous_format, how)
-    show(results)
-    if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "device": name, "results": results}, indent=1))
+    print(f"{args.device}; torch {torch.__version__}, {platform.platform()}; ratios are torch ÷ ours")
+    chosen = [shape for name in SHAPES if args.shapes in (name, "all") for shape in SHAPES[name]]
+    results: list[dict[str, Any]] = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for load in ("quiet", "busy")[: 1 + args.busy]:
+            print(f"\nthreads: {threads}, {load}")
+            rows = []
+            with busy(load == "busy"):
+                for shape in dict.fromkeys(chosen):
+                    for layout in LAYOUTS if len(shape) == 4 else ("NC",):
+                        found = measure(shape, layout, args.device, args.rounds)
+                        rows += [{**row, "threads": threads, "load": load} for row in found]
+            show(rows)
+            results += rows
+            if args.json:
+                args.json.write_text(json.dumps({"torch": torch.__version__, "rows": results}, indent=1))
+    summarize(results)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""A vgg16 training step with our BatchNorm against torchvision's vgg16_bn (eager, compiled) and plain vgg16.
+"""A whole training step of an inserted network: with torch's layers ÷ with ours; both are the same function.
 
-    python -m benchmarks.train_step [--device cuda|cpu] [--batch N] [--dtype bfloat16|float32] [--json FILE]
+    python -m benchmarks.train_step [--networks vgg16 squeezenet1_1] [--batch N] [--busy] [--device cuda|cpu]
+                                    [--dtype bfloat16|float32] [--rounds N] [--json FILE]
 
-Step time, as a ratio to vgg16_bn eager in the same round, and on CUDA the peak memory of a step. The networks are
-torchvision's layouts at 224×224, channels_last; ours has BatchNorm where vgg16_bn has it.
+Forward, backward and SGD at 224×224, in both memory formats, with the ReLUs left in their places (as `insert` does) and
+fused (`fuse_relu=True`); the peer is `bnsurgery.to_torch` of the network. A ratio is the median of those of interleaved
+rounds; the goal is 0.98. --busy measures everything once more beside a process that keeps a core busy.
 """
 
 import argparse
@@ -11,8 +13,9 @@ import copy
 import functools
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,49 +25,33 @@ import bnsurgery
 from bnsurgery.tables import table
 
 from .gpu.job import Job
-from .timing import interleave, median, ratio
+from .timing import busy, interleave, median, ratio
 
+FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+GOAL = 0.98
 COMPILING = 25  # seconds that a vgg16 may take to compile
 
 
-def networks() -> dict[str, Callable[[], nn.Module]]:
-    @functools.cache
-    def inserted() -> nn.Module:
-        noise = torch.randn(2, 3, 64, 64)
-        return bnsurgery.insert(models.vgg16(weights=None).eval(), [noise], layers="conv", fuse_relu=True)
-
-    def ours() -> nn.Module:
-        return copy.deepcopy(inserted())
-
-    return {
-        "vgg16 + bnsurgery": ours,
-        "vgg16_bn": lambda: models.vgg16_bn(weights=None, init_weights=False),
-        "vgg16": lambda: models.vgg16(weights=None, init_weights=False),
-        "vgg16 + bnsurgery, compiled": lambda: torch.compile(ours()),
-        "vgg16_bn, compiled": lambda: torch.compile(models.vgg16_bn(weights=None, init_weights=False)),
-    }
-
-
-def squeezenets() -> dict[str, Callable[[], nn.Module]]:
-    def ours() -> nn.Module:
-        noise = torch.randn(2, 3, 64, 64)
-        return bnsurgery.insert(models.squeezenet1_1(weights=None).eval(), [noise], fuse_relu=True)
-
-    return {
-        "squeezenet1_1 + bnsurgery": ours,
-        "the same in torch's layers": lambda: bnsurgery.to_torch(ours()),
-        "squeezenet1_1": lambda: models.squeezenet1_1(weights=None),
-    }
+@functools.cache
+def networks(name: str) -> dict[str, nn.Module]:
+    """The network with torch's layers, ours with its ReLUs in their places and fused, and as it was."""
+    model = getattr(models, name)(weights=None).eval()
+    unfused = bnsurgery.insert(model, [torch.randn(2, 3, 64, 64)])
+    fused = copy.deepcopy(unfused)
+    bnsurgery.fuse_relu_(fused)
+    return {"torch": bnsurgery.to_torch(unfused), "unfused": unfused, "fused": fused, "without BatchNorm": model}
 
 
 class Step:
     """Forward, backward and SGD on one fixed batch."""
 
-    def __init__(self, model: nn.Module, device: str, batch: int, dtype: str, size: int = 224) -> None:
-        self.model = model.to(device, memory_format=torch.channels_last).train()
+    def __init__(
+        self, model: nn.Module, device: str, batch: int, dtype: str, layout: str = "NHWC", size: int = 224
+    ) -> None:
+        self.model = model.to(device, memory_format=FORMATS[layout]).train()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
         images = torch.randn(batch, 3, size, size, device=device)
-        self.images = images.to(memory_format=torch.channels_last)
+        self.images = images.to(memory_format=FORMATS[layout])
         self.labels = torch.arange(batch, device=device)
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
@@ -96,33 +83,35 @@ def step(job: Job) -> None:
     cuda = job.device == "cuda"
     dtype, rounds = ("bfloat16", 3 if job.quick else 10) if cuda else ("float32", 1)
     size = 32 if job.quick else 224
-    vgg, names = networks(), list(networks())
 
-    def measured(makers: dict[str, Callable[[], nn.Module]], batch: int, peer: str) -> None:
-        with job.part(", ".join(makers)):
-            steps = {name: Step(make(), job.device, batch, dtype, size) for name, make in makers.items()}
-            memory = {name: peak_gib(one) for name, one in steps.items()}
+    def measured(name: str, made: Mapping[str, nn.Module], batch: int) -> None:
+        with job.part(f"{name}: {', '.join(made)}"):
+            steps = {kind: Step(model, job.device, batch, dtype, size=size) for kind, model in made.items()}
+            memory = {kind: peak_gib(one) for kind, one in steps.items()}
             times = interleave(steps, rounds)
-            for name, values in times.items():
+            for kind, values in times.items():
+                speed = ratio(times, "torch", kind)
                 job.row(
                     f"a training step, {dtype}, channels_last, {size}×{size}",
-                    network=name, batch=batch, milliseconds=1e3 * median(values),
-                    **{"speed ÷ torch's layers": ratio(times, peer, name), "peak GiB": memory[name]},
+                    network=name, layers=kind, batch=batch, milliseconds=1e3 * median(values),
+                    **{"speed ÷ torch's layers": speed, "peak GiB": memory[kind]},
                 )  # fmt: skip
-                if name != peer:
-                    gib = f", {memory[name] / memory[peer]:.2f} × its memory" if cuda else ""
-                    job.key(f"{name}, batch {batch}: {ratio(times, peer, name):.3f} × the speed of {peer}{gib}")
+                if kind not in ("torch", "without BatchNorm"):
+                    gib = f", {memory[kind] / memory['torch']:.2f} × its memory" if cuda else ""
+                    job.key(f"{name}, {kind}, batch {batch}: {speed:.3f} × the speed of torch's layers{gib}")
 
     small = job.quick or not cuda
     if not job.quick:
-        measured({name: vgg[name] for name in names[:3]}, 128 if cuda else 4, "vgg16_bn")
-    measured(squeezenets(), 4 if small else 32, "the same in torch's layers")
+        measured("vgg16", networks("vgg16"), 128 if cuda else 4)
+    measured("squeezenet1_1", networks("squeezenet1_1"), 4 if small else 32)
     if cuda:  # compiling one takes tens of seconds
-        for name in names[3:]:
+        made = networks("vgg16")
+        for kind in ("fused", "torch"):
             if job.left() < COMPILING:
-                job.row("left out", what=name, reason="no time left")
+                job.row("left out", what=f"{kind}, compiled", reason="no time left")
                 continue
-            measured({name: vgg[name], "vgg16_bn": vgg["vgg16_bn"]}, 8 if small else 128, "vgg16_bn")
+            pair = {f"{kind}, compiled": torch.compile(copy.deepcopy(made[kind])), "torch": made["torch"]}
+            measured("vgg16", pair, 8 if small else 128)
     else:
         job.row("left out", what="the compiled networks", reason="their compilation takes minutes on a CPU")
 
@@ -131,25 +120,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--networks", nargs="+", default=["vgg16", "squeezenet1_1"])
     parser.add_argument("--batch", type=int, default=128 if cuda else 8)
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=("bfloat16", "float32"))
+    parser.add_argument("--busy", action="store_true", help="beside a busy process, too")
     parser.add_argument("--rounds", type=int, default=20 if cuda else 5)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled networks out")
     parser.add_argument("--json", type=Path, help="write the raw figures there")
     args = parser.parse_args()
     torch.manual_seed(0)
-    makers = {name: make for name, make in networks().items() if not (args.no_compile and "compiled" in name)}
-    steps = {name: Step(make(), args.device, args.batch, args.dtype) for name, make in makers.items()}
-    memory = {name: peak_gib(step) for name, step in steps.items()}
-    times = interleave(steps, args.rounds)
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{args.device}: {device}; torch {torch.__version__}, {platform.platform()}")
-    print(f"batch {args.batch}, {args.dtype}, channels_last")
-    rows = [(n, median(t), ratio(times, "vgg16_bn", n), memory[n]) for n, t in times.items()]
-    print(table(("network", "seconds a step", "speed ÷ vgg16_bn", "peak GiB"), rows))
+    print(f"batch {args.batch}, {args.dtype}; ratios are torch ÷ ours, goal {GOAL}")
+    results: list[dict[str, Any]] = []
+    for name in args.networks:
+        made = {kind: networks(name)[kind] for kind in ("torch", "unfused", "fused")}
+        for layout in FORMATS:
+            steps = {kind: Step(model, args.device, args.batch, args.dtype, layout) for kind, model in made.items()}
+            for load in ("quiet", "busy")[: 1 + args.busy]:
+                with busy(load == "busy"):
+                    times = interleave(steps, args.rounds)
+                results.append({"network": name, "layout": layout, "load": load, "seconds": times})
+    rows = [
+        (r["network"], r["layout"], r["load"], median(r["seconds"]["torch"]),
+         *(ratio(r["seconds"], "torch", form) for form in ("unfused", "fused")))
+        for r in results
+    ]  # fmt: skip
+    print(table(("network", "format", "load", "torch, s", "unfused", "fused"), rows))
+    below = sum(value < GOAL for row in rows for value in row[-2:])
+    print(f"{below} of {2 * len(rows)} ratios are below {GOAL}")
     if args.json:
-        figures = {name: {"seconds": values, "peak_gib": memory[name]} for name, values in times.items()}
-        args.json.write_text(json.dumps({"torch": torch.__version__, "device": device, "results": figures}, indent=1))
+        args.json.write_text(json.dumps({"torch": torch.__version__, "device": device, "rows": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import norm, timing
 from benchmarks.gpu import driver, report
 from benchmarks.gpu.steps import BUDGET, STEPS, Step
+from bnsurgery.ops.library import has_triton
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -143,6 +145,60 @@ def test_a_quick_run_on_the_cpu(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "## norm" in page and "| skipped |" in page
+
+
+def test_a_busy_process_ends_with_an_error_and_with_its_parent():
+    with pytest.raises(ZeroDivisionError), timing.busy() as pid:
+        raise ZeroDivisionError
+    assert gone(pid)
+    code = "from benchmarks.timing import busy\nwith busy() as pid: print(pid, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    assert gone(pid)
+
+
+def test_the_benchmark_of_the_op_prints_its_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(norm, "SHAPES", {"table": [(2, 8, 4, 4), (16, 12)]})
+    monkeypatch.setattr(norm, "SECONDS", 1e-6)
+    file = tmp_path / "norm.json"
+    monkeypatch.setattr(sys, "argv", ["norm", "--device", "cpu", "--rounds", "2", "--busy", "--json", str(file)])
+    norm.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["shape"], row["layout"], row["mode"], row["load"]) for row in rows] == [
+        (shape, layout, mode, load)
+        for load in ("quiet", "busy")
+        for shape, layout in (([2, 8, 4, 4], "NCHW"), ([2, 8, 4, 4], "NHWC"), ([16, 12], "NC"))
+        for mode in ("train", "eval")
+    ]
+    assert all(len(row["seconds"][name]) == 2 for row in rows for name in ("torch", "fused", "unfused"))
+    printed = capsys.readouterr().out
+    assert printed.count("2×8×4×4") >= 4 and printed.count(" of 3") == 8
+
+
+def without_a_gpu(code: str) -> str:
+    """What Python prints where CPU tensors go the way of CUDA tensors, and launches do nothing."""
+    if not has_triton():
+        pytest.skip("no Triton here takes the kernels, and the op does without them")
+    script = "from benchmarks import host; host.lead_the_cuda_way(); host.idle()\n" + code
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_what_the_sanitizer_watches_runs_every_kernel():
+    printed = without_a_gpu("from benchmarks.gpu import every_kernel; every_kernel.main('cpu')")
+    assert printed == "every kernel ran\n"
+
+
+def test_launches_of_a_layer():
+    """Two in either direction, three where programs share a channel; the running statistics need no reduction."""
+    printed = without_a_gpu(
+        "for shape in host.SHAPES.values():\n"
+        "    print([host.Stack(shape, name).launches() for name in (*host.STATISTICS, 'eval')])"
+    )
+    alone, shared = map(json.loads, printed.replace("(", "[").replace(")", "]").splitlines())
+    assert alone == [[2, 2], [2, 2], [1, 2], [1, 0]]
+    assert shared == [[3, 3], [3, 3], [1, 3], [1, 0]]
 
 
 def test_the_table_at_the_end_is_short_and_the_page_is_complete():

@@ -1,18 +1,22 @@
 """What a layer costs beside its arithmetic: kernels launched and time on the host; and CUDA graphs and torch.compile.
 
 Host time is that of the calls alone, on tensors so small that the GPU is never the slower one, over a stack of layers.
+A layer of ours leaves small tensors in training to ATen; "our kernels" is what it would be if it did not.
 """
 
 import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import bnsurgery
+from bnsurgery.ops import functional
 
 from . import checks
 from .job import Job, NotPossible
@@ -20,7 +24,8 @@ from .networks import noise, squeezenet
 
 LAYERS, ROUNDS = 40, 15
 STACK = 5  # seconds that one takes
-KERNELS = ("moments_partial", "moments_combine", "normalize", "gradient_sums_partial", "gradient_input")
+# Shapes, and the most launches of our kernels a direction in training: one more where programs share a channel.
+SHAPES = {(2, 8, 4, 4): 2, (32, 64, 14, 14): 3, (32, 256): 2}
 
 
 def step(job: Job) -> None:
@@ -32,8 +37,10 @@ def step(job: Job) -> None:
         checks.run(job, "tests/gpu/test_graphs.py", processes=4)
     with job.part("compiled"):
         compiled(job)
-    shapes = [(2, 8, 4, 4)] if job.quick else [(2, 8, 4, 4), (32, 64, 14, 14), (32, 256)]
-    for shape in shapes:
+    with job.part("small tensors"):
+        job.cuda_only()
+        small_tensors(job)
+    for shape in list(SHAPES)[: 1 if job.quick else None]:
         for training in (True, False):
             with job.part(f"a stack of layers, {shape}, {'train' if training else 'eval'}"):
                 if job.left() < STACK:
@@ -47,28 +54,56 @@ def stacks(job: Job, shape: tuple[int, ...], training: bool) -> None:
     ours, torchs = (
         (bnsurgery.nn.BatchNorm2d, nn.BatchNorm2d) if x.ndim == 4 else (bnsurgery.nn.BatchNorm1d, nn.BatchNorm1d)
     )
-    channels = shape[1]
+    channels, mode = shape[1], "train" if training else "eval"
     kinds: dict[str, Callable[[], nn.Module]] = {
         "ours": lambda: ours(channels, activation="relu"),
+        "our kernels": lambda: ours(channels, activation="relu"),
         "torch's + ReLU": lambda: nn.Sequential(torchs(channels), nn.ReLU(inplace=True)),
         "torch's": lambda: torchs(channels),
     }
     host: dict[str, tuple[float, float]] = {}
+    launches = ""
     for name, make in kinds.items():
         stack = nn.Sequential(*(make() for _ in range(layers))).to(job.device).train(training)
-        host[name] = host_time(stack, x, layers)
-        forward, backward = launched(stack, x, layers, job.device)
+        with aten_up_to(-1 if name == "our kernels" else functional._ATEN_UP_TO):
+            host[name] = host_time(stack, x, layers)
+            forward, backward = launched(stack, x, layers, job.device)
         job.row(
-            "one layer", shape=list(shape), mode="train" if training else "eval", layer=name,
+            "one layer", shape=list(shape), mode=mode, layer=name,
             **{"host forward, μs": 1e6 * host[name][0], "host backward, μs": 1e6 * host[name][1],
                "kernels forward": forward, "kernels backward": backward},
         )  # fmt: skip
-        if forward and name == "ours" and shape == (2, 8, 4, 4) and training:
-            job.key(f"a layer in training launches {forward} kernels forward, {backward} backward")
+        if name == "our kernels" and forward is not None and backward is not None:
+            launches = f", {forward:.0f} + {backward:.0f} launches"
+            most = SHAPES[shape] if training else 1, SHAPES[shape]
+            if forward > most[0] or backward > most[1]:
+                job.failure(f"launches at {shape}, {mode}", f"{forward} + {backward} a layer, at most {most} expected")
     if shape == (2, 8, 4, 4):
-        mine, theirs = (sum(host[name]) for name in ("ours", "torch's + ReLU"))
-        mode = "train" if training else "eval"
-        job.key(f"host time of a layer, {mode}: {1e6 * mine:.0f} μs, {mine / theirs:.2f} × torch's")
+        mine, kernels, theirs = (sum(host[name]) for name in ("ours", "our kernels", "torch's + ReLU"))
+        times = f"{1e6 * mine:.0f} μs, {mine / theirs:.2f} × torch's"
+        job.key(f"host time of a layer, {mode}: {times}; by our kernels {1e6 * kernels:.0f} μs{launches}")
+
+
+def aten_up_to(elements: int) -> AbstractContextManager[object]:
+    """Layers of ours leave tensors of so many elements to ATen."""
+    return patch.object(functional, "_ATEN_UP_TO", elements)
+
+
+def small_tensors(job: Job) -> None:
+    """A layer in training by ATen and by our kernels, by size: what `functional._ATEN_UP_TO` should be."""
+    better = []
+    for images in (1, 4, 16, 64, 256):
+        x = torch.randn(images, 64, 14, 14, device=job.device, requires_grad=True)
+        stack = nn.Sequential(*(bnsurgery.nn.BatchNorm2d(64, activation="relu") for _ in range(LAYERS))).to(job.device)
+        training, times = Training(stack, x), {}
+        for name, limit in (("ATen", x.numel()), ("our kernels", -1)):
+            with aten_up_to(limit):
+                training()
+                times[name] = least(training) / LAYERS
+        if times["our kernels"] < times["ATen"]:
+            better.append(x.numel())
+        job.row("small tensors", elements=x.numel(), **{f"{name}, μs a layer": 1e6 * t for name, t in times.items()})
+    job.key(f"a layer in training is faster by our kernels at {better} elements; ATen up to {functional._ATEN_UP_TO}")
 
 
 def host_time(stack: nn.Module, x: Tensor, layers: int) -> tuple[float, float]:
@@ -209,6 +244,8 @@ def compiled(job: Job) -> None:
         job.failure("compiled", f"{ours} of {norms} layers are our op in the graph; it has {dict(seen)}")
     if job.device != "cuda":
         return
+    from benchmarks.kernel_resources import NAMES  # needs Triton
+
     torch.compiler.reset()
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
         fast, plain = Training(torch.compile(copy.deepcopy(model), fullgraph=True), x), Training(model, x)
@@ -216,7 +253,7 @@ def compiled(job: Job) -> None:
         kernels = count(fast)
         times = {name: least(call) for name, call in (("compiled", fast), ("eager", plain))}
     error = apart(grads, wanted)
-    run = {name: sum(n for key, n in kernels.items() if name in key) for name in KERNELS}
+    run = {name: kernels[name] for name in NAMES}
     job.row("compiled", what="loss, eager", value=float(want))
     job.row("compiled", what="loss, compiled", value=float(loss))
     job.row("compiled", what="relative L2 difference of the gradients", value=error)

@@ -25,7 +25,7 @@ class Step:
 STEPS = (
     Step("environment", "the machine, its versions and its two ceilings", 30, "benchmarks.gpu.environment:step"),
     Step("op", "the op against float64; bit identity of insertion", 105, "benchmarks.gpu.checks:op"),
-    Step("norm", "BatchNorm + ReLU against torch, eager and compiled", 70, "benchmarks.norm:step"),
+    Step("norm", "BatchNorm + ReLU against torch, eager and compiled", 70, "benchmarks.gpu.norm:step"),
     Step("train_step", "a training step and its memory", 70, "benchmarks.train_step:step"),
     Step("launches", "kernels launched, host time, CUDA graphs, compile", 60, "benchmarks.gpu.launches:step"),
     Step("calibration", "calibration ÷ plain forward", 25, "benchmarks.calibration:step"),
