@@ -1,6 +1,6 @@
 """BatchNorm modules for insertion: torch's own on our op, with a fused ReLU, statistics modes, and exact casts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.ops.functional import check, normalize
-from bnsurgery.ops.renorm import Renorm
+from bnsurgery.ops.renorm import schedule
 
 from .identity import identity_parameters, kernel_scale_shift
 
@@ -23,8 +23,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         activation: None or "relu", applied to the output.
         statistics: what train mode normalizes by, see `set_statistics_`.
         renorm_start: num_batches_tracked when `statistics` became "renorm".
-        renorm_steps: training steps after which "renorm" is "batch".
-        renorm_state: that of `ops.renorm.Renorm`, a buffer that the state dict leaves out.
+        renorm_state: that of `ops.renorm.schedule`, a buffer that the state dict leaves out.
         renorm_weights: weight and bias at the last call, with their versions: a step ends when they change.
         process_group: name of the group whose ranks share the batch's statistics, "" for none; `set_process_group_`.
     """
@@ -39,9 +38,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     activation: Activation
     statistics: Statistics = "batch"
     renorm_start: int = 0
-    renorm_steps: int = 0
     renorm_state: Any
-    renorm_weights: Sequence[tuple[Tensor, int]] | None = None
+    renorm_weights: dict[Tensor, int] | None = None
     process_group: str = ""
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
@@ -71,8 +69,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 counter = buffers["num_batches_tracked"]
                 momentum = 1 / (counter + 1) if self.momentum is None else self.momentum
                 if self.statistics == "renorm":
-                    renorm = Renorm(self.renorm_state, self.renorm_steps, self._step_begins())
-                    counter = counter if renorm.begins else None
+                    renorm = buffers["renorm_state"]
+                    counter = counter if self._step_begins() else None
             else:
                 running_mean = running_var = None
         else:
@@ -82,20 +80,16 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
             self.activation is not None, group, counter, renorm,
         )  # fmt: skip
         if renorm is not None and not torch.compiler.is_compiling():
-            self.renorm_weights = [(t, t._version) for t in (self.weight, self.bias) if t is not None]
+            self.renorm_weights = self._weights()
         return output
 
     def _step_begins(self) -> bool:
         """Whether weight or bias have changed since the last call; True in compiled code, which cannot tell."""
-        if torch.compiler.is_compiling():
-            return True
-        now = [t for t in (self.weight, self.bias) if t is not None]
-        seen = self.renorm_weights
-        return (
-            seen is None
-            or len(seen) != len(now)
-            or any(a is not b or a._version != v for b, (a, v) in zip(now, seen, strict=True))
-        )
+        return torch.compiler.is_compiling() or self._weights() != self.renorm_weights
+
+    def _weights(self) -> dict[Tensor, int]:
+        """Weight and bias with their versions. As keys tensors are equal only to themselves."""
+        return {tensor: tensor._version for tensor in (self.weight, self.bias) if tensor is not None}
 
     def _in_torch(self, input: Tensor) -> Tensor:
         """`forward` in torch's own operators, for programs that have to run without this package."""
@@ -115,15 +109,14 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.statistics == "renorm" and not self.num_batches_tracked.is_meta:
-            self.start_renorm_(max(int(self.num_batches_tracked) - self.renorm_start, 0), self.renorm_steps)
+            done = max(int(self.num_batches_tracked) - self.renorm_start, 0)
+            self.start_renorm_(done, int(self.renorm_state[3, 0]))
 
     def start_renorm_(self, done: int, steps: int) -> None:
         """Normalize by "renorm" from now on, as if `done` of its training steps had been taken."""
-        self.statistics, self.renorm_steps = "renorm", steps
+        self.statistics, self.renorm_weights = "renorm", None
         self.renorm_start = int(self.num_batches_tracked) - done
-        self.renorm_state = self.running_mean.new_zeros(3, len(self.running_mean))
-        self.renorm_state[2].fill_(done - 1)  # the next call begins a step
-        self.renorm_weights = None
+        self.renorm_state = schedule(self.running_mean, done, steps)
 
     def reset_running_stats(self) -> None:
         """Torch's; refused where train mode needs them: `torch.optim.swa_utils.update_bn` begins with it."""

@@ -177,16 +177,11 @@ def test_the_ops_keep_the_dispatchers_contract(batch, relu, affine):
     weight, bias = (weight, bias) if affine else (None, None)
     torch.library.opcheck(library.channel_moments, (x,))
     for layout in layouts(x):
-        common = (
-            layout.requires_grad_(),
-            *((None, None, mean, var) if batch else (mean, var, None, None)),
-            weight,
-            bias,
-        )
-        for counter, state in itertools.product(
-            (None, torch.tensor(0)), (None, torch.zeros(3, 4)) if batch else (None,)
-        ):
-            torch.library.opcheck(library.batch_norm_fwd, (*common, 1e-5, relu, 0.1, counter, state, 10, True, ""))
+        given, moving = ((None, None), (mean, var)) if batch else ((mean, var), (None, None))
+        first = (layout.requires_grad_(), *given, weight, bias, 1e-5, relu, *moving)
+        renorm = torch.stack((mean, var, *torch.tensor([1.0, 10.0]).view(2, 1).expand(2, 4)))
+        for counter, state in itertools.product((None, torch.tensor(0)), (None, renorm) if batch else (None,)):
+            torch.library.opcheck(library.batch_norm_fwd, (*first, counter, state, 0.1, ""))
     x = x.detach().to(memory_format=torch.channels_last)
     affine = [t if t is None else t.detach() for t in (weight, bias)]
     for rows, wanted in itertools.product((2, 4), ((True, True), (True, False), (False, True))):
