@@ -58,9 +58,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
             return self._in_torch(input)
         if not input.is_floating_point() or input.shape[1] != self.__dict__["num_features"]:
             check(input, type(self).__name__, **self._affine_and_statistics())
-        buffers: dict[str, Any] = (
-            self._buffers
-        )  # nn.Module's __getattr__ takes half a microsecond, much beside a small layer
+        # nn.Module's __getattr__ takes half a microsecond, much beside a small layer.
+        buffers: dict[str, Any] = self._buffers
         running_mean, running_var = buffers["running_mean"], buffers["running_var"]
         training, group, counter, renorm, momentum = self.training, "", None, None, 0.0
         if training and self.statistics != "running":
@@ -70,7 +69,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 momentum = 1 / (counter + 1) if self.momentum is None else self.momentum
                 if self.statistics == "renorm":
                     renorm = buffers["renorm_state"]
-                    counter = counter if self._step_begins() else None
+                    if not torch.compiler.is_compiling() and self._weights() == self.renorm_weights:
+                        counter = None  # the step goes on; compiled code cannot tell, and begins one
             else:
                 running_mean = running_var = None
         else:
@@ -82,10 +82,6 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         if renorm is not None and not torch.compiler.is_compiling():
             self.renorm_weights = self._weights()
         return output
-
-    def _step_begins(self) -> bool:
-        """Whether weight or bias have changed since the last call; True in compiled code, which cannot tell."""
-        return torch.compiler.is_compiling() or self._weights() != self.renorm_weights
 
     def _weights(self) -> dict[Tensor, int]:
         """Weight and bias with their versions. As keys tensors are equal only to themselves."""

@@ -32,13 +32,10 @@ def batch_norm(
     For strides other than contiguous and channels_last ATen has slow code, which in eval mode rounds otherwise: there
     the dims go into the order of memory, where x is (outer, C, inner).
     """
+    vectors = running_mean, running_var, weight, bias
     if x.is_cpu and x.dtype.itemsize == 2:  # ATen would round the gradient of the bias to half precision
-        vectors = (running_mean, running_var, weight, bias)
         return batch_norm(x.float(), *vectors, training, momentum, eps, relu).to(x.dtype)
-    if not x.is_contiguous() and not (
-        x.ndim in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim])
-    ):
-        vectors = (running_mean, running_var, weight, bias)
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=_CHANNELS_LAST.get(x.ndim, torch.contiguous_format))):
         return layout.unflat(batch_norm(layout.flat(x), *vectors, training, momentum, eps, relu), x)
     y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
     if training and x.is_cpu and _is_far(mean, invstd):

@@ -80,7 +80,10 @@ def forward(
     else:
         statistics = kept = x.new_empty(2, x.shape[1], dtype=torch.float64)
     flags = {"BATCH": kept is None, "RENORM": len(statistics) == 4, "RELU": relu}
-    _stream(x, None, y, (mean, var, weight, bias), kept, None, eps, 1, flags)
+    g = _grid(x, STREAMING)
+    kernels.stream[g.programs,](
+        x, None, y, *_dense(mean, var, weight, bias), kept, None, eps, 1, *g.sizes, **flags, **g.blocks
+    )
     return y, statistics
 
 
@@ -103,20 +106,22 @@ def backward(
     training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Kernel of `library.batch_norm_bwd`."""
-    x, sums, samples = layout.dense(x), None, aten.samples_per_channel(x)
+    x = layout.dense(x)
     grad = layout.dense(grad, x)
+    sums, samples = x.new_empty(2, x.shape[1], dtype=torch.float64), aten.samples_per_channel(x)
     dx, d_weight, d_bias = aten.gradients(x, wants_input, wants_affine)
     flags = {"BATCH": training, "RENORM": len(statistics) == 4, "RELU": relu}
     if training or wants_affine:
-        sums = x.new_empty(2, x.shape[1], dtype=torch.float64)
         results = sums, *((d_weight, d_bias) if wants_affine else (None, None))
         _reduce(x, grad, statistics, (weight, bias), results, eps, flags)
-    if sums is not None and not training:
-        sums = None
-    if sums is not None and group:
+    if training and group:
         sums, samples = mean_over_ranks(sums, samples, group), 1
     if wants_input:
-        _stream(x, grad, dx, (statistics, None, weight, bias), None, sums, eps, samples, flags)
+        g = _grid(x, STREAMING)
+        kernels.stream[g.programs,](
+            x, grad, dx, *_dense(statistics, None, weight, bias), None, sums if training else None, eps, samples,
+            *g.sizes, **flags, **g.blocks,
+        )  # fmt: skip
     return dx, d_weight, d_bias
 
 
@@ -129,21 +134,12 @@ def _reduce(
     alone = g.splits == 1
     partial = None if alone else x.new_empty(3, g.splits, x.shape[1], dtype=torch.float64)
     kernels.reduce[g.programs,](
-        x, grad, partial, statistics, *_dense(affine), results, eps, *g.sizes, ALONE=alone, **flags, **g.blocks
+        x, grad, partial, statistics, *_dense(*affine), results, eps, *g.sizes, ALONE=alone, **flags, **g.blocks
     )
     if not alone:
         programs, blocks = g.combining
         which = {"MOMENTS": grad is None, "RENORM": flags["RENORM"]}
         kernels.combine[programs,](partial, statistics, results, eps, g.splits, x.shape[1], **which, **blocks)
-
-
-def _stream(
-    x: Tensor, grad: Tensor | None, out: Tensor, vectors: tuple[Tensor | None, ...], kept: Tensor | None,
-    sums: Tensor | None, eps: float, samples: int, flags: dict[str, bool],
-) -> None:  # fmt: skip
-    """Launch `stream`."""
-    g = _grid(x, STREAMING)
-    kernels.stream[g.programs,](x, grad, out, *_dense(vectors), kept, sums, eps, samples, *g.sizes, **flags, **g.blocks)
 
 
 def _grid(x: Tensor, per_processor: int, alone: int = 0) -> Grid:
@@ -158,6 +154,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _dense(vectors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
     """Vectors of C elements side by side, as the kernels read them."""
     return [vector if vector is None else vector.contiguous() for vector in vectors]

@@ -104,18 +104,15 @@ def normalize(
             "larger batches, eval mode or frozen statistics (bnsurgery.set_statistics_(model, 'running'))"
         )
     if isinstance(momentum, Tensor):
-        moved = [t if t is None else t.clone() for t in (running_mean, running_var)]
+        moved = [t if t is None else t.clone() for t in (running_mean, running_var)]  # autograd keeps what ATen moved
         rest = (weight, bias, training, 1.0, eps, relu, group, counter, renorm)
         y = normalize(input, moved[0], moved[1], *rest)
         for running, new in zip((running_mean, running_var), moved, strict=True):
             if running is not None and new is not None:
                 running.lerp_(new, momentum.to(running.dtype))
         return y
-    if (
-        group
-        or torch.compiler.is_compiling()
-        or not _suits_aten(input, running_mean, running_var, weight, bias, training)
-    ):
+    ours = group or torch.compiler.is_compiling()
+    if ours or not _suits_aten(input, running_mean, running_var, weight, bias, training):
         vectors = running_mean, running_var
         given, moving = ((None, None), vectors) if training else (vectors, (None, None))
         return library.batch_norm(input, *given, weight, bias, eps, relu, *moving, counter, renorm, momentum, group)

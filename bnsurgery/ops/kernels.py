@@ -171,17 +171,19 @@ def reduce(
     for item in range(first, last):
         offsets, mask = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        d = tl.where(mask, x - middle[:, None], 0.0)
-        g = d
-        if grad_ptr is not None:
+        d = x - middle[:, None]
+        if grad_ptr is None:
+            d = tl.where(mask, d, 0.0)
+            g = d
+        else:
             g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             g = _masked(g, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
         sums += g
         products += g * d
     one = tl.sum(sums.to(tl.float64), 1)
     two = tl.sum(products.to(tl.float64), 1)
-    n = tl.full(c.shape, 0.0, tl.float64) + _positions(first, last, inner_blocks, inner, BLOCK_INNER)
     if grad_ptr is None:
+        n = tl.full(c.shape, 0.0, tl.float64) + _positions(first, last, inner_blocks, inner, BLOCK_INNER)
         offset = one / n
         two -= offset * one
         one, two = middle.to(tl.float64) + offset, tl.where(two < 0, 0.0, two)
@@ -196,7 +198,8 @@ def reduce(
         splits = tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)
         tl.store(at, one, mask=c < channels)
         tl.store(at + splits * channels, two, mask=c < channels)
-        tl.store(at + 2 * splits * channels, n, mask=c < channels)
+        if grad_ptr is None:
+            tl.store(at + 2 * splits * channels, n, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=SIZES)
