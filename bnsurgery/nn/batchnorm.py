@@ -125,8 +125,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """Torch's text, with what differs from torch's behaviour."""
-        extra = {**self._beyond_torch(), "process_group": self.process_group}
-        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in extra.items() if value)])
+        group = [f"process_group={self.process_group!r}"] if self.process_group else []
+        return ", ".join([super().extra_repr(), *self._beyond_torch(), *group])
 
     @property
     def num_features(self) -> int:
@@ -136,11 +136,10 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         over `isinstance(module, nn.BatchNorm2d)`) asks for it, and takes over only what torch's classes have.
         """
         if self._beyond_torch():
-            what = " and ".join(f"{name}={value!r}" for name, value in self._beyond_torch().items())
             raise BNSurgeryError(
-                f"num_features: this {type(self).__name__} has {what}, which a converter of norms would drop. First "
-                "call bnsurgery.unfuse_relu_(model), or set_statistics_(model, 'batch'); to share statistics between "
-                "processes there is set_process_group_"
+                f"num_features: this {type(self).__name__} has {' and '.join(self._beyond_torch())}, which a converter "
+                "of norms would drop. First call bnsurgery.unfuse_relu_(model), or set_statistics_(model, 'batch'); to "
+                "share statistics between processes there is set_process_group_"
             )
         return int(vars(self)["num_features"])
 
@@ -152,10 +151,10 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         """What can be read: torch.jit.trace reads everything."""
         return [name for name in super().__dir__() if name != "num_features" or not self._beyond_torch()]
 
-    def _beyond_torch(self) -> dict[str, str]:
+    def _beyond_torch(self) -> list[str]:
         """What changes the function and torch's classes do not have."""
-        statistics = None if self.statistics == "batch" else self.statistics
-        return {name: value for name, value in (("activation", self.activation), ("statistics", statistics)) if value}
+        found = {"activation": self.activation, "statistics": None if self.statistics == "batch" else self.statistics}
+        return [f"{name}={value!r}" for name, value in found.items() if value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Insertable":
         """Follow `.to()` and its kin, but keep float32 under half precision and identity channels exact.

@@ -143,7 +143,7 @@ def _reduce(
 
 
 def _grid(x: Tensor, per_processor: int, alone: int = 0) -> Grid:
-    outer, inner = layout.extent(x)
+    _, outer, inner = layout.memory(x.shape, x.stride())
     programs = per_processor * _processors(x.device)
     return grid(outer, x.shape[1], inner, min(programs, MAX_SPLITS) if alone else programs, TILE, alone)
 
