@@ -103,15 +103,19 @@ def _settle(mean, var, count, c, channels, statistics, moving, eps):
     tl.store(statistics + c, mean, mask=exists)
     tl.store(statistics + channels + c, var, mask=exists)
     if renorm is not None:
-        if counter is not None:  # a step begins
-            tl.store(renorm + c, tl.load(running_mean + c, mask=exists), mask=exists)
-            tl.store(renorm + channels + c, tl.load(running_var + c, mask=exists), mask=exists)
-            tl.store(renorm + 2 * channels + c, tl.load(renorm + 2 * channels + c, mask=exists) + 1, mask=exists)
-        std = tl.sqrt(_vector(renorm + channels, c, channels, 1.0).to(tl.float64) + eps)
         step, steps = _vector(renorm + 2 * channels, c, channels, 0.0), _vector(renorm + 3 * channels, c, channels, 1.0)
+        if counter is None:
+            anchor_mean, anchor_var = _vector(renorm, c, channels, 0.0), _vector(renorm + channels, c, channels, 1.0)
+        else:  # a step begins; what is stored is not read again, which other threads of the program might do too early
+            anchor_mean, anchor_var = _vector(running_mean, c, channels, 0.0), _vector(running_var, c, channels, 1.0)
+            step += 1
+            tl.store(renorm + c, anchor_mean, mask=exists)
+            tl.store(renorm + channels + c, anchor_var, mask=exists)
+            tl.store(renorm + 2 * channels + c, step, mask=exists)
         p = tl.minimum(step.to(tl.float64) / steps, 1.0)
         r_max, d_max = tl.exp((1 - p) / p * 1.0986122886681098), 5 * (1 - p) / p  # ln 3
-        r, d = tl.sqrt(var + eps) / std, (mean - _vector(renorm, c, channels, 0.0)) / std
+        std = tl.sqrt(anchor_var.to(tl.float64) + eps)
+        r, d = tl.sqrt(var + eps) / std, (mean - anchor_mean) / std
         tl.store(statistics + 2 * channels + c, tl.minimum(tl.maximum(r, 1 / r_max), r_max), mask=exists)
         tl.store(statistics + 3 * channels + c, tl.minimum(tl.maximum(d, -d_max), d_max), mask=exists)
     if running_mean is not None:
