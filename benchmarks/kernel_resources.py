@@ -24,7 +24,7 @@ from bnsurgery.ops import cuda, kernels
 from bnsurgery.tables import table
 
 ARCHITECTURES = (80, 90, 100)
-NAMES = ("moments", "gradient_sums", "combine", "normalize", "gradient_input")
+NAMES = ("reduce", "combine", "stream")
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 MAX_STACK = 16  # bytes; registers that do not fit go to the stack, and more than this is more than one or two
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,10 +95,10 @@ def launch(x: Tensor, batch: bool, relu: bool, weight: bool, bias: bool, renorm:
     channels = x.shape[1]
     running = torch.empty(channels), torch.empty(channels)
     affine = [torch.empty(channels) if wanted else None for wanted in (weight, bias)]
-    vectors = (None, None, *running, *affine) if batch else (*running, None, None, *affine)
-    state = torch.empty(3, channels) if batch and renorm else None
+    given, moving = ((None, None), running) if batch else (running, (None, None))
+    schedule = torch.empty(4, channels) if batch and renorm else None
     cuda.channel_moments(x)
-    _, statistics = cuda.forward(x, *vectors, 1e-5, relu, 0.1, torch.tensor(0), state, 10, True, "")
+    _, statistics = cuda.forward(x, *given, *affine, 1e-5, relu, *moving, torch.tensor(0), schedule, 0.1, "")
     cuda.backward(x, x, None, statistics, *affine, 1e-5, batch, relu, "", True, weight)
 
 

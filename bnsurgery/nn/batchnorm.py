@@ -1,6 +1,6 @@
 """BatchNorm modules for insertion: torch's own on our op, with a fused ReLU, statistics modes, and exact casts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.ops.functional import check, normalize
-from bnsurgery.ops.renorm import Renorm
+from bnsurgery.ops.renorm import schedule
 
 from .identity import identity_parameters, kernel_scale_shift
 
@@ -23,8 +23,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         activation: None or "relu", applied to the output.
         statistics: what train mode normalizes by, see `set_statistics_`.
         renorm_start: num_batches_tracked when `statistics` became "renorm".
-        renorm_steps: training steps after which "renorm" is "batch".
-        renorm_state: that of `ops.renorm.Renorm`, a buffer that the state dict leaves out.
+        renorm_state: that of `ops.renorm.schedule`, a buffer that the state dict leaves out.
         renorm_weights: weight and bias at the last call, with their versions: a step ends when they change.
         process_group: name of the group whose ranks share the batch's statistics, "" for none; `set_process_group_`.
     """
@@ -39,9 +38,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     activation: Activation
     statistics: Statistics = "batch"
     renorm_start: int = 0
-    renorm_steps: int = 0
     renorm_state: Any
-    renorm_weights: Sequence[tuple[Tensor, int]] | None = None
+    renorm_weights: dict[Tensor, int] | None = None
     process_group: str = ""
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
@@ -58,9 +56,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if _exporting():
             return self._in_torch(input)
-        buffers: dict[str, Any] = (
-            self._buffers
-        )  # nn.Module's __getattr__ takes half a microsecond, much beside a small layer
+        # nn.Module's __getattr__ takes half a microsecond, much beside a small layer.
+        buffers: dict[str, Any] = self._buffers
         running_mean, running_var = buffers["running_mean"], buffers["running_var"]
         if running_mean is None or input.shape[1] != running_mean.numel() or not input.is_floating_point():
             check(input, type(self).__name__, **self._affine_and_statistics())
@@ -71,8 +68,9 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 counter = buffers["num_batches_tracked"]
                 momentum = 1 / (counter + 1) if self.momentum is None else self.momentum
                 if self.statistics == "renorm":
-                    renorm = Renorm(self.renorm_state, self.renorm_steps, self._step_begins())
-                    counter = counter if renorm.begins else None
+                    renorm = buffers["renorm_state"]
+                    if not torch.compiler.is_compiling() and self._weights() == self.renorm_weights:
+                        counter = None  # the step goes on; compiled code cannot tell, and begins one
             else:
                 running_mean = running_var = None
         else:
@@ -82,20 +80,12 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
             self.activation is not None, group, counter, renorm,
         )  # fmt: skip
         if renorm is not None and not torch.compiler.is_compiling():
-            self.renorm_weights = [(t, t._version) for t in (self.weight, self.bias) if t is not None]
+            self.renorm_weights = self._weights()
         return output
 
-    def _step_begins(self) -> bool:
-        """Whether weight or bias have changed since the last call; True in compiled code, which cannot tell."""
-        if torch.compiler.is_compiling():
-            return True
-        now = [t for t in (self.weight, self.bias) if t is not None]
-        seen = self.renorm_weights
-        return (
-            seen is None
-            or len(seen) != len(now)
-            or any(a is not b or a._version != v for b, (a, v) in zip(now, seen, strict=True))
-        )
+    def _weights(self) -> dict[Tensor, int]:
+        """Weight and bias with their versions. As keys tensors are equal only to themselves."""
+        return {tensor: tensor._version for tensor in (self.weight, self.bias) if tensor is not None}
 
     def _in_torch(self, input: Tensor) -> Tensor:
         """`forward` in torch's own operators, for programs that have to run without this package."""
@@ -115,15 +105,14 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.statistics == "renorm" and not self.num_batches_tracked.is_meta:
-            self.start_renorm_(max(int(self.num_batches_tracked) - self.renorm_start, 0), self.renorm_steps)
+            done = max(int(self.num_batches_tracked) - self.renorm_start, 0)
+            self.start_renorm_(done, int(self.renorm_state[3, 0]))
 
     def start_renorm_(self, done: int, steps: int) -> None:
         """Normalize by "renorm" from now on, as if `done` of its training steps had been taken."""
-        self.statistics, self.renorm_steps = "renorm", steps
+        self.statistics, self.renorm_weights = "renorm", None
         self.renorm_start = int(self.num_batches_tracked) - done
-        self.renorm_state = self.running_mean.new_zeros(3, len(self.running_mean))
-        self.renorm_state[2].fill_(done - 1)  # the next call begins a step
-        self.renorm_weights = None
+        self.renorm_state = schedule(self.running_mean, done, steps)
 
     def reset_running_stats(self) -> None:
         """Torch's; refused where train mode needs them: `torch.optim.swa_utils.update_bn` begins with it."""
@@ -136,8 +125,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """Torch's text, with what differs from torch's behaviour."""
-        extra = {**self._beyond_torch(), "process_group": self.process_group}
-        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in extra.items() if value)])
+        group = [f"process_group={self.process_group!r}"] if self.process_group else []
+        return ", ".join([super().extra_repr(), *self._beyond_torch(), *group])
 
     @property
     def num_features(self) -> int:
@@ -147,11 +136,10 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         over `isinstance(module, nn.BatchNorm2d)`) asks for it, and takes over only what torch's classes have.
         """
         if self._beyond_torch():
-            what = " and ".join(f"{name}={value!r}" for name, value in self._beyond_torch().items())
             raise BNSurgeryError(
-                f"num_features: this {type(self).__name__} has {what}, which a converter of norms would drop. First "
-                "call bnsurgery.unfuse_relu_(model), or set_statistics_(model, 'batch'); to share statistics between "
-                "processes there is set_process_group_"
+                f"num_features: this {type(self).__name__} has {' and '.join(self._beyond_torch())}, which a converter "
+                "of norms would drop. First call bnsurgery.unfuse_relu_(model), or set_statistics_(model, 'batch'); to "
+                "share statistics between processes there is set_process_group_"
             )
         return int(vars(self)["num_features"])
 
@@ -163,10 +151,10 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         """What can be read: torch.jit.trace reads everything."""
         return [name for name in super().__dir__() if name != "num_features" or not self._beyond_torch()]
 
-    def _beyond_torch(self) -> dict[str, str]:
+    def _beyond_torch(self) -> list[str]:
         """What changes the function and torch's classes do not have."""
-        statistics = None if self.statistics == "batch" else self.statistics
-        return {name: value for name, value in (("activation", self.activation), ("statistics", statistics)) if value}
+        found = {"activation": self.activation, "statistics": None if self.statistics == "batch" else self.statistics}
+        return [f"{name}={value!r}" for name, value in found.items() if value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Insertable":
         """Follow `.to()` and its kin, but keep float32 under half precision and identity channels exact.

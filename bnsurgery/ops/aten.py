@@ -15,8 +15,8 @@ from bnsurgery.devices import takes_float64, widest
 
 from . import layout
 from .cpu_moments import channel_moments_cpu
-from .renorm import Renorm, r_and_d_
-from .sync import merge_moments, sum_over_ranks
+from .renorm import r_and_d_
+from .sync import mean_over_ranks, merge_moments
 
 # |mean|/σ from which on x is centred first: ATen's kernels round the mean to float32 and then subtract it.
 _FAR = 16.0
@@ -33,16 +33,19 @@ def batch_norm(
     the dims go into the order of memory, where x is (outer, C, inner).
     """
     memory_format = torch.contiguous_format if x.is_contiguous() else _CHANNELS_LAST.get(x.ndim)
-    if not memory_format or not x.is_contiguous(memory_format=memory_format) or x.stride(0) * len(x) != x.numel():
-        vectors = (running_mean, running_var, weight, bias)
+    if memory_format is not torch.contiguous_format and not (
+        memory_format and x.is_contiguous(memory_format=memory_format) and x.stride(0) * len(x) == x.numel()
+    ):
+        vectors = running_mean, running_var, weight, bias
         return layout.unflat(batch_norm(layout.flat(x), *vectors, training, momentum, eps, relu), x)
     y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
     if training and x.is_cpu and _is_far(mean, invstd):
         centred, n = x - along_channels(mean, x), samples_per_channel(x)
         y, more, better = torch.native_batch_norm(centred, weight, bias, None, None, True, momentum, eps)
         if running_mean is not None and running_var is not None:
-            running_mean.add_(more, alpha=momentum)
-            running_var.add_(better.pow(-2) - invstd.pow(-2), alpha=momentum * n / (n - 1))
+            # By .data, for other graphs may have kept them, which ATen's own update does not mind.
+            running_mean.data.add_(more, alpha=momentum)
+            running_var.data.add_(better.pow(-2) - invstd.pow(-2), alpha=momentum * n / (n - 1))
     if x.is_cpu and x.dtype.itemsize == 2 and y.requires_grad:
         # For a gradient of other strides ATen rounds that of the bias to half precision.
         y.register_hook(lambda grad: grad.contiguous(memory_format=memory_format))
@@ -74,8 +77,8 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def settle_(
-    x: Tensor, moments: tuple[Tensor, Tensor], running_mean: Tensor | None, running_var: Tensor | None, eps: float,
-    momentum: float, counter: Tensor | None, renorm: Renorm | None, group: str,
+    x: Tensor, moments: tuple[Tensor, Tensor], eps: float, running_mean: Tensor | None, running_var: Tensor | None,
+    counter: Tensor | None, renorm: Tensor | None, momentum: float, group: str,
 ) -> Tensor:  # fmt: skip
     """Merge the moments over the ranks, move running statistics and counter, and give back what to normalize by.
 
@@ -90,7 +93,7 @@ def settle_(
     some = count + (count == 0)
     rows = torch.stack((mean, m2 / some))
     if renorm is not None and running_mean is not None and running_var is not None:
-        rows = torch.cat((rows, r_and_d_(renorm, rows[0], rows[1], running_mean, running_var, eps)))
+        rows = torch.cat((rows, r_and_d_(renorm, mean, rows[1], running_mean, running_var, eps, counter is not None)))
     share = momentum * (count > 0)
     for running, value in ((running_mean, mean), (running_var, m2 / (some - 1 * (some > 1)))):
         if running is not None:
@@ -130,22 +133,19 @@ def normalize(
 
 
 def forward(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool, momentum: float, counter: Tensor | None,
-    state: Tensor | None, steps: int, begins: bool, group: str,
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    relu: bool, *moving: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernel of `library.batch_norm_fwd`."""
     if mean is not None and var is not None:
         statistics = torch.stack((mean, var)).to(widest(x.device))
     else:
-        renorm = None if state is None else Renorm(state, steps, begins)
-        moments = torch.ops.bnsurgery.channel_moments(x)
-        statistics = settle_(x, moments, running_mean, running_var, eps, momentum, counter, renorm, group)
+        statistics = settle_(x, torch.ops.bnsurgery.channel_moments(x), eps, *moving)
     return normalize(x, [*statistics], weight, bias, eps, relu), statistics
 
 
 def backward(
-    grad: Tensor, x: Tensor, y: Tensor | None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, grad: Tensor, y: Tensor | None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None,
     eps: float, training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Kernel of `library.batch_norm_bwd`: with d = x − mean and s = 1/√(var + eps).
@@ -169,12 +169,10 @@ def backward(
         if r_and_d:
             d_weight.mul_(r_and_d[0]).add_(d_bias * r_and_d[1])
     if wants_input and training:
-        count: int | Tensor = max(samples_per_channel(x), 1)
-        if group:
-            total = sum_over_ranks(torch.cat((sums.flatten(), sums.new_full((1,), samples_per_channel(x)))), group)
-            sums, count = total[:-1].view(2, -1), total[-1]
-        slope = sums[1] / count * invstd.square()
-        g = g - along_channels(sums[0] / count - low * slope, x) - d * along_channels(slope, x)
+        count = samples_per_channel(x)
+        means = mean_over_ranks(sums, count, group) if group else sums / max(count, 1)
+        slope = means[1] * invstd.square()
+        g = g - along_channels(means[0] - low * slope, x) - d * along_channels(slope, x)
     if wants_input:
         dx.copy_(g * along_channels(scale, x))
     return dx, d_weight, d_bias

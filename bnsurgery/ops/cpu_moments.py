@@ -49,9 +49,8 @@ def _rough_mean(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _shifted_pass(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Return mean and m2 by sums about `shift`, in its dtype, and whether these are accurate for every channel."""
     outer, channels, inner = x.shape
-    some = max(
-        TILE_BYTES // shift.itemsize // inner, 1
-    )  # channels of one outer position, or outer positions, in a tile
+    # A tile has `some` channels of one outer position, or `many` outer positions.
+    some = max(TILE_BYTES // shift.itemsize // inner, 1)
     many = max(some // channels, 1)
     many -= many % 16 if many > 16 else 0  # for the groups of rows in `_sums`
     buffer = torch.empty(min(many, outer) * min(some, channels) * inner, dtype=shift.dtype)

@@ -1,17 +1,14 @@
 """Launches the Triton kernels: how a tensor is cut into tiles and shared out among programs."""
 
 import functools
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from . import aten, kernels, layout
-from .renorm import Renorm
-from .sync import sum_over_ranks
+from .sync import mean_over_ranks
 
 # Elements of a tile; 16 for each of a program's 256 threads, which is 2 or 4 loads of 16 bytes in flight per tensor.
 TILE, WARPS = 4096, 8
@@ -26,28 +23,20 @@ ALONE = 8
 
 
 class Grid(NamedTuple):
-    """How work items (see `kernels`) are shared out; the fields from `inner_blocks` on are arguments of the kernels."""
+    """How work items (see `kernels`) are shared out.
 
-    last: bool
-    block_c: int
-    block_inner: int
-    inner_blocks: int
-    inner: int
-    items: int
-    per_split: int
+    Attributes:
+        programs: all of them, `splits` for each block of channels.
+        sizes: arguments of the kernels: outer, inner, channels and per_split.
+        blocks: constants of the kernels.
+        combining: programs of `combine`, and its constants.
+    """
+
+    programs: int
     splits: int
-    channels: int
-    c_blocks: int
-
-    @property
-    def programs(self) -> int:
-        """Programs in all."""
-        return self.c_blocks * self.splits
-
-    @property
-    def blocks(self) -> dict[str, Any]:
-        """Constants of the kernels."""
-        return {"LAST": self.last, "BLOCK_C": self.block_c, "BLOCK_INNER": self.block_inner, **OPTIONS}
+    sizes: tuple[int, int, int, int]
+    blocks: dict[str, Any]
+    combining: tuple[int, dict[str, Any]]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -58,111 +47,103 @@ def grid(outer: int, channels: int, inner: int, programs: int, tile: int, alone:
     """
     last = inner == 1
     outer, inner = (1, outer) if last else (outer, inner)
+    across, along = triton.next_power_of_2(channels), triton.next_power_of_2(inner)
     # Small planes are seldom aligned: few elements a thread.
-    block_c = min(_power_of_2(channels), 128 if last else max(tile // 4 // _power_of_2(inner), 1))
-    block_inner = min(_power_of_2(inner), tile // block_c)
-    c_blocks, inner_blocks = _ceil_div(channels, block_c), _ceil_div(inner, block_inner)
-    items = outer * inner_blocks
-    per_split = items if items <= alone else _ceil_div(items, _ceil_div(programs, c_blocks))
-    splits = _ceil_div(items, per_split)
-    return Grid(last, block_c, block_inner, inner_blocks, inner, items, per_split, splits, channels, c_blocks)
+    block_c = min(across, 128 if last else max(tile // 4 // along, 1))
+    block_inner = min(along, tile // block_c)
+    c_blocks, items = triton.cdiv(channels, block_c), outer * triton.cdiv(inner, block_inner)
+    per_split = items if items <= alone else triton.cdiv(items, triton.cdiv(programs, c_blocks))
+    splits = triton.cdiv(items, per_split)
+    blocks = {"LAST": last, "BLOCK_C": block_c, "BLOCK_INNER": block_inner, **OPTIONS}
+    block_s = triton.next_power_of_2(splits)
+    block_c = min(across, max(1, COMBINING // block_s))
+    combining = triton.cdiv(channels, block_c), {"BLOCK_S": block_s, "BLOCK_C": block_c, **OPTIONS}
+    return Grid(c_blocks * splits, splits, (outer, inner, channels, per_split), blocks, combining)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Kernel of `library.channel_moments`."""
     x = layout.dense(x)
-    mean, var = _statistics(x, None, None, None, None, 0.0, 0.0, 1, False)
+    mean, var = _statistics(x, 0.0, None, None, None, None, 0.0, "")
     return mean, var * aten.samples_per_channel(x)
 
 
 def forward(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool, momentum: float, counter: Tensor | None,
-    state: Tensor | None, steps: int, begins: bool, group: str,
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    relu: bool, *moving: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernel of `library.batch_norm_fwd`."""
-    x = layout.dense(x)
-    mean, var, weight, bias = _dense(mean, var, weight, bias)
-    kept = None
-    if mean is not None:
-        statistics = kept = x.new_empty(2, x.shape[1], dtype=torch.float64)
+    x, kept = layout.dense(x), None
+    y = torch.empty_like(x)
+    if mean is None:
+        mean = statistics = _statistics(x, eps, *moving)
     else:
-        if group:
-            renorm = None if state is None else Renorm(state, steps, begins)
-            moments = channel_moments(x)
-            statistics = aten.settle_(x, moments, running_mean, running_var, eps, momentum, counter, renorm, group)
-        else:
-            statistics = _statistics(x, running_mean, running_var, counter, state, momentum, eps, steps, begins)
-        mean = statistics
-    y, g = torch.empty_like(x), _grid(x, STREAMING)
-    flags = {"BATCH": kept is None, "RENORM": state is not None, "RELU": relu}
-    with _on(x):
-        kernels.normalize[g.programs,](x, y, mean, var, weight, bias, kept, eps, *g[3:], **flags, **g.blocks)
+        statistics = kept = x.new_empty(2, x.shape[1], dtype=torch.float64)
+    flags = {"BATCH": kept is None, "RENORM": len(statistics) == 4, "RELU": relu}
+    g = _grid(x, STREAMING)
+    kernels.stream[g.programs,](
+        x, None, y, *_dense(mean, var, weight, bias), kept, None, eps, 1, *g.sizes, **flags, **g.blocks
+    )
     return y, statistics
 
 
 def _statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None, state: Tensor | None,
-    momentum: float, eps: float, steps: int, begins: bool,
+    x: Tensor, eps: float, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None,
+    renorm: Tensor | None, momentum: float, group: str,
 ) -> Tensor:  # fmt: skip
-    """As `aten.settle_` gives them, in one launch or two."""
-    g = _grid(x, REDUCING, ALONE)
-    statistics = x.new_empty(2 if state is None else 4, g.channels, dtype=torch.float64)
-    moved = _dense(running_mean, running_var)
-    _reduce(kernels.moments, g, (x,), (statistics, *moved, counter, state, momentum, eps, steps, begins))
-    for running, new in zip((running_mean, running_var), moved, strict=True):
-        if running is not None and new is not None and running is not new:
-            running.copy_(new)
+    """As `aten.settle_` gives them: by it over several ranks or into columns of a matrix, else in one launch or two."""
+    running = running_mean, running_var
+    if group or not all(vector is None or vector.is_contiguous() for vector in running):
+        return aten.settle_(x, channel_moments(x), eps, *running, counter, renorm, momentum, group)
+    statistics = x.new_empty(2 if renorm is None else 4, x.shape[1], dtype=torch.float64)
+    flags = {"BATCH": True, "RENORM": renorm is not None, "RELU": False}
+    _reduce(x, None, statistics, (None, None), (*running, counter, renorm, momentum), eps, flags)
     return statistics
 
 
 def backward(
-    grad: Tensor, x: Tensor, y: None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    x: Tensor, grad: Tensor, y: None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Kernel of `library.batch_norm_bwd`."""
     x = layout.dense(x)
     grad = layout.dense(grad, x)
-    weight, bias = _dense(weight, bias)
+    sums, samples = x.new_empty(2, x.shape[1], dtype=torch.float64), aten.samples_per_channel(x)
     dx, d_weight, d_bias = aten.gradients(x, wants_input, wants_affine)
     flags = {"BATCH": training, "RENORM": len(statistics) == 4, "RELU": relu}
-    sums, count = x.new_empty(2, x.shape[1], dtype=torch.float64), aten.samples_per_channel(x)
     if training or wants_affine:
-        g = _grid(x, REDUCING, ALONE)
-        results = sums, *((d_weight, d_bias) if wants_affine else (None, None)), statistics, eps
-        _reduce(kernels.gradient_sums, g, (x, grad), results, (weight, bias), flags)
+        results = sums, *((d_weight, d_bias) if wants_affine else (None, None))
+        _reduce(x, grad, statistics, (weight, bias), results, eps, flags)
     if training and group:
-        total = sum_over_ranks(torch.cat((sums.flatten(), sums.new_full((1,), count))), group)
-        sums, count = total[:-1] / total[-1], 1
+        sums, samples = mean_over_ranks(sums, samples, group), 1
     if wants_input:
         g = _grid(x, STREAMING)
-        with _on(x):
-            kernels.gradient_input[g.programs,](
-                x, grad, dx, sums, statistics, weight, bias, eps, count, *g[3:], **flags, **g.blocks
-            )
+        kernels.stream[g.programs,](
+            x, grad, dx, *_dense(statistics, None, weight, bias), None, sums if training else None, eps, samples,
+            *g.sizes, **flags, **g.blocks,
+        )  # fmt: skip
     return dx, d_weight, d_bias
 
 
 def _reduce(
-    kernel: Any, g: Grid, inputs: tuple[Tensor, ...], results: tuple[Any, ...], more: tuple[Any, ...] = (),
-    flags: Mapping[str, bool] = MappingProxyType({}),
+    x: Tensor, grad: Tensor | None, statistics: Tensor, affine: tuple[Tensor | None, ...], results: tuple[Any, ...],
+    eps: float, flags: dict[str, bool],
 ) -> None:  # fmt: skip
-    """Launch `kernel`, and `combine` behind it where several programs share a channel."""
-    x, alone = inputs[0], g.splits == 1
-    partial = None if alone else x.new_empty(3, g.splits, g.channels, dtype=torch.float64)
-    with _on(x):
-        kernel[g.programs,](*inputs, partial, *more, results, *g[3:], ALONE=alone, **flags, **g.blocks)
-        if not alone:
-            block_s = _power_of_2(g.splits)
-            block_c = min(_power_of_2(g.channels), max(1, COMBINING // block_s))
-            kernels.combine[_ceil_div(g.channels, block_c),](
-                partial, results, g.splits, g.channels, MOMENTS=len(inputs) == 1, RENORM=flags.get("RENORM", False),
-                BLOCK_S=block_s, BLOCK_C=block_c, **OPTIONS,
-            )  # fmt: skip
+    """Launch `reduce`, and `combine` behind it where several programs share a channel."""
+    g = _grid(x, REDUCING, ALONE)
+    alone = g.splits == 1
+    partial = None if alone else x.new_empty(3, g.splits, x.shape[1], dtype=torch.float64)
+    kernels.reduce[g.programs,](
+        x, grad, partial, statistics, *_dense(*affine), results, eps, *g.sizes, ALONE=alone, **flags, **g.blocks
+    )
+    if not alone:
+        programs, blocks = g.combining
+        which = {"MOMENTS": grad is None, "RENORM": flags["RENORM"]}
+        kernels.combine[programs,](partial, statistics, results, eps, g.splits, x.shape[1], **which, **blocks)
 
 
 def _grid(x: Tensor, per_processor: int, alone: int = 0) -> Grid:
-    outer, inner = layout.extent(x)
+    _, outer, inner = layout.memory(x.shape, x.stride())
     programs = per_processor * _processors(x.device)
     return grid(outer, x.shape[1], inner, min(programs, MAX_SPLITS) if alone else programs, TILE, alone)
 
@@ -176,16 +157,3 @@ def _processors(device: torch.device) -> int:
 def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
     """Vectors of C elements side by side, as the kernels read them."""
     return [vector if vector is None else vector.contiguous() for vector in vectors]
-
-
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    there = not x.is_cuda or x.device.index == torch.cuda.current_device()
-    return nullcontext() if there else torch.cuda.device_of(x)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import aten, library
-from .renorm import Renorm
 from .sync import group_name
 
 # Elements up to which a CUDA tensor in training goes to ATen's kernels, whose launches cost the host less. A guess: no
@@ -83,16 +82,18 @@ def batch_norm(
     check(input, "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if not training and (running_mean is None or running_var is None):
         raise ValueError("batch_norm: got no running_mean and running_var, which eval mode normalizes by")
-    group = group_name(process_group)
+    group = group_name(process_group) if training else ""
     return normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, relu, group)
 
 
 def normalize(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     training: bool, momentum: float | Tensor, eps: float, relu: bool, group: str = "", counter: Tensor | None = None,
-    renorm: Renorm | None = None,
+    renorm: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`batch_norm` of what was checked, by ATen's kernels or by our ops; `counter` moves by one in training.
+    """`batch_norm` of what was checked, by ATen's kernels or by our ops.
+
+    In training `counter` moves by one; `renorm` is that of `renorm.schedule`, whose next step begins with a counter.
 
     Raises:
         ValueError: there is one value per channel, whose variance of 0 would erase it.
@@ -103,21 +104,18 @@ def normalize(
             "larger batches, eval mode or frozen statistics (bnsurgery.set_statistics_(model, 'running'))"
         )
     if isinstance(momentum, Tensor):
-        moved = [t if t is None else t.clone() for t in (running_mean, running_var)]
+        moved = [t if t is None else t.clone() for t in (running_mean, running_var)]  # autograd keeps what ATen moved
         rest = (weight, bias, training, 1.0, eps, relu, group, counter, renorm)
         y = normalize(input, moved[0], moved[1], *rest)
         for running, new in zip((running_mean, running_var), moved, strict=True):
             if running is not None and new is not None:
                 running.lerp_(new, momentum.to(running.dtype))
         return y
-    if (
-        group
-        or torch.compiler.is_compiling()
-        or not _suits_aten(input, running_mean, running_var, weight, bias, training)
-    ):
-        vectors = (None, None, running_mean, running_var) if training else (running_mean, running_var, None, None)
-        schedule = (None, 0, False) if renorm is None else (renorm.state, renorm.steps, renorm.begins)
-        return library.batch_norm(input, *vectors, weight, bias, eps, relu, momentum, counter, *schedule, group)
+    ours = group or torch.compiler.is_compiling()
+    if ours or not _suits_aten(input, running_mean, running_var, weight, bias, training):
+        vectors = running_mean, running_var
+        given, moving = ((None, None), vectors) if training else (vectors, (None, None))
+        return library.batch_norm(input, *given, weight, bias, eps, relu, *moving, counter, renorm, momentum, group)
     if not training:
         assert running_mean is not None and running_var is not None
         if torch.is_grad_enabled():  # the next training step will change them in place
@@ -127,7 +125,7 @@ def normalize(
     elif renorm is not None:
         with torch.no_grad():
             moments = library.channel_moments(input)
-            rows = aten.settle_(input, moments, running_mean, running_var, eps, momentum, counter, renorm, "")[2:]
+            rows = aten.settle_(input, moments, eps, running_mean, running_var, counter, renorm, momentum, "")[2:]
         dtype, running_mean, running_var = aten.work_dtype(input), None, None
         weight, bias = aten.corrected(weight, bias, [row.to(dtype).to(input.device) for row in rows], dtype)
     elif counter is not None:

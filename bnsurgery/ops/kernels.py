@@ -1,40 +1,60 @@
 """Triton kernels of batch norm, for any layout. Imported by `cuda` at the first call on a GPU, never before.
 
-Every kernel sees its tensors as (outer, C, inner) in one dense order, channels_last (LAST) with C innermost, and works
-on tiles of BLOCK_C channels by BLOCK_INNER positions. A "work item" is one tile position (outer, inner block); a
-program takes `per_split` consecutive ones of one block of channels. Sums stay in registers, one per element of the
-tile, and leave a program as one partial result per channel: no atomics, so the same bits every run. What follows from
-the sums is stored by the same program where it has seen all (ALONE), else by a program of `combine`. Arithmetic is
-float32; what crosses programs is float64.
+`reduce` adds up over samples and positions, `combine` what several programs of it found, and `stream` computes number
+by number: in the forward, and where there is a gradient in the backward.
+
+Every kernel sees its tensors as (outer, C, inner) in one dense order, channels_last (LAST) with C innermost and
+positions as inner, and works on tiles of BLOCK_C channels by BLOCK_INNER positions. A "work item" is one tile position
+(outer, inner block); a program takes `per_split` consecutive ones of one block of channels. Sums stay in registers, one
+per element of the tile, and leave a program as one partial result per channel: no atomics, so the same bits every run.
+What follows from the sums is stored by the same program where it has seen all (ALONE), else by a program of `combine`.
+Arithmetic is float32; what crosses programs is float64.
 """
 
 import triton
 import triton.language as tl
 
 # Compiled once for all values: a network has as many of these as it has layers and batch sizes.
-SIZES = ["inner_blocks", "inner", "items", "per_split", "splits", "samples"]
+SIZES = ["outer", "inner", "per_split", "splits", "samples"]
 
 
 @triton.jit
-def _span(per_split, c_blocks, items, BLOCK_C: tl.constexpr):
-    """This program's channels, its split, and its first and last work item."""
+def _span(outer, inner, channels, per_split, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    """This program's channels, its split, its first and last work item, and how many of these a plane has."""
+    c_blocks, inner_blocks = tl.cdiv(channels, BLOCK_C), tl.cdiv(inner.to(tl.int64), BLOCK_INNER)
     program = tl.program_id(0).to(tl.int64)
     c = (program % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = program // c_blocks
     first = split * per_split
-    return c, split, first, tl.minimum(first + per_split, items)
+    return c, split, first, tl.minimum(first + per_split, outer * inner_blocks), inner_blocks
 
 
 @triton.jit
 def _tile(item, inner_blocks, inner, channels, c, LAST: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """Offsets, in int64, of a work item's tile, which of its elements exist, and how many these are per channel."""
-    i = (item % inner_blocks).to(tl.int64) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
-    inside = i < inner
+    """Offsets, in int64, of a work item's tile, and which of its elements exist."""
+    i = (item % inner_blocks) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
     if LAST:
         offsets = i[None, :] * channels + c[:, None]
     else:
-        offsets = ((item // inner_blocks).to(tl.int64) * channels + c[:, None]) * inner + i[None, :]
-    return offsets, (c < channels)[:, None] & inside[None, :], tl.sum(inside.to(tl.int64))
+        offsets = ((item // inner_blocks) * channels + c[:, None]) * inner + i[None, :]
+    return offsets, (c < channels)[:, None] & (i < inner)[None, :]
+
+
+@triton.jit
+def _positions(first, last, inner_blocks, inner, BLOCK_INNER: tl.constexpr):
+    """How many positions some work items have: whole blocks but for the last one of each plane."""
+    ends = last // inner_blocks - first // inner_blocks
+    return (last - first) * BLOCK_INNER - ends * (inner_blocks * BLOCK_INNER - inner)
+
+
+@triton.jit
+def _vector(pointer, c, channels, other: tl.constexpr):
+    """The numbers of channels `c`; `other` beyond the last one, and everywhere if there is no vector."""
+    if pointer is None:
+        found = tl.full(c.shape, other, tl.float32)
+    else:
+        found = tl.load(pointer + c, mask=c < channels, other=other)
+    return found
 
 
 @triton.jit
@@ -47,22 +67,14 @@ def _coefficients(mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, c, eps, BAT
     (`div_rn`, `sqrt_rn`: Triton's plain ones are approximate), for there inserted layers must be exact: their scale is
     1 then, and no fusion of bias − mean·scale makes that other than 0.
     """
-    exists = c < channels
-    mean = tl.load(mean_ptr + c, mask=exists, other=0.0)
-    if var_ptr is None:
-        var = tl.load(mean_ptr + channels + c, mask=exists, other=1.0).to(tl.float32)
-    else:
-        var = tl.load(var_ptr + c, mask=exists, other=1.0).to(tl.float32)
-    one = tl.full(var.shape, 1.0, tl.float32)
-    invstd = tl.div_rn(one, tl.sqrt_rn(var + eps))
-    weight, shift = one, tl.zeros_like(one)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + c, mask=exists, other=1.0).to(tl.float32)
-    if bias_ptr is not None:
-        shift = tl.load(bias_ptr + c, mask=exists, other=0.0).to(tl.float32)
+    mean = _vector(mean_ptr, c, channels, 0.0)
+    var = _vector(mean_ptr + channels if var_ptr is None else var_ptr, c, channels, 1.0).to(tl.float32)
+    invstd = tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps))
+    weight = _vector(weight_ptr, c, channels, 1.0).to(tl.float32)
+    shift = _vector(bias_ptr, c, channels, 0.0).to(tl.float32)
     if RENORM:
-        shift += weight * tl.load(mean_ptr + 3 * channels + c, mask=exists, other=0.0).to(tl.float32)
-        weight *= tl.load(mean_ptr + 2 * channels + c, mask=exists, other=1.0).to(tl.float32)
+        shift += weight * _vector(mean_ptr + 3 * channels, c, channels, 0.0).to(tl.float32)
+        weight *= _vector(mean_ptr + 2 * channels, c, channels, 1.0).to(tl.float32)
     scale = invstd * weight
     center = mean.to(tl.float32)
     low = (mean - center).to(tl.float32)
@@ -70,7 +82,7 @@ def _coefficients(mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, c, eps, BAT
         shift -= low * scale
     else:
         shift -= center * scale
-        center, low = tl.zeros_like(one), tl.zeros_like(one)
+        center, low = tl.zeros_like(scale), tl.zeros_like(scale)
     return center, low, invstd, scale, shift
 
 
@@ -84,21 +96,25 @@ def _masked(grad, x, center, scale, shift, dtype: tl.constexpr, RELU: tl.constex
 
 
 @triton.jit
-def _settle(mean, var, count, c, channels, results):
+def _settle(mean, var, count, c, channels, statistics, moving, eps):
     """Store the batch's statistics, with renorm's r and d; move running ones and counter: as `aten.settle_`."""
-    statistics, running_mean, running_var, counter, state, momentum, eps, steps, begins = results
+    running_mean, running_var, counter, renorm, momentum = moving
     exists = c < channels
     tl.store(statistics + c, mean, mask=exists)
     tl.store(statistics + channels + c, var, mask=exists)
-    if state is not None:
-        if begins:
-            tl.store(state + c, tl.load(running_mean + c, mask=exists), mask=exists)
-            tl.store(state + channels + c, tl.load(running_var + c, mask=exists), mask=exists)
-            tl.store(state + 2 * channels + c, tl.load(state + 2 * channels + c, mask=exists) + 1, mask=exists)
-        anchor_mean = tl.load(state + c, mask=exists, other=0.0).to(tl.float64)
-        std = tl.sqrt(tl.load(state + channels + c, mask=exists, other=1.0).to(tl.float64) + eps)
-        p = tl.minimum(tl.load(state + 2 * channels + c, mask=exists, other=0.0).to(tl.float64) / steps, 1.0)
+    if renorm is not None:
+        step, steps = _vector(renorm + 2 * channels, c, channels, 0.0), _vector(renorm + 3 * channels, c, channels, 1.0)
+        if counter is None:
+            anchor_mean, anchor_var = _vector(renorm, c, channels, 0.0), _vector(renorm + channels, c, channels, 1.0)
+        else:  # a step begins; what is stored is not read again, which other threads of the program might do too early
+            anchor_mean, anchor_var = _vector(running_mean, c, channels, 0.0), _vector(running_var, c, channels, 1.0)
+            step += 1
+            tl.store(renorm + c, anchor_mean, mask=exists)
+            tl.store(renorm + channels + c, anchor_var, mask=exists)
+            tl.store(renorm + 2 * channels + c, step, mask=exists)
+        p = tl.minimum(step.to(tl.float64) / steps, 1.0)
         r_max, d_max = tl.exp((1 - p) / p * 1.0986122886681098), 5 * (1 - p) / p  # ln 3
+        std = tl.sqrt(anchor_var.to(tl.float64) + eps)
         r, d = tl.sqrt(var + eps) / std, (mean - anchor_mean) / std
         tl.store(statistics + 2 * channels + c, tl.minimum(tl.maximum(r, 1 / r_max), r_max), mask=exists)
         tl.store(statistics + 3 * channels + c, tl.minimum(tl.maximum(d, -d_max), d_max), mask=exists)
@@ -114,95 +130,85 @@ def _settle(mean, var, count, c, channels, results):
 
 
 @triton.jit
-def _finish(sum_dy, sum_dy_xmu, c, channels, results, RENORM: tl.constexpr):
+def _finish(sum_dy, sum_dy_xmu, c, channels, statistics, gradients, eps, RENORM: tl.constexpr):
     """Store Σg and Σg·(x − mean), and what they are as gradients of weight and bias."""
-    sums, d_weight, d_bias, statistics, eps = results
+    sums, d_weight, d_bias = gradients
     exists = c < channels
     tl.store(sums + c, sum_dy, mask=exists)
     tl.store(sums + channels + c, sum_dy_xmu, mask=exists)
     if d_weight is not None:
-        found = sum_dy_xmu / tl.sqrt(tl.load(statistics + channels + c, mask=exists, other=1.0) + eps)
+        found = sum_dy_xmu / tl.sqrt(_vector(statistics + channels, c, channels, 1.0) + eps)
         if RENORM:
-            found *= tl.load(statistics + 2 * channels + c, mask=exists, other=1.0)
-            found += tl.load(statistics + 3 * channels + c, mask=exists, other=0.0) * sum_dy
+            found *= _vector(statistics + 2 * channels, c, channels, 1.0)
+            found += _vector(statistics + 3 * channels, c, channels, 0.0) * sum_dy
         tl.store(d_weight + c, found, mask=exists)
         tl.store(d_bias + c, sum_dy, mask=exists)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def moments(
-    x_ptr, partial_ptr, results, inner_blocks, inner, items, per_split, splits, channels, c_blocks,
-    ALONE: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
-    """Mean, centred sum of squares and count of one split: partial (3, splits, C), float64.
-
-    Sums are taken about the mean of the split's first tile. That tile is itself in the split, so the squared distance
-    from shift to mean is at most (number of tiles) variances: cancellation costs no more than plain rounding does.
-    """
-    c, split, first, last = _span(per_split, c_blocks, items, BLOCK_C)
-    offsets, mask, count = _tile(first, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.sum(x, 1) / count.to(tl.float32)
-    d = tl.where(mask, x - shift[:, None], 0.0)
-    sums, squares = d, d * d
-    for item in range(first + 1, last):
-        offsets, mask, more = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
-        d = tl.where(mask, tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - shift[:, None], 0.0)
-        sums += d
-        squares += d * d
-        count += more
-    n = count.to(tl.float64)
-    offset = tl.sum(sums.to(tl.float64), 1) / n
-    mean = shift.to(tl.float64) + offset
-    m2 = tl.sum(squares.to(tl.float64), 1) - offset * offset * n
-    m2 = tl.where(m2 < 0, 0.0, m2)
-    if ALONE:
-        _settle(mean, m2 / n, n, c, channels, results)
-    else:
-        at = partial_ptr + split * channels + c
-        tl.store(at, mean, mask=c < channels)
-        tl.store(at + splits * channels, m2, mask=c < channels)
-        tl.store(at + 2 * splits * channels, tl.full(c.shape, 0.0, tl.float64) + n, mask=c < channels)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def gradient_sums(
-    x_ptr, grad_ptr, partial_ptr, weight_ptr, bias_ptr, results, inner_blocks, inner, items, per_split, splits,
-    channels, c_blocks,
+def reduce(
+    x_ptr, grad_ptr, partial_ptr, statistics_ptr, weight_ptr, bias_ptr, results, eps, outer, inner, channels, per_split,
     ALONE: tl.constexpr, BATCH: tl.constexpr, RENORM: tl.constexpr, RELU: tl.constexpr,
     LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    """Σg and Σg·(x − mean) of one split, with g the gradient before the activation: partial (2, splits, C), float64."""
-    c, split, first, last = _span(per_split, c_blocks, items, BLOCK_C)
-    statistics, eps = results[3], results[4]
-    center, low, _, scale, shift = _coefficients(
-        statistics, None, weight_ptr, bias_ptr, channels, c, eps, BATCH, RENORM
-    )
-    middle = center
-    if not BATCH:
-        middle = tl.load(statistics + c, mask=c < channels, other=0.0).to(tl.float32)
+    """Of one split mean, centred sum of squares and count; given a gradient, Σg and Σg·(x − mean).
+
+    Both are a sum of numbers and one of their products with d = x − middle: of d, or of g, the gradient before the
+    activation. The partial results are (3, splits, C), float64. For moments the middle is the mean of the split's first
+    tile. That tile is itself in the split, so the squared distance from middle to mean is at most (number of tiles)
+    variances: cancellation costs no more than plain rounding does.
+    """
+    c, split, first, last, inner_blocks = _span(outer, inner, channels, per_split, BLOCK_C, BLOCK_INNER)
+    if grad_ptr is None:
+        offsets, mask = _tile(first, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
+        total = tl.sum(tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 1)
+        middle = total / _positions(first, first + 1, inner_blocks, inner, BLOCK_INNER).to(tl.float32)
+    else:
+        center, low, _, scale, shift = _coefficients(
+            statistics_ptr, None, weight_ptr, bias_ptr, channels, c, eps, BATCH, RENORM
+        )
+        middle = center
+        if not BATCH:
+            middle = _vector(statistics_ptr, c, channels, 0.0).to(tl.float32)
     sums = tl.zeros((BLOCK_C, BLOCK_INNER), tl.float32)
     products = tl.zeros((BLOCK_C, BLOCK_INNER), tl.float32)
     for item in range(first, last):
-        offsets, mask, _count = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
+        offsets, mask = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        g = _masked(g, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
+        d = x - middle[:, None]
+        if grad_ptr is None:
+            d = tl.where(mask, d, 0.0)
+            g = d
+        else:
+            g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            g = _masked(g, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
         sums += g
-        products += g * (x - middle[:, None])
-    total = tl.sum(sums.to(tl.float64), 1)
-    product = tl.sum(products.to(tl.float64), 1) - low.to(tl.float64) * total
-    if ALONE:
-        _finish(total, product, c, channels, results, RENORM)
+        products += g * d
+    one = tl.sum(sums.to(tl.float64), 1)
+    two = tl.sum(products.to(tl.float64), 1)
+    if grad_ptr is None:
+        n = tl.full(c.shape, 0.0, tl.float64) + _positions(first, last, inner_blocks, inner, BLOCK_INNER)
+        offset = one / n
+        two -= offset * one
+        one, two = middle.to(tl.float64) + offset, tl.where(two < 0, 0.0, two)
+        if ALONE:
+            _settle(one, two / n, n, c, channels, statistics_ptr, results, eps)
     else:
+        two -= low.to(tl.float64) * one
+        if ALONE:
+            _finish(one, two, c, channels, statistics_ptr, results, eps, RENORM)
+    if not ALONE:
         at = partial_ptr + split * channels + c
-        tl.store(at, total, mask=c < channels)
-        tl.store(at + splits * channels, product, mask=c < channels)
+        splits = tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)
+        tl.store(at, one, mask=c < channels)
+        tl.store(at + splits * channels, two, mask=c < channels)
+        if grad_ptr is None:
+            tl.store(at + 2 * splits * channels, n, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def combine(
-    partial_ptr, results, splits, channels,
+    partial_ptr, statistics_ptr, results, eps, splits, channels,
     MOMENTS: tl.constexpr, RENORM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All splits together, in float64: moments by Chan, Golub & LeVeque 1983, equation 2.1; gradients by adding up."""
@@ -210,66 +216,52 @@ def combine(
     s = tl.arange(0, BLOCK_S).to(tl.int64)
     mask = (s < splits)[:, None] & (c < channels)[None, :]
     at = partial_ptr + s[:, None] * channels + c[None, :]
-    first = tl.load(at, mask=mask, other=0.0)
-    second = tl.load(at + splits * channels, mask=mask, other=0.0)
+    one = tl.load(at, mask=mask, other=0.0)
+    two = tl.load(at + splits * channels, mask=mask, other=0.0)
     if MOMENTS:
         count = tl.load(at + 2 * splits * channels, mask=mask, other=0.0)
         n = tl.sum(count, 0)
-        mean = tl.sum(first * count, 0) / n
-        d = tl.where(mask, first - mean[None, :], 0.0)
-        _settle(mean, tl.sum(second + d * d * count, 0) / n, n, c, channels, results)
+        mean = tl.sum(one * count, 0) / n
+        d = tl.where(mask, one - mean[None, :], 0.0)
+        _settle(mean, tl.sum(two + d * d * count, 0) / n, n, c, channels, statistics_ptr, results, eps)
     else:
-        _finish(tl.sum(first, 0), tl.sum(second, 0), c, channels, results, RENORM)
+        _finish(tl.sum(one, 0), tl.sum(two, 0), c, channels, statistics_ptr, results, eps, RENORM)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def normalize(
-    x_ptr, y_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, kept_ptr, eps, inner_blocks, inner, items, per_split, splits,
-    channels, c_blocks,
+def stream(
+    x_ptr, grad_ptr, out_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, kept_ptr, sums_ptr, eps, samples,
+    outer, inner, channels, per_split,
     BATCH: tl.constexpr, RENORM: tl.constexpr, RELU: tl.constexpr,
     LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    """Y = act((x − mean)/√(var + eps)·weight + bias): one read and one write. `kept` gets the running statistics."""
-    c, split, first, last = _span(per_split, c_blocks, items, BLOCK_C)
-    center, _, _, scale, shift = _coefficients(mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, c, eps, BATCH, RENORM)
-    if not BATCH:  # noqa: SIM102
+    """Y = act((x − mean)/√(var + eps)·weight + bias): one read and one write. `kept` gets the running statistics.
+
+    Given a gradient, dx = scale·(g − mean(g) − (x − mean)/(var + eps)·mean(g·(x − mean))), where means are `sums` by
+    `samples`; scale·g with running statistics.
+    """
+    c, split, first, last, inner_blocks = _span(outer, inner, channels, per_split, BLOCK_C, BLOCK_INNER)
+    center, low, invstd, scale, shift = _coefficients(
+        mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, c, eps, BATCH, RENORM
+    )
+    if kept_ptr is not None:  # noqa: SIM102
         if split == 0:
             tl.store(kept_ptr + c, tl.load(mean_ptr + c, mask=c < channels), mask=c < channels)
             tl.store(kept_ptr + channels + c, tl.load(var_ptr + c, mask=c < channels), mask=c < channels)
+    if sums_ptr is not None:
+        slope = _vector(sums_ptr + channels, c, channels, 0.0).to(tl.float32) / samples * scale * invstd * invstd
+        level = _vector(sums_ptr, c, channels, 0.0).to(tl.float32) / samples * scale - low * slope
     for item in range(first, last):
-        offsets, mask, _count = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
+        offsets, mask = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        y = (x - center[:, None]) * scale[:, None] + shift[:, None]
-        if RELU:
-            y = tl.where(y < 0, 0.0, y)  # keeps NaN, which tl.maximum would turn into 0
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def gradient_input(
-    x_ptr, grad_ptr, out_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr, eps, samples, inner_blocks, inner, items,
-    per_split, splits, channels, c_blocks,
-    BATCH: tl.constexpr, RENORM: tl.constexpr, RELU: tl.constexpr,
-    LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
-    """Dx = scale·(g − mean(g) − (x − mean)/(var + eps)·mean(g·(x − mean))); scale·g with running statistics."""
-    c, _, first, last = _span(per_split, c_blocks, items, BLOCK_C)
-    center, low, invstd, scale, shift = _coefficients(
-        statistics_ptr, None, weight_ptr, bias_ptr, channels, c, eps, BATCH, RENORM
-    )
-    slope, level = tl.zeros_like(scale), tl.zeros_like(scale)
-    if BATCH:
-        slope = tl.load(sums_ptr + channels + c, mask=c < channels, other=0.0).to(tl.float32) / samples
-        slope *= scale * invstd * invstd
-        level = tl.load(sums_ptr + c, mask=c < channels, other=0.0).to(tl.float32) / samples * scale - low * slope
-    for item in range(first, last):
-        offsets, mask, _count = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
-        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        x = g
-        if BATCH or RELU:
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        g = _masked(g, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
-        dx = g * scale[:, None]
-        if BATCH:
-            dx -= level[:, None] + (x - center[:, None]) * slope[:, None]
-        tl.store(out_ptr + offsets, dx.to(out_ptr.dtype.element_ty), mask=mask)
+        if grad_ptr is None:
+            out = (x - center[:, None]) * scale[:, None] + shift[:, None]
+            if RELU:
+                out = tl.where(out < 0, 0.0, out)  # keeps NaN, which tl.maximum would turn into 0
+        else:
+            g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            g = _masked(g, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
+            out = g * scale[:, None]
+            if sums_ptr is not None:
+                out -= level[:, None] + (x - center[:, None]) * slope[:, None]
+        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)

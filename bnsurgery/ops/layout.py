@@ -9,28 +9,21 @@ from torch import Tensor
 
 def flat(x: Tensor) -> Tensor:
     """X in the order of its memory as (outer, C, inner), contiguous: a view where x is dense, else a copy."""
-    order = memory_order(x.shape, x.stride())
-    outer, inner = extent(x)
+    order, outer, inner = memory(x.shape, x.stride())
     return x.permute(order).reshape(outer, x.shape[1], inner).contiguous()
 
 
 def unflat(y: Tensor, x: Tensor) -> Tensor:
     """`y`, shaped as `flat(x)`, in the shape and order of x."""
-    order = memory_order(x.shape, x.stride())
+    order, _, _ = memory(x.shape, x.stride())
     return y.view([x.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(x.ndim)])
-
-
-def extent(x: Tensor) -> tuple[int, int]:
-    """Sizes of outer and inner."""
-    order = memory_order(x.shape, x.stride())
-    sizes = [x.shape[dim] for dim in order]
-    return math.prod(sizes[: order.index(1)]), math.prod(sizes[order.index(1) + 1 :])
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     """X, or a copy of it, without gaps and in the order of `like` or its own."""
     template = x if like is None else like
-    order, stride = memory_order(template.shape, template.stride()), 1
+    order, _, _ = memory(template.shape, template.stride())
+    stride = 1
     for dim in reversed(order):
         if x.shape[dim] > 1 and x.stride(dim) != stride:
             return torch.empty_like(template).copy_(x)
@@ -39,6 +32,8 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def memory_order(shape: torch.Size, strides: tuple[int, ...]) -> list[int]:
-    """The dims by falling stride; those of one element, whose strides mean nothing, first."""
-    return sorted(range(len(shape)), key=lambda d: strides[d] if shape[d] > 1 else math.inf, reverse=True)
+def memory(shape: torch.Size, strides: tuple[int, ...]) -> tuple[list[int], int, int]:
+    """The dims by falling stride, first those of one element, whose strides mean nothing; sizes of outer and inner."""
+    order = sorted(range(len(shape)), key=lambda d: strides[d] if shape[d] > 1 else math.inf, reverse=True)
+    sizes, at = [shape[dim] for dim in order], order.index(1)
+    return order, math.prod(sizes[:at]), math.prod(sizes[at + 1 :])

@@ -9,6 +9,7 @@ ReLU's mask is computed from x again, so y need not live until the backward; whe
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,15 +34,16 @@ def _define(schema: str, fake: Callable[..., Any], **kernels: Callable[..., Any]
     return getattr(torch.ops.bnsurgery, name).default
 
 
-def cuda_kernel(name: str, input: int = 0) -> Callable[..., Any]:
-    """Our kernel, imported at the first use, or ATen's; `input` is the position of the input among the arguments."""
+def cuda_kernel(name: str) -> Callable[..., Any]:
+    """Our kernel, imported at the first use, or ATen's."""
 
-    def kernel(*args: Any) -> Any:
-        if not takes_kernels(args[input]):
-            return getattr(aten, name)(*args)
+    def kernel(input: Tensor, *args: Any) -> Any:
+        if not takes_kernels(input):
+            return getattr(aten, name)(input, *args)
         from . import cuda
 
-        return getattr(cuda, name)(*args)
+        with torch.cuda.device_of(input) if input.is_cuda else nullcontext():  # Triton launches on the current one
+            return getattr(cuda, name)(input, *args)
 
     return kernel
 
@@ -67,57 +69,50 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         output, statistics = _run(*args)
-        input, mean, _, _, _, weight, bias, ctx.eps, ctx.relu, *_, ctx.group = args
-        ctx.training = mean is None
-        kept = output if ctx.relu and not takes_kernels(input) else None
-        ctx.save_for_backward(input, weight, bias, statistics, kept)
+        input, mean, _, weight, bias, eps, relu, *_, group = args
+        ctx.settings = eps, mean is None, relu, group
+        kept = output if relu and not takes_kernels(input) else None
+        ctx.save_for_backward(input, kept, statistics, weight, bias)
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)  # it would be a tensor of zeros
         return output, statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        input, weight, bias, statistics, output = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        wanted = needs[0], needs[5], needs[6]
+        wanted = needs[0], needs[3], needs[4]
         if torch.is_grad_enabled():
-            found = _differentiable(ctx, grad, input, weight, bias, statistics, wanted)
+            found = _differentiable(ctx, grad, wanted)
         else:
-            found = batch_norm_bwd(
-                grad, input, output, statistics, weight, bias, ctx.eps, ctx.training, ctx.relu, ctx.group, wanted[0],
-                wanted[1] or wanted[2],
-            )  # fmt: skip
+            input, *kept = ctx.saved_tensors
+            found = batch_norm_bwd(input, grad, *kept, *ctx.settings, wanted[0], wanted[1] or wanted[2])
         d_input, *d_affine = (t if wants else None for t, wants in zip(found, wanted, strict=True))
-        return d_input, *[None] * 4, *d_affine, *[None] * (len(needs) - 7)
+        return d_input, None, None, *d_affine, *[None] * (len(needs) - 5)
 
 
-def _differentiable(
-    ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+def _differentiable(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The gradients as functions of input, weight, bias and `grad`, for create_graph=True: by ATen."""
-    if ctx.group:
+    eps, training, relu, group = ctx.settings
+    if group:
         raise NotImplementedError("batch_norm: no double backward with a process group; pass process_group=None")
+    input, _, statistics, weight, bias = ctx.saved_tensors
     # Views, so that the gradients stop here: the three may depend on each other, as in a network that is applied twice.
-    input = input.view_as(input)
-    weight, bias = (t if t is None else t.view_as(t) for t in (weight, bias))
-    if ctx.training:
-        affine = aten.corrected(weight, bias, [*statistics[2:]], aten.work_dtype(input))
-        y = aten.batch_norm(input, None, None, *affine, True, 0.0, ctx.eps, ctx.relu)
+    tensors: list[Any] = [t if t is None else t.view_as(t) for t in (input, weight, bias)]
+    input, weight, bias = tensors
+    if training:
+        affine = aten.corrected(weight, bias, statistics[2:], aten.work_dtype(input))
+        y = aten.batch_norm(input, None, None, *affine, True, 0.0, eps, relu)
     else:
-        y = aten.normalize(input, [*statistics], weight, bias, ctx.eps, ctx.relu)
-    asked = [t for t, wants in zip((input, weight, bias), wanted, strict=True) if wants and t is not None]
+        y = aten.normalize(input, statistics, weight, bias, eps, relu)
+    asked = [t for t, wants in zip(tensors, wanted, strict=True) if wants]
     found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
     return tuple(next(found) if wants else None for wants in wanted)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
-    """`batch_norm_fwd` past its autograd, which is told of what changes in place."""
+    """`batch_norm_fwd` past its autograd; like ATen's it does not mark as changed what other graphs may have kept."""
     with torch._C._AutoDispatchBelowAutograd():
-        results = batch_norm_fwd(*args)
-    changed = [args[i] for i in (3, 4, 10, 11) if args[i] is not None]
-    if changed:
-        torch.autograd.graph.increment_version(changed)
+        results: tuple[Tensor, Tensor] = batch_norm_fwd(*args)
     return results
 
 
@@ -145,13 +140,13 @@ channel_moments = _define(
 
 # act((x − mean)/√(var + eps)·weight + bias), laid out like the input, by mean and var, or where these are None by those
 # of the batch over all ranks of the process group called `group` ("" for none). Then the running statistics move by
-# `momentum` and the counter by one, and `renorm`, steps and begins are those of `renorm.Renorm`. The second result is
-# mean and var, (2, C), or with Batch Renormalization's r and d (4, C).
+# `momentum` and the counter by one; `renorm` is that of `renorm.schedule`, and a step of it begins where a counter is.
+# The second result is mean and var, (2, C), or with Batch Renormalization's r and d (4, C).
 batch_norm_fwd = _define(
-    "batch_norm_fwd(Tensor input, Tensor? mean, Tensor? var, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor? weight, Tensor? bias, float eps, bool relu, float momentum, Tensor(c!)? counter, Tensor(d!)? renorm, "
-    "int steps, bool begins, str group) -> (Tensor output, Tensor statistics)",
-    lambda input, *args: (torch.empty_like(input), _per_channel(input, 2 if args[10] is None else 4)),
+    "batch_norm_fwd(Tensor input, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps, bool relu, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? counter, Tensor(d!)? renorm, float momentum, "
+    "str group) -> (Tensor output, Tensor statistics)",
+    lambda input, *args: (torch.empty_like(input), _per_channel(input, 2 if args[9] is None else 4)),
     Autograd=lambda *args: _BatchNorm.apply(*args),
     CompositeExplicitAutograd=aten.forward,
     CUDA=cuda_kernel("forward"),
@@ -161,9 +156,9 @@ batch_norm_fwd = _define(
 # itself. With `training` the statistics depend on the input. `output` may be given where reading it is cheaper than
 # computing ReLU's mask. What is not wanted comes empty.
 batch_norm_bwd = _define(
-    "batch_norm_bwd(Tensor grad, Tensor input, Tensor? output, Tensor statistics, Tensor? weight, Tensor? bias, "
+    "batch_norm_bwd(Tensor input, Tensor grad, Tensor? output, Tensor statistics, Tensor? weight, Tensor? bias, "
     "float eps, bool training, bool relu, str group, bool wants_input, bool wants_affine) -> (Tensor, Tensor, Tensor)",
-    lambda grad, input, *args: aten.gradients(input, *args[-2:]),
+    lambda input, *args: aten.gradients(input, *args[-2:]),
     CompositeExplicitAutograd=aten.backward,
-    CUDA=cuda_kernel("backward", input=1),
+    CUDA=cuda_kernel("backward"),
 )

@@ -1,29 +1,21 @@
 """Batch Renormalization: train-mode outputs tied to the running statistics, less and less."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Renorm:
-    """Where a layer stands in its schedule.
+def schedule(running_mean: Tensor, done: int, steps: int) -> Tensor:
+    """Where a layer stands that took `done` steps of `steps`, before the next one begins.
 
-    Attributes:
-        state: (3, C), changed in place: running mean and variance as they were when this training step began, and the
-            number of steps before it, once for each channel.
-        steps: length of the schedule.
-        begins: whether a step begins with this call.
+    Rows of (4, C), once for each channel: running mean and variance as they were when the step began, the number of
+    steps before it, and the length of the schedule.
     """
-
-    state: Tensor
-    steps: int
-    begins: bool
+    return torch.stack([torch.full_like(running_mean, value) for value in (0, 0, done - 1, steps)])
 
 
-def limits(step: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def limits(step: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
     """(r_max, d_max) at a training step: (∞, ∞) at step 0, (3, 5) half way, (1, 0) from `steps` on.
 
     With p = step/steps: ln r_max = ln 3·(1 − p)/p and d_max = 5·(1 − p)/p. The paper opens from (1, 0) to (3, 5); here
@@ -41,19 +33,19 @@ def limits(step: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def r_and_d_(
-    renorm: Renorm, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+    state: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, begins: bool
 ) -> Tensor:
     """Begin a step where one begins; then r = clip(σ_B/σ, 1/r_max, r_max) and d = clip((μ_B − μ)/σ, −d_max, d_max).
 
     Rows of (2, C), constants for the gradient. Plain batch norm with weight·r and weight·d + bias then computes
     weight·(r·x̂ + d) + bias; wide open that is the eval function, by the running statistics of the step's beginning.
     """
-    if renorm.begins:
-        renorm.state[0].copy_(running_mean)
-        renorm.state[1].copy_(running_var)
-        renorm.state[2].add_(1)
-    anchor_mean, anchor_var, step = renorm.state.to(mean.device).to(mean.dtype)
-    r_max, d_max = limits(step, renorm.steps)
+    if begins:
+        state[0].copy_(running_mean)
+        state[1].copy_(running_var)
+        state[2].add_(1)
+    anchor_mean, anchor_var, *progress = state.to(mean.device).to(mean.dtype)
+    r_max, d_max = limits(*progress)
     std = (anchor_var + eps).sqrt()
     r = ((var + eps).sqrt() / std).clamp(1 / r_max, r_max)
     return torch.stack((r, ((mean - anchor_mean) / std).clamp(-d_max, d_max)))

@@ -35,6 +35,7 @@ def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, group: str) -> tuple[
     return total, overall, (m2s + counts * (means - overall).square()).sum(0)
 
 
-def sum_over_ranks(vector: Tensor, group: str) -> Tensor:
-    """Summed over the ranks in the order of the ranks."""
-    return gather(vector, group).sum(0)
+def mean_over_ranks(sums: Tensor, count: int, group: str) -> Tensor:
+    """`sums` divided by `count`, both added up over the ranks in the order of the ranks."""
+    total = gather(torch.cat((sums.flatten(), sums.new_full((1,), count))), group).sum(0)
+    return (total[:-1] / total[-1]).view_as(sums)

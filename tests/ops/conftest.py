@@ -28,7 +28,7 @@ if INTERPRETED:
     kernels = {
         "channel_moments": library.cuda_kernel("channel_moments"),
         "batch_norm_fwd": library.cuda_kernel("forward"),
-        "batch_norm_bwd": library.cuda_kernel("backward", input=1),
+        "batch_norm_bwd": library.cuda_kernel("backward"),
     }
     with warnings.catch_warnings(action="ignore"):  # that a kernel takes another's place
         for name, kernel in kernels.items():

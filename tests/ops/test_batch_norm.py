@@ -177,16 +177,11 @@ def test_the_ops_keep_the_dispatchers_contract(batch, relu, affine):
     weight, bias = (weight, bias) if affine else (None, None)
     torch.library.opcheck(library.channel_moments, (x,))
     for layout in layouts(x):
-        common = (
-            layout.requires_grad_(),
-            *((None, None, mean, var) if batch else (mean, var, None, None)),
-            weight,
-            bias,
-        )
-        for counter, state in itertools.product(
-            (None, torch.tensor(0)), (None, torch.zeros(3, 4)) if batch else (None,)
-        ):
-            torch.library.opcheck(library.batch_norm_fwd, (*common, 1e-5, relu, 0.1, counter, state, 10, True, ""))
+        given, moving = ((None, None), (mean, var)) if batch else ((mean, var), (None, None))
+        first = (layout.requires_grad_(), *given, weight, bias, 1e-5, relu, *moving)
+        renorm = torch.stack((mean, var, *torch.tensor([1.0, 10.0]).view(2, 1).expand(2, 4)))
+        for counter, state in itertools.product((None, torch.tensor(0)), (None, renorm) if batch else (None,)):
+            torch.library.opcheck(library.batch_norm_fwd, (*first, counter, state, 0.1, ""))
     x = x.detach().to(memory_format=torch.channels_last)
     affine = [t if t is None else t.detach() for t in (weight, bias)]
     for rows, wanted in itertools.product((2, 4), ((True, True), (True, False), (False, True))):
@@ -281,6 +276,19 @@ def test_backward_after_the_running_statistics_moved_on():
     (want,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
     ops.batch_norm(x, running_mean, running_var, weight, bias, True, relu=True)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
+
+
+@pytest.mark.parametrize("shapes", [((4, 3, 5, 5), (2, 3, 9, 9)), ((2, 3, 9, 9), (4, 3, 5, 5))])
+def test_graphs_of_several_calls_survive_each_other(shapes, monkeypatch):
+    """A head that is shared by levels of several sizes, some of which go another way, and one with a mean far off."""
+    monkeypatch.setattr("bnsurgery.ops.functional._ATEN_UP_TO", 300)  # between the two sizes
+    _, weight, bias, running_mean, running_var = (t.detach().float() for t in arguments_for_gradients((2, 3, 2, 2)))
+    weight.requires_grad_()
+    inputs = [torch.randn(shape) for shape in shapes] + [torch.randn(shapes[0]) + 1e3]
+    outputs = [ops.batch_norm(x, running_mean, running_var, weight, bias, True) for x in inputs]
+    (got,) = torch.autograd.grad(sum(y.square().sum() for y in outputs), weight)
+    want = sum(2 * weight.detach().double() * x.numel() / 3 for x in inputs)  # of Σ(weight·x̂ + bias)², with Σx̂ = 0
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_kernels_compile_for_sm_80_sm_90_and_sm_100():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     lines = [line.split() for line in result.stdout.splitlines() if line.startswith("sm_")]
-    assert len(lines) == 15
+    assert len(lines) == 9
     for target, kernel, specializations, registers, *_, spilled in lines:
         assert int(specializations) >= 2, (target, kernel)
         assert 0 < int(registers) <= 255
