@@ -68,7 +68,8 @@ class Config:
         clip: largest norm of the gradient; 0 for no limit.
         label_smoothing: 0 to 1, of the cross entropy.
         ema: decay a step of an average of the weights, which is then what is validated and kept; 0 for none.
-        train: which parameters: "all", "bn", "head" or "bn+head".
+        train: which parameters: "all", "bn", "head" or "bn+head". It goes before what is frozen in the network: layers,
+            their norms and statistics are unfrozen together.
         statistics: what BatchNorm normalizes by in training, see `bnsurgery.set_statistics_`; "auto" chooses by batch
             size and measured drift.
         recalibrate: images whose population statistics replace the running ones before a validation.

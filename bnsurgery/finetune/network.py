@@ -19,6 +19,7 @@ from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
 from bnsurgery.fitting import BEST_FIT, Choice
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
+from bnsurgery.nn import set_statistics_
 from bnsurgery.relu_fusion import fuse_relu_, unfuse_relu_
 from bnsurgery.surgery_record import attach_record, carries_record, record
 from bnsurgery.task import Task
@@ -168,7 +169,8 @@ def prepare(
         provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
         own = own_name(config)
         provenance |= {"model": own} if own else {}
-        attach_record(model, replace(record(model), task=task, provenance=provenance))
+        attach_record(model, replace(record(model), task=task, provenance=provenance, frozen=()))
+        set_statistics_(model, "batch", where=lambda name, norm: True)  # `Config.train` says what is frozen
     return model, model.get_submodule(find_head(model, shape))
 
 
