@@ -165,8 +165,8 @@ def _coloured(text: str) -> str:
 
 
 _STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"NOT bit-identical", {"fg": "red", "bold": True}),
-    (r"(?<!NOT )bit-identical", {"fg": "green", "bold": True}),
+    (r"(?m)^eval mode    different", {"fg": "red", "bold": True}),
+    (r"bit-identical|equal within [^,]*", {"fg": "green", "bold": True}),
     (r"(?m)^Next:", {"bold": True}),
 )
 

@@ -197,8 +197,9 @@ class Comparison:
         assert plain.accuracy is not None and ours.accuracy is not None
         gain = 100 * (ours.accuracy - plain.accuracy)
         noise = 100 * max(plain.spread or 0, ours.spread or 0)
-        what = "ahead" if gain > 0 else "behind" if gain < 0 else "level"
-        text = f"bn is {what}: {gain:+.2f} points over plain, each at its best rate"
+        side = "ahead of" if gain > 0 else "behind"
+        what = f"{side} plain by {abs(gain):.2f} points" if gain else "level with plain"
+        text = f"bn is {what}, each at its best rate"
         if len({trial.seed for trial in self.trials}) == 1:
             text += " (one seed: how much of that is chance is not known)"
         elif abs(gain) <= noise:
@@ -207,7 +208,7 @@ class Comparison:
             text += f". It reaches plain's accuracy after {ours.to_plain} of {ours.steps} steps"
         naive = found.get("bn-naive")
         if naive is not None and naive.accuracy is not None and naive.accuracy > ours.accuracy:
-            text += f". But bn-naive is best: {100 * (naive.accuracy - ours.accuracy):+.2f} points over bn"
+            text += f". bn-naive is ahead of bn by {100 * (naive.accuracy - ours.accuracy):.2f} points"
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:
