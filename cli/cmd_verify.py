@@ -108,7 +108,10 @@ def command(
     origin = pretrained.origin(done, untouched)
     custom = f" --model {quote(model)}" if model else ""
     hint = f"Next: bnsurgery fold {quote(str(file))}{custom}"
-    text = f"{file} against {against}\nimages       {batches.summary}\n{result.text(remark)}\nfolds back to {origin}\n\n{wrote}{hint}"
+    text = (
+        f"{file} against {against}\nimages       {batches.summary}\n{result.text(remark)}\n"
+        f"folds back to {origin}\n\n{wrote}{hint}"
+    )
     told = {
         "ok": ok,
         "against": against,

@@ -32,7 +32,7 @@ class Trial:
         statistics: mode of the BatchNorm layers.
         diverged: why it has no end, or None.
         rows: its validations.
-        seconds: of the whole run, setting up included.
+        seconds: of training and validating; setting up is left out.
     """
 
     arm: str
@@ -187,6 +187,12 @@ class Comparison:
         )
         chart = table(("by rate", *(f"{lr:g}" for lr in rates)), by_rate)
         return f"{self.task}\n\n{table(headers, rows)}\n\n{legend}\n\n{chart}\n\n{textwrap.fill(self.verdict(), WIDTH)}"
+
+    @property
+    def winner(self) -> ArmSummary | None:
+        """The arm with the highest accuracy, of equals the first; None where all diverged."""
+        ended = [summary for summary in self.summary() if summary.accuracy is not None]
+        return max(ended, key=lambda summary: summary.accuracy or 0.0, default=None)
 
     def verdict(self) -> str:
         """What it comes to, in a sentence: whoever won."""

@@ -39,7 +39,7 @@ class Config:
         layers: which layers get a BatchNorm: "all", "conv" or "dense".
         head: "new" replaces the output layer, "keep" keeps it; "auto" keeps it where a checkpoint has these classes.
         dropout: probability that every Dropout module is set to; None lowers those above 0.2 to 0.2.
-        arm: "bn", or what `compare` sets beside it: "plain" without BatchNorm, "bn-naive" with a fresh one (weight 1,
+        arm: "bn"; or, as `compare` sets beside it, "plain" without BatchNorm, or "bn-naive" with a fresh one (weight 1,
             bias 0), which forgets what the network computed.
 
     Attributes: The data

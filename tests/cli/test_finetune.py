@@ -1,7 +1,9 @@
 """Fine-tuning from the command line, killed and stopped as a user's machine would."""
 
+import itertools
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -132,6 +134,31 @@ def test_compare_says_what_it_found_and_goes_on(cli, folder):
     result = json.loads(out)
     assert [arm["arm"] for arm in result["arms"]] == ["plain", "bn"]
     assert Path(result["output"], "comparison.png").is_file()
+
+
+@pytest.mark.parametrize("winner", ["plain", "bn", "bn-half", "bn-naive"])
+def test_compare_recommends_the_winner_and_finetune_makes_it(winner, cli, folder):
+    """Finished trials are taken as they are, so this says who wins."""
+    arms = ("plain", "bn", "bn-naive", "bn-half")
+    args = ["compare", *FAST[:-4], "--device", "cpu", "--arms", ",".join(arms), "--rates", "0.1", "--jobs", "1"]
+    code, out, err = cli(*args)
+    assert code == 0, err
+    for path in Path("runs/compare-net-images/trials").iterdir():
+        trial = json.loads(path.read_text())
+        trial["rows"][-1]["val_accuracy"] = 0.9 if trial["arm"] == winner else 0.5
+        path.write_text(json.dumps(trial))
+    code, out, err = cli(*args)
+    next_step = shlex.split(out.rpartition("Next: bnsurgery ")[2])
+    assert next_step[0] == "finetune" and next_step[-2:] == ["--lr", "0.1"]
+    said = dict(itertools.pairwise(next_step))
+    wanted = {"plain": "plain", "bn-naive": "bn-naive"}.get(winner)
+    assert said.get("--arm") == wanted and said["--epochs"] == ("2" if winner == "bn-half" else "3")
+    code, out, err = cli(*next_step)
+    assert code == 0, err
+    best = f"runs/net-images{'-' + wanted if wanted else ''}/best.safetensors"
+    assert f"Wrote {best}" in out
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "images/dark/0.png")
+    assert code == 0 and "dark" in out, err
 
 
 @pytest.mark.parametrize(
