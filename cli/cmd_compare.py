@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from bnsurgery.finetune.config import RATES, Config
 from bnsurgery.system import quote
 
-from .options import print_options, show
+from .options import given, print_options, show
 from .recipe_options import recipe_options
 from .reporting import check_report, force_option, report_options, write_report, written
 
@@ -99,26 +98,10 @@ def command(
         options = [
             word for name, value in varied.items() if value != _DEFAULTS[name] for word in (f"--{name}", str(value))
         ]
-        words = ["bnsurgery", "finetune", *_given(context), *options]
+        words = ["bnsurgery", "finetune", *given(context, leave_out=_OURS), *options]
     after = " ".join(map(quote, words))
     text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {after}"
     show(text, {**result.to_dict(), "output": output, **written(page, plot)}, as_json, quiet)
-
-
-def _given(context: click.Context) -> list[str]:
-    """What was said on the command line that `finetune` takes too, as words."""
-    words = []
-    for parameter in context.command.params:
-        name, value = str(parameter.name), context.params[str(parameter.name)]
-        if name in _OURS or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        elif isinstance(value, bool):
-            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
-        else:
-            words += [parameter.opts[0], str(value)]
-    return words
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Config)}

@@ -60,6 +60,8 @@ def find(config: Config) -> Source:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass --model")
     path = Path(config.source)
     is_file = bool(config.source) and path.is_file() and config.source not in models.names()
+    if is_file and config.weights != "DEFAULT":
+        raise CheckpointError(f"finetune: '{path}' is a file of weights: leave --weights {config.weights} out")
     choice = Choice(config.weights_key, config.weights_prefix, config.partial)
     if is_file and read_record(path) is not None:
         if choice != BEST_FIT:

@@ -1,5 +1,6 @@
 """Fine-tuning from the command line, killed and stopped as a user's machine would."""
 
+import csv
 import itertools
 import json
 import os
@@ -87,6 +88,33 @@ def test_finetune_predict_and_resume(cli, folder, monkeypatch):
     found = json.loads(out)["predictions"]
     assert [p["classes"][0] for p in found] == ["dark", "bright"]
     assert all(sum(p["probabilities"]) == pytest.approx(1) for p in found)
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "images", "--top", 1, "-o", "found.csv")
+    assert code == 0, err
+    assert "Wrote found.csv." in out and out.count("%") == 60
+    rows = list(csv.DictReader(Path("found.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["image", "class_1", "probability_1"]
+    assert [row["image"] for row in rows] == sorted(str(path) for path in Path("images").rglob("*.png"))
+    assert sum(row["class_1"] == Path(row["image"]).parent.name for row in rows) > 50
+    assert all(0.5 <= float(row["probability_1"]) <= 1 for row in rows)
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "images", "-o", "found.csv")
+    assert code == 1 and "--force" in err
+    Path("images/notes.txt").touch()
+    Path("images/dark/bad.png").write_bytes(b"no picture")
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "images/dark", "images", "--top", 1)
+    assert code == 1 and out.count("%") == 90 and "1 file passed over, no images by name: notes.txt." in out
+    assert "images/dark/bad.png" in err
+    Path("empty").mkdir()
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "empty")
+    assert code == 1 and "got no image" in err
+    Path("images/dark/bad.png").unlink()
+    Path("images/notes.txt").unlink()
+    for suffix, words in {"folded.safetensors": ["fold"], "onnx.onnx": ["export", "--to", "onnx"]}.items():
+        code, out, err = cli(*words, best, "--model", "net.py:tiny")
+        assert code == 0 and f"Wrote net-images-{suffix}" in out, err
+    with monkeypatch.context() as inside:
+        inside.chdir("runs/net-images")
+        code, out, err = cli("fold", "best.safetensors", "--model", f"{folder}/net.py:tiny")
+        assert code == 0 and "Wrote net-images-folded.safetensors" in out, err
     code, _, err = cli("finetune", "--resume", "runs/net-images")
     assert code == 1 and "made by running 'net.py:tiny'" in err  # a file must not decide what code is run
     code, out, err = cli("finetune", "--resume", "runs/net-images", "--model", "net.py:tiny")
