@@ -1,6 +1,5 @@
 """bnsurgery compare."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +92,15 @@ def command(
     wrote = write_report(comparison(result), page, plot, force) if reporting else ""
     words = ["bnsurgery", "report", output]
     if (best := result.winner) is not None:
-        changed = trial_config(config, best.arm, best.lr or 0.0, config.seed)
-        varied = {"arm": changed.arm, "epochs": changed.epochs, "lr": f"{best.lr:g}"}
-        options = [
-            word for name, value in varied.items() if value != _DEFAULTS[name] for word in (f"--{name}", str(value))
-        ]
-        words = ["bnsurgery", "finetune", *given(context, leave_out=_OURS), *options]
+        wanted = trial_config(config, best.arm, best.lr or 0.0, config.seed)
+        other_epochs = wanted.epochs != config.epochs
+        words = ["bnsurgery", "finetune", *given(context, leave_out=(*_OURS, *(["epochs"] if other_epochs else [])))]
+        words += ["--epochs", str(wanted.epochs)] if other_epochs else []
+        words += ["--arm", wanted.arm] if wanted.arm != "bn" else []
+        words += ["--lr", f"{best.lr:g}"]
     after = " ".join(map(quote, words))
     text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {after}"
     show(text, {**result.to_dict(), "output": output, **written(page, plot)}, as_json, quiet)
 
 
-_DEFAULTS = {field.name: field.default for field in fields(Config)}
-_OURS = ("epochs", "output", "arms", "rates", "seeds", "jobs", "page", "plot", "force", "as_json", "quiet")
+_OURS = ("output", "arms", "rates", "seeds", "jobs", "page", "plot", "force", "as_json", "quiet")
