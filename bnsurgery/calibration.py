@@ -57,14 +57,16 @@ def calibrate(
 def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> None:
     """Replace the running statistics of every BatchNorm by the population's, in place, after training.
 
-    While the data passes, each BatchNorm normalizes by the batch, whatever its statistics mode; its input's mean and
-    (population) variance over all samples become running_mean and running_var. Weight and bias stay. Dropout is off.
+    While the data passes, each BatchNorm normalizes by the batch; its input's mean and (population) variance over all
+    samples become running_mean and running_var. Weight and bias stay. Dropout is off. A BatchNorm in the statistics
+    mode "running", as those of frozen layers are, was trained with the statistics that it has: it keeps and uses them,
+    and a warning says so.
     A batch of one input, as a loader may give last, is joined to its larger neighbour: alone it has no variance where
     a dense layer sees it. As `calibrate`, it merges over the ranks of `torch.distributed`.
 
     Raises:
         CalibrationError: as `calibrate`; then the model is unchanged.
-        BNSurgeryError: the model has no BatchNorm with running statistics.
+        BNSurgeryError: the model has no BatchNorm with running statistics, or all of them are in the mode "running".
 
     References: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; Wu & Johnson 2021, arXiv:2105.07576, section 3.
     """
@@ -75,6 +77,22 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
     }
     if not norms:
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
+    kept = [name for name, norm in norms.items() if getattr(norm, "statistics", None) == "running"]
+    norms = {name: norm for name, norm in norms.items() if name not in kept}
+    if kept:
+        reason = (
+            "what was trained was trained with the statistics there, and others would change what it computes. To "
+            "measure them all the same, first call "
+            "bnsurgery.set_statistics_(model, 'batch', where=lambda name, norm: True)"
+        )
+        if not norms:
+            raise BNSurgeryError(f"recalibrate_: every BatchNorm is in the statistics mode 'running': {reason}")
+        warnings.warn(
+            f"recalibrate_: left {len(kept)} BatchNorms, such as '{kept[0]}', as they are, in the statistics mode "
+            f"'running': {reason}",
+            BNSurgeryWarning,
+            stacklevel=2,
+        )
     last_dim = {name for name, norm in norms.items() if isinstance(norm, LastDimBatchNorm1d)}
     with _watching(norms, output=False, last_dim=last_dim) as measured, training_norms(bn_model, by_batch=True):
         failure = _feed("recalibrate_", bn_model, batches, measured, progress, joining=True)

@@ -80,7 +80,8 @@ def load(
     """The model that `save` wrote, in eval mode, with its record.
 
     Built on the meta device and filled from the file: no random initialization, no unpickling, no original weights.
-    Every parameter comes back contiguous and trainable; ties between parameters are not kept.
+    Every parameter comes back contiguous, and trainable but for what was frozen at the insertion, norms included; ties
+    between parameters are not kept.
 
     Args:
         path: a file that `save` wrote.
@@ -221,6 +222,10 @@ def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) ->
         if the_record.dropped_lrn:
             drop_lrn_(skeleton, the_record.dropped_lrn)
         _set_relus_(skeleton, the_record)
+        frozen = set(the_record.frozen)
+        for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(name not in frozen)
         options = Options(the_record.absorb_bias, the_record.fuse_relu, the_record.eps, the_record.momentum)
         sites = edit_(skeleton, [inserted.site for inserted in the_record.sites], options)
         named = the_record.sites

@@ -267,7 +267,8 @@ def load_image(path: str | Path) -> Image.Image:
     """
     try:
         if not Path(path).is_file():  # opening a pipe would hang
-            raise _unusable(path, "not a regular file" if Path(path).exists() else "no such file")
+            kind = "a folder" if Path(path).is_dir() else "not a regular file"
+            raise _unusable(path, kind if Path(path).exists() else "no such file")
         with _SILENCE, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about oddities that do not change the pixels
             with Image.open(path, formats=_tried(path)) as image:
@@ -361,5 +362,5 @@ def _refuse_folder(error: OSError) -> None:
 def _unusable(path: str | Path, reason: str) -> DataError:
     return DataError(
         f"image: '{path}': {reason}; expected an image file that Pillow reads, such as JPEG, PNG or TIFF. "
-        "Remove it; insert, verify and finetune leave such out with --skip-bad."
+        "Leave it out: insert, verify and finetune do so with --skip-bad."
     )

@@ -23,6 +23,7 @@ from .moments import ChannelMoments, digest
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d
 from .nn.identity import identity_parameters
 from .nn.normed import attach_
+from .nn.settings import freeze_, is_frozen
 from .planning import Layers, Placement, Plan, Site, plan
 from .relu_fusion import fuse_relu_
 from .surgery_record import InsertedSite, SurgeryRecord, attach_record, carries_record, describe_model, record
@@ -82,6 +83,11 @@ def insert(
 
     The copy is in the mode that `model` is in: put it into eval mode to compute the same.
 
+    A norm inherits `requires_grad` from its layer: where that is frozen, or the layer that a post-activation norm folds
+    into, its weight and bias take no gradient and train mode goes by its running statistics, so that after training
+    `fold` gives the frozen weights back as they were. `set_statistics_` with `where` and the norm's `requires_grad_`
+    choose otherwise.
+
     In a `nn.Sequential` the norm follows its layer and what is behind is renumbered, which with `layers="conv"` gives
     torchvision's vgg*_bn layout; elsewhere it becomes the layer's child `norm`, and the layer keeps its keys.
 
@@ -94,7 +100,8 @@ def insert(
         placement: "pre-activation" or "post-activation", see `plan`.
         layers: "all", "conv", "dense", or a predicate (fqn, module) -> bool.
         head: also put one behind the output layer.
-        absorb_bias: drop the layers' biases, which BN's shift makes redundant; equal to about 1e-6 then, not bitwise.
+        absorb_bias: drop the layers' biases, but frozen ones, which BN's shift makes redundant; equal to about 1e-6
+            then, not bitwise.
         fuse_relu: also call `fuse_relu_`: the norms then apply the ReLUs behind them.
         eps: added to the variance, above 0 and at most 1.
         momentum: of the running statistics in training, as in torch; None averages cumulatively over the training
@@ -127,7 +134,8 @@ def insert(
     dropped = find_lrn(model) if drop_lrn else ()
     attach_record(bn_model, replace_fields(record(bn_model), dropped_lrn=dropped, input_shape=example.shape))
     _check_result(reference, bn_model, example.take(0, 1))
-    training = [site.layer for site in record(bn_model).sites if bn_model.get_submodule(site.norm).training]
+    norms = {site.layer: bn_model.get_submodule(site.norm) for site in record(bn_model).sites}
+    training = [layer for layer, norm in norms.items() if norm.training and not is_frozen(norm)]
     if training:
         warnings.warn(
             f"insert: {type(model).__name__} is in train mode (such as '{training[0]}'), and so is the copy with "
@@ -262,7 +270,10 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
             device=device_and_dtype(layer)[0],
             dtype=_norm_dtype(layer),
         ).train(anchor.training)
-        absorbed = options.absorb_bias and _bias(layer) is not None and anchor is layer
+        frozen = _is_frozen(layer) or (following is not None and _is_frozen(following))
+        if frozen:
+            freeze_(norm)
+        absorbed = options.absorb_bias and _bias(layer) is not None and anchor is layer and not frozen
         if absorbed:
             layer.register_parameter("bias", None)
         if site.in_sequential:
@@ -297,7 +308,7 @@ def _parameters(model: nn.Module, site: Site, moments: ChannelMoments, options: 
         )
     values = identity_parameters(mean, variance, options.eps, dtype)
     bias = _bias(layer)
-    if options.absorb_bias and bias is not None:
+    if options.absorb_bias and bias is not None and not _is_frozen(layer):
         values["running_mean"] = (moments.mean - bias.detach().cpu().double()).to(dtype)
     return values
 
@@ -309,6 +320,14 @@ def _norm_class(site: Site) -> type[BatchNorm1d | BatchNorm2d | BatchNorm3d]:
 def _bias(layer: nn.Module) -> torch.Tensor | None:
     """The bias that may be dropped: a plain one, of torch's own layers. A user's code may count on its own."""
     return layer._parameters.get("bias") if isinstance(layer, LAYERS) else None
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    """Whether weight or bias take no gradient; where the weight is computed, whether nothing in the layer does."""
+    own = layer._parameters
+    if own.get("weight") is None:
+        return not any(parameter.requires_grad for parameter in layer.parameters())
+    return not all(own[name].requires_grad for name in ("weight", "bias") if own.get(name) is not None)  # type: ignore[union-attr]
 
 
 def _norm_dtype(layer: nn.Module) -> torch.dtype:

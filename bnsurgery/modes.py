@@ -71,7 +71,8 @@ def observing(model: nn.Module) -> Iterator[None]:
 def training_norms(model: nn.Module, *, by_batch: bool) -> Iterator[Callable[[], None] | None]:
     """`observing`, but the BatchNorm layers alone are in train mode, so that what changes is BN and nothing else.
 
-    They normalize as their statistics mode says, or, with `by_batch`, by the batch; by this process's in any case, for
+    They normalize as their statistics mode says, or, with `by_batch` and but for "running", by the batch; by this
+    process's in any case, for
     the others may be elsewhere. Yields a function that puts the running statistics back, or None if there is no
     BatchNorm; at the end everything is as it was.
     """
@@ -95,7 +96,7 @@ def training_norms(model: nn.Module, *, by_batch: bool) -> Iterator[Callable[[],
                 norm.train()
             for norm in ours:
                 norm.process_group = ""
-                norm.statistics = "batch" if by_batch else norm.statistics
+                norm.statistics = "batch" if by_batch and norm.statistics != "running" else norm.statistics
             yield restore if norms else None
     finally:
         for norm, (statistics, process_group) in zip(ours, settings, strict=True):

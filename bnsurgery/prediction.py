@@ -1,5 +1,7 @@
 """What a classifier says of images."""
 
+import csv
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from .data import load_image
 from .errors import BNSurgeryError
 from .modes import observing
 from .surgery_record import record
+from .tables import table
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,34 @@ class Prediction:
     probabilities: tuple[float, ...]
 
     def __str__(self) -> str:
-        pairs = zip(self.classes, self.probabilities, strict=True)
-        return "\n".join([self.image, *(f"  {100 * share:5.1f} %  {name}" for name, share in pairs)])
+        return predictions_table([self])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
+
+
+def predictions_table(predictions: Sequence[Prediction]) -> str:
+    """One line an image: its file, then the likeliest classes, each with its probability in percent."""
+    most = max((len(prediction.classes) for prediction in predictions), default=0)
+    headers = ["image", *(f"class {rank}" for rank in range(1, most + 1))]
+    rows = [
+        (p.image, *(f"{100 * share:.1f} % {name}" for name, share in zip(p.classes, p.probabilities, strict=True)))
+        for p in predictions
+    ]
+    return table(headers, rows)
+
+
+def predictions_csv(predictions: Sequence[Prediction]) -> str:
+    """A header and one line an image: image, class_1, probability_1, class_2, ...; probabilities from 0 to 1."""
+    most = max((len(prediction.classes) for prediction in predictions), default=0)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", *(f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability"))])
+    for p in predictions:
+        pairs = zip(p.classes, p.probabilities, strict=True)
+        writer.writerow([p.image, *(value for pair in pairs for value in pair)])
+    return text.getvalue()
 
 
 def predict(model: nn.Module, images: Sequence[str | Path], *, top: int = 5) -> Iterator[Prediction]:

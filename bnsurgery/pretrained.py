@@ -248,8 +248,8 @@ def origin(record: SurgeryRecord, untouched: bool) -> str:
     if untouched:
         return "the weights it was made from, bit for bit"
     if record.absorb_bias:
-        return "other bits than it was made from: its biases were absorbed"
-    return "other weights than it was made from: changed since the insertion"
+        return "weights equal to those it was made from up to rounding, since biases were absorbed, or trained since"
+    return "trained weights (changed since the insertion)"
 
 
 def example(source: Pretrained) -> Tensor:

@@ -59,6 +59,9 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
         for site in kept
     ]
     fold_(model, folded)
+    for norm in [module for module in model.modules() if type(module) in _TORCH]:
+        if all(norm is not inserted for inserted, *_ in found):  # the network's own
+            replace(model, norm, _stock(norm, int(vars(norm)["num_features"])))
     for norm, parent, layer, site in found:
         stock = _stock(norm, site.site.channels)
         if isinstance(parent, Normed):

@@ -21,7 +21,7 @@ from .tables import table
 from .task import Task
 from .typed_json import loads, parse
 
-FORMAT_VERSION = 2  # 1 named a ReLU only where it was fused
+FORMAT_VERSION = 3  # 1 named a ReLU only where it was fused; 2 named no frozen parameters
 _ATTRIBUTE = "_bnsurgery_record"
 
 
@@ -63,6 +63,7 @@ class SurgeryRecord:
         task: what it was fine-tuned to, if it was.
         dropped_lrn: fqns of the LocalResponseNorm layers that were taken out first.
         input_shape: of one sample on calibration, where the input is one tensor of real numbers.
+        frozen: the original's parameters that took no gradient: what `insert` goes by, and `load` restores.
     """
 
     model: str
@@ -82,12 +83,17 @@ class SurgeryRecord:
     task: Task | None = None
     dropped_lrn: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
+    frozen: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def __str__(self) -> str:
         rows = [(s.site.name, s.norm, s.site.channels, s.site.activation) for s in self.sites]
         text = table(("site", "BatchNorm", "channels", "activation"), rows)
-        return f"{text}\n\n{self.model}: {len(self.sites)} BatchNorm layers, {self.placement}, layers={self.layers}"
+        frozen = f", {len(self.frozen)} parameters frozen" if self.frozen else ""
+        return (
+            f"{text}\n\n{self.model}: {len(self.sites)} BatchNorm layers, {self.placement}, layers={self.layers}"
+            + frozen
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -117,6 +123,8 @@ class SurgeryRecord:
                 f"record: written in format version {shown(version)}; this bnsurgery reads up to {FORMAT_VERSION}: "
                 "upgrade it"
             )
+        if version < 3:
+            data["frozen"] = []
         found = typing.cast(SurgeryRecord, parse(cls, data, "record"))
         found._check()
         return found
@@ -182,6 +190,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         "model": type(model).__name__,
         "architecture": identify_model(model),
         "weights_digest": state_digest(model.state_dict()),
+        "frozen": tuple(name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad),
     }
 
 

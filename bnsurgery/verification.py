@@ -16,6 +16,7 @@ from .tables import WIDTH
 
 # Groups of samples averaged for one drift figure; the figure settles within a few per cent, the cost stays bounded.
 _DRIFT_GROUPS = 4
+TOLERANCE = 1e-5  # of the largest output: what rounding comes to where the bits cannot be the same
 _TOGETHER = "\0"  # a space at which no line is broken
 
 
@@ -50,7 +51,12 @@ class EquivalenceReport:
     no_drift: str | None = None
 
     def __str__(self) -> str:
-        same = "bit-identical" if self.bit_identical else "NOT bit-identical"
+        return self.text("not to the bit")
+
+    def text(self, remark: str) -> str:
+        """In words, with `remark` where the outputs are equal up to rounding only: "as after training"."""
+        near = f"equal within 1e-5, {remark}," if self.max_rel <= TOLERANCE else "different"
+        same = "bit-identical" if self.bit_identical else near
         lines = [
             f"eval mode    {same} on {self.samples} image{'s' if self.samples != 1 else ''}; "
             f"largest difference {self.max_abs:.3g}, relative {self.max_rel:.3g}"

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from bnsurgery.finetune.config import RATES
+from bnsurgery.finetune.config import RATES, Config
 from bnsurgery.system import quote
 
-from .options import print_options, show
+from .options import given, print_options, show
 from .recipe_options import recipe_options
 from .reporting import check_report, force_option, report_options, write_report, written
 
@@ -55,7 +54,7 @@ class _List(click.ParamType):
 )
 @click.option("--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Repeat with so many seeds.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Trials at a time.  [default: as memory and processors allow]")
-@recipe_options(leave_out=("lr", "save_every"))
+@recipe_options(leave_out=("arm", "lr", "save_every"))
 @report_options
 @force_option
 @print_options
@@ -80,10 +79,9 @@ def command(
 
     Fine-tunes the network without BatchNorm, with BatchNorm inserted, and with a fresh BatchNorm that forgets what
     the network computed, at every learning rate, on the same images in the same order. Each arm is judged at its own
-    best rate. Stopped, the same command again goes on.
+    best rate; the next step that it names makes the winner. Stopped, the same command again goes on.
     """
-    from bnsurgery.finetune.config import Config
-    from bnsurgery.finetune.trials import compare
+    from bnsurgery.finetune.trials import compare, trial_config
     from bnsurgery.report import comparison
 
     name = Path(source or str(recipe["model"])).stem.replace(":", "-")
@@ -93,28 +91,16 @@ def command(
     result = compare(config, arms=arms, rates=rates, seeds=seeds, jobs=jobs, show=not (quiet or as_json))
     wrote = write_report(comparison(result), page, plot, force) if reporting else ""
     words = ["bnsurgery", "report", output]
-    best = next((arm for arm in result.summary() if arm.arm == "bn" and arm.lr is not None), None)
-    if best is not None:
-        words = ["bnsurgery", "finetune", *_given(context), "--lr", f"{best.lr:g}"]
+    if (best := result.winner) is not None:
+        wanted = trial_config(config, best.arm, best.lr or 0.0, config.seed)
+        other_epochs = wanted.epochs != config.epochs
+        words = ["bnsurgery", "finetune", *given(context, leave_out=(*_OURS, *(["epochs"] if other_epochs else [])))]
+        words += ["--epochs", str(wanted.epochs)] if other_epochs else []
+        words += ["--arm", wanted.arm] if wanted.arm != "bn" else []
+        words += ["--lr", f"{best.lr:g}"]
     after = " ".join(map(quote, words))
     text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {after}"
     show(text, {**result.to_dict(), "output": output, **written(page, plot)}, as_json, quiet)
-
-
-def _given(context: click.Context) -> list[str]:
-    """What was said on the command line that `finetune` takes too, as words."""
-    words = []
-    for parameter in context.command.params:
-        name, value = str(parameter.name), context.params[str(parameter.name)]
-        if name in _OURS or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        elif isinstance(value, bool):
-            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
-        else:
-            words += [parameter.opts[0], str(value)]
-    return words
 
 
 _OURS = ("output", "arms", "rates", "seeds", "jobs", "page", "plot", "force", "as_json", "quiet")

@@ -13,6 +13,7 @@ from .options import (
     output_options,
     print_options,
     show,
+    stem_of,
 )
 
 _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
@@ -25,7 +26,9 @@ _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
 @click.option("--keep-bn", is_flag=True, help="Leave the BatchNorm layers in.")
 @bias_option
 @image_size_option
-@output_options("File to write; .pth gives torch.save's format.  [default: FILE's name, the format's suffix, here]")
+@output_options(
+    "File to write; .pth gives torch.save's format.  [default: FILE's or its run's name, the format's suffix, here]"
+)
 @print_options
 def command(
     file: Path,
@@ -55,7 +58,7 @@ def command(
     from bnsurgery import pretrained
     from bnsurgery.exporting import SUFFIXES, export
 
-    output = output or Path(f"{file.stem.removesuffix('-bn')}-{to}{SUFFIXES[to]}")
+    output = output or Path(f"{stem_of(file)}-{to}{SUFFIXES[to]}")
     bn_model = load_checkpoint(file, model)
     claim(output, force)
     example = None

@@ -37,7 +37,7 @@ def command(
     quiet: bool,
     **recipe: Any,
 ) -> None:
-    """Fine-tune a network with BatchNorm put in.
+    """Fine-tune a network with BatchNorm put in, or as --arm says.
 
     ARCH is one of `bnsurgery archs`, FILE holds its weights or comes from `bnsurgery insert`. What has no BatchNorm
     yet gets it first, calibrated on the training images, and a head for the data's classes. DATA is a folder, digits
@@ -68,7 +68,8 @@ def command(
         if data is None:
             raise click.UsageError("Missing option '--data': a folder of images, digits, or a torchvision dataset.")
         name = Path(source or str(recipe["model"])).stem.replace(":", "-")
-        output = output or f"runs/{name}-{Path(data).name}"
+        arm = "" if recipe["arm"] == "bn" else f"-{recipe['arm']}"
+        output = output or f"runs/{name}-{Path(data).name}{arm}"
         config = Config(source=source or "", data=data, output=output, **recipe)
         result = run(config, show=loud)
     if _is_main_process():

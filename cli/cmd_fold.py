@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from .options import bias_option, claim, load_checkpoint, model_option, output_options, print_options, show
+from .options import bias_option, claim, load_checkpoint, model_option, output_options, print_options, show, stem_of
 
 
 @click.command("fold")
 @click.argument("file", type=click.Path(path_type=Path))
 @model_option
 @bias_option
-@output_options("File to write.  [default: ARCH-folded.safetensors, here]")
+@output_options("File to write.  [default: FILE's or its run's name, -folded.safetensors, here]")
 @print_options
 def command(
     file: Path, model: str | None, bias: str, output: Path | None, force: bool, as_json: bool, quiet: bool
@@ -27,7 +27,7 @@ def command(
     from bnsurgery.exporting import export
     from bnsurgery.surgery_record import record
 
-    output = output or Path(f"{file.stem.removesuffix('-bn')}-folded.safetensors")
+    output = output or Path(f"{stem_of(file)}-folded.safetensors")
     bn_model = load_checkpoint(file, model)
     claim(output, force)
     result = export(bn_model, output, to="state-dict", bias=bias, overwrite=force)  # type: ignore[arg-type]

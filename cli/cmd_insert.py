@@ -25,7 +25,7 @@ from .reporting import check_report, report_options, write_report, written
 
 
 @click.command("insert")
-@click.argument("arch", required=False)
+@click.argument("source", required=False, metavar="ARCH|FILE")
 @model_option
 @click.option(
     "--weights",
@@ -44,11 +44,11 @@ from .reporting import check_report, report_options, write_report, written
     "--fuse-relu/--no-fuse-relu", default=False, show_default=True, help="Let the BatchNorm apply the ReLU behind it."
 )
 @click.option("--drop-lrn", is_flag=True, help="First take out LocalResponseNorm layers. This changes the function.")
-@output_options("File to write.  [default: ARCH-bn.safetensors, here]")
+@output_options("File to write.  [default: ARCH-bn.safetensors or FILE's name, here]")
 @report_options
 @print_options
 def command(
-    arch: str | None,
+    source: str | None,
     model: str | None,
     weights: str,
     weights_key: str | None,
@@ -77,7 +77,7 @@ def command(
 
     Measures every layer's mean and variance on calibration images, inserts BatchNorm layers that normalize by them and
     undo it, proves the outputs equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, or timm:NAME;
-    --model takes a network of your own.
+    FILE is a weights file, whose architecture is recognised; --model takes a network of your own, and FILE is its then.
     """
     from bnsurgery import checkpoint, devices, lrn, models, pretrained
     from bnsurgery.batches import Inputs
@@ -97,26 +97,29 @@ def command(
         options.check(choice["placement"])
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    name, own = named(arch, model)
+    name, own, weights, is_file = named(source, model, weights)
     if not own and normalize != "auto":
         raise click.UsageError("--normalize is for networks of your own: torchvision's weights say how.")
-    output = output or Path(f"{stem(name)}-bn.safetensors")
+    output = output or Path(f"{Path(name).stem if is_file else stem(name)}-bn.safetensors")
     loud = not (quiet or as_json)
     place = devices.device(device)
     taken = Choice(weights_key, weights_prefix, partial)
     if own:
-        source = pretrained.load_own(name, weights, choice=taken, image_size=image_size, normalize=normalize, seed=seed)
-    architecture = None if own else models.architecture(name)
+        found = pretrained.load_own(name, weights, choice=taken, image_size=image_size, normalize=normalize, seed=seed)
+    architecture = None
+    if not own:
+        architecture = pretrained.recognise(Path(name), taken) if is_file else models.architecture(name)
+        name = architecture.name
     claim(output, force)
     reporting = check_report(page, plot, force, output, weights)
     if architecture is not None:
-        source = pretrained.load(architecture, weights, choice=taken, image_size=image_size, seed=seed, progress=loud)
-    network = source.model.to(place)
+        found = pretrained.load(architecture, weights, choice=taken, image_size=image_size, seed=seed, progress=loud)
+    network = found.model.to(place)
     batches = calibration_batches(
         data,
         num_images=num_images,
         batch_size=batch_size,
-        preprocess=source.preprocess,
+        preprocess=found.preprocess,
         seed=seed,
         skip_bad=skip_bad,
     )
@@ -126,7 +129,7 @@ def command(
         network = sharing_tensors(with_lrn)
         lrn.drop_lrn_(network, dropped)
         lrn.warn_of_change(with_lrn, network, Inputs.of(next(iter(batches))), len(dropped))
-    sites = plan(network if own else on_meta(network), pretrained.example(source), **choice)
+    sites = plan(network if own else on_meta(network), pretrained.example(found), **choice)
     moments = calibrate(network, sites, batches, progress=loud)
     bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
     insert_(bn_model, sites, moments, options)
@@ -138,13 +141,13 @@ def command(
     if not equivalence.within(allowed):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
     provenance: dict[str, str | int] = {
-        "weights": source.weights,
+        "weights": found.weights,
         "data": batches.description,
         "images": batches.used,
         "seed": seed,
     }
     if own:
-        provenance |= {"model": name, "image_size": source.preprocess.crop_size[0], "normalize": normalize}
+        provenance |= {"model": name, "image_size": found.preprocess.crop_size[0], "normalize": normalize}
     shape = tuple(samples[0].shape[1:])
     done = replace(record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=shape)
     attach_record(bn_model, done)
@@ -162,7 +165,7 @@ def command(
     custom = f" --model {quote(name)}" if own else ""
     text = (
         f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
-        f"weights      {source.weights}\nimages       {batches.summary}\n"
+        f"weights      {found.weights}\nimages       {batches.summary}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n{wrote}"
         f"Next: bnsurgery verify {quote(str(output))}{custom}\n"

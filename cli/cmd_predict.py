@@ -4,37 +4,71 @@ from pathlib import Path
 
 import click
 
-from .options import device_option, load_checkpoint, model_option, print_options, show
+from .options import claim, device_option, load_checkpoint, model_option, output_options, print_options, show
 
 
 @click.command("predict")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE|DIR...")
 @model_option
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="Classes to name per image.")
+@output_options("CSV file to write as well.")
 @device_option
 @print_options
 def command(
-    file: Path, images: tuple[str, ...], model: str | None, top: int, device: str, as_json: bool, quiet: bool
+    file: Path,
+    images: tuple[str, ...],
+    model: str | None,
+    top: int,
+    output: Path | None,
+    force: bool,
+    device: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Print what FILE takes the images for: the likeliest classes.
 
-    FILE comes from `bnsurgery finetune` or `bnsurgery insert`. Exits with 1 where an image cannot be read.
+    FILE comes from `bnsurgery finetune` or `bnsurgery insert`. Of a folder, all images in it and below are taken. Exits
+    with 1 where an image cannot be read.
     """
     from bnsurgery import devices
+    from bnsurgery.data import find_images, told_of
     from bnsurgery.errors import DataError
-    from bnsurgery.prediction import Prediction, predict
+    from bnsurgery.files import atomic_write
+    from bnsurgery.prediction import Prediction, predict, predictions_csv, predictions_table
 
     place = devices.device(device)
+    if output is not None:
+        claim(output, force)
+    paths: list[str] = []
+    passed_over: list[Path] = []
+    for image in images:
+        if Path(image).is_dir():
+            inside, others = find_images(image)
+            paths += map(str, inside)
+            passed_over += others
+        else:
+            paths.append(image)
     network = load_checkpoint(file, model).to(place)
     found: list[Prediction] = []
     bad: dict[str, str] = {}
-    for image in images:
+    for path in paths:
         try:
-            found += predict(network, [image], top=top)
+            found += predict(network, [path], top=top)
         except DataError as error:  # the others are wanted all the same
-            bad[image] = str(error)
-    text = "\n".join(map(str, found))
-    show(text, {"predictions": [prediction.to_dict() for prediction in found], "bad": bad}, as_json, quiet)
+            bad[path] = str(error)
+    if output is not None:
+        with atomic_write(output, overwrite=force) as temporary:
+            temporary.write_bytes(predictions_csv(found).encode(errors="backslashreplace"))
+    notes = [told_of(passed_over) + "."] if passed_over else []
+    notes += [f"Wrote {output}."] if output is not None else []
+    text = "\n\n".join(filter(None, (predictions_table(found) if found else "", "\n".join(notes))))
+    told = {
+        "predictions": [prediction.to_dict() for prediction in found],
+        "bad": bad,
+        "passed_over": [str(path) for path in passed_over],
+        "output": str(output or ""),
+    }
+    show(text, told, as_json, quiet)
     if bad:
         raise DataError("\n       ".join(bad.values()))

@@ -65,7 +65,7 @@ def command(
     from bnsurgery.errors import BNSurgeryError
     from bnsurgery.fitting import Choice
     from bnsurgery.surgery_record import record, state_digest
-    from bnsurgery.verification import verify
+    from bnsurgery.verification import TOLERANCE, verify
 
     place = devices.device(device)
     reporting = check_report(page, plot, force, file, weights)
@@ -90,7 +90,11 @@ def command(
     )
     reference, bn_model = reference.to(place), bn_model.to(place)
     result = verify(reference, bn_model, batches)
-    tolerance = 0.0 if untouched and place.type == "cpu" else 1e-5
+    tolerance = 0.0 if untouched and place.type == "cpu" else TOLERANCE
+    if untouched:
+        remark = f"as rounding on {place.type} may have it" if tolerance else "not to the bit"
+    else:
+        remark = "as with absorbed biases" if done.absorb_bias else "as after training"
     wrote = ""
     if reporting:
         from bnsurgery.report import insertion
@@ -105,7 +109,8 @@ def command(
     custom = f" --model {quote(model)}" if model else ""
     hint = f"Next: bnsurgery fold {quote(str(file))}{custom}"
     text = (
-        f"{file} against {against}\nimages       {batches.summary}\n{result}\nfolds back to {origin}\n\n{wrote}{hint}"
+        f"{file} against {against}\nimages       {batches.summary}\n{result.text(remark)}\n"
+        f"folds back to {origin}\n\n{wrote}{hint}"
     )
     told = {
         "ok": ok,
@@ -120,5 +125,5 @@ def command(
     if not ok:
         raise BNSurgeryError(
             f"verify: '{file}' differs from {against} by {result.max_rel:.3g} of the largest output, "
-            f"expected at most {tolerance:g}"
+            + ("expected at most 1e-5" if tolerance else "expected the same bits, as it was not trained")
         )

@@ -6,9 +6,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from bnsurgery.errors import CheckpointError, printable
 from bnsurgery.system import quote
@@ -165,21 +166,68 @@ def _coloured(text: str) -> str:
 
 
 _STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"NOT bit-identical", {"fg": "red", "bold": True}),
-    (r"(?<!NOT )bit-identical", {"fg": "green", "bold": True}),
+    (r"(?m)^eval mode    different", {"fg": "red", "bold": True}),
+    (r"bit-identical|equal within [^,]*", {"fg": "green", "bold": True}),
     (r"(?m)^Next:", {"bold": True}),
 )
 
 
-def named(arch: str | None, model: str | None, what: str = "ARCH") -> tuple[str, bool]:
-    """What ARCH or --model names, and whether it is a network that is not torchvision's."""
-    if (arch is None) == (model is None):
-        raise click.UsageError(f"Name one network: {what}, or --model for one of your own.")
-    name = arch if arch is not None else str(model)
-    own = model is not None or name.startswith("timm:")
-    if not own and ":" in name and not Path(name).exists():
-        raise click.UsageError(f"'{name}': did you mean --model {name}?")
-    return name, own
+def given(context: click.Context, *, leave_out: tuple[str, ...]) -> list[str]:
+    """What was said on the command line, as words for another command, but for the parameters in `leave_out`."""
+    words = []
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params[str(parameter.name)]
+        if name in leave_out or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if isinstance(parameter, click.Argument):
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            words += [parameter.opts[0], str(value)]
+    return words
+
+
+class Named(NamedTuple):
+    """A network as the command line names it.
+
+    Attributes:
+        name: what makes it, of a network that is not torchvision's; else the architecture, or the file of its weights.
+        own: whether it is not torchvision's.
+        weights: where its weights are, for `pretrained.load` and `load_own`.
+        file: whether `name` is a file, whose weights are to be recognised.
+    """
+
+    name: str
+    own: bool
+    weights: str
+    file: bool
+
+
+def named(source: str | None, model: str | None, weights: str) -> Named:
+    """What ARCH|FILE, --model and --weights name. FILE holds weights: of what --model makes, if that is given."""
+    from bnsurgery import models
+
+    is_file = source is not None and source not in models.names() and Path(source).is_file()
+    if is_file and weights != "DEFAULT":
+        raise click.UsageError(f"'{source}' is a file of weights: leave --weights {weights} out.")
+    if model is not None:
+        if source is not None and not is_file:
+            raise click.UsageError(f"Name one network: '{source}', or --model {model} with a file of its weights.")
+        return Named(model, True, weights if source is None else source, False)
+    if source is None:
+        raise click.UsageError("Name a network: ARCH or FILE, or --model for one of your own.")
+    own = source.startswith("timm:")
+    if not own and not is_file and ":" in source:
+        raise click.UsageError(f"'{source}': did you mean --model {source}?")
+    return Named(source, own, source if is_file else weights, is_file)
+
+
+def stem_of(checkpoint: Path) -> str:
+    """What to call what is made of a checkpoint: as the file, without -bn; of a run's best one, as the run."""
+    if checkpoint.name == "best.safetensors" and (checkpoint.parent / "config.json").is_file():
+        return checkpoint.resolve().parent.name
+    return checkpoint.stem.removesuffix("-bn")
 
 
 def load_checkpoint(file: Path, model: str | None) -> "nn.Module":

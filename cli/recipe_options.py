@@ -40,6 +40,7 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("partial", bool, "Take from the file what fits, and leave the rest as it is made."),
     ("layers", None, "Which layers get a BatchNorm."),
     ("head", None, "Replace the output layer, or keep it; auto keeps it for the classes that it knows."),
+    ("arm", None, "bn, or what compare sets beside it: plain, without BatchNorm; bn-naive, with weight 1 and bias 0."),
     ("dropout", _SHARE, "Of every Dropout layer.  [default: 0.2 where it is above]"),
     ("root", str, "Where torchvision's datasets are."),
     ("download", bool, "Download a torchvision dataset that is not there."),
@@ -72,7 +73,7 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
 
 
 def recipe_options(*, leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """One option for every field of Config but for source, data, output, seed and arm, and those in `leave_out`."""
+    """One option for every field of Config but for source, data, output and seed, and those in `leave_out`."""
 
     def decorate(function: F) -> F:
         for name, kind, text in reversed(_OPTIONS):

@@ -334,3 +334,51 @@ def test_a_checkpoint_with_tensors_of_another_kind_is_refused(end, kind, images,
     save_file({**tensors, name: tensors[name].to(kind)}, path, metadata)
     with pytest.raises(CheckpointError, match=rf"{kind} under '.*{end}'.*The network's is torch.float32"):
         load(path, model=bnsurgery.fold(bn_model))
+
+
+def half_frozen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    model[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("skeleton_frozen", [False, True])
+def test_what_was_frozen_comes_back_frozen(skeleton_frozen, images, tmp_path):
+    """By the file, whatever is frozen in the network that gives the skeleton."""
+    model, path, x = half_frozen(), tmp_path / "net.safetensors", images(8, 12)
+    bn_model = insert(model, [x])
+    save(bn_model, path)
+    loaded = load(path, model=half_frozen().requires_grad_(not skeleton_frozen))
+    assert record(loaded) == record(bn_model) and record(loaded).frozen == ("0.weight", "0.bias")
+    flags = [{name: p.requires_grad for name, p in net.named_parameters()} for net in (bn_model, loaded)]
+    assert flags[0] == flags[1] and str(loaded) == str(bn_model)
+    kept = {name: value.clone() for name, value in loaded[1].state_dict().items()}
+    loaded.train()(x)
+    assert all(torch.equal(value, kept[name]) for name, value in loaded[1].state_dict().items())
+    assert loaded[4].num_batches_tracked == 1
+
+
+def test_a_torchvision_networks_frozen_layers_come_back_frozen(squeezenet, images, tmp_path):
+    model = models.squeezenet1_1(weights=None, num_classes=7).eval()
+    model.features[:5].requires_grad_(False)
+    bn_model = insert(model, [images(8)])
+    save(bn_model, tmp_path / "net.safetensors")
+    loaded = load(tmp_path / "net.safetensors")
+    flags = [{name: p.requires_grad for name, p in net.named_parameters()} for net in (bn_model, loaded)]
+    assert flags[0] == flags[1] and len(set(flags[0].values())) == 2
+
+
+def test_files_of_the_second_format_load_trainable(images, tmp_path):
+    """It said nothing of frozen layers, and their norms were trained."""
+    path = tmp_path / "net.safetensors"
+    bn_model = insert(half_frozen().requires_grad_(True), [images(8, 12)])
+    save(bn_model, path)
+    rewrite(path, lambda data: data.update(format_version=2) or data.pop("frozen"))
+    loaded = load(path, model=half_frozen())
+    assert record(loaded) == record(bn_model) and all(p.requires_grad for p in loaded.parameters())
+    rewrite(path, lambda data: data.pop("frozen", None))
+    assert record(load(path, model=half_frozen())).frozen == ()
+    rewrite(path, lambda data: data.update(format_version=FORMAT_VERSION))
+    with pytest.raises(CheckpointError, match="missing or unknown: .*frozen"):
+        load(path, model=half_frozen())

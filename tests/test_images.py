@@ -341,7 +341,7 @@ def test_paths_that_are_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "dangling.png").symlink_to("nowhere")
-    for name, message in (("pipe", "not a regular"), ("folder", "not a regular"), ("dangling", "no such file")):
+    for name, message in (("pipe", "not a regular"), ("folder", "a folder"), ("dangling", "no such file")):
         with pytest.raises(DataError, match=rf"{name}\.png': {message}"):
             load_image(tmp_path / f"{name}.png")
 

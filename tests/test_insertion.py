@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torchvision import models
 from unchanged import assert_same_network, assert_unchanged, snapshot
 
@@ -329,3 +330,61 @@ def test_a_network_that_runs_around_its_norm_is_not_given_out():
 
     with pytest.raises(BNSurgeryError, match="RoundAbout does not run 1 of its BatchNorms after the insertion"):
         insert(RoundAbout().eval(), [torch.randn(4, 3, 8, 8)])
+
+
+def frozen_start():
+    """Two convs of which the first is frozen, a third and a dense layer."""
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU()]
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(216, 4)).eval()
+
+
+def train(bn_model, batches):
+    trained = [p for p in bn_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.1)
+    bn_model.train()
+    for batch in batches:
+        bn_model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return bn_model.eval()
+
+
+@pytest.mark.parametrize("way", ["layer", "weight", "bias", "parametrized", "pruned"])
+@pytest.mark.parametrize("options", [{}, {"placement": "post-activation"}, {"absorb_bias": True}, {"fuse_relu": True}])
+def test_frozen_layers_are_the_same_after_training_and_folding(way, options, images):
+    model = frozen_start()
+    if way == "parametrized":
+        nn.utils.parametrizations.weight_norm(model[2])
+    if way == "pruned":
+        prune.random_unstructured(model[2], "weight", 0.5)
+    for name, parameter in model[2].named_parameters():
+        parameter.requires_grad_(way not in (name, "layer", "parametrized", "pruned"))
+    before = {name: parameter.detach().clone() for name, parameter in model[2].named_parameters()}
+    batches = images(24, 12).split(8)
+    bn_model = insert(model, batches, **options)
+    site = next(site for site in bnsurgery.record(bn_model).sites if "2" in (site.site.name, site.site.next_layer))
+    norm = bn_model.get_submodule(site.norm)
+    kept = snapshot(norm)["state"]
+    train(bn_model, batches)
+    assert all(torch.equal(value, kept[name]) for name, value in norm.state_dict().items())
+    folded = bnsurgery.fold(bn_model)
+    for name, parameter in folded[2].named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[name]), name
+    assert not torch.equal(folded[4].weight, model[4].weight)
+
+
+def test_a_computed_weight_in_training_gets_a_norm_in_training_under_no_grad_too(images):
+    model = frozen_start()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with torch.no_grad():
+        bn_model = insert(model, [images(8, 12)])
+    assert all(p.requires_grad for p in bn_model.parameters()) and bnsurgery.record(bn_model).frozen == ()
+
+
+def test_train_mode_of_a_frozen_network_is_nothing_to_warn_of(images, recwarn):
+    model = frozen_start().requires_grad_(False).train()
+    bn_model = insert(model, [images(8, 12)])
+    assert torch.equal(bn_model(images(2, 12)), model(images(2, 12)))
+    assert not recwarn and str(bnsurgery.record(bn_model)).endswith(", 8 parameters frozen")

@@ -32,7 +32,7 @@ class Trial:
         statistics: mode of the BatchNorm layers.
         diverged: why it has no end, or None.
         rows: its validations.
-        seconds: of the whole run, setting up included.
+        seconds: of training and validating; setting up is left out.
     """
 
     arm: str
@@ -188,6 +188,12 @@ class Comparison:
         chart = table(("by rate", *(f"{lr:g}" for lr in rates)), by_rate)
         return f"{self.task}\n\n{table(headers, rows)}\n\n{legend}\n\n{chart}\n\n{textwrap.fill(self.verdict(), WIDTH)}"
 
+    @property
+    def winner(self) -> ArmSummary | None:
+        """The arm with the highest accuracy, of equals the first; None where all diverged."""
+        ended = [summary for summary in self.summary() if summary.accuracy is not None]
+        return max(ended, key=lambda summary: summary.accuracy or 0.0, default=None)
+
     def verdict(self) -> str:
         """What it comes to, in a sentence: whoever won."""
         found = {s.arm: s for s in self.summary() if s.accuracy is not None}
@@ -197,8 +203,9 @@ class Comparison:
         assert plain.accuracy is not None and ours.accuracy is not None
         gain = 100 * (ours.accuracy - plain.accuracy)
         noise = 100 * max(plain.spread or 0, ours.spread or 0)
-        what = "ahead" if gain > 0 else "behind" if gain < 0 else "level"
-        text = f"bn is {what}: {gain:+.2f} points over plain, each at its best rate"
+        side = "ahead of" if gain > 0 else "behind"
+        what = f"{side} plain by {abs(gain):.2f} points" if gain else "level with plain"
+        text = f"bn is {what}, each at its best rate"
         if len({trial.seed for trial in self.trials}) == 1:
             text += " (one seed: how much of that is chance is not known)"
         elif abs(gain) <= noise:
@@ -207,7 +214,7 @@ class Comparison:
             text += f". It reaches plain's accuracy after {ours.to_plain} of {ours.steps} steps"
         naive = found.get("bn-naive")
         if naive is not None and naive.accuracy is not None and naive.accuracy > ours.accuracy:
-            text += f". But bn-naive is best: {100 * (naive.accuracy - ours.accuracy):+.2f} points over bn"
+            text += f". bn-naive is ahead of bn by {100 * (naive.accuracy - ours.accuracy):.2f} points"
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Config:
         layers: which layers get a BatchNorm: "all", "conv" or "dense".
         head: "new" replaces the output layer, "keep" keeps it; "auto" keeps it where a checkpoint has these classes.
         dropout: probability that every Dropout module is set to; None lowers those above 0.2 to 0.2.
-        arm: "bn", or what `compare` sets beside it: "plain" without BatchNorm, "bn-naive" with a fresh one (weight 1,
+        arm: "bn"; or, as `compare` sets beside it, "plain" without BatchNorm, or "bn-naive" with a fresh one (weight 1,
             bias 0), which forgets what the network computed.
 
     Attributes: The data
@@ -68,7 +68,8 @@ class Config:
         clip: largest norm of the gradient; 0 for no limit.
         label_smoothing: 0 to 1, of the cross entropy.
         ema: decay a step of an average of the weights, which is then what is validated and kept; 0 for none.
-        train: which parameters: "all", "bn", "head" or "bn+head".
+        train: which parameters: "all", "bn", "head" or "bn+head". It goes before what is frozen in the network: layers,
+            their norms and statistics are unfrozen together.
         statistics: what BatchNorm normalizes by in training, see `bnsurgery.set_statistics_`; "auto" chooses by batch
             size and measured drift.
         recalibrate: images whose population statistics replace the running ones before a validation.

@@ -68,27 +68,35 @@ def augmentation(task: Task, kind: str) -> v2.Compose:
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """This rank's share of an epoch's batches, from batch `start` on; the last incomplete batch is left out.
+    """This rank's share of an epoch's batches, from batch `start` on.
 
-    Every image takes part in an epoch but for those, which are others in every epoch.
+    The last batch takes what remains, a multiple of `world`, where that is two images or more: a norm has no statistics
+    of one. Other images are left over in every epoch.
+
+    Attributes:
+        images: that take part in an epoch, over all ranks.
+        left_over: images that do not.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, rank: int, world: int) -> None:
-        self._images, self._batch_size, self._seed = images, batch_size, seed
+        self._all, self._batch_size, self._seed = images, batch_size, seed
         self._rank, self._world = rank, world
+        rest = images % batch_size // world * world
+        self.images = images - images % batch_size + (rest if rest >= 2 else 0)
+        self.left_over = images - self.images
         self.epoch = self.start = 0
 
     @property
     def per_epoch(self) -> int:
         """Batches in a whole epoch."""
-        return self._images // self._batch_size
+        return -(-self.images // self._batch_size)
 
     def __len__(self) -> int:
         return self.per_epoch - self.start
 
     def __iter__(self) -> Iterator[list[Key]]:
         generator = torch.Generator().manual_seed(hash((self._seed, self.epoch)) & (2**63 - 1))
-        order = torch.randperm(self._images, generator=generator).tolist()
+        order = torch.randperm(self._all, generator=generator)[: self.images].tolist()
         for batch in range(self.start, self.per_epoch):
             whole = order[batch * self._batch_size : (batch + 1) * self._batch_size]
             yield [(self.epoch, index) for index in whole[self._rank :: self._world]]

@@ -29,7 +29,9 @@ _LOOK_EVERY = 10  # steps between two looks at the loss, where a look makes the 
 
 
 class DivergedError(BNSurgeryError):
-    """The loss, a weight or a statistic became NaN or infinite."""
+    """The loss, a weight or a statistic became NaN or infinite, after so many `seconds` of training."""
+
+    seconds = 0.0
 
 
 class Objective(nn.Module):
@@ -73,9 +75,11 @@ class Trainer:
         self.losses: list[float] = []  # since the last validation, as the accuracies
         self.accuracies: list[float] = []
         self._unread: list[tuple[Tensor, Tensor]] = []  # of the last steps, still on the device
+        self._unseen = 0  # images of these steps
         alone_on_cpu = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
         self._look_every = 1 if alone_on_cpu else _LOOK_EVERY
         self._saved = time.monotonic()
+        self.seconds = 0.0  # of `fit`
         self._restart_clock()
 
     def fit(self, stop: StopRequest) -> None:
@@ -89,6 +93,15 @@ class Trainer:
             CheckpointError: a file cannot be written; what was saved before stays.
             BNSurgeryError: the device ran out of memory or failed; what was saved before stays.
         """
+        begun = time.perf_counter()
+        try:
+            self._fit(stop)
+        except DivergedError as error:
+            error.seconds = time.perf_counter() - begun
+            raise
+        self.seconds = time.perf_counter() - begun
+
+    def _fit(self, stop: StopRequest) -> None:
         self.objective.train()
         while self.step < self.steps:
             epoch, self.setup.batches.start = divmod(self.step, self.steps_per_epoch)
@@ -156,7 +169,9 @@ class Trainer:
             recipe.average_(self.average, self.trained, self.config.ema)
         self._unread.append((loss.detach(), accuracy))
         self.step += 1
-        self._timed += 1
+        taken = len(images) * self.accelerator.num_processes
+        self._unseen += taken
+        self._timed += taken
 
     def _validation_is_due(self) -> bool:
         """Whether one of the epoch's even parts, `Config.evaluations` of them, ends with the step just done."""
@@ -167,7 +182,7 @@ class Trainer:
     def _bar(self, epoch: int) -> Any:
         return tqdm(
             desc=f"epoch {epoch + 1}/{self.config.epochs}",
-            total=self.steps_per_epoch * self.config.batch_size,
+            total=self.setup.batches.images,
             initial=self.setup.batches.start * self.config.batch_size,
             unit="img",
             disable=None if self.show else True,  # None: where stderr is no terminal
@@ -188,7 +203,8 @@ class Trainer:
         self.losses += values[:, 0].tolist()
         self.accuracies += values[:, 1].tolist()
         bar.set_postfix(loss=f"{_recent(self.losses):.3f}", acc=f"{100 * _recent(self.accuracies):.1f}%", refresh=False)
-        bar.update(len(values) * self.config.batch_size)
+        bar.update(self._unseen)
+        self._unseen = 0
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -204,7 +220,7 @@ class Trainer:
                 train_accuracy=statistics.fmean(self.accuracies),
                 val_loss=loss,
                 val_accuracy=accuracy,
-                images_per_second=self.config.batch_size * self._timed / seconds,
+                images_per_second=self._timed / seconds,
             )
             is_best = all((accuracy, -loss) > (earlier.val_accuracy, -earlier.val_loss) for earlier in self.rows)
             self.rows.append(row)

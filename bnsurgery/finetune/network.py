@@ -19,6 +19,9 @@ from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
 from bnsurgery.fitting import BEST_FIT, Choice
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
+from bnsurgery.insertion import insert_
+from bnsurgery.nn import set_statistics_
+from bnsurgery.planning import Plan
 from bnsurgery.relu_fusion import fuse_relu_, unfuse_relu_
 from bnsurgery.surgery_record import attach_record, carries_record, record
 from bnsurgery.task import Task
@@ -27,6 +30,7 @@ from .config import Config
 from .datasets import Data
 
 _UNIT = (0.0,), (1.0,)
+_NOWHERE = Plan("", (), (), "pre-activation", "all", head=False)
 _RESIZE = 256 / 224  # of a photograph's shorter side to the input, as torchvision evaluates
 
 
@@ -56,6 +60,8 @@ def find(config: Config) -> Source:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass --model")
     path = Path(config.source)
     is_file = bool(config.source) and path.is_file() and config.source not in models.names()
+    if is_file and config.weights != "DEFAULT":
+        raise CheckpointError(f"finetune: '{path}' is a file of weights: leave --weights {config.weights} out")
     choice = Choice(config.weights_key, config.weights_prefix, config.partial)
     if is_file and read_record(path) is not None:
         if choice != BEST_FIT:
@@ -143,6 +149,8 @@ def prepare(
 ) -> tuple[nn.Module, nn.Module]:
     """The network to train, and its head: new where the task says so; with BatchNorm, but for the plain arm.
 
+    That one has a record all the same, of no sites: it holds the task, and what is kept can be loaded.
+
     Args:
         source: its model is used up.
         batches: images of the training data, to calibrate on.
@@ -152,7 +160,7 @@ def prepare(
     """
     model, shape = source.model, (len(task.mean), task.image_size, task.image_size)
     head = find_head(model, shape)
-    if config.arm == "plain" and carries_record(model):
+    if carries_record(model) and (config.arm == "plain" or not record(model).sites):
         model = bnsurgery.fold(model)
         head = find_head(model, shape)
     if not keeps_head(source, task.classes, config):
@@ -161,14 +169,17 @@ def prepare(
                 "finetune: --train bn would leave the new head as it is, random: use --train bn+head, or --head keep"
             )
         replace_head_(model, head, len(task.classes), config.seed)
-    if config.arm != "plain" and not carries_record(model):
+    if config.arm == "plain":
+        insert_(model, _NOWHERE, {})
+    elif not carries_record(model):
         model = bnsurgery.insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
-    if carries_record(model):
-        unfuse_relu_(model)  # one state, whatever the file's: see `fuse_for_training_`
-        provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
-        own = own_name(config)
-        provenance |= {"model": own} if own else {}
-        attach_record(model, replace(record(model), task=task, provenance=provenance))
+    unfuse_relu_(model)  # one state, whatever the file's: see `fuse_for_training_`
+    provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
+    own = own_name(config)
+    provenance |= {"model": own} if own else {}
+    attach_record(model, replace(record(model), task=task, provenance=provenance, frozen=()))
+    if config.arm != "plain":
+        set_statistics_(model, "batch", where=lambda name, norm: True)  # `Config.train` says what is frozen
     return model, model.get_submodule(find_head(model, shape))
 
 
@@ -177,7 +188,7 @@ def fuse_for_training_(network: nn.Module, device: torch.device) -> None:
 
     A network whose norms or ReLUs have hooks is trained as it is.
     """
-    if carries_record(network) and fuses(device):
+    if fuses(device):
         with suppress(BNSurgeryError):
             fuse_relu_(network)
 

@@ -20,7 +20,6 @@ from bnsurgery.files import atomic_write, make_folder, only_process_in, read_tex
 from bnsurgery.relu_fusion import unfuse_relu_
 from bnsurgery.report import plot_curves
 from bnsurgery.report.style import write as write_figure
-from bnsurgery.surgery_record import carries_record
 from bnsurgery.system import quote
 from bnsurgery.typed_json import loads, parse
 from bnsurgery.unpickling import load_pickle
@@ -176,7 +175,7 @@ class RunDirectory:
 
     def log(self, rows: Sequence[Row], best: nn.Module | None) -> None:
         """Write what a validation found: metrics.csv, curves.png, TensorBoard's events; `best` to best.safetensors."""
-        if best is not None and carries_record(best):
+        if best is not None:
             kept = sharing_tensors(best)
             unfuse_relu_(kept)  # as other people's tools expect it
             checkpoint.save(kept, self.best, overwrite=True)

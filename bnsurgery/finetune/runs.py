@@ -33,11 +33,13 @@ class Result:
         directory: where it was written, None where nothing was.
         rows: what was measured, one a validation.
         resolved: the learning rate and statistics mode it ran with.
+        seconds: that this process spent on training and validating it, setting up left out; None where it was read.
     """
 
     directory: Path | None
     rows: tuple[Row, ...]
     resolved: Resolved
+    seconds: float | None = None
 
     @classmethod
     def read(cls, directory: str | Path) -> "Result":
@@ -224,7 +226,7 @@ def _train_alone(
             print("\n".join([*setup.facts, f"peak rate    {setup.resolved.lr:.3g}{how}"]), flush=True)
         with listening() as stop:
             trainer.fit(stop)
-    return Result(directory.path if directory else None, tuple(trainer.rows), setup.resolved)
+    return Result(directory.path if directory else None, tuple(trainer.rows), setup.resolved, trainer.seconds)
 
 
 def _resolved(state: dict[str, Any]) -> Resolved:

@@ -210,7 +210,7 @@ def build(
         network=network,
         conditioner=conditioner,
         resolved=resolved,
-        facts=_facts(config, source, data, resolved, keeps_head(source, data.classes, config)),
+        facts=_facts(config, source, data, resolved, keeps_head(source, data.classes, config), batches.left_over),
         prepared=prepared,
         batches=batches,
         train=Loader(prepared, batches, workers, pinned),
@@ -234,13 +234,17 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
     return Resolved(lr, statistics, reason)
 
 
-def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool) -> list[str]:
+def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool, left: int) -> list[str]:
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {len(data.train)} training and {len(data.val)} validation images, "
         f"{len(data.classes)} classes",
         f"head         {'kept' if kept else 'new'}",
     ]
+    if left:
+        facts.append(
+            f"left out     {left} image{'s' if left > 1 else ''} in each epoch, others every time: too few for a batch"
+        )
     if data.skipped:
         facts.append(f"left out     {len(data.skipped)} damaged images, the first: {data.skipped[0]}")
     if data.passed_over:

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 
 from bnsurgery.devices import CPU, random_state, set_random_state
 from bnsurgery.errors import CheckpointError, printable
-from bnsurgery.surgery_record import carries_record, record
+from bnsurgery.surgery_record import record
 from bnsurgery.typed_json import parse
 
 from .run_directory import Row
@@ -73,7 +73,7 @@ def restore_(trainer: "Trainer", state: dict[str, Any]) -> None:
 
 def _started_from(trainer: "Trainer") -> str:
     """Digest of the network before the insertion."""
-    return record(trainer.network).weights_digest if carries_record(trainer.network) else ""
+    return record(trainer.network).weights_digest
 
 
 def _generators(trainer: "Trainer") -> dict[str, torch.device]:

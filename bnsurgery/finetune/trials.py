@@ -3,7 +3,6 @@
 import json
 import math
 import multiprocessing
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -98,12 +97,11 @@ def run_trial(key: tuple[str, float, int], config: Config, model: nn.Module | No
     """One trial; a divergence is a result."""
     from .loop import DivergedError
 
-    start = time.perf_counter()
     try:
         result = run(config, model=model, data=data, save=False)
     except DivergedError as error:
-        return Trial(*key, "", str(error), (), time.perf_counter() - start)
-    return Trial(*key, result.resolved.statistics, None, result.rows, time.perf_counter() - start)
+        return Trial(*key, "", str(error), (), error.seconds)
+    return Trial(*key, result.resolved.statistics, None, result.rows, result.seconds or 0.0)
 
 
 def _finish(

@@ -1,15 +1,33 @@
 """Settings of all BatchNorm layers of a network at once."""
 
+import warnings
+from collections.abc import Callable, Iterable
+from typing import cast
+
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnsurgery.errors import BNSurgeryError
+from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.ops.sync import group_name
 
-from .batchnorm import Insertable, Statistics
+from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Insertable, Statistics
+
+_OURS: dict[type, type] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+_FROZEN = "frozen"  # an attribute of the norms of frozen layers
 
 
-def set_statistics_(bn_model: nn.Module, mode: Statistics, *, renorm_steps: int = 1000) -> None:
+def set_statistics_(
+    bn_model: nn.Module,
+    mode: Statistics,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    *,
+    renorm_steps: int = 1000,
+) -> None:
     """Choose what the BatchNorm layers of `bn_model` normalize by in train mode. `.train()` and `.eval()` keep it.
 
     - "batch": the batch's statistics, ordinary BN; what `insert` sets.
@@ -26,14 +44,21 @@ def set_statistics_(bn_model: nn.Module, mode: Statistics, *, renorm_steps: int 
     checkpointing runs a layer twice, and so moves running statistics twice as in torch. A schedule is resumed by
     setting the mode on the network as it was, before `load_state_dict` restores the steps (num_batches_tracked).
 
+    A `torch.nn.BatchNorm1d/2d/3d` of the network's own is set, too: for a mode other than "batch" the same object, with
+    its names and tensors, becomes the class of `bnsurgery.nn` that is derived from its own. What cannot be set, such as
+    a SyncBatchNorm, is left as it is, and a warning names it. The norm of a layer that `insert` found frozen
+    (`requires_grad=False`) stays in "running" unless `where` chooses it; a warning says so.
+
     Args:
-        bn_model: a network with layers of `bnsurgery.nn`; other norms in it are left alone.
+        bn_model: a network with BatchNorm layers.
         mode: see above.
+        where: which of them, (name, module) -> bool; None for all but those of frozen layers.
         renorm_steps: length of the closing schedule in training steps, above 0; used by "renorm" alone.
 
     Raises:
         ValueError: `mode` or `renorm_steps` is none of these.
-        BNSurgeryError: the model has no layer of `bnsurgery.nn`, or one without running statistics.
+        BNSurgeryError: the model has no BatchNorm that can be set, `where` chooses none, or one that it chooses has no
+            running statistics.
 
     References: Ioffe 2017, "Batch Renormalization", arXiv:1702.03275, section 3.
     """
@@ -41,14 +66,80 @@ def set_statistics_(bn_model: nn.Module, mode: Statistics, *, renorm_steps: int 
         raise ValueError(f"set_statistics_: mode must be 'batch', 'running' or 'renorm', got {mode!r}")
     if mode == "renorm" and renorm_steps < 1:
         raise ValueError(f"set_statistics_: renorm_steps must be at least 1, got {renorm_steps}")
-    norms = _norms(bn_model, "set_statistics_")
-    for name, norm in norms.items():
+    norms = {name: module for name, module in bn_model.named_modules() if isinstance(module, _BatchNorm)}
+    if where is not None:
+        norms = {name: norm for name, norm in norms.items() if where(name, norm)}
+    frozen = [name for name, norm in norms.items() if where is None and is_frozen(norm)]
+    if mode == "running":
+        frozen = []  # as they are
+    foreign = [name for name, norm in norms.items() if not (isinstance(norm, Insertable) or _can_be_ours(norm))]
+    chosen = {name: norm for name, norm in norms.items() if name not in frozen and name not in foreign}
+    if not chosen and not frozen:
+        which = "for which where(name, module) is true" if where is not None else "that it could set: insert some first"
+        raise BNSurgeryError(f"set_statistics_: {type(bn_model).__name__} has no BatchNorm {which}")
+    for name, norm in chosen.items():
         if (norm.running_mean is None or norm.num_batches_tracked is None) and mode != "batch":
-            raise BNSurgeryError(f"set_statistics_: '{name}' has no running statistics, which {mode!r} needs")
-    for norm in norms.values():
-        norm.statistics, norm.renorm_state = mode, None
-        if mode == "renorm":
-            norm.start_renorm_(0, renorm_steps)
+            raise BNSurgeryError(
+                f"set_statistics_: '{name}' has no running statistics, which {mode!r} needs: leave it out with where="
+            )
+    for norm in chosen.values():
+        if isinstance(norm, Insertable) or mode != "batch":
+            _set_(_ours_(norm), mode, renorm_steps)
+    if frozen:
+        _warn(
+            f"left {_named(frozen)} in 'running' mode: of frozen layers (requires_grad=False), which {mode!r} would "
+            "change. where=lambda name, norm: True sets them, too."
+        )
+    if foreign and mode != "batch":
+        kinds = ", ".join(sorted({type(norms[name]).__name__ for name in foreign}))
+        _warn(
+            f"left {_named(foreign)} ({kinds}), which normalizes by the batch in train mode: its .eval() after every "
+            ".train() of the network freezes it, if it has running statistics."
+        )
+
+
+def freeze_(norm: nn.Module) -> None:
+    """Make this the norm of a frozen layer: no gradient, the running statistics in train mode, and it stays so."""
+    norm.requires_grad_(False)
+    vars(norm)[_FROZEN] = True
+    cast(Insertable, norm).statistics = "running"
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether this is the norm of a frozen layer, and nobody has chosen another mode for it since."""
+    return _FROZEN in vars(norm)
+
+
+def _set_(norm: Insertable, mode: Statistics, renorm_steps: int) -> None:
+    norm.statistics, norm.renorm_state = mode, None
+    if mode == "renorm":
+        norm.start_renorm_(0, renorm_steps)
+    if mode != "running":
+        vars(norm).pop(_FROZEN, None)
+
+
+def _can_be_ours(norm: _BatchNorm) -> bool:
+    return type(norm) in _OURS and norm.running_mean is not None
+
+
+def _ours_(norm: _BatchNorm) -> Insertable:
+    """The same object, made one of ours where it is torch's own."""
+    if not isinstance(norm, Insertable):
+        with_defaults = _OURS[type(norm)](0)
+        norm.__class__ = type(with_defaults)
+        for name, value in vars(with_defaults).items():
+            vars(norm).setdefault(name, value)
+        norm.register_buffer("renorm_state", None, persistent=False)
+    return cast(Insertable, norm)
+
+
+def _named(names: Iterable[str]) -> str:
+    first, *rest = names
+    return f"'{first}'" + (f" and {len(rest)} more BatchNorms" if rest else "")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"set_statistics_: {text}", BNSurgeryWarning, stacklevel=3)
 
 
 def set_process_group_(bn_model: nn.Module, process_group: ProcessGroup | None) -> None:

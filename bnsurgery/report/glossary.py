@@ -54,7 +54,7 @@ TERMS = {
     "validation loss": "Cross entropy in nats, mean over the validation images.",
     "validation accuracy": "Share of the validation images that are classified right.",
     "statistics": "What the BatchNorms normalized by in training: a mode of set_statistics_.",
-    "seconds": "Time of one whole run, setting up included, mean over those that did not diverge. Runs that "
+    "seconds": "Time of training and validating, setting up left out, mean over those that did not diverge. Runs that "
     "shared the machine slow each other down alike.",
     "plain": "The network as it is, without BatchNorm.",
     "bn": "BatchNorm inserted so that the network computes what it did.",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,10 +124,11 @@ def test_verify_tells_a_trained_network(cli, weights):
     bnsurgery.save(model, "trained.safetensors")
     code, out, _ = cli("verify", "trained.safetensors", *FAST)
     assert code == 0
-    assert "changed since" in out
+    assert re.search("eval mode    (bit-identical|equal within 1e-5, as after training,) on", out)
+    assert "folds back to trained weights (changed since the insertion)" in out
     code, out, err = cli("verify", "trained.safetensors", "--weights", weights, *FAST)
     assert code == 1
-    assert "NOT bit-identical" in out
+    assert "eval mode    different on" in out
     assert "differs from file mine.pth" in err
     code, out, _ = cli("fold", "trained.safetensors")
     assert code == 0
@@ -161,9 +164,26 @@ def test_plan(cli, weights):
     assert "15 sites, 1 skipped" in out
     assert "output layer" in out
     assert max(map(len, out.splitlines())) <= 80
-    assert "25 sites" in cli("plan", weights)[1]
+    code, out, _ = cli("plan", weights, "--layers", "conv")
+    assert "25 sites" in out and f"Next: bnsurgery insert {shlex.quote(str(weights))} --layers conv" in out
+    code, out, _ = cli("plan", "squeezenet1_1", "--weights", weights)
+    assert "25 sites" in out and f"Next: bnsurgery insert squeezenet1_1 --weights {shlex.quote(str(weights))}" in out
+    code, out, err = cli("plan", "vgg11", "--weights", weights)
+    assert code == 1 and "mine.pth" in err
     cli("insert", "squeezenet1_1", "--weights", weights, *FAST)
     assert "features.4.squeeze.norm" in cli("plan", "squeezenet1_1-bn.safetensors")[1]
+
+
+def test_insert_takes_a_file_of_weights(cli, weights):
+    code, out, err = cli("insert", weights, *FAST)
+    assert code == 0, err
+    assert "squeezenet1_1: 25 BatchNorm layers inserted" in out and "Wrote mine-bn.safetensors." in out
+    folded = bnsurgery.fold(bnsurgery.load("mine-bn.safetensors")).state_dict()
+    assert all(torch.equal(value, folded[name]) for name, value in torch.load(weights, weights_only=True).items())
+    code, out, err = cli("insert", "mine-bn.safetensors", *FAST)
+    assert code == 1 and "mine-bn.safetensors" in err
+    code, out, err = cli("finetune", weights, "--weights", "random", "--data", "digits", "--device", "cpu")
+    assert code == 1 and "is a file of weights: leave --weights random out" in err
 
 
 def test_archs(cli):
@@ -178,7 +198,7 @@ def test_archs(cli):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["insert"], 2, "Name one network: ARCH, or --model"),
+        (["insert"], 2, "Name a network: ARCH or FILE, or --model"),
         (["insert", "vgg61"], 1, "Did you mean"),
         (["insert", "vgg16_bn"], 1, "normalization layers already"),
         (["insert", "resnet18"], 1, "normalization layers already"),

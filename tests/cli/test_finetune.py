@@ -1,7 +1,10 @@
 """Fine-tuning from the command line, killed and stopped as a user's machine would."""
 
+import csv
+import itertools
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -85,6 +88,33 @@ def test_finetune_predict_and_resume(cli, folder, monkeypatch):
     found = json.loads(out)["predictions"]
     assert [p["classes"][0] for p in found] == ["dark", "bright"]
     assert all(sum(p["probabilities"]) == pytest.approx(1) for p in found)
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "images", "--top", 1, "-o", "found.csv")
+    assert code == 0, err
+    assert "Wrote found.csv." in out and out.count("%") == 60
+    rows = list(csv.DictReader(Path("found.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["image", "class_1", "probability_1"]
+    assert [row["image"] for row in rows] == sorted(str(path) for path in Path("images").rglob("*.png"))
+    assert sum(row["class_1"] == Path(row["image"]).parent.name for row in rows) > 50
+    assert all(0.5 <= float(row["probability_1"]) <= 1 for row in rows)
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "images", "-o", "found.csv")
+    assert code == 1 and "--force" in err
+    Path("images/notes.txt").touch()
+    Path("images/dark/bad.png").write_bytes(b"no picture")
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "images/dark", "images", "--top", 1)
+    assert code == 1 and out.count("%") == 90 and "1 file passed over, no images by name: notes.txt." in out
+    assert "images/dark/bad.png" in err
+    Path("empty").mkdir()
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "empty")
+    assert code == 1 and "got no image" in err
+    Path("images/dark/bad.png").unlink()
+    Path("images/notes.txt").unlink()
+    for suffix, words in {"folded.safetensors": ["fold"], "onnx.onnx": ["export", "--to", "onnx"]}.items():
+        code, out, err = cli(*words, best, "--model", "net.py:tiny")
+        assert code == 0 and f"Wrote net-images-{suffix}" in out, err
+    with monkeypatch.context() as inside:
+        inside.chdir("runs/net-images")
+        code, out, err = cli("fold", "best.safetensors", "--model", f"{folder}/net.py:tiny")
+        assert code == 0 and "Wrote net-images-folded.safetensors" in out, err
     code, _, err = cli("finetune", "--resume", "runs/net-images")
     assert code == 1 and "made by running 'net.py:tiny'" in err  # a file must not decide what code is run
     code, out, err = cli("finetune", "--resume", "runs/net-images", "--model", "net.py:tiny")
@@ -132,6 +162,31 @@ def test_compare_says_what_it_found_and_goes_on(cli, folder):
     result = json.loads(out)
     assert [arm["arm"] for arm in result["arms"]] == ["plain", "bn"]
     assert Path(result["output"], "comparison.png").is_file()
+
+
+@pytest.mark.parametrize("winner", ["plain", "bn", "bn-half", "bn-naive"])
+def test_compare_recommends_the_winner_and_finetune_makes_it(winner, cli, folder):
+    """Finished trials are taken as they are, so this says who wins."""
+    arms = ("plain", "bn", "bn-naive", "bn-half")
+    args = ["compare", *FAST[:-4], "--device", "cpu", "--arms", ",".join(arms), "--rates", "0.1", "--jobs", "1"]
+    code, out, err = cli(*args)
+    assert code == 0, err
+    for path in Path("runs/compare-net-images/trials").iterdir():
+        trial = json.loads(path.read_text())
+        trial["rows"][-1]["val_accuracy"] = 0.9 if trial["arm"] == winner else 0.5
+        path.write_text(json.dumps(trial))
+    code, out, err = cli(*args)
+    next_step = shlex.split(out.rpartition("Next: bnsurgery ")[2])
+    assert next_step[0] == "finetune" and next_step[-2:] == ["--lr", "0.1"]
+    said = dict(itertools.pairwise(next_step))
+    wanted = {"plain": "plain", "bn-naive": "bn-naive"}.get(winner)
+    assert said.get("--arm") == wanted and said["--epochs"] == ("2" if winner == "bn-half" else "3")
+    code, out, err = cli(*next_step)
+    assert code == 0, err
+    best = f"runs/net-images{'-' + wanted if wanted else ''}/best.safetensors"
+    assert f"Wrote {best}" in out
+    code, out, err = cli("predict", best, "--model", "net.py:tiny", "images/dark/0.png")
+    assert code == 0 and "dark" in out, err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -66,6 +67,12 @@ def weights():
     torch.manual_seed(1)
     shapes = {"0.weight": (8, 3, 3, 3), "0.bias": (8,), "3.weight": (8, 8, 3, 3), "3.bias": (8,), "7.weight": (5, 8)}
     return {name: torch.randn(*shape) / 3 for name, shape in {**shapes, "7.bias": (5,)}.items()}
+
+
+def small():
+    space = {}
+    exec(Path("net.py").read_text(), space)
+    return space["small"]()
 
 
 @pytest.mark.slow
@@ -241,6 +248,27 @@ def test_what_plan_says_next_keeps_what_was_chosen(cli):
     assert "2 BatchNorm layers inserted" in out
 
 
+def test_a_file_of_weights_is_the_first_argument_of_every_command(cli):
+    """With --model it holds the weights of what that makes; `plan` hands it on."""
+    save_file(weights(), "start.safetensors")
+    torch.save({"ema": weights(), "other": {"7.bias": torch.zeros(5)}}, "many.pth")
+    for chosen in (["start.safetensors"], ["--weights", "start.safetensors"], ["many.pth", "--weights-key", "ema"]):
+        code, out, err = cli("plan", "--model", "net.py:small", *chosen, "--image-size", "24")
+        assert code == 0 and "2 sites" in out, err
+        line = out[out.index("Next: bnsurgery ") :].strip()
+        code, out, err = cli(*shlex.split(line.removeprefix("Next: bnsurgery ")), "--num-images", "8", "--force")
+        assert code == 0, err
+        folded = bnsurgery.fold(bnsurgery.load("small-bn.safetensors", model=small()))
+        assert all(torch.equal(value, weights()[name]) for name, value in folded.state_dict().items())
+    code, out, err = cli("plan", "--model", "net.py:grey", "start.safetensors")
+    assert code == 1 and "start.safetensors" in err
+    for command in ("plan", "insert"):
+        code, out, err = cli(command, "start.safetensors", "--model", "net.py:small", "--weights", "many.pth", *FEW[:2])
+        assert code == 2 and "'start.safetensors' is a file of weights: leave --weights many.pth out" in err
+    code, out, err = cli("plan", "small-bn.safetensors", "--model", "net.py:small")
+    assert code == 0 and "Next: bnsurgery verify small-bn.safetensors --model net.py:small" in out
+
+
 def test_pictures(cli):
     code, out, err = cli("plan", "--model", "net.py:small", "--svg", "net.svg", "--dot", "net.dot")
     assert code == 0, err
@@ -278,7 +306,7 @@ def test_pictures(cli):
             "no such file, nor one of DEFAULT, random",
         ),
         (["insert", "--model", "net.py:grey", "--normalize", "imagenet", *FEW], 1, "grey images"),
-        (["plan"], 2, "Name one network: ARCH or FILE, or --model"),
+        (["plan"], 2, "Name a network: ARCH or FILE, or --model"),
         (["plan", "--model", "net.py:sound"], 1, "takes 2 channels"),
         (["export", "missing.safetensors", "--to", "onnx"], 1, "missing.safetensors"),
         (["export", "missing.safetensors"], 2, "--to"),

@@ -113,7 +113,9 @@ def test_report_of_runs_and_comparisons(folder):
     code, out, err = folder(*comparing, "--report", "c.html")
     assert code == 0, err
     hint = out.splitlines()[-1]
-    assert hint == f"Next: bnsurgery finetune {' '.join(sorted_like_help(RUN))} --lr 0.1"
+    plain, ours = (arm["accuracy"] for arm in json.loads(Path("cmp/comparison.json").read_text())["arms"])
+    arm = "" if ours > plain else " --arm plain"
+    assert hint == f"Next: bnsurgery finetune {' '.join(sorted_like_help(RUN))}{arm} --lr 0.1"
     assert folder("report", "cmp", "-o", "d.html")[0] == 0
     assert folder("report", "cmp/comparison.json", "-o", "e.html")[0] == 0
     assert Path("c.html").read_text() == Path("d.html").read_text() == Path("e.html").read_text()

@@ -51,15 +51,18 @@ def test_each_arm_is_judged_at_its_own_best_rate():
 
 
 def test_the_verdict_says_who_won_and_whether_it_is_noise():
-    assert "bn is ahead: +7.00 points" in MADE_UP.verdict()
+    assert "bn is ahead of plain by 7.00 points" in MADE_UP.verdict()
     assert "after 10 of 20 steps" in MADE_UP.verdict()
     assert "within the spread" not in MADE_UP.verdict()
+    assert MADE_UP.winner == MADE_UP.summary()[1]
     swapped = (replace(t, arm="bn" if t.arm == "plain" else "plain") for t in MADE_UP.trials)
     behind = replace(MADE_UP, trials=tuple(swapped))
-    assert "bn is behind: -7.00 points" in behind.verdict()
+    assert "bn is behind plain by 7.00 points" in behind.verdict()
+    assert behind.winner.arm == "plain"
+    assert Comparison("none", (trial("plain", 0.1, 0, diverged="NaN"),)).winner is None
     assert "one seed" in Comparison("1", (trial("plain", 0.1, 0, 0.5), trial("bn", 0.1, 0, 0.6))).verdict()
     close = Comparison("close", (trial("plain", 0.1, 0, 0.5), trial("plain", 0.1, 1, 0.6), trial("bn", 0.1, 0, 0.57)))
-    assert "+2.00 points" in close.verdict() and "within the spread over seeds (10.00)" in close.verdict()
+    assert "by 2.00 points" in close.verdict() and "within the spread over seeds (10.00)" in close.verdict()
     assert "No verdict" in Comparison("half", tuple(MADE_UP.of("bn"))).verdict()
 
 

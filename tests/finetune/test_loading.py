@@ -29,22 +29,40 @@ def same(first, second):
 
 
 def test_ranks_share_out_what_one_process_takes():
-    whole = list(TrainBatches(50, 12, 7, 0, 1))
-    shares = [list(TrainBatches(50, 12, 7, rank, 3)) for rank in range(3)]
-    assert len(whole) == 4
+    whole = list(TrainBatches(51, 12, 7, 0, 1))
+    shares = [list(TrainBatches(51, 12, 7, rank, 3)) for rank in range(3)]
+    assert [len(batch) for batch in whole] == [12, 12, 12, 12, 3]
     for batch, *parts in zip(whole, *shares, strict=True):
         assert sorted(batch) == sorted(key for part in parts for key in part)
-        assert {len(part) for part in parts} == {4}
+        assert {len(part) for part in parts} == {len(batch) // 3}
 
 
-def test_an_epoch_takes_every_image_once_but_for_the_last_incomplete_batch():
-    batches = TrainBatches(50, 12, 7, 0, 1)
-    first = [index for batch in batches for _, index in batch]
-    batches.epoch = 1
-    second = [index for batch in batches for _, index in batch]
-    assert len(set(first)) == len(first) == 48
-    assert first != second
-    assert set(first) != set(second)  # others are left out
+@pytest.mark.parametrize(
+    ("images", "world", "sizes", "left"),
+    [
+        (48, 1, [12] * 4, 0),
+        (49, 1, [12] * 4, 1),
+        (50, 1, [12] * 4 + [2], 0),
+        (59, 1, [12] * 4 + [11], 0),
+        (50, 3, [12] * 4, 2),
+        (52, 3, [12] * 4 + [3], 1),
+    ],
+)
+def test_an_epoch_takes_every_image_once_but_for_what_makes_no_batch(images, world, sizes, left):
+    """Two images or more in all, as many on every rank."""
+    ranks = [TrainBatches(images, 12, 7, rank, world) for rank in range(world)]
+    epochs = []
+    for epoch in range(2):
+        taken = []
+        for batches in ranks:
+            batches.epoch = epoch
+            assert [len(batch) * world for batch in batches] == sizes
+            assert (len(batches), batches.images, batches.left_over) == (len(sizes), sum(sizes), left)
+            taken += [index for batch in batches for _, index in batch]
+        assert len(set(taken)) == len(taken) == images - left
+        epochs.append(taken)
+    assert epochs[0] != epochs[1]
+    assert (set(epochs[0]) != set(epochs[1])) == (left > 0)  # others are left over
 
 
 def test_an_epoch_resumed_in_the_middle_goes_on_as_it_would_have():
@@ -52,7 +70,7 @@ def test_an_epoch_resumed_in_the_middle_goes_on_as_it_would_have():
     whole = list(batches)
     batches.start = 2
     assert list(batches) == whole[2:]
-    assert len(batches) == 2
+    assert len(batches) == 3
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip", "resized-crop", "trivial"])

@@ -12,7 +12,7 @@ import bnsurgery
 from bnsurgery import factories, finetune
 from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError, UntraceableModelError
 from bnsurgery.finetune import network
-from bnsurgery.finetune.recipe import set_dropout_
+from bnsurgery.finetune.recipe import choose_parameters_, set_dropout_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
 
 CONFIG = finetune.Config(source="x", data="x", output="x", image_size=8, normalize="none")
@@ -220,3 +220,29 @@ def test_a_checkpoint_is_taken_whole(tmp_path):
     for given in ({"weights_key": "model"}, {"weights_prefix": "net."}, {"partial": True}):
         with pytest.raises(CheckpointError, match="is a whole checkpoint: a key, a prefix and partial are for plain"):
             network.find(replace(source, **given))
+
+
+@pytest.mark.parametrize("train", ["all", "bn", "head", "bn+head"])
+def test_what_is_trained_goes_before_what_was_frozen(train):
+    """Layer, norm and statistics together, and what is kept says nothing of frozen layers."""
+    frozen = tiny()
+    next(module for module in frozen.modules() if isinstance(module, nn.Conv2d)).requires_grad_(False)
+    images = patterns(16, 1)[0].float() / 255
+    trained = {}
+    for name, model in {
+        "frozen": bnsurgery.insert(frozen, [images]),
+        "free": bnsurgery.insert(tiny(), [images]),
+    }.items():
+        source, config = network.given(model), replace(CONFIG, train=train, head="keep")
+        made, head = network.prepare(source, network.task_of(source, DATA, config), config, [images])
+        choose_parameters_(made, train, head)
+        assert bnsurgery.record(made).frozen == () and {m.statistics for m in norms_of(made)} == {"batch"}
+        bnsurgery.set_statistics_(made, "renorm")
+        assert {m.statistics for m in norms_of(made)} == {"renorm"}
+        trained[name] = [n for n, p in made.named_parameters() if p.requires_grad]
+    assert trained["frozen"] == trained["free"]
+    assert {m.statistics for m in norms_of(bnsurgery.insert(frozen, [images]))} == {"batch", "running"}
+
+
+def norms_of(model):
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
-from bnsurgery.finetune import loop, network, recipe
+from bnsurgery.finetune import loop, network, recipe, runs
 from bnsurgery.finetune.loading import Prepared, TrainBatches, plain_loader
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import build, processes
@@ -378,3 +379,60 @@ def test_buffers_of_any_kind_come_through_a_run(ema, model, data, config, tmp_pa
     bnsurgery.export(best, tmp_path / "folded.pth", to="state-dict")
     folded = torch.load(tmp_path / "folded.pth", weights_only=True)
     assert all(torch.equal(folded[name], buffer) for name, buffer in buffers.items())
+
+
+def test_the_last_incomplete_batch_is_trained_on_and_what_is_left_is_said(config, model, data, capsys):
+    base = config(epochs=1, batch_size=24, limit=None)
+    fewer = replace(data, train=replace(data.train, labels=data.train.labels[:50]))
+    result = finetune.run(base, model=model, data=fewer, save=False, show=True)
+    assert result.final.step == 3 and result.final.epoch == 1
+    assert "left out" not in capsys.readouterr().out
+    fewer = replace(data, train=replace(data.train, labels=data.train.labels[:49]))
+    assert finetune.run(base, model=model, data=fewer, save=False, show=True).final.step == 2
+    assert "left out     1 image in each epoch" in capsys.readouterr().out
+
+
+def test_the_plain_arm_is_a_run_like_the_others(config, model, data, tmp_path):
+    """Kept, loaded, folded, gone on with, and a network to start from."""
+    plain = config(arm="plain", epochs=2)
+    result = finetune.run(plain, model=model, data=data)
+    best = bnsurgery.load(result.directory / "best.safetensors", model=model)
+    assert not [m for m in best.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert bnsurgery.record(best).sites == () and bnsurgery.record(best).task.classes == data.classes
+    images = patterns(4, 3)[0].float() / 255
+    folded = bnsurgery.fold(best)
+    assert type(folded) is type(model) and folded.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(folded(images), best(images)) and not torch.equal(folded(images), model(images))
+    again = finetune.resume(result.directory, model=model, data=data)
+    assert again.rows == result.rows
+    for arm in ("bn", "plain"):  # from what is kept
+        trained = finetune.run(replace(plain, arm=arm, output=str(tmp_path / arm)), model=best, data=data)
+        kept = bnsurgery.load(trained.directory / "best.safetensors", model=model)
+        assert bool(bnsurgery.record(kept).sites) == (arm == "bn")
+
+
+def test_the_seconds_of_a_run_leave_setting_up_out(config, model, data, monkeypatch):
+    """By a clock that the setup alone moves."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    build = runs.build
+
+    def slow(*args):
+        now[0] += 100
+        return build(*args)
+
+    def step(trainer, *args, original=loop.Trainer.train_step):
+        now[0] += 1
+        return original(trainer, *args)
+
+    monkeypatch.setattr(runs, "build", slow)
+    monkeypatch.setattr(loop.Trainer, "train_step", step)
+    assert finetune.run(config(epochs=1), model=model, data=data, save=False).seconds == 6
+    monkeypatch.setattr(loop.Trainer, "_validate", diverge)
+    with pytest.raises(finetune.DivergedError) as error:
+        finetune.run(config(epochs=1), model=model, data=data, save=False)
+    assert error.value.seconds == 6
+
+
+def diverge(trainer):
+    raise finetune.DivergedError("no number")
