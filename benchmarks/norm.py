@@ -3,9 +3,10 @@
     python -m benchmarks.norm [--shapes table|vgg|squeezenet|all] [--threads 1 2] [--busy] [--rounds 9] [--json FILE]
 
 Torch's is `nn.BatchNorm2d` + `nn.ReLU(True)` (1d for a dense shape). Ours is fused, `activation="relu"`, or unfused,
-our norm + `nn.ReLU(True)`. "train" is forward and backward by the batch's statistics, "eval" forward by the running
-ones without gradients. Every round times each of the three in turn, over as many calls as take 20 ms; a ratio is the
-median of the rounds'. --busy measures everything once more beside a process that keeps a core busy.
+our norm + `nn.ReLU(True)`; "itself" is torch's once more, whose ratio says what the others are worth. "train" is
+forward and backward by the batch's statistics, "eval" forward by the running ones without gradients. Every round times
+each of the four in turn, over as many calls as take 20 ms; a ratio is the median of the rounds'. --busy measures
+everything once more beside a process that keeps a core busy.
 
 Goals: a geometric mean of 0.99; each ratio 0.95, or 0.90 where torch takes less than 200 µs. Rows below are listed.
 All shapes take some five minutes a number of threads and load on two cores.
@@ -41,7 +42,7 @@ SHAPES = {
     "squeezenet": [(batch, *rest) for batch in BATCHES for rest in SQUEEZENET],
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-MODES, FORMS = ("train", "eval"), ("fused", "unfused")
+MODES, FORMS = ("train", "eval"), ("fused", "unfused", "itself")
 SECONDS = 0.02  # of one candidate in one round, at least
 EACH, SMALL, SHORT, MEAN = 0.95, 0.90, 200e-6, 0.99
 
@@ -53,6 +54,7 @@ def layers(shape: tuple[int, ...]) -> dict[str, nn.Module]:
         "torch": nn.Sequential(torchs(channels), nn.ReLU(inplace=True)),
         "fused": ours(channels, activation="relu"),
         "unfused": nn.Sequential(ours(channels), nn.ReLU(inplace=True)),
+        "itself": nn.Sequential(torchs(channels), nn.ReLU(inplace=True)),
     }
 
 

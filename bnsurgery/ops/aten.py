@@ -32,10 +32,8 @@ def batch_norm(
     For strides other than contiguous and channels_last ATen has slow code, which in eval mode rounds otherwise: there
     the dims go into the order of memory, where x is (outer, C, inner).
     """
-    memory_format = torch.contiguous_format if x.is_contiguous() else _CHANNELS_LAST.get(x.ndim)
-    if memory_format is not torch.contiguous_format and not (
-        memory_format and x.is_contiguous(memory_format=memory_format) and x.stride(0) * len(x) == x.numel()
-    ):
+    memory_format = None if x.is_contiguous() else _CHANNELS_LAST.get(x.ndim, torch.contiguous_format)
+    if memory_format and not (x.is_contiguous(memory_format=memory_format) and x.stride(0) * x.size(0) == x.numel()):
         vectors = running_mean, running_var, weight, bias
         return layout.unflat(batch_norm(layout.flat(x), *vectors, training, momentum, eps, relu), x)
     y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
@@ -48,7 +46,7 @@ def batch_norm(
             running_var.data.add_(better.pow(-2) - invstd.pow(-2), alpha=momentum * n / (n - 1))
     if x.is_cpu and x.dtype.itemsize == 2 and y.requires_grad:
         # For a gradient of other strides ATen rounds that of the bias to half precision.
-        y.register_hook(lambda grad: grad.contiguous(memory_format=memory_format))
+        y.register_hook(lambda grad: grad.contiguous(memory_format=memory_format or torch.contiguous_format))
     return y.relu_() if relu else y
 
 
