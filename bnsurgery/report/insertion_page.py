@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bnsurgery.advice import statistics_for
 from bnsurgery.batches import Inputs, inputs
-from bnsurgery.errors import CalibrationError
+from bnsurgery.errors import BNSurgeryError, CalibrationError
 from bnsurgery.nn.identity import kernel_scale_shift
 from bnsurgery.relu_fusion import is_fused
 from bnsurgery.surgery_record import SurgeryRecord, record
@@ -51,13 +51,15 @@ def insertion(
         facts: more of them, by name, such as where the images come from.
 
     Raises:
-        BNSurgeryError: `bn_model` carries no record.
+        BNSurgeryError: `bn_model` carries no record, or one of no BatchNorm, as the plain arm's.
         CalibrationError: no data, or a batch that a network does not take.
         ValueError: `batches` can be gone through once only.
     """
     if iter(batches) is batches:
         raise ValueError("report: batches can be gone through only once: pass a list or a DataLoader")
     done = record(bn_model)
+    if not done.sites:
+        raise BNSurgeryError("report: nothing was inserted into this network: the report of its run is all there is")
     if result is None:
         result = verify(reference, bn_model, batches, drift_batch_sizes=DRIFT_SIZES)
     views = sites.view_sites(bn_model, batches)

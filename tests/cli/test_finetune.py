@@ -187,6 +187,8 @@ def test_compare_recommends_the_winner_and_finetune_makes_it(winner, cli, folder
     assert f"Wrote {best}" in out
     code, out, err = cli("predict", best, "--model", "net.py:tiny", "images/dark/0.png")
     assert code == 0 and "dark" in out, err
+    code, out, err = cli("report", best, "--model", "net.py:tiny", "--num-images", "4")
+    assert (code, "nothing was inserted" in err) == ((1, True) if winner == "plain" else (0, False)), err
 
 
 @pytest.mark.parametrize(
