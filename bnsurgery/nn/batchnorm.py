@@ -138,8 +138,8 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         if self._beyond_torch():
             raise BNSurgeryError(
                 f"num_features: this {type(self).__name__} has {' and '.join(self._beyond_torch())}, which a converter "
-                "of norms would drop. First call bnsurgery.unfuse_relu_(model), or set_statistics_(model, 'batch'); to "
-                "share statistics between processes there is set_process_group_"
+                "of norms would drop. First call bnsurgery.unfuse_relu_(model), or set_statistics_(model, 'batch', "
+                "where=lambda name, norm: True); to share statistics between processes there is set_process_group_"
             )
         return int(vars(self)["num_features"])
 
