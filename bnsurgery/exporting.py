@@ -28,6 +28,7 @@ from .files import atomic_write
 from .folding import fold as fold_model
 from .folding import gained_biases
 from .modes import evaluating, observing
+from .preprocessing import Preprocessing
 from .stock import to_torch
 from .surgery_record import SurgeryRecord, state_digest
 from .verification import EquivalenceReport, verify
@@ -96,6 +97,7 @@ def export(
     *,
     to: Format,
     example: Any = None,
+    preprocessing: Preprocessing | None = None,
     keep_bn: bool = False,
     bias: Literal["add", "refuse"] = "add",
     overwrite: bool = False,
@@ -115,6 +117,7 @@ def export(
         path: the file to write.
         to: the format.
         example: an input batch, as for `plan`; needed where the input is not one tensor of real numbers.
+        preprocessing: what images go through; as the record has it where None.
         keep_bn: leave the BatchNorm layers in, as torch's own; "torchvision" has no place for them.
         bias: as for `fold`; what was added is said in `Export.new_biases` and `usage`.
         overwrite: whether an old file may be replaced.
@@ -130,7 +133,8 @@ def export(
     path = Path(path)
     done = current_record(bn_model)
     _check(to, done, keep_bn)
-    inputs = placed(bn_model, _taken(bn_model, _example(bn_model, done, example)))
+    preprocessing = preprocessing or pretrained.noted_preprocessing(done)
+    inputs = placed(bn_model, _taken(bn_model, _example(done, example, preprocessing)))
     with evaluating(bn_model):
         folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model, bias=bias)
         network = folded if folded is not None else to_torch(bn_model, keep=_keeps(to))
@@ -192,14 +196,14 @@ def _keeps(to: str) -> Callable[[Any], bool]:
     return lambda site: to != "torchvision-bn" or site.site.kind == "conv"
 
 
-def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
+def _example(done: SurgeryRecord, example: Any, preprocessing: Preprocessing | None) -> Inputs:
     if example is not None:
         inputs = Inputs.of(example)
         # torch.export takes a size of 1 for a constant.
         return (join([inputs, inputs]) or inputs) if inputs.samples == 1 else inputs
     shape: Sequence[int] | None = done.input_shape
-    if done.task is not None:
-        shape = (len(done.task.mean), done.task.image_size, done.task.image_size)
+    if preprocessing is not None:
+        shape = preprocessing.shape
     if shape is None:
         raise ExportError(f"export: what a {done.model} takes is not known: pass example=, a batch of its inputs")
     if math.prod(shape) > _MAX_INPUT:  # a file says so

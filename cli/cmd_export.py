@@ -1,21 +1,26 @@
 """bnsurgery export."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .options import (
     bias_option,
     claim,
-    image_size_option,
     load_checkpoint,
     model_option,
     output_options,
+    preprocess_options,
     print_options,
     show,
 )
 
 _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
+
+
+if TYPE_CHECKING:
+    from bnsurgery.preprocessing import Wanted
 
 
 @click.command("export")
@@ -24,7 +29,7 @@ _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
 @model_option
 @click.option("--keep-bn", is_flag=True, help="Leave the BatchNorm layers in.")
 @bias_option
-@image_size_option
+@preprocess_options
 @output_options("File to write; .pth gives torch.save's format.  [default: FILE's name, the format's suffix, here]")
 @print_options
 def command(
@@ -33,7 +38,7 @@ def command(
     model: str | None,
     keep_bn: bool,
     bias: str,
-    image_size: int | None,
+    wanted: "Wanted",
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -50,24 +55,20 @@ def command(
 
     What was written is read back and compared before it gets its name.
     """  # noqa: D301 (the \b is click's: leave the lines as they are)
-    import torch
-
     from bnsurgery import pretrained
     from bnsurgery.exporting import SUFFIXES, export
+    from bnsurgery.preprocessing import NOTHING
+    from bnsurgery.surgery_record import record
 
     output = output or Path(f"{file.stem.removesuffix('-bn')}-{to}{SUFFIXES[to]}")
     bn_model = load_checkpoint(file, model)
     claim(output, force)
-    example = None
-    if image_size is not None:
-        generator = torch.Generator().manual_seed(0)
-        shape = 2, pretrained.input_channels(bn_model), image_size, image_size
-        example = torch.randn(shape, generator=generator)
+    preprocessing = pretrained.preprocessing_of(record(bn_model), bn_model, wanted) if wanted != NOTHING else None
     result = export(
         bn_model,
         output,
         to=to,  # type: ignore[arg-type]
-        example=example,
+        preprocessing=preprocessing,
         keep_bn=keep_bn,
         bias=bias,  # type: ignore[arg-type]
         overwrite=force,

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,6 @@ from .options import (
     data_options,
     model_option,
     named,
-    normalize_option,
     output_options,
     print_options,
     show,
@@ -22,6 +21,9 @@ from .options import (
     weights_options,
 )
 from .reporting import check_report, report_options, write_report, written
+
+if TYPE_CHECKING:
+    from bnsurgery.preprocessing import Wanted
 
 
 @click.command("insert")
@@ -37,7 +39,6 @@ from .reporting import check_report, report_options, write_report, written
 )
 @weights_options
 @data_options(num_images=64)
-@normalize_option
 @sites_options
 @click.option("--absorb-bias", is_flag=True, help="Drop the layers' biases: BN shifts too. Equal to 1e-6, not bitwise.")
 @click.option(
@@ -57,8 +58,7 @@ def command(
     data: str,
     num_images: int,
     batch_size: int,
-    image_size: int | None,
-    normalize: str,
+    wanted: "Wanted",
     skip_bad: bool,
     seed: int,
     device: str,
@@ -90,6 +90,7 @@ def command(
     from bnsurgery.planning import plan
     from bnsurgery.summary import summarize
     from bnsurgery.surgery_record import attach_record, record
+    from bnsurgery.task import Task
     from bnsurgery.verification import verify
 
     options = Options(absorb_bias, fuse_relu)
@@ -98,19 +99,17 @@ def command(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     name, own = named(arch, model)
-    if not own and normalize != "auto":
-        raise click.UsageError("--normalize is for networks of your own: torchvision's weights say how.")
     output = output or Path(f"{stem(name)}-bn.safetensors")
     loud = not (quiet or as_json)
     place = devices.device(device)
     taken = Choice(weights_key, weights_prefix, partial)
     if own:
-        source = pretrained.load_own(name, weights, choice=taken, image_size=image_size, normalize=normalize, seed=seed)
+        source = pretrained.load_own(name, weights, choice=taken, wanted=wanted, seed=seed)
     architecture = None if own else models.architecture(name)
     claim(output, force)
     reporting = check_report(page, plot, force, output, weights)
     if architecture is not None:
-        source = pretrained.load(architecture, weights, choice=taken, image_size=image_size, seed=seed, progress=loud)
+        source = pretrained.load(architecture, weights, choice=taken, wanted=wanted, seed=seed, progress=loud)
     network = source.model.to(place)
     batches = calibration_batches(
         data,
@@ -144,9 +143,15 @@ def command(
         "seed": seed,
     }
     if own:
-        provenance |= {"model": name, "image_size": source.preprocess.crop_size[0], "normalize": normalize}
+        provenance["model"] = name
     shape = tuple(samples[0].shape[1:])
-    done = replace(record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=shape)
+    done = replace(
+        record(bn_model),
+        provenance=provenance,
+        dropped_lrn=dropped,
+        input_shape=shape,
+        task=Task((), None, source.preprocess),
+    )
     attach_record(bn_model, done)
     checkpoint.save(bn_model, output, overwrite=force)
     wrote = ""

@@ -22,7 +22,7 @@ from .options import claim, image_size_option, model_option, named, print_option
 def command(
     source: str | None,
     model: str | None,
-    image_size: int | None,
+    image_size: str | None,
     dot: Path | None,
     svg: Path | None,
     force: bool,
@@ -37,6 +37,7 @@ def command(
     """
     from bnsurgery import drawing, files, models, planning, pretrained
     from bnsurgery.checkpoint import read_record
+    from bnsurgery.preprocessing import Wanted
 
     name, own = named(source, model, "ARCH or FILE")
     path = Path(name)
@@ -50,12 +51,12 @@ def command(
             claim(file, force)
     if own:
         weights = "random" if name.startswith("timm:") else "DEFAULT"
-        found = pretrained.load_own(name, weights, image_size=image_size or _SIDE)
+        found = pretrained.load_own(name, weights, wanted=Wanted(image_size or _SIDE))
         network = found.model
     else:
         architecture = pretrained.recognise(path) if path.is_file() else models.architecture(name)
         name, network = architecture.name, architecture.build("meta")
-        preprocess = pretrained.preprocessing(architecture, image_size=image_size)
+        preprocess = pretrained.preprocessing(architecture, wanted=Wanted(image_size))
         found = pretrained.Pretrained(name, network, architecture, "none", preprocess)
     example = pretrained.example(found)
     plan = planning.plan(network, example, **choice)
@@ -67,7 +68,7 @@ def command(
                 temporary.write_text(text, encoding="utf-8", newline="\n")
             wrote.append(f"Wrote {file}.\n")
     words = ["bnsurgery insert", *(["--model"] if model is not None else []), quote(name)]
-    words += ["--image-size", str(image_size)] if image_size is not None else []
+    words += ["--image-size", image_size] if image_size is not None else []
     words += ["--head"] if choice["head"] else []
     for option, default in (("layers", "all"), ("placement", "pre-activation")):
         words += [f"--{option}", choice[option]] if choice[option] != default else []

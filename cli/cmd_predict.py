@@ -1,10 +1,14 @@
 """bnsurgery predict."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .options import device_option, load_checkpoint, model_option, print_options, show
+from .options import device_option, load_checkpoint, model_option, preprocess_options, print_options, show
+
+if TYPE_CHECKING:
+    from bnsurgery.preprocessing import Wanted
 
 
 @click.command("predict")
@@ -12,10 +16,18 @@ from .options import device_option, load_checkpoint, model_option, print_options
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @model_option
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="Classes to name per image.")
+@preprocess_options
 @device_option
 @print_options
 def command(
-    file: Path, images: tuple[str, ...], model: str | None, top: int, device: str, as_json: bool, quiet: bool
+    file: Path,
+    images: tuple[str, ...],
+    model: str | None,
+    top: int,
+    wanted: "Wanted",
+    device: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Print what FILE takes the images for: the likeliest classes.
 
@@ -31,7 +43,7 @@ def command(
     bad: dict[str, str] = {}
     for image in images:
         try:
-            found += predict(network, [image], top=top)
+            found += predict(network, [image], top=top, wanted=wanted)
         except DataError as error:  # the others are wanted all the same
             bad[image] = str(error)
     text = "\n".join(map(str, found))

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import data_options, load_checkpoint, model_option, normalize_option, output_options, print_options, show
+from .options import data_options, load_checkpoint, model_option, output_options, print_options, show
 from .reporting import check_report, plot_option, write_report, written
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bnsurgery.data import ImageBatches
+    from bnsurgery.preprocessing import Wanted
     from bnsurgery.report import Report
 
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path))
 @model_option
 @data_options(num_images=32)
-@normalize_option
 @output_options("File to write.  [default: FILE's name, .html, here]")
 @plot_option
 @print_options
@@ -29,8 +29,7 @@ def command(
     data: str,
     num_images: int,
     batch_size: int,
-    image_size: int | None,
-    normalize: str,
+    wanted: "Wanted",
     skip_bad: bool,
     seed: int,
     device: str,
@@ -62,7 +61,7 @@ def command(
         if read_record(file) is None:
             raise CheckpointError(f"report: '{file}': not a checkpoint of insert or finetune, nor a run's directory")
         bn_model = load_checkpoint(file, model)
-        preprocess = pretrained.preprocessing_of(record(bn_model), bn_model, image_size, normalize)
+        preprocess = pretrained.preprocessing_of(record(bn_model), bn_model, wanted)
         batches = calibration_batches(
             data, num_images=num_images, batch_size=batch_size, preprocess=preprocess, seed=seed, skip_bad=skip_bad
         )

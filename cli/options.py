@@ -1,12 +1,13 @@
 """Options that several commands share, and how they print."""
 
+import functools
 import json
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -37,14 +38,72 @@ model_option = click.option(
     "code; never taken from a checkpoint.",
 )
 
-# How images of a network that is not torchvision's are normalized.
-normalize_option = click.option(
-    "--normalize",
-    type=click.Choice(["auto", "imagenet", "none"]),
-    default="auto",
-    show_default=True,
-    help="With --model: by ImageNet's mean and deviation, or values from 0 to 1; auto: as timm says, else ImageNet's.",
-)
+
+class Values(click.ParamType):
+    """Values separated by commas."""
+
+    name = "list"
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """Of what stands on the command line."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._kind(part.strip()) for part in value.split(",") if part.strip())
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+# What images go through: the fields of `bnsurgery.preprocessing.Wanted`, by name.
+PREPROCESSING: dict[str, dict[str, Any]] = {
+    "image_size": {
+        "metavar": "SIDE|HxW",
+        "help": "Of the input in pixels: 224, or height and width as 240x320.  [default: the checkpoint's or weights']",
+    },
+    "normalize": {
+        "type": click.Choice(["auto", "imagenet", "none"]),
+        "default": "auto",
+        "show_default": True,
+        "help": "By ImageNet's mean and deviation, or values from 0 to 1; auto: as the checkpoint or the weights say, "
+        "else ImageNet's.",
+    },
+    "mean": {
+        "type": Values(float),
+        "metavar": "R,G,B",
+        "help": "Taken off the pixels, always red, green, blue.  [default: as --normalize; 0 beside --std or --scale]",
+    },
+    "std": {"type": Values(float), "metavar": "R,G,B", "help": "What that is divided by.  [default: as for --mean; 1]"},
+    "scale": {
+        "type": float,
+        "metavar": "WHITE",
+        "help": "What white is before mean and std: 255 for pixels from 0 to 255.  [default: 1]",
+    },
+    "channels": {
+        "type": click.Choice(["rgb", "bgr"]),
+        "help": "The order that the network takes colours in.  [default: the checkpoint's, else rgb]",
+    },
+}
+
+
+# Where nothing is computed on images.
+image_size_option = click.option("--image-size", **PREPROCESSING["image_size"])
+
+
+def preprocess_options(function: F) -> F:
+    """--image-size, --normalize, --mean, --std, --scale and --channels, given to the command as one `wanted`."""
+
+    @functools.wraps(function)
+    def command(**given: Any) -> Any:
+        from bnsurgery.preprocessing import Wanted
+
+        return function(wanted=Wanted(**{name: given.pop(name) for name in PREPROCESSING}), **given)
+
+    options = [click.option("--" + name.replace("_", "-"), name, **said) for name, said in PREPROCESSING.items()]
+    return cast(F, _together(*options)(command))
+
 
 # Which layers get a BatchNorm.
 sites_options = _together(
@@ -80,16 +139,13 @@ weights_options = _together(
     click.option("--partial", is_flag=True, help="Take from the file what fits, and leave the rest as it is made."),
 )
 
-image_size_option = click.option(
-    "--image-size", type=click.IntRange(1, 4096), help="Side in pixels.  [default: the weights' own, 224]"
-)
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, mps, xpu, ..."
 )
 
 
 def data_options(num_images: int) -> Callable[[F], F]:
-    """Which images, and how many at a time, of what size."""
+    """Which images, how many at a time, and what they go through."""
     return _together(
         click.option(
             "--data",
@@ -106,7 +162,7 @@ def data_options(num_images: int) -> Callable[[F], F]:
             help="How many images at most.",
         ),
         click.option("--batch-size", type=_POSITIVE, default=8, show_default=True, help="Images at a time."),
-        image_size_option,
+        preprocess_options,
         click.option("--skip-bad", is_flag=True, help="Leave out damaged images, and count them."),
         click.option(
             "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice."

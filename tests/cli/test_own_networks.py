@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnsurgery
+from bnsurgery import factories
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.pretrained import input_channels
 from bnsurgery.surgery_record import attach_record
 
@@ -116,6 +118,52 @@ def test_grey_images(cli):
     assert code == 0, err
     code, _out, err = cli("verify", "grey-bn.safetensors", "--model", "net.py:grey", "--num-images", "8")
     assert code == 0, err
+
+
+MEAN = (123.68, 116.779, 103.939)
+
+
+def test_what_images_go_through_is_said_once(cli):
+    """The numbers of Caffe's networks: 0 to 255 less a mean, blue first; then from the checkpoint."""
+    own = ["--model", "net.py:small"]
+    asked = ["--scale", "255", "--mean", ",".join(map(str, MEAN)), "--channels", "bgr"]
+    Path("pictures").mkdir()
+    pixels = torch.randint(0, 256, (6, 12, 20, 3), dtype=torch.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture.numpy()).resize((240, 144), Image.Resampling.BOX).save(f"pictures/{i}.png")
+    given = ["--data", "pictures", "--image-size", "12x20"]
+    code, _, err = cli("insert", *own, *given, *asked, "-o", "bn.safetensors")
+    assert code == 0, err
+    model = bnsurgery.load("bn.safetensors", model=factories.build("net.py:small"))
+    seen = bnsurgery.record(model).task.preprocessing
+    assert seen == Preprocessing(12, 20, 14, MEAN, (1.0,) * 3, 255.0, "bgr")
+    inputs = torch.stack([seen(Image.open(f"pictures/{i}.png")) for i in range(6)])
+    mean = inputs.mean((0, 2, 3)) - (pixels.float().mean((0, 1, 2)) - torch.tensor(MEAN)).flip(0)
+    assert inputs.std() > 20 and mean.abs().max() < 20  # the border that is cut off makes the difference
+    weight = model[0].weight.double()
+    first = nn.functional.conv2d(inputs.double(), weight, model[0].bias.double())
+    torch.testing.assert_close(model[1].running_var.double(), first.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+    code, out, err = cli("verify", "bn.safetensors", *own, "--data", "pictures", "--json")
+    assert code == 0, err
+    drift = bnsurgery.verify(model, model, [inputs], drift_batch_sizes=(2,)).train_drift[2]
+    assert json.loads(out)["train_drift"]["2"] == pytest.approx(drift, rel=1e-3)
+
+    code, out, err = cli("predict", "bn.safetensors", *own, "pictures/3.png", "--json", "--top", "5")
+    assert code == 0, err
+    with torch.no_grad():
+        shares = model(inputs[3:4]).softmax(1)[0]
+    (got,) = json.loads(out)["predictions"]
+    assert got["probabilities"] == pytest.approx(shares.sort(descending=True).values.tolist(), rel=1e-4)
+    code, out, err = cli(
+        "predict", "bn.safetensors", *own, "pictures/3.png", "--json", "--top", "5", "--channels", "rgb"
+    )
+    assert json.loads(out)["predictions"][0]["probabilities"] != got["probabilities"][:3]
+
+    code, _, err = cli("insert", *own, *given, *asked[2:])
+    assert (code, "wants scale 255" in err) == (1, True)
+    code, _, err = cli("insert", *own, *given, *asked, "--normalize", "none")
+    assert (code, "give one or the other" in err) == (1, True)
 
 
 LAYERS = """
@@ -260,7 +308,6 @@ def test_pictures(cli):
     [
         (["insert", "--model", "net.py:small"], 1, "pass --image-size"),
         (["insert", "vgg16", "--model", "net.py:small"], 2, "Name one network"),
-        (["insert", "vgg11", "--normalize", "none"], 2, "--normalize is for networks of your own"),
         (["insert", "net.py:small"], 2, "did you mean --model net.py:small"),
         (
             ["insert", "--model", "net.py:sound", *FEW],
