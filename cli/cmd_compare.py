@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from bnsurgery.finetune.config import RATES
 from bnsurgery.system import quote
 
-from .options import Values, print_options, show
+from .options import Values, given, print_options, show
 from .recipe_options import recipe_options
 from .reporting import check_report, force_option, report_options, write_report, written
 
@@ -78,26 +77,11 @@ def command(
     words = ["bnsurgery", "report", output]
     best = next((arm for arm in result.summary() if arm.arm == "bn" and arm.lr is not None), None)
     if best is not None:
-        words = ["bnsurgery", "finetune", *_given(context), "--lr", f"{best.lr:g}"]
+        names = set(context.params) - set(_OURS)
+        words = ["bnsurgery", "finetune", *given(context, *names), "--lr", f"{best.lr:g}"]
     after = " ".join(map(quote, words))
     text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {after}"
     show(text, {**result.to_dict(), "output": output, **written(page, plot)}, as_json, quiet)
-
-
-def _given(context: click.Context) -> list[str]:
-    """What was said on the command line that `finetune` takes too, as words."""
-    words = []
-    for parameter in context.command.params:
-        name, value = str(parameter.name), context.params[str(parameter.name)]
-        if name in _OURS or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        elif isinstance(value, bool):
-            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
-        else:
-            words += [parameter.opts[0], ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return words
 
 
 _OURS = ("output", "arms", "rates", "seeds", "jobs", "page", "plot", "force", "as_json", "quiet")

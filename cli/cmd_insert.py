@@ -10,8 +10,10 @@ import click
 from bnsurgery.system import quote
 
 from .options import (
+    IMAGES,
     claim,
     data_options,
+    given,
     model_option,
     named,
     output_options,
@@ -48,7 +50,9 @@ if TYPE_CHECKING:
 @output_options("File to write.  [default: ARCH-bn.safetensors, here]")
 @report_options
 @print_options
+@click.pass_context
 def command(
+    context: click.Context,
     arch: str | None,
     model: str | None,
     weights: str,
@@ -129,10 +133,9 @@ def command(
     moments = calibrate(network, sites, batches, progress=loud)
     bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
     insert_(bn_model, sites, moments, options)
-    # As they come: a network may take batches of one size only.
-    samples = [batch[:_CHECKED] for batch in islice(batches, -(-_CHECKED // batch_size))]
-    sizes = (2, 4, 8, 16, 32) if reporting else (_CHECKED,)
-    equivalence = verify(network, bn_model, batches if reporting else samples, drift_batch_sizes=sizes)
+    samples = list(islice(batches, -(-_CHECKED // batch_size)))  # as they come: a network may take one size only
+    sizes = (2, 4, 8, 16, 32) if reporting else (2, 8, 32)
+    equivalence = verify(network, bn_model, samples, drift_batch_sizes=sizes)
     allowed = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
     if not equivalence.within(allowed):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
@@ -159,18 +162,18 @@ def command(
         from bnsurgery.report import insertion
 
         wrote = write_report(
-            insertion(network, bn_model, batches, result=equivalence, tolerance=allowed), page, plot, force
+            insertion(network, bn_model, samples, result=equivalence, tolerance=allowed), page, plot, force
         )
 
     summary = summarize(done, moments)
     skipped = [skip.to_dict() for skip in sites.skipped]
-    custom = f" --model {quote(name)}" if own else ""
+    again = " ".join(map(quote, [str(output), *(["--model", name] if own else []), *given(context, *IMAGES)]))
     text = (
         f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
         f"weights      {source.weights}\nimages       {batches.summary}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n{wrote}"
-        f"Next: bnsurgery verify {quote(str(output))}{custom}\n"
+        f"Next: bnsurgery verify {again}\n"
         f'      bnsurgery.load("{output}"{", model=..." if own else ""})'
     )
     facts = {
@@ -192,5 +195,5 @@ def stem(name: str) -> str:
     return name.rpartition(":")[2].replace("/", "-")
 
 
-# Of the calibration images: both networks run once more on these, and a batch of 2 is the least that train mode takes.
-_CHECKED = 2
+# Of the calibration images: both networks run once more on these, as many as `verify` takes by itself.
+_CHECKED = 32

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from bnsurgery.errors import CheckpointError, printable
 from bnsurgery.system import quote
@@ -144,6 +145,10 @@ device_option = click.option(
 )
 
 
+# What a later command needs again to look at the same images; what they go through stands in the checkpoint.
+IMAGES = ("data", "num_images", "batch_size", "skip_bad", "seed", "device")
+
+
 def data_options(num_images: int) -> Callable[[F], F]:
     """Which images, how many at a time, and what they go through."""
     return _together(
@@ -187,6 +192,23 @@ bias_option = click.option(
     show_default=True,
     help="Give layers without a bias one where their BatchNorm shifts, which other keys follow from, or refuse.",
 )
+
+
+def given(context: click.Context, *names: str) -> list[str]:
+    """What was said on the command line for these parameters, as words to say it again."""
+    words = []
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params[str(parameter.name)]
+        if name not in names or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if isinstance(parameter, click.Argument):
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [parameter.opts[0], text]
+    return words
 
 
 def claim(output: Path, force: bool) -> None:
