@@ -122,19 +122,6 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choi
     return model, description
 
 
-def load_own(
-    name: str,
-    weights: str,
-    *,
-    choice: Choice = BEST_FIT,
-    wanted: Wanted = NOTHING,
-    seed: int = 0,
-) -> Pretrained:
-    """`own_network` with its `own_preprocessing`."""
-    model, description = own_network(name, weights, seed, choice)
-    return Pretrained(name, model, None, description, own_preprocessing(model, wanted))
-
-
 def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessing:
     """From an image to the input of a network that is not torchvision's.
 
@@ -151,8 +138,8 @@ def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessi
     channels = input_channels(model)
     if channels not in (1, 3):
         raise ArchitectureError(
-            f"{type(model).__name__} takes {channels} channels, expected 1 or 3: this command is for images. In Python "
-            "bnsurgery.insert(model, batches) takes any input"
+            f"{type(model).__name__} takes {channels} channels, and images have 1 or 3: pass --data FILE.py:FUNCTION, "
+            "which gives batches of whatever it takes"
         )
     height, width = wanted.size or (config.get("input_size") or (None, None))[-2:]
     if height is None or width is None:
@@ -269,10 +256,9 @@ def origin(record: SurgeryRecord, untouched: bool) -> str:
     return "other weights than it was made from: changed since the insertion"
 
 
-def example(source: Pretrained) -> Tensor:
-    """An input for planning: on the meta device, where nothing is computed, but for code that is not torchvision's."""
-    device = "meta" if source.architecture is not None else None
-    return torch.zeros(1, *source.preprocess.shape, device=device)
+def example(preprocess: Preprocessing, *, on_meta: bool) -> Tensor:
+    """An input for planning: on the meta device, where nothing is computed, unless code is run that is the user's."""
+    return torch.zeros(1, *preprocess.shape, device="meta" if on_meta else None)
 
 
 def _random(architecture: Architecture, seed: int) -> nn.Module:

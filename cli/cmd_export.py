@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import (
+    batches_option,
     bias_option,
     claim,
+    first_batch,
     load_checkpoint,
     model_option,
     output_options,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--keep-bn", is_flag=True, help="Leave the BatchNorm layers in.")
 @bias_option
 @preprocess_options
+@batches_option
 @output_options("File to write; .pth gives torch.save's format.  [default: FILE's name, the format's suffix, here]")
 @print_options
 def command(
@@ -39,6 +42,7 @@ def command(
     keep_bn: bool,
     bias: str,
     wanted: "Wanted",
+    data: str | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -68,6 +72,7 @@ def command(
         bn_model,
         output,
         to=to,  # type: ignore[arg-type]
+        example=None if data is None else first_batch(data),
         preprocessing=preprocessing,
         keep_bn=keep_bn,
         bias=bias,  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
 """bnsurgery insert."""
 
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -16,6 +16,7 @@ from .options import (
     given,
     model_option,
     named,
+    opened,
     output_options,
     print_options,
     show,
@@ -25,6 +26,8 @@ from .options import (
 from .reporting import check_report, report_options, write_report, written
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bnsurgery.preprocessing import Wanted
 
 
@@ -83,15 +86,15 @@ def command(
     undo it, proves the outputs equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, or timm:NAME;
     --model takes a network of your own.
     """
-    from bnsurgery import checkpoint, devices, lrn, models, pretrained
+    from bnsurgery import checkpoint, devices, factories, lrn, models, pretrained
     from bnsurgery.batches import Inputs
     from bnsurgery.calibration import calibrate
     from bnsurgery.copies import on_meta, sharing_tensors
-    from bnsurgery.data import calibration_batches
     from bnsurgery.errors import CalibrationError
     from bnsurgery.fitting import Choice
     from bnsurgery.insertion import Options, insert_
     from bnsurgery.planning import plan
+    from bnsurgery.preprocessing import Preprocessing
     from bnsurgery.summary import summarize
     from bnsurgery.surgery_record import attach_record, record
     from bnsurgery.task import Task
@@ -107,19 +110,24 @@ def command(
     loud = not (quiet or as_json)
     place = devices.device(device)
     taken = Choice(weights_key, weights_prefix, partial)
+    of_images = not factories.names_code(data)
+    network: nn.Module
+    preprocess: Preprocessing | None = None
     if own:
-        source = pretrained.load_own(name, weights, choice=taken, wanted=wanted, seed=seed)
+        network, origin = pretrained.own_network(name, weights, seed, taken)
+        preprocess = pretrained.own_preprocessing(network, wanted) if of_images else None
     architecture = None if own else models.architecture(name)
     claim(output, force)
     reporting = check_report(page, plot, force, output, weights)
     if architecture is not None:
         source = pretrained.load(architecture, weights, choice=taken, wanted=wanted, seed=seed, progress=loud)
-    network = source.model.to(place)
-    batches = calibration_batches(
+        network, origin, preprocess = source.model, source.weights, source.preprocess if of_images else None
+    network.to(place)
+    batches = opened(
         data,
+        lambda: cast(Preprocessing, preprocess),
         num_images=num_images,
         batch_size=batch_size,
-        preprocess=source.preprocess,
         seed=seed,
         skip_bad=skip_bad,
     )
@@ -129,31 +137,28 @@ def command(
         network = sharing_tensors(with_lrn)
         lrn.drop_lrn_(network, dropped)
         lrn.warn_of_change(with_lrn, network, Inputs.of(next(iter(batches))), len(dropped))
-    sites = plan(network if own else on_meta(network), pretrained.example(source), **choice)
+    example = next(iter(batches)) if preprocess is None else pretrained.example(preprocess, on_meta=not own)
+    sites = plan(network if own else on_meta(network), example, **choice)
     moments = calibrate(network, sites, batches, progress=loud)
     bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
     insert_(bn_model, sites, moments, options)
-    samples = list(islice(batches, -(-_CHECKED // batch_size)))  # as they come: a network may take one size only
+    samples = _first(batches, _CHECKED)
     sizes = (2, 4, 8, 16, 32) if reporting else (2, 8, 32)
     equivalence = verify(network, bn_model, samples, drift_batch_sizes=sizes)
     allowed = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
     if not equivalence.within(allowed):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
     provenance: dict[str, str | int] = {
-        "weights": source.weights,
+        "weights": origin,
         "data": batches.description,
         "images": batches.used,
         "seed": seed,
     }
     if own:
         provenance["model"] = name
-    shape = tuple(samples[0].shape[1:])
+    task = None if preprocess is None else Task((), None, preprocess)
     done = replace(
-        record(bn_model),
-        provenance=provenance,
-        dropped_lrn=dropped,
-        input_shape=shape,
-        task=Task((), None, source.preprocess),
+        record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=Inputs.of(samples[0]).shape, task=task
     )
     attach_record(bn_model, done)
     checkpoint.save(bn_model, output, overwrite=force)
@@ -170,7 +175,7 @@ def command(
     again = " ".join(map(quote, [str(output), *(["--model", name] if own else []), *given(context, *IMAGES)]))
     text = (
         f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
-        f"weights      {source.weights}\nimages       {batches.summary}\n"
+        f"weights      {origin}\nimages       {batches.summary}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n{wrote}"
         f"Next: bnsurgery verify {again}\n"
@@ -193,6 +198,19 @@ def command(
 def stem(name: str) -> str:
     """A file's stem for a network's name: "net.py:small" gives "small", "timm:vgg16" "vgg16"."""
     return name.rpartition(":")[2].replace("/", "-")
+
+
+def _first(batches: Iterable[Any], count: int) -> list[Any]:
+    """So many inputs or a few more, in batches as they come: a network may take one size only."""
+    from bnsurgery.batches import Inputs
+
+    found, seen = [], 0
+    for batch in batches:
+        found.append(batch)
+        seen += Inputs.of(batch).samples
+        if seen >= count:
+            break
+    return found
 
 
 # Of the calibration images: both networks run once more on these, as many as `verify` takes by itself.

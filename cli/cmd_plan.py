@@ -7,13 +7,24 @@ import click
 
 from bnsurgery.system import quote
 
-from .options import claim, image_size_option, model_option, named, print_options, show, sites_options
+from .options import (
+    batches_option,
+    claim,
+    first_batch,
+    image_size_option,
+    model_option,
+    named,
+    print_options,
+    show,
+    sites_options,
+)
 
 
 @click.command("plan")
 @click.argument("source", required=False, metavar="ARCH|FILE")
 @model_option
 @image_size_option
+@batches_option
 @sites_options
 @click.option("--dot", type=click.Path(path_type=Path), metavar="FILE", help="Write the graph for Graphviz.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the graph.")
@@ -23,6 +34,7 @@ def command(
     source: str | None,
     model: str | None,
     image_size: str | None,
+    data: str | None,
     dot: Path | None,
     svg: Path | None,
     force: bool,
@@ -50,15 +62,17 @@ def command(
         if file is not None:
             claim(file, force)
     if own:
-        weights = "random" if name.startswith("timm:") else "DEFAULT"
-        found = pretrained.load_own(name, weights, wanted=Wanted(image_size or _SIDE))
-        network = found.model
+        network, _ = pretrained.own_network(name, "random" if name.startswith("timm:") else "DEFAULT")
     else:
         architecture = pretrained.recognise(path) if path.is_file() else models.architecture(name)
         name, network = architecture.name, architecture.build("meta")
-        preprocess = pretrained.preprocessing(architecture, wanted=Wanted(image_size))
-        found = pretrained.Pretrained(name, network, architecture, "none", preprocess)
-    example = pretrained.example(found)
+    example: Any
+    if data is not None:
+        example = first_batch(data)
+    elif own:
+        example = pretrained.example(pretrained.own_preprocessing(network, Wanted(image_size or _SIDE)), on_meta=False)
+    else:
+        example = pretrained.example(pretrained.preprocessing(architecture, wanted=Wanted(image_size)), on_meta=True)
     plan = planning.plan(network, example, **choice)
     wrote = []
     for file, draw in ((dot, drawing.dot), (svg, drawing.svg)):
@@ -69,6 +83,7 @@ def command(
             wrote.append(f"Wrote {file}.\n")
     words = ["bnsurgery insert", *(["--model"] if model is not None else []), quote(name)]
     words += ["--image-size", image_size] if image_size is not None else []
+    words += ["--data", quote(data)] if data is not None else []
     words += ["--head"] if choice["head"] else []
     for option, default in (("layers", "all"), ("placement", "pre-activation")):
         words += [f"--{option}", choice[option]] if choice[option] != default else []

@@ -11,6 +11,7 @@ from .options import (
     data_options,
     load_checkpoint,
     model_option,
+    opened,
     print_options,
     show,
     weights_options,
@@ -62,7 +63,6 @@ def command(
     the largest output on other devices, and where biases were absorbed or the network was trained since.
     """
     from bnsurgery import devices, folding, pretrained
-    from bnsurgery.data import calibration_batches
     from bnsurgery.errors import BNSurgeryError
     from bnsurgery.fitting import Choice
     from bnsurgery.surgery_record import record, state_digest
@@ -75,7 +75,6 @@ def command(
     folded = folding.fold(bn_model)
     untouched = state_digest(folded.state_dict()) == done.weights_digest
     reference, against = folded, "its own folded network"
-    preprocess = pretrained.preprocessing_of(done, folded, wanted)
     if weights is not None:
         taken = Choice(weights_key, weights_prefix, partial)
         loud = not (quiet or as_json)
@@ -84,8 +83,13 @@ def command(
             reference, against = source.model, source.weights
         else:
             reference, against = pretrained.own_network(str(model), weights, choice=taken)
-    batches = calibration_batches(
-        data, num_images=num_images, batch_size=batch_size, preprocess=preprocess, seed=seed, skip_bad=skip_bad
+    batches = opened(
+        data,
+        lambda: pretrained.preprocessing_of(done, folded, wanted),
+        num_images=num_images,
+        batch_size=batch_size,
+        seed=seed,
+        skip_bad=skip_bad,
     )
     reference, bn_model = reference.to(place), bn_model.to(place)
     result = verify(reference, bn_model, batches)

@@ -18,6 +18,10 @@ from bnsurgery.system import quote
 if TYPE_CHECKING:
     from torch import nn
 
+    from bnsurgery.data import ImageBatches
+    from bnsurgery.own_data import OwnBatches
+    from bnsurgery.preprocessing import Preprocessing
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _POSITIVE = click.IntRange(min=1)
@@ -156,8 +160,9 @@ def data_options(num_images: int) -> Callable[[F], F]:
             "--data",
             default="samples",
             show_default=True,
-            metavar="DIR|samples",
-            help="Folder of images of any format that Pillow reads, searched through; or two built-in photographs.",
+            metavar="DIR|samples|FILE.py:FUNCTION",
+            help="Folder of images of any format that Pillow reads, searched through; two built-in photographs; or a "
+            "function that gives batches of whatever the network takes, any iterable of them. This runs its code.",
         ),
         click.option(
             "--num-images",
@@ -173,6 +178,50 @@ def data_options(num_images: int) -> Callable[[F], F]:
             "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice."
         ),
         device_option,
+    )
+
+
+# Where only the form of the input counts.
+batches_option = click.option(
+    "--data",
+    metavar="FILE.py:FUNCTION",
+    help="What gives batches of inputs, for networks that take other things than images. This runs its code.",
+)
+
+
+def first_batch(name: str) -> Any:
+    """The first batch of the `batches_option`."""
+    from bnsurgery.own_data import OwnBatches
+
+    return next(iter(OwnBatches(name)))
+
+
+def opened(
+    data: str,
+    preprocessing: "Callable[[], Preprocessing]",
+    *,
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    skip_bad: bool,
+) -> "ImageBatches[Any] | OwnBatches":
+    """The images or batches of the `data_options`; `preprocessing` is asked for images alone."""
+    from bnsurgery.data import calibration_batches
+    from bnsurgery.factories import names_code
+    from bnsurgery.own_data import OwnBatches
+
+    if names_code(data):
+        for_images = given(click.get_current_context(), "batch_size", "skip_bad", *PREPROCESSING)
+        if for_images:
+            raise click.UsageError(f"{for_images[0]} is for images: what '{data}' gives is taken as it is.")
+        return OwnBatches(data, num=num_images, seed=seed)
+    return calibration_batches(
+        data,
+        num_images=num_images,
+        batch_size=batch_size,
+        preprocess=preprocessing(),
+        seed=seed,
+        skip_bad=skip_bad,
     )
 
 

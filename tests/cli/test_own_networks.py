@@ -166,6 +166,124 @@ def test_what_images_go_through_is_said_once(cli):
     assert (code, "give one or the other" in err) == (1, True)
 
 
+DATA = """
+    import torch
+
+    print("what a user prints is no result")
+
+    def waves():  # a generator, which one pass uses up
+        for _ in range(100):
+            yield torch.randn(4, 2, 50), torch.zeros(4)
+
+    def pairs():
+        return [((torch.randn(3, 3, 8, 8), torch.randn(3, 1, 8, 8)), torch.zeros(3)) for _ in range(4)]
+
+    def named():
+        return [{"left": torch.randn(3, 3, 8, 8), "right": torch.randn(3, 1, 8, 8), "label": 1}]
+
+    class Loader:
+        def __iter__(self): return iter(torch.randn(12, 6, 9, 9).split(5))
+    def six(): return Loader()
+
+    def clips(): return list(torch.randn(6, 3, 4, 8, 8).split(2))
+
+    def bare(): return torch.randn(4, 2, 50)
+    def number(): return 5
+    def empty(): return []
+    def wrong(): return ["a", "b"]
+    def broken():
+        yield torch.randn(4, 2, 50)
+        raise KeyError("lost")
+    seven = 7
+"""
+OTHERS = """
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3)
+        def forward(self, left, right):
+            return self.c(self.a(left).relu() + self.b(right).relu())
+    def pair(): return Pair()
+    def six(): return nn.Sequential(nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    def clips(): return nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.Conv3d(4, 2, 2))
+"""
+
+
+@pytest.fixture
+def own_data(cli):
+    Path("net.py").write_text(textwrap.dedent(CODE + OTHERS))
+    Path("data.py").write_text(textwrap.dedent(DATA))
+    return cli
+
+
+@pytest.mark.parametrize(
+    ("net", "data", "used", "size"),
+    [
+        ("sound", "waves", 64, "32 inputs of 2x50"),
+        ("pair", "pairs", 12, "12 images"),
+        ("pair", "named", 3, "3 images"),
+        ("six", "six", 12, "12 images of 6x9x9"),
+        ("clips", "clips", 6, "6 inputs of 3x4x8x8"),
+    ],
+)
+def test_inputs_of_any_kind(net, data, used, size, own_data):
+    own, given = ["--model", f"net.py:{net}"], ["--data", f"data.py:{data}"]
+    code, out, err = own_data("plan", *own, *given)
+    assert code == 0, err
+    assert f"Next: bnsurgery insert --model net.py:{net} --data data.py:{data}" in out
+    code, out, err = own_data("insert", *own, *given, "-o", "bn.safetensors")
+    assert code == 0, err
+    assert f"images       {used}: data.py:{data}" in out and f"bit-identical on {size}\n" in out
+    assert "no result" in err and "no result" not in out
+    after = next(line for line in out.splitlines() if line.startswith("Next: "))
+    code, verified, err = own_data(*after.split()[2:])
+    assert code == 0, err
+    assert next(line for line in out.splitlines() if "drift" in line) in verified  # the random numbers are the same
+    code, out, err = own_data("export", "bn.safetensors", *own, *given, "--to", "exported-program", "-o", "net.pt2")
+    assert code == 0, err
+    if net == "six":
+        code, out, err = own_data("report", "bn.safetensors", *own, *given)
+        assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "message"),
+    [
+        (["data.py:bare"], 1, "returned a Tensor, expected an iterable of batches"),
+        (["data.py:number"], 1, "returned a int, expected an iterable of batches"),
+        (["data.py:empty"], 1, "gave no batch"),
+        (["data.py:wrong"], 1, "batches: got str"),
+        (["data.py:broken"], 1, "data 'data.py:broken': calling it failed: KeyError: 'lost'"),
+        (["data.py:seven"], 1, "expected a function that returns batches"),
+        (["data.py:none"], 1, "data 'data.py:none': 'data.py' has no 'none'"),
+        (["no.py:none"], 1, "data: 'no.py': no such file"),
+        (["data.py:waves", "--batch-size", "2"], 2, "--batch-size is for images"),
+        (["data.py:waves", "--image-size", "24"], 2, "--image-size is for images"),
+        (["data.py:waves", "--mean", "0.5"], 2, "--mean is for images"),
+    ],
+)
+def test_batches_that_are_none(data, code, message, own_data):
+    got, out, err = own_data("insert", "--model", "net.py:sound", "--data", *data)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert not list(Path().glob("*.safetensors"))
+
+
+def test_the_data_s_neighbours(own_data):
+    Path("waves_of_mine.py").write_text("length = 50")
+    Path("more.py").write_text("import torch\nfrom waves_of_mine import length\n"
+                               "def waves(): return [torch.randn(4, 2, length)]\n")  # fmt: skip
+    code, _, err = own_data("insert", "--model", "net.py:sound", "--data", "more.py:waves")
+    assert code == 0, err
+
+
+def test_a_folder_may_be_called_like_a_function(own_data):
+    Path("data.py:waves").mkdir()
+    code, _, err = own_data("insert", "--model", "net.py:small", "--data", "data.py:waves", "--image-size", "24")
+    assert (code, "got no image" in err) == (1, True)
+
+
 LAYERS = """
     import torch
     from torch import nn
@@ -312,7 +430,7 @@ def test_pictures(cli):
         (
             ["insert", "--model", "net.py:sound", *FEW],
             1,
-            "takes 2 channels, expected 1 or 3: this command is for images",
+            "takes 2 channels, and images have 1 or 3: pass --data FILE.py:FUNCTION",
         ),
         (["insert", "--model", "net.py:number", *FEW], 1, "returned a int, expected a torch.nn.Module"),
         (["insert", "--model", "net.py:nothing", *FEW], 1, "has no 'nothing'"),
