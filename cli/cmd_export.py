@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import (
+    Values,
     batches_option,
     bias_option,
     claim,
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
 @click.option("--to", required=True, type=click.Choice(_FORMATS), help="The format, see above.")
 @model_option
 @click.option("--keep-bn", is_flag=True, help="Leave the BatchNorm layers in.")
+@click.option(
+    "--dynamic",
+    type=Values(str),
+    default="batch",
+    show_default=True,
+    metavar="A,B,...",
+    help="Of batch, height and width: the sizes that may be any in onnx and exported-program. Each is tried at two.",
+)
 @bias_option
 @preprocess_options
 @batches_option
@@ -40,6 +49,7 @@ def command(
     to: str,
     model: str | None,
     keep_bn: bool,
+    dynamic: tuple[str, ...],
     bias: str,
     wanted: "Wanted",
     data: str | None,
@@ -62,8 +72,11 @@ def command(
     from bnsurgery import pretrained
     from bnsurgery.exporting import SUFFIXES, export
     from bnsurgery.preprocessing import NOTHING
+    from bnsurgery.programs import AXES
     from bnsurgery.surgery_record import record
 
+    if not set(dynamic) <= set(AXES):
+        raise click.UsageError(f"--dynamic: got {','.join(dynamic)}, expected some of {','.join(AXES)}.")
     output = output or Path(f"{file.stem.removesuffix('-bn')}-{to}{SUFFIXES[to]}")
     bn_model = load_checkpoint(file, model)
     claim(output, force)
@@ -76,6 +89,7 @@ def command(
         preprocessing=preprocessing,
         keep_bn=keep_bn,
         bias=bias,  # type: ignore[arg-type]
+        dynamic=dynamic,
         overwrite=force,
     )
     show(str(result), result.to_dict(), as_json, quiet)

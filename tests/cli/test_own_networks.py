@@ -160,6 +160,17 @@ def test_what_images_go_through_is_said_once(cli):
     )
     assert json.loads(out)["predictions"][0]["probabilities"] != got["probabilities"][:3]
 
+    code, out, err = cli("export", "bn.safetensors", *own, "--to", "onnx", "--dynamic", "batch,height,width")
+    assert code == 0, err
+    said = " ".join(out.split())
+    assert "input of shape (batch, 3, height, width)" in said
+    assert "pixels scaled to 0..255, minus 123.68,116.779,103.939" in said
+    code, out, err = cli("export", "bn.safetensors", *own, "--to", "onnx", "--dynamic", "depth", "--force")
+    assert (code, "--dynamic: got depth, expected some of batch,height,width" in err) == (2, True)
+    code, out, err = cli("fold", "bn.safetensors", *own)
+    assert code == 0, err
+    assert "bgr, height 12, width 20" in out and max(map(len, out.splitlines())) <= 80
+
     code, _, err = cli("insert", *own, *given, *asked[2:])
     assert (code, "wants scale 255" in err) == (1, True)
     code, _, err = cli("insert", *own, *given, *asked, "--normalize", "none")
@@ -430,7 +441,7 @@ def test_pictures(cli):
         (
             ["insert", "--model", "net.py:sound", *FEW],
             1,
-            "takes 2 channels, and images have 1 or 3: pass --data FILE.py:FUNCTION",
+            "takes 2 channels, expected 1 or 3, as images have. For other inputs insert, verify and export take --data",
         ),
         (["insert", "--model", "net.py:number", *FEW], 1, "returned a int, expected a torch.nn.Module"),
         (["insert", "--model", "net.py:nothing", *FEW], 1, "has no 'nothing'"),
