@@ -169,7 +169,7 @@ def test_what_images_go_through_is_said_once(cli):
     assert (code, "--dynamic: got depth, expected some of batch,height,width" in err) == (2, True)
     code, out, err = cli("fold", "bn.safetensors", *own)
     assert code == 0, err
-    assert "bgr, height 12, width 20" in out and max(map(len, out.splitlines())) <= 80
+    assert "bgr, height 12, width 20" in out
 
     code, _, err = cli("insert", *own, *given, *asked[2:])
     assert (code, "wants scale 255" in err) == (1, True)
