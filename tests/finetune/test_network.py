@@ -34,13 +34,15 @@ def batches(size=32):
 
 @pytest.mark.parametrize("kind", ["architecture", "plain file", "inserted file"])
 def test_every_source_ends_as_an_inserted_network_with_a_new_head(plain, tmp_path, kind):
-    config = replace(CONFIG, image_size=32, normalize="imagenet", weights="random")
+    config = replace(CONFIG, image_size=32, normalize="imagenet")
     if kind == "inserted file":
         original = network.find(replace(config, source=str(plain))).model
         bnsurgery.save(bnsurgery.insert(original, batches()), tmp_path / "bn.safetensors")
         config = replace(config, source=str(tmp_path / "bn.safetensors"))
+    elif kind == "plain file":
+        config = replace(config, source=str(plain))
     else:
-        config = replace(config, source="squeezenet1_1" if kind == "architecture" else str(plain))
+        config = replace(config, source="squeezenet1_1", weights="random")
     source = network.find(config)
     task = network.task_of(source, DATA, config)
     assert (task.classes, task.head, task.preprocessing.shape) == (DATA.classes, "classifier.1", (3, 32, 32))
