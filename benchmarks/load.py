@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torch import nn
 from torchvision import models
-from torchvision.transforms._presets import ImageClassification
 
 import bnsurgery
 from bnsurgery.data import calibration_batches
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.tables import table
 
 PLACE = Path("benchmarks/results/load.txt")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def calibration(network: nn.Module, images: int) -> str:
-    preprocess = ImageClassification(crop_size=SIZE, resize_size=SIZE)
+    preprocess = Preprocessing(SIZE, SIZE, SIZE)
     sizes: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), images)

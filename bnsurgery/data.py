@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import functional as F
-from torchvision.transforms._presets import ImageClassification
 
 from .batches import out_of_memory, use_less
 from .errors import DataError, printable
+from .preprocessing import Preprocessing
 from .system import at_fork
 
 # What Pillow knows and is not read. EPS, WMF: other programs run; IPTC: opens whatever is inside, EPS, too. FITS: is
@@ -142,7 +141,7 @@ def calibration_batches(
     *,
     num_images: int,
     batch_size: int,
-    preprocess: ImageClassification,
+    preprocess: Preprocessing,
     seed: int,
     skip_bad: bool = False,
 ) -> ImageBatches[Path] | ImageBatches["_Crop"]:
@@ -152,7 +151,7 @@ def calibration_batches(
         source: "samples" for random crops of scikit-learn's two photographs, or a directory, searched through.
         num_images: how many; of a larger directory a random choice, in the order of their names; all of a smaller one.
         batch_size: how many at a time.
-        preprocess: the network's own preprocessing, as torchvision's `weights.transforms()` gives it.
+        preprocess: the network's own.
         seed: of the random choice or crops; the caller's random numbers are left alone.
         skip_bad: leave damaged images out instead of raising at the first.
 
@@ -300,7 +299,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 _Crop = tuple[int, tuple[int, int, int, int]]  # which photograph; top, left, height and width in pixels
 
 
-def sample_crops(num: int, batch_size: int, *, preprocess: ImageClassification, seed: int) -> ImageBatches[_Crop]:
+def sample_crops(num: int, batch_size: int, *, preprocess: Preprocessing, seed: int) -> ImageBatches[_Crop]:
     """`num` random crops, alternately of scikit-learn's two photographs, scaled and normalized for the network.
 
     Args:
@@ -313,17 +312,14 @@ def sample_crops(num: int, batch_size: int, *, preprocess: ImageClassification, 
         DataError: scikit-learn is not installed.
     """
     photographs = [load_image(path) for path in _sample_paths()]
-    (size,) = set(preprocess.crop_size)
     generator = torch.Generator().manual_seed(seed)
     crops: list[_Crop] = [(index % 2, _random_box(photographs[index % 2].size, generator)) for index in range(num)]
 
     def read(crop: _Crop) -> Tensor:
-        which, box = crop
-        image = F.resized_crop(
-            photographs[which], *box, [size, size], preprocess.interpolation, antialias=preprocess.antialias
-        )
-        image = image.convert("L") if len(preprocess.mean) == 1 else image
-        return F.normalize(F.to_tensor(image), preprocess.mean, preprocess.std)
+        which, (top, left, height, width) = crop
+        image = photographs[which].crop((left, top, left + width, top + height))
+        image = preprocess.resized(image, preprocess.height, preprocess.width)
+        return preprocess.numbers(preprocess.coloured(image))
 
     return ImageBatches(crops, read, batch_size, description="crops of scikit-learn's two photographs")
 

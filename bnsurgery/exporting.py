@@ -5,6 +5,7 @@ import inspect
 import io
 import logging
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -15,21 +16,24 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 from torchvision import models
 
 from . import pretrained
-from .batches import Inputs, join, outputs, placed, run
+from .batches import Inputs, join, placed, run
 from .checkpoint import current_record, has_place_for, torch_save
 from .copies import on_meta
 from .errors import CalibrationError, ExportError, shown
 from .files import atomic_write
 from .folding import fold as fold_model
 from .folding import gained_biases
+from .labels import labels, sort_metadata
 from .modes import evaluating, observing
+from .preprocessing import Preprocessing
+from .programs import AXES, Job, axes_of, compare_doubled, write_onnx, write_program
 from .stock import to_torch
 from .surgery_record import SurgeryRecord, state_digest
+from .tables import WIDTH
 from .verification import EquivalenceReport, verify
 from .weights import read_tensors
 
@@ -41,6 +45,7 @@ SUFFIXES = {
     "onnx": ".onnx",
     "exported-program": ".pt2",
 }
+_PROGRAMS = ("onnx", "exported-program")
 _PICKLES = (".pth", ".pt")
 _MAX_INPUT = 2**26  # numbers in one input that is made up: a quarter of a gigabyte
 # Of the largest output: what float32 rounding in a deep network amounts to.
@@ -59,6 +64,7 @@ class Export:
         folds_back: whether they are, to the bit, those that were inserted into.
         equivalence: of the network with BatchNorm to the one read back from the file, in eval mode.
         usage: a line or more of Python that load it without this package.
+        feed: how to feed it, in words: the input's shape, preprocessing and class names, as far as they are known.
         new_biases: layers of the folded network that had no bias and got one: their class has to have bias=True there.
     """
 
@@ -69,11 +75,18 @@ class Export:
     folds_back: bool
     equivalence: EquivalenceReport
     usage: str
+    feed: str = ""
     new_biases: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         what = f"{self.network}, {self.format}: {self.origin}"
-        return f"{what}\n{self.proof}\n\nWrote {self.path}.\nNext: {self.usage}"
+        return f"{what}\n{self.proof}\n\n{self.steps}"
+
+    @property
+    def steps(self) -> str:
+        """What was written, how to load it, and how to feed it."""
+        feed = "".join(f"\n      {line}" for line in self.feed.splitlines())
+        return f"Wrote {self.path}.\nNext: {self.usage}{feed}"
 
     @property
     def proof(self) -> str:
@@ -96,8 +109,10 @@ def export(
     *,
     to: Format,
     example: Any = None,
+    preprocessing: Preprocessing | None = None,
     keep_bn: bool = False,
     bias: Literal["add", "refuse"] = "add",
+    dynamic: Sequence[str] = ("batch",),
     overwrite: bool = False,
 ) -> Export:
     """Write `bn_model` in a format that needs nothing of this package, read it back, and compare.
@@ -110,13 +125,21 @@ def export(
       tried in onnxruntime.
     - "exported-program": the same by `torch.export`.
 
+    What images go through and the names of the classes, where they are known, stand in the file as JSON, called
+    "preprocessing" (the fields of `bnsurgery.preprocessing.Preprocessing`, and the formula) and "classes": in the
+    metadata of safetensors and ONNX, in the `extra_files` preprocessing.json and classes.json of a program.
+
     Args:
         bn_model: from `insert` or `load`, trained since or not; not changed.
         path: the file to write.
         to: the format.
-        example: an input batch, as for `plan`; needed where the input is not one tensor of real numbers.
+        example: an input batch, as for `plan`; needed where the input is not one tensor of real numbers. Several inputs
+            may also come as a plain tuple, (a, b), where `forward` needs them.
+        preprocessing: what images go through; as the record has it where None.
         keep_bn: leave the BatchNorm layers in, as torch's own; "torchvision" has no place for them.
         bias: as for `fold`; what was added is said in `Export.new_biases` and `usage`.
+        dynamic: which sizes of the input may differ from the example's in "onnx" and "exported-program": any of
+            "batch", "height" and "width", the latter of images (N, C, H, W). Each is tried at twice the example's.
         overwrite: whether an old file may be replaced.
 
     Raises:
@@ -124,49 +147,42 @@ def export(
             something else; nothing is left behind.
         FoldError: a norm cannot be folded.
         CalibrationError: the network does not take the example.
+        ValueError: `to` or `dynamic` is none of the above.
         CheckpointError: the file exists or cannot be written.
         BNSurgeryError: the model carries no record.
     """
     path = Path(path)
     done = current_record(bn_model)
-    _check(to, done, keep_bn)
-    inputs = placed(bn_model, _taken(bn_model, _example(bn_model, done, example)))
+    _check(to, done, keep_bn, dynamic)
+    preprocessing = preprocessing or pretrained.noted_preprocessing(done)
+    inputs = placed(bn_model, _taken(bn_model, _example(bn_model, done, example, preprocessing)))
+    axes = axes_of(inputs, dynamic) if to in _PROGRAMS else []
+    classes = pretrained.classes_of(done)
     with evaluating(bn_model):
         folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model, bias=bias)
         network = folded if folded is not None else to_torch(bn_model, keep=_keeps(to))
         network.eval()
         folds_back = folded is not None and state_digest(folded.state_dict()) == done.weights_digest
         with atomic_write(path, overwrite=overwrite) as temporary, _quiet():
-            written = _Written(network, temporary, inputs, path.suffix, done, keep_bn)
+            written = Job(network, temporary, inputs, path.suffix, done, keep_bn, axes, labels(preprocessing, classes))
             again = _WRITERS[to](written)
             equivalence = verify(again, bn_model, [inputs], drift_batch_sizes=())
-            if not equivalence.within(_TOLERANCE):
-                raise ExportError(
-                    f"export: '{path}': what was written differs by {equivalence.max_rel:.3g} of the largest "
-                    "output; nothing is left of it"
-                )
+            _require_same(path, equivalence, "")
+            for axis in {name: None for called in axes for name in called.values()}:
+                _require_same(path, compare_doubled(again, bn_model, inputs, axes, axis), f", with {axis} doubled,")
     name = _name(to, done)
     origin = pretrained.origin(done, folds_back) if folded is not None else "with its BatchNorm"
     gained = tuple(gained_biases(bn_model, done.sites).values()) if folded is not None else ()
     usage = _usage(to, path, done, keep_bn, gained)
-    return Export(str(path), to, name, origin, folds_back, equivalence, usage, gained)
+    feed = _feed(inputs, axes, preprocessing, classes, in_file=path.suffix not in _PICKLES)
+    return Export(str(path), to, name, origin, folds_back, equivalence, usage, feed, gained)
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What the writers need to know. They give back what the file holds: a network, or a function."""
-
-    network: nn.Module
-    temporary: Path
-    inputs: Inputs
-    suffix: str
-    done: SurgeryRecord
-    keep_bn: bool
-
-
-def _check(to: str, done: SurgeryRecord, keep_bn: bool) -> None:
+def _check(to: str, done: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]) -> None:
     if to not in SUFFIXES:
         raise ValueError(f"export: to must be one of {tuple(SUFFIXES)}, got {to!r}")
+    if isinstance(dynamic, str) or not set(dynamic) <= set(AXES):
+        raise ValueError(f"export: dynamic must be some of {AXES}, got {dynamic!r}")
     architecture = done.architecture
     if to.startswith("torchvision") and architecture is None:
         raise ExportError(f"export: {done.model} is not one of torchvision's: use state-dict, onnx or exported-program")
@@ -175,7 +191,7 @@ def _check(to: str, done: SurgeryRecord, keep_bn: bool) -> None:
     if to == "torchvision-bn" and architecture is not None:
         if not hasattr(models, f"{architecture.name}_bn"):
             raise ExportError(
-                f"export: torchvision has no {architecture.name}_bn: use state-dict with keep_bn, or onnx"
+                f"export: torchvision has no {architecture.name}_bn: use state-dict with keep_bn (--keep-bn), or onnx"
             )
         normed = {site.site.name for site in done.sites if site.site.kind == "conv"}
         convs = [n for n, m in architecture.build("meta").named_modules() if isinstance(m, nn.Conv2d)]
@@ -192,14 +208,16 @@ def _keeps(to: str) -> Callable[[Any], bool]:
     return lambda site: to != "torchvision-bn" or site.site.kind == "conv"
 
 
-def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
+def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any, preprocessing: Preprocessing | None) -> Inputs:
     if example is not None:
         inputs = Inputs.of(example)
+        if isinstance(example, tuple) and not _binds(bn_model, inputs) and _binds(bn_model, Inputs(example)):
+            inputs = Inputs(example)
         # torch.export takes a size of 1 for a constant.
         return (join([inputs, inputs]) or inputs) if inputs.samples == 1 else inputs
     shape: Sequence[int] | None = done.input_shape
-    if done.task is not None:
-        shape = (len(done.task.mean), done.task.image_size, done.task.image_size)
+    if preprocessing is not None:
+        shape = preprocessing.shape
     if shape is None:
         raise ExportError(f"export: what a {done.model} takes is not known: pass example=, a batch of its inputs")
     if math.prod(shape) > _MAX_INPUT:  # a file says so
@@ -208,6 +226,16 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
         )
     # Any input shows whether two networks are one function; noise needs no data.
     return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
+
+
+def _binds(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether `forward` can be called with so many arguments."""
+    inputs = inputs.of_signature(model.forward)
+    try:
+        inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _taken(bn_model: nn.Module, inputs: Inputs) -> Inputs:
@@ -221,14 +249,14 @@ def _taken(bn_model: nn.Module, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _state_dict(job: _Written) -> nn.Module:
+def _state_dict(job: Job) -> nn.Module:
     _write_state(job)
     again = on_meta(job.network)
     again.load_state_dict(read_tensors(job.temporary), assign=True)
     return again
 
 
-def _stock(job: _Written) -> nn.Module:
+def _stock(job: Job) -> nn.Module:
     _write_state(job)
     architecture = job.done.architecture
     assert architecture is not None
@@ -240,7 +268,7 @@ def _stock(job: _Written) -> nn.Module:
     return again.to(next(job.network.parameters()).device).eval()
 
 
-def _write_state(job: _Written) -> None:
+def _write_state(job: Job) -> None:
     form = torch.contiguous_format  # a clone each: safetensors takes no two names for one storage
     state = job.network.state_dict().items()
     tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in state}
@@ -252,64 +280,16 @@ def _write_state(job: _Written) -> None:
             f"export: safetensors has no place for '{odd}', which is {tensors[odd].dtype}: give the file a name in .pth"
         )
     else:
-        save_file(tensors, job.temporary, metadata={"format": "pt"})
-
-
-def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
-    import onnxruntime
-
-    exported = _capture(job)  # as for the other format, and with its errors
-    try:
-        program = torch.onnx.export(exported, dynamo=True, optimize=not job.keep_bn, verbose=False)  # or BN is folded
-    except Exception as error:  # the exporter's, of many kinds
-        raise ExportError(f"export: torch.onnx cannot export {job.done.model}: {_reason(error)}") from error
-    assert program is not None
-    program.save(str(job.temporary), external_data=False)
-    try:
-        session = onnxruntime.InferenceSession(str(job.temporary), providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no base of their own
-        dtype = next((str(p.dtype) for p in job.network.parameters() if p.dtype != torch.float32), None)
-        advice = f" It has few operations in {dtype.removeprefix('torch.')}: export model.float()" if dtype else ""
-        raise ExportError(f"export: onnxruntime cannot load {job.done.model}: {_reason(error)}.{advice}") from error
-
-    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        tensors = [tensor.cpu().numpy() for tensor in Inputs(args, kwargs).tensors]
-        names = [entry.name for entry in session.get_inputs()]
-        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, tensors, strict=True)))]
-
-    return run
-
-
-def _exported_program(job: _Written) -> Callable[..., list[Tensor]]:
-    program = _capture(job)
-    archive = io.BytesIO()  # not the file: on a full disk torch ends the process, and by name it insists on the suffix
-    torch.export.save(program, archive)
-    job.temporary.write_bytes(archive.getbuffer())
-    with job.temporary.open("rb") as file:
-        again = torch.export.load(file).module()
-    return lambda *args, **kwargs: outputs(again(*args, **kwargs))
-
-
-def _capture(job: _Written) -> torch.export.ExportedProgram:
-    shapes = _any_batch(job.network, job.inputs)
-    first: Exception | None = None
-    for strict in (False, True):  # each follows code that the other does not, such as torch.tensor(data=...)
-        try:
-            return torch.export.export(
-                job.network, job.inputs.args, job.inputs.kwargs, dynamic_shapes=shapes, strict=strict
-            )
-        except Exception as error:  # the exporter's, of many kinds
-            first = first or error
-    assert first is not None
-    raise ExportError(f"export: torch.export cannot export {job.done.model}: {_reason(first)}") from first
+        save_file(tensors, job.temporary, metadata={"format": "pt", **job.labels})
+        sort_metadata(job.temporary)
 
 
 _WRITERS: dict[str, Callable[..., Any]] = {
     "torchvision-bn": _stock,
     "torchvision": _stock,
     "state-dict": _state_dict,
-    "onnx": _onnx,
-    "exported-program": _exported_program,
+    "onnx": write_onnx,
+    "exported-program": write_program,
 }
 
 
@@ -326,18 +306,32 @@ def _quiet() -> Iterator[None]:
             logging.disable(disabled)
 
 
-def _any_batch(network: nn.Module, inputs: Inputs) -> Any:
-    """Of every tensor in the inputs, that its first dimension may have any size; of a batch of one, none."""
-    if inputs.samples == 1:  # or torch.export would take that for a constant, and complain
-        return None
-    count, batch = inputs.samples, torch.export.Dim("batch")
-    given = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs).arguments
-    return tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == count else None, dict(given))
+def _require_same(path: Path, equivalence: EquivalenceReport, when: str) -> None:
+    if not equivalence.within(_TOLERANCE):
+        raise ExportError(
+            f"export: '{path}': what was written{when} differs by {equivalence.max_rel:.3g} of the largest output; "
+            "nothing is left of it"
+        )
 
 
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)[:300]
+def _feed(
+    inputs: Inputs,
+    axes: Sequence[dict[int, str]],
+    preprocessing: Preprocessing | None,
+    classes: Sequence[str],
+    *,
+    in_file: bool,
+) -> str:
+    lines = []
+    for tensor, called in zip(inputs.tensors, axes or [{0: "batch"}] * len(inputs.tensors), strict=True):
+        lines.append(f"input of shape ({', '.join(str(called.get(n, size)) for n, size in enumerate(tensor.shape))})")
+    if preprocessing is not None:
+        lines += textwrap.wrap(str(preprocessing), WIDTH - 6)
+    if classes:
+        lines.append(f"outputs: {len(classes)} classes, from {shown(classes[0])} to {shown(classes[-1])}")
+    if in_file and (preprocessing is not None or classes):
+        lines.append("(in the file's metadata, too)")
+    return "\n".join(lines)
 
 
 def _name(to: str, done: SurgeryRecord) -> str:

@@ -1,15 +1,16 @@
-"""A network that is not torchvision's: timm's, or made by a function that the user names, whose code runs by design."""
+"""What functions that the user names give, whose code runs by design, such as networks; and timm's networks."""
 
 import difflib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -46,27 +47,67 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
     """
     if is_timm(name):
         return _timm(name, pretrained)
-    place, separator, function = name.rpartition(":")
-    if not separator or not place or not function.isidentifier():
-        raise ArchitectureError(f"model '{name}': expected package.module:factory, file.py:factory or timm:NAME")
-    with _running(place):
-        factory = getattr(_module(place), function, None)
-    if factory is None:
-        raise ArchitectureError(f"model '{name}': '{place}' has no '{function}'")
-    if isinstance(factory, nn.Module) or not callable(factory):
-        raise ArchitectureError(
-            f"model '{name}': '{function}' is a {type(factory).__name__}, expected a function that returns a network. "
-            f"Write one, such as def make(): return {function}, and pass {place}:make"
-        )
-    try:
-        with _running(place):
-            model = factory()
-    except (Exception, SystemExit) as error:  # the user's own code
-        raise ArchitectureError(f"model '{name}': calling it failed: {_reason(error)}") from error
-    _refuse_namesakes(name, _folders)
+    model = function(name)()
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"model '{name}': returned a {type(model).__name__}, expected a torch.nn.Module")
     return model.eval()
+
+
+def names_code(name: str) -> bool:
+    """Whether `name` is "package.module:function" or "file.py:function" and no file's or folder's."""
+    place, _, called = name.rpartition(":")
+    return bool(place) and called.isidentifier() and not Path(name).exists()
+
+
+def function(name: str, what: str = "model", gives: str = "a network") -> Callable[[], Any]:
+    """The function called "package.module:function" or "file.py:function", to be called without arguments.
+
+    What it prints goes to stderr, and what it raises comes as an ArchitectureError; what lies beside its file can be
+    imported, see `build`.
+
+    Args:
+        name: as above.
+        what: how to call it in messages: "model", "data".
+        gives: what it shall return, for messages.
+
+    Raises:
+        ArchitectureError: there is none, it cannot be run, or it imports what another folder has under the same name.
+    """
+    place, _, called = name.rpartition(":")
+    if not place or not called.isidentifier():
+        also = " or timm:NAME" if what == "model" else ""
+        raise ArchitectureError(f"{what} '{name}': expected package.module:factory, file.py:factory{also}")
+    with _running(place):
+        found = getattr(_module(place, what), called, None)
+    if found is None:
+        raise ArchitectureError(f"{what} '{name}': '{place}' has no '{called}'")
+    if isinstance(found, nn.Module) or not callable(found):
+        raise ArchitectureError(
+            f"{what} '{name}': '{called}' is a {type(found).__name__}, expected a function that returns {gives}. "
+            f"Write one, such as def make(): return {called}, and pass {place}:make"
+        )
+
+    def call() -> Any:
+        result = running(name, found, what)
+        _refuse_namesakes(name, _folders)
+        return result
+
+    return call
+
+
+def running(name: str, found: Callable[[], Any], what: str) -> Any:
+    """What a user's code gives, with its prints on stderr.
+
+    Raises:
+        ArchitectureError: it fails.
+    """
+    try:
+        with _running(name.rpartition(":")[0]):
+            return found()
+    except StopIteration:
+        raise
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise ArchitectureError(f"{what} '{name}': calling it failed: {_reason(error)}") from error
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
@@ -103,12 +144,12 @@ def _running(place: str) -> Iterator[None]:
         sys.argv = words
 
 
-def _module(place: str) -> object:
+def _module(place: str, what: str) -> object:
     if not place.endswith(".py"):
-        return _package(place)
+        return _package(place, what)
     path = Path(os.path.realpath(place))  # resolve raises where a link leads back to itself
     if not path.is_file():
-        raise ArchitectureError(f"model: '{place}': no such file")
+        raise ArchitectureError(f"{what}: '{place}': no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -119,17 +160,17 @@ def _module(place: str) -> object:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's own code
-        raise ArchitectureError(f"model: '{place}': cannot be run: {_reason(error)}") from error
+        raise ArchitectureError(f"{what}: '{place}': cannot be run: {_reason(error)}") from error
     return module
 
 
-def _package(place: str) -> object:
+def _package(place: str, what: str) -> object:
     """Import a module by name, from the current folder too, which an installed command does not look into by itself."""
     _make_importable(str(Path.cwd()), place)
     try:
         return importlib.import_module(place)
     except (Exception, SystemExit) as error:  # the user's own code
-        raise ArchitectureError(f"model '{place}': cannot be imported: {_reason(error)}") from error
+        raise ArchitectureError(f"{what} '{place}': cannot be imported: {_reason(error)}") from error
 
 
 def _make_importable(folder: str, place: str, stem: str = "") -> None:

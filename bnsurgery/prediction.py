@@ -2,18 +2,18 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from . import pretrained
 from .batches import Inputs, run
 from .data import load_image
-from .errors import BNSurgeryError
 from .modes import observing
+from .preprocessing import NOTHING, Wanted
 from .surgery_record import record
 from .tables import table
 
@@ -57,19 +57,24 @@ def predictions_csv(predictions: Sequence[Prediction]) -> str:
     return text.getvalue()
 
 
-def predict(model: nn.Module, images: Sequence[str | Path], *, top: int = 5) -> Iterator[Prediction]:
+def predict(
+    model: nn.Module, images: Sequence[str | Path], *, top: int = 5, wanted: Wanted = NOTHING
+) -> Iterator[Prediction]:
     """Classify image files, one after the other, in eval mode.
 
     Args:
         model: from `finetune`, `insert` or `load`; its record says what goes in and what the classes are called.
         top: how many classes to name.
+        wanted: what of the preprocessing shall be otherwise than its record says.
 
     Raises:
         DataError: an image cannot be read.
         CalibrationError: the network does not take what its record says.
-        BNSurgeryError: the model carries no record, or one that does not tell its input.
+        ArchitectureError: its input is not known: a network of one's own, of which no size was recorded or given.
+        BNSurgeryError: the model carries no record.
     """
-    preprocess, names = _input_and_classes(model)
+    done = record(model)
+    preprocess, names = pretrained.preprocessing_of(done, model, wanted), pretrained.classes_of(done)
     for path in images:
         tensor = preprocess(load_image(path))
         with observing(model):
@@ -77,15 +82,3 @@ def predict(model: nn.Module, images: Sequence[str | Path], *, top: int = 5) -> 
         probabilities, indices = logits.softmax(0).topk(min(top, len(logits)))
         labels = tuple(names[i] if i < len(names) else str(i) for i in indices.tolist())
         yield Prediction(str(path), labels, tuple(probabilities.tolist()))
-
-
-def _input_and_classes(model: nn.Module) -> tuple[Callable[[Any], Tensor], tuple[str, ...]]:
-    done = record(model)
-    if done.task is not None:
-        return done.task.preprocess(), done.task.classes
-    if done.architecture is None:
-        raise BNSurgeryError(f"predict: it is not known what a {done.model} takes: fine-tune it with bnsurgery first")
-    origin = str(done.provenance.get("weights", ""))
-    member = next((w for w in done.architecture.weights if str(w) == origin), None)
-    names = tuple(member.meta["categories"]) if member is not None else ()
-    return pretrained.preprocessing(done.architecture, origin), names

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
-from torchvision.transforms._presets import ImageClassification
 
 from . import factories
 from .checkpoint import read_record
@@ -17,8 +16,8 @@ from .fitting import BEST_FIT, Choice, fill_, find
 from .folding import strip_
 from .layer_kinds import LAYERS
 from .models import Architecture, identify, names, state_shapes
+from .preprocessing import MAX_SIDE, NOTHING, Preprocessing, Wanted
 from .surgery_record import SurgeryRecord, carries_record, record
-from .task import MAX_SIDE
 from .tracing import Trace, is_layer
 from .weights import download, read_weights
 
@@ -34,14 +33,14 @@ class Pretrained:
         name: how to call it: "vgg16", "timm:vgg16", "net.py:small".
         architecture: which of torchvision's it is, if any; the number of classes is the weights'.
         weights: where they came from, in words.
-        preprocess: from a PIL image to a normalized tensor: the weights' own, or ImageNet's.
+        preprocess: from an image to its input: the weights' own, or ImageNet's, but for what was asked for.
     """
 
     name: str
     model: nn.Module
     architecture: Architecture | None
     weights: str
-    preprocess: ImageClassification
+    preprocess: Preprocessing
 
 
 def load(
@@ -49,7 +48,7 @@ def load(
     weights: str,
     *,
     choice: Choice = BEST_FIT,
-    image_size: int | None = None,
+    wanted: Wanted = NOTHING,
     seed: int = 0,
     progress: bool = False,
 ) -> Pretrained:
@@ -59,17 +58,19 @@ def load(
         weights: "DEFAULT" or another name in torchvision's enum (downloaded unless cached), "random" (torchvision's
             initialization, seeded), or a path to a .pth, .pt or .safetensors file holding a state dict.
         choice: which tensors of a file to take.
-        image_size: side of the images in pixels; the weights' own where None.
+        wanted: what of the preprocessing shall be otherwise than the weights say.
         seed: for "random", and for what a file does not have.
         progress: show the download.
 
     Raises:
         CheckpointError: no such weights, or they are damaged, hostile, of another network or not finite.
-        ArchitectureError: `image_size` is below what the network takes.
+        ArchitectureError: the image size is below what the network takes.
+        DataError: the preprocessing does not go with the network.
     """
-    if image_size is not None and image_size < architecture.min_size:
+    if wanted.size is not None and min(wanted.size) < architecture.min_size:
         raise ArchitectureError(
-            f"image size {image_size} is too small for {architecture.name}, which takes {architecture.min_size} or more"
+            f"image size {min(wanted.size)} is too small for {architecture.name}, which takes "
+            f"{architecture.min_size} or more"
         )
     known = ("DEFAULT", *architecture.weight_names, "random")
     _check_choice(choice, weights, known)
@@ -88,7 +89,7 @@ def load(
         fill_(model, architecture.name, file, choice)
         model, description = model.float(), f"file {file.path.name}"  # of half precision: CPUs compute in single
     return Pretrained(
-        architecture.name, model, architecture, description, preprocessing(architecture, description, image_size)
+        architecture.name, model, architecture, description, preprocessing(architecture, description, wanted)
     )
 
 
@@ -121,51 +122,35 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choi
     return model, description
 
 
-def load_own(
-    name: str,
-    weights: str,
-    *,
-    choice: Choice = BEST_FIT,
-    image_size: int | None = None,
-    normalize: str = "auto",
-    seed: int = 0,
-) -> Pretrained:
-    """`own_network` with its `own_preprocessing`."""
-    model, description = own_network(name, weights, seed, choice)
-    return Pretrained(name, model, None, description, own_preprocessing(model, image_size, normalize))
-
-
-def own_preprocessing(model: nn.Module, image_size: int | None, normalize: str = "auto") -> ImageClassification:
-    """From a PIL image to the input of a network that is not torchvision's.
+def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessing:
+    """From an image to the input of a network that is not torchvision's.
 
     Args:
-        model: its first layer says whether images are grey; a timm network knows the rest.
-        image_size: side of the square input in pixels; timm's own where None.
-        normalize: "imagenet", "none" (values from 0 to 1), or "auto": timm's own, else ImageNet's for colour.
+        model: its first layer says whether images are grey; a timm network knows the rest. Of others, colour is
+            normalized as ImageNet's, and grey is left between 0 and 1.
+        wanted: what shall be otherwise.
 
     Raises:
         ArchitectureError: the size is not known, or the first layer takes neither 1 nor 3 channels.
+        DataError: what is wanted does not go with the network.
     """
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     channels = input_channels(model)
     if channels not in (1, 3):
         raise ArchitectureError(
-            f"{type(model).__name__} takes {channels} channels, expected 1 or 3: this command is for images. In Python "
-            "bnsurgery.insert(model, batches) takes any input"
+            f"{type(model).__name__} takes {channels} channels, expected 1 or 3, as images have. For other inputs "
+            "insert, verify and export take --data FILE.py:FUNCTION, which gives batches of them"
         )
-    size = image_size or (config.get("input_size") or (None, None))[-1]
-    if size is None:
+    height, width = wanted.size or (config.get("input_size") or (None, None))[-2:]
+    if height is None or width is None:
         raise ArchitectureError("the image size of a network of your own is not known: pass --image-size")
-    mean, std = (0.0,) * channels, (1.0,) * channels
-    if normalize != "none" and channels == 3:
-        ours = ImageClassification(crop_size=size)
-        own = normalize == "auto"
-        mean = tuple(config["mean"] if own and "mean" in config else ours.mean)
-        std = tuple(config["std"] if own and "std" in config else ours.std)
-    elif normalize == "imagenet":
-        raise ArchitectureError("the network takes grey images, and ImageNet's are not: pass --normalize none")
-    kind = ImageClassification if channels == 3 else _Grey
-    return kind(crop_size=size, resize_size=round(size * _RESIZE / _CROP), mean=mean, std=std)
+    own = Preprocessing(height, width, round(min(height, width) * _RESIZE / _CROP))
+    if channels == 1:
+        own = replace(own, mean=(0.0,), std=(1.0,), channels="grey")
+    elif "mean" in config and "std" in config:
+        kind = config.get("interpolation") or own.interpolation
+        own = replace(own, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=kind)
+    return wanted.of(own)
 
 
 def input_channels(model: nn.Module) -> int:
@@ -173,7 +158,7 @@ def input_channels(model: nn.Module) -> int:
     if carries_record(model):
         done = record(model)
         if done.task is not None:
-            return len(done.task.mean)
+            return done.task.preprocessing.shape[0]
         if done.input_shape is not None:
             return done.input_shape[0]
         model = sharing_tensors(model)
@@ -185,39 +170,58 @@ def input_channels(model: nn.Module) -> int:
     return first.in_channels if isinstance(first, LAYERS) and not isinstance(first, nn.Linear) else 3
 
 
-class _Grey(ImageClassification):
-    def forward(self, img: Any) -> Tensor:
-        return super().forward(img.convert("L"))
-
-
-def preprocessing(architecture: Architecture, weights: str = "", image_size: int | None = None) -> ImageClassification:
+def preprocessing(architecture: Architecture, weights: str = "", wanted: Wanted = NOTHING) -> Preprocessing:
     """The preprocessing of torchvision's weights called `weights`, such as "VGG16_Weights.DEFAULT"; else ImageNet's."""
-    transforms = next((member.transforms() for member in architecture.weights if str(member) == weights), None)
-    return _sized(transforms or ImageClassification(crop_size=_CROP, resize_size=_RESIZE), image_size)
+    own = Preprocessing(_CROP, _CROP, _RESIZE)
+    member = _member(architecture, weights)
+    if member is not None:
+        found = member.transforms()
+        (size,), (resize,) = set(found.crop_size), set(found.resize_size)
+        own = replace(own, height=size, width=size, resize=resize, mean=tuple(found.mean), std=tuple(found.std))
+    return wanted.of(own)
 
 
-def preprocessing_of(
-    record: SurgeryRecord, model: nn.Module, image_size: int | None = None, normalize: str = "auto"
-) -> ImageClassification:
-    """What images of a checkpoint go through: as its record has it, but for what is given here.
+def _member(architecture: Architecture, weights: str) -> WeightsEnum | None:
+    return next((member for member in architecture.weights if str(member) == weights), None)
+
+
+def classes_of(record: SurgeryRecord) -> tuple[str, ...]:
+    """What the outputs of a checkpoint's network are called: its task's classes, or those of torchvision's weights."""
+    if record.task is not None and record.task.classes:
+        return record.task.classes
+    member = record.architecture and _member(record.architecture, str(record.provenance.get("weights")))
+    return tuple(member.meta["categories"]) if member else ()
+
+
+def noted_preprocessing(record: SurgeryRecord) -> Preprocessing | None:
+    """What images of a checkpoint go through, where its record says so, or names torchvision's weights."""
+    if record.task is not None:
+        return record.task.preprocessing
+    weights = str(record.provenance.get("weights"))
+    found = record.architecture is not None and _member(record.architecture, weights) is not None
+    return preprocessing(record.architecture, weights) if found and record.architecture else None
+
+
+def preprocessing_of(record: SurgeryRecord, model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessing:
+    """What images of a checkpoint go through: as its record has it, but for what is wanted.
 
     Raises:
         ArchitectureError: as `own_preprocessing`.
         CheckpointError: what the record notes is out of range.
+        DataError: what is wanted does not go with the network.
     """
-    if record.task is not None and image_size is None:
-        task = record.task
-        kind = ImageClassification if len(task.mean) == 3 else _Grey
-        return kind(crop_size=task.image_size, resize_size=task.resize_size, mean=task.mean, std=task.std)
+    if record.task is not None:
+        return wanted.of(record.task.preprocessing)
     if record.architecture is not None:
-        return preprocessing(record.architecture, str(record.provenance.get("weights")), image_size)
+        return preprocessing(record.architecture, str(record.provenance.get("weights")), wanted)
+    # Files of format 1 and 2 note it there.
     noted = {"image_size": None, "normalize": "auto", **record.provenance}
-    size, kind = image_size or noted["image_size"], normalize if normalize != "auto" else noted["normalize"]
+    size, kind = noted["image_size"], noted["normalize"]
     if size is not None and not (isinstance(size, int) and 1 <= size <= MAX_SIDE):
         raise CheckpointError(f"record.provenance.image_size: got {shown(size)}, expected 1 to {MAX_SIDE}")
     if kind not in ("auto", "imagenet", "none"):
         raise CheckpointError(f"record.provenance.normalize: got {shown(kind)}, expected auto, imagenet or none")
-    return own_preprocessing(model, size, str(kind))
+    return wanted.of(own_preprocessing(model, Wanted(wanted.image_size or size, str(kind))))
 
 
 def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
@@ -252,11 +256,9 @@ def origin(record: SurgeryRecord, untouched: bool) -> str:
     return "trained weights (changed since the insertion)"
 
 
-def example(source: Pretrained) -> Tensor:
-    """An input for planning: on the meta device, where nothing is computed, but for code that is not torchvision's."""
-    (size,) = set(source.preprocess.crop_size)
-    device = "meta" if source.architecture is not None else None
-    return torch.zeros(1, len(source.preprocess.mean), size, size, device=device)
+def example(preprocess: Preprocessing, *, on_meta: bool) -> Tensor:
+    """An input for planning: on the meta device, where nothing is computed, unless code is run that is the user's."""
+    return torch.zeros(1, *preprocess.shape, device="meta" if on_meta else None)
 
 
 def _random(architecture: Architecture, seed: int) -> nn.Module:
@@ -277,15 +279,3 @@ def _refuse_inserted(path: Path) -> None:
         raise CheckpointError(
             f"'{path}' holds a network that has been inserted into already. Fold it first: bnsurgery fold {path}"
         )
-
-
-def _sized(transforms: ImageClassification, image_size: int | None) -> ImageClassification:
-    if image_size is None:
-        return transforms
-    return ImageClassification(
-        crop_size=image_size,
-        resize_size=round(image_size * _RESIZE / _CROP),
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-        interpolation=transforms.interpolation,
-    )

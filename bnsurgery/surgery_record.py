@@ -21,7 +21,9 @@ from .tables import table
 from .task import Task
 from .typed_json import loads, parse
 
-FORMAT_VERSION = 3  # 1 named a ReLU only where it was fused; 2 named no frozen parameters
+# 1 named a ReLU only where it was fused; 1 and 2 named no frozen parameters, and preprocessing only of what was
+# fine-tuned.
+FORMAT_VERSION = 3
 _ATTRIBUTE = "_bnsurgery_record"
 
 
@@ -60,7 +62,7 @@ class SurgeryRecord:
         calibration_digest: SHA-256 of the calibration's moments, see `moments.digest`.
         provenance: where weights and images came from, as far as the caller said.
         versions: of the libraries that did it.
-        task: what it was fine-tuned to, if it was.
+        task: what images go through, where it takes any, and what it was fine-tuned to, if it was.
         dropped_lrn: fqns of the LocalResponseNorm layers that were taken out first.
         input_shape: of one sample on calibration, where the input is one tensor of real numbers.
         frozen: the original's parameters that took no gradient: what `insert` goes by, and `load` restores.
@@ -124,7 +126,7 @@ class SurgeryRecord:
                 "upgrade it"
             )
         if version < 3:
-            data["frozen"] = []
+            data = {**data, "task": _newer(data.get("task")), "frozen": []}
         found = typing.cast(SurgeryRecord, parse(cls, data, "record"))
         found._check()
         return found
@@ -140,6 +142,17 @@ class SurgeryRecord:
             _expect(name in names(), "architecture.name", name, f"one of {', '.join(names())}")
             _expect(classes >= 1, "architecture.num_classes", classes, "1 or more")
             _expect(0 <= dropout <= 1, "architecture.dropout", dropout, "0 to 1")
+
+
+def _newer(task: Any) -> Any:
+    """A task of format 1 or 2, which had height and width in one and all images in 0 to 1 and RGB, as it is now."""
+    if not isinstance(task, dict):
+        return task
+    names = {"image_size": "height", "resize_size": "resize", "mean": "mean", "std": "std"}
+    found = {new: task[old] for old, new in names.items() if old in task}
+    found |= {"width": found.get("height"), "scale": 1.0, "interpolation": "bilinear"}
+    found["channels"] = "grey" if isinstance(task.get("mean"), list) and len(task["mean"]) == 1 else "rgb"
+    return {**{name: value for name, value in task.items() if name not in names}, "preprocessing": found}
 
 
 def _expect(sound: bool, name: str, got: object, expected: str) -> None:

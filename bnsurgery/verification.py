@@ -39,6 +39,7 @@ class EquivalenceReport:
             the index in the whole output.
         no_drift: why the drift of some or all sizes is missing, such as outputs without one row a sample, or a network
             that takes batches of one only; None where it is not, or was not asked for.
+        shape: of one input, where it is one tensor of real numbers and all were alike; else None.
     """
 
     samples: int
@@ -49,6 +50,7 @@ class EquivalenceReport:
     train_drift: dict[int, float]
     worst: tuple[int, ...] | None = None
     no_drift: str | None = None
+    shape: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         return self.text("not to the bit")
@@ -58,8 +60,8 @@ class EquivalenceReport:
         near = f"equal within 1e-5, {remark}," if self.max_rel <= TOLERANCE else "different"
         same = "bit-identical" if self.bit_identical else near
         lines = [
-            f"eval mode    {same} on {self.samples} image{'s' if self.samples != 1 else ''}; "
-            f"largest difference {self.max_abs:.3g}, relative {self.max_rel:.3g}"
+            f"eval mode    {same} on {self.inputs}",
+            f"             largest difference {self.max_abs:.3g}, relative {self.max_rel:.3g}",
         ]
         if self.worst is not None:
             lines.append(f"             at {self.place()}")
@@ -73,6 +75,13 @@ class EquivalenceReport:
             start = " " * 13 if self.train_drift else "train mode   "
             lines += _wrapped(start, f"drift not measured: {self.no_drift}")
         return "\n".join(lines).replace(_TOGETHER, " ")
+
+    @property
+    def inputs(self) -> str:
+        """How many were compared, and of what size: "32 images of 3x224x224"."""
+        what = "input" if self.shape is not None and len(self.shape) != 3 else "image"
+        size = f" of {'x'.join(map(str, self.shape))}" if self.shape is not None else ""
+        return f"{self.samples} {what}{'s' if self.samples != 1 else ''}{size}"
 
     def place(self) -> str:
         """`worst` in words: "image 3, index [281], counted from 0"; empty where there is no difference."""
@@ -145,6 +154,7 @@ class _Comparison:
         self.keep = keep
         self.kept: list[tuple[Inputs, list[Tensor]]] = []
         self.samples = 0
+        self._shapes: set[tuple[int, ...] | None] = set()
         self._equal = True
         self._max_abs = self._scale = 0.0
         self._numbers = self._finite = 0
@@ -184,6 +194,7 @@ class _Comparison:
         else:
             self._agreeing = None
         self.samples += count
+        self._shapes.add(batch.shape)
         room = self.keep - sum(kept.samples for kept, _ in self.kept)
         if room > 0:
             self._keep(batch, expected, room)
@@ -215,7 +226,15 @@ class _Comparison:
         agreement = None if self._agreeing is None else self._agreeing / self.samples
         relative = self._max_abs / self._scale if self._scale else self._max_abs
         return EquivalenceReport(
-            self.samples, self._equal, self._max_abs, relative, agreement, drift, self._worst, no_drift
+            self.samples,
+            self._equal,
+            self._max_abs,
+            relative,
+            agreement,
+            drift,
+            self._worst,
+            no_drift,
+            self._shapes.pop() if len(self._shapes) == 1 else None,
         )
 
 

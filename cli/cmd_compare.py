@@ -8,26 +8,9 @@ import click
 from bnsurgery.finetune.config import RATES, Config
 from bnsurgery.system import quote
 
-from .options import given, print_options, show
+from .options import Values, given, print_options, show
 from .recipe_options import recipe_options
 from .reporting import check_report, force_option, report_options, write_report, written
-
-
-class _List(click.ParamType):
-    """Values separated by commas."""
-
-    name = "list"
-
-    def __init__(self, kind: type) -> None:
-        self._kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(self._kind(part.strip()) for part in value.split(",") if part.strip())
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 @click.command("compare")
@@ -36,7 +19,7 @@ class _List(click.ParamType):
 @click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: runs/compare-ARCH-DATA]")
 @click.option(
     "--arms",
-    type=_List(str),
+    type=Values(str),
     default="plain,bn,bn-naive",
     show_default=True,
     metavar="A,B,...",
@@ -46,7 +29,7 @@ class _List(click.ParamType):
 )
 @click.option(
     "--rates",
-    type=_List(float),
+    type=Values(float),
     default=",".join(f"{rate:g}" for rate in RATES),
     show_default=True,
     metavar="R,S,...",

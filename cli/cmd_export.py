@@ -1,16 +1,20 @@
 """bnsurgery export."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .options import (
+    Values,
+    batches_option,
     bias_option,
     claim,
-    image_size_option,
+    first_batch,
     load_checkpoint,
     model_option,
     output_options,
+    preprocess_options,
     print_options,
     show,
     stem_of,
@@ -19,13 +23,26 @@ from .options import (
 _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
 
 
+if TYPE_CHECKING:
+    from bnsurgery.preprocessing import Wanted
+
+
 @click.command("export")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(_FORMATS), help="The format, see above.")
 @model_option
 @click.option("--keep-bn", is_flag=True, help="Leave the BatchNorm layers in.")
+@click.option(
+    "--dynamic",
+    type=Values(str),
+    default="batch",
+    show_default=True,
+    metavar="A,B,...",
+    help="Of batch, height and width: the sizes that may be any in onnx and exported-program. Each is tried at two.",
+)
 @bias_option
-@image_size_option
+@preprocess_options
+@batches_option
 @output_options(
     "File to write; .pth gives torch.save's format.  [default: FILE's or its run's name, the format's suffix, here]"
 )
@@ -35,8 +52,10 @@ def command(
     to: str,
     model: str | None,
     keep_bn: bool,
+    dynamic: tuple[str, ...],
     bias: str,
-    image_size: int | None,
+    wanted: "Wanted",
+    data: str | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -53,26 +72,27 @@ def command(
 
     What was written is read back and compared before it gets its name.
     """  # noqa: D301 (the \b is click's: leave the lines as they are)
-    import torch
-
     from bnsurgery import pretrained
     from bnsurgery.exporting import SUFFIXES, export
+    from bnsurgery.preprocessing import NOTHING
+    from bnsurgery.programs import AXES
+    from bnsurgery.surgery_record import record
 
+    if not set(dynamic) <= set(AXES):
+        raise click.UsageError(f"--dynamic: got {','.join(dynamic)}, expected some of {','.join(AXES)}.")
     output = output or Path(f"{stem_of(file)}-{to}{SUFFIXES[to]}")
     bn_model = load_checkpoint(file, model)
     claim(output, force)
-    example = None
-    if image_size is not None:
-        generator = torch.Generator().manual_seed(0)
-        shape = 2, pretrained.input_channels(bn_model), image_size, image_size
-        example = torch.randn(shape, generator=generator)
+    preprocessing = pretrained.preprocessing_of(record(bn_model), bn_model, wanted) if wanted != NOTHING else None
     result = export(
         bn_model,
         output,
         to=to,  # type: ignore[arg-type]
-        example=example,
+        example=None if data is None else first_batch(data),
+        preprocessing=preprocessing,
         keep_bn=keep_bn,
         bias=bias,  # type: ignore[arg-type]
+        dynamic=dynamic,
         overwrite=force,
     )
     show(str(result), result.to_dict(), as_json, quiet)

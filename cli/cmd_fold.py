@@ -32,8 +32,5 @@ def command(
     claim(output, force)
     result = export(bn_model, output, to="state-dict", bias=bias, overwrite=force)  # type: ignore[arg-type]
     done = record(bn_model)
-    text = (
-        f"{len(done.sites)} BatchNorm layers folded away; gives {result.origin}\n{result.proof}\n\n"
-        f"Wrote {output}.\nNext: {result.usage}"
-    )
+    text = f"{len(done.sites)} BatchNorm layers folded away; gives {result.origin}\n{result.proof}\n\n{result.steps}"
     show(text, {"architecture": result.network, **result.to_dict()}, as_json, quiet)

@@ -1,20 +1,22 @@
 """bnsurgery insert."""
 
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from bnsurgery.system import quote
 
 from .options import (
+    IMAGES,
     claim,
     data_options,
+    given,
     model_option,
     named,
-    normalize_option,
+    opened,
     output_options,
     print_options,
     show,
@@ -22,6 +24,11 @@ from .options import (
     weights_options,
 )
 from .reporting import check_report, report_options, write_report, written
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bnsurgery.preprocessing import Wanted
 
 
 @click.command("insert")
@@ -37,7 +44,6 @@ from .reporting import check_report, report_options, write_report, written
 )
 @weights_options
 @data_options(num_images=64)
-@normalize_option
 @sites_options
 @click.option("--absorb-bias", is_flag=True, help="Drop the layers' biases: BN shifts too. Equal to 1e-6, not bitwise.")
 @click.option(
@@ -47,7 +53,9 @@ from .reporting import check_report, report_options, write_report, written
 @output_options("File to write.  [default: ARCH-bn.safetensors or FILE's name, here]")
 @report_options
 @print_options
+@click.pass_context
 def command(
+    context: click.Context,
     source: str | None,
     model: str | None,
     weights: str,
@@ -57,8 +65,7 @@ def command(
     data: str,
     num_images: int,
     batch_size: int,
-    image_size: int | None,
-    normalize: str,
+    wanted: "Wanted",
     skip_bad: bool,
     seed: int,
     device: str,
@@ -79,17 +86,18 @@ def command(
     undo it, proves the outputs equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, or timm:NAME;
     FILE is a weights file, whose architecture is recognised; --model takes a network of your own, and FILE is its then.
     """
-    from bnsurgery import checkpoint, devices, lrn, models, pretrained
+    from bnsurgery import checkpoint, devices, factories, lrn, models, pretrained
     from bnsurgery.batches import Inputs
     from bnsurgery.calibration import calibrate
     from bnsurgery.copies import on_meta, sharing_tensors
-    from bnsurgery.data import calibration_batches
     from bnsurgery.errors import CalibrationError
     from bnsurgery.fitting import Choice
     from bnsurgery.insertion import Options, insert_
     from bnsurgery.planning import plan
+    from bnsurgery.preprocessing import Preprocessing
     from bnsurgery.summary import summarize
     from bnsurgery.surgery_record import attach_record, record
+    from bnsurgery.task import Task
     from bnsurgery.verification import verify
 
     options = Options(absorb_bias, fuse_relu)
@@ -98,14 +106,16 @@ def command(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     name, own, weights, is_file = named(source, model, weights)
-    if not own and normalize != "auto":
-        raise click.UsageError("--normalize is for networks of your own: torchvision's weights say how.")
     output = output or Path(f"{Path(name).stem if is_file else stem(name)}-bn.safetensors")
     loud = not (quiet or as_json)
     place = devices.device(device)
     taken = Choice(weights_key, weights_prefix, partial)
+    of_images = not factories.names_code(data)
+    network: nn.Module
+    preprocess: Preprocessing | None = None
     if own:
-        found = pretrained.load_own(name, weights, choice=taken, image_size=image_size, normalize=normalize, seed=seed)
+        network, origin = pretrained.own_network(name, weights, seed, taken)
+        preprocess = pretrained.own_preprocessing(network, wanted) if of_images else None
     architecture = None
     if not own:
         architecture = pretrained.recognise(Path(name), taken) if is_file else models.architecture(name)
@@ -113,13 +123,14 @@ def command(
     claim(output, force)
     reporting = check_report(page, plot, force, output, weights)
     if architecture is not None:
-        found = pretrained.load(architecture, weights, choice=taken, image_size=image_size, seed=seed, progress=loud)
-    network = found.model.to(place)
-    batches = calibration_batches(
+        found = pretrained.load(architecture, weights, choice=taken, wanted=wanted, seed=seed, progress=loud)
+        network, origin, preprocess = found.model, found.weights, found.preprocess if of_images else None
+    network.to(place)
+    batches = opened(
         data,
+        lambda: cast(Preprocessing, preprocess),
         num_images=num_images,
         batch_size=batch_size,
-        preprocess=found.preprocess,
         seed=seed,
         skip_bad=skip_bad,
     )
@@ -129,27 +140,29 @@ def command(
         network = sharing_tensors(with_lrn)
         lrn.drop_lrn_(network, dropped)
         lrn.warn_of_change(with_lrn, network, Inputs.of(next(iter(batches))), len(dropped))
-    sites = plan(network if own else on_meta(network), pretrained.example(found), **choice)
+    example = next(iter(batches)) if preprocess is None else pretrained.example(preprocess, on_meta=not own)
+    sites = plan(network if own else on_meta(network), example, **choice)
     moments = calibrate(network, sites, batches, progress=loud)
     bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
     insert_(bn_model, sites, moments, options)
-    # As they come: a network may take batches of one size only.
-    samples = [batch[:_CHECKED] for batch in islice(batches, -(-_CHECKED // batch_size))]
-    sizes = (2, 4, 8, 16, 32) if reporting else (_CHECKED,)
-    equivalence = verify(network, bn_model, batches if reporting else samples, drift_batch_sizes=sizes)
+    samples = _first(batches, _CHECKED)
+    sizes = (2, 4, 8, 16, 32) if reporting else (2, 8, 32)
+    equivalence = verify(network, bn_model, samples, drift_batch_sizes=sizes)
     allowed = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
     if not equivalence.within(allowed):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
     provenance: dict[str, str | int] = {
-        "weights": found.weights,
+        "weights": origin,
         "data": batches.description,
         "images": batches.used,
         "seed": seed,
     }
     if own:
-        provenance |= {"model": name, "image_size": found.preprocess.crop_size[0], "normalize": normalize}
-    shape = tuple(samples[0].shape[1:])
-    done = replace(record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=shape)
+        provenance["model"] = name
+    task = None if preprocess is None else Task((), None, preprocess)
+    done = replace(
+        record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=Inputs.of(samples[0]).shape, task=task
+    )
     attach_record(bn_model, done)
     checkpoint.save(bn_model, output, overwrite=force)
     wrote = ""
@@ -157,18 +170,18 @@ def command(
         from bnsurgery.report import insertion
 
         wrote = write_report(
-            insertion(network, bn_model, batches, result=equivalence, tolerance=allowed), page, plot, force
+            insertion(network, bn_model, samples, result=equivalence, tolerance=allowed), page, plot, force
         )
 
     summary = summarize(done, moments)
     skipped = [skip.to_dict() for skip in sites.skipped]
-    custom = f" --model {quote(name)}" if own else ""
+    again = " ".join(map(quote, [str(output), *(["--model", name] if own else []), *given(context, *IMAGES)]))
     text = (
         f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
-        f"weights      {found.weights}\nimages       {batches.summary}\n"
+        f"weights      {origin}\nimages       {batches.summary}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n{wrote}"
-        f"Next: bnsurgery verify {quote(str(output))}{custom}\n"
+        f"Next: bnsurgery verify {again}\n"
         f'      bnsurgery.load("{output}"{", model=..." if own else ""})'
     )
     facts = {
@@ -190,5 +203,18 @@ def stem(name: str) -> str:
     return name.rpartition(":")[2].replace("/", "-")
 
 
-# Of the calibration images: both networks run once more on these, and a batch of 2 is the least that train mode takes.
-_CHECKED = 2
+def _first(batches: Iterable[Any], count: int) -> list[Any]:
+    """So many inputs or a few more, in batches as they come: a network may take one size only."""
+    from bnsurgery.batches import Inputs
+
+    found, seen = [], 0
+    for batch in batches:
+        found.append(batch)
+        seen += Inputs.of(batch).samples
+        if seen >= count:
+            break
+    return found
+
+
+# Of the calibration images: both networks run once more on these, as many as `verify` takes by itself.
+_CHECKED = 32

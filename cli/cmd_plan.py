@@ -8,7 +8,9 @@ import click
 from bnsurgery.system import quote
 
 from .options import (
+    batches_option,
     claim,
+    first_batch,
     given,
     image_size_option,
     model_option,
@@ -32,6 +34,7 @@ from .options import (
 )
 @weights_options
 @image_size_option
+@batches_option
 @sites_options
 @click.option("--dot", type=click.Path(path_type=Path), metavar="FILE", help="Write the graph for Graphviz.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the graph.")
@@ -46,7 +49,8 @@ def command(
     weights_key: str | None,
     weights_prefix: str | None,
     partial: bool,
-    image_size: int | None,
+    image_size: str | None,
+    data: str | None,
     dot: Path | None,
     svg: Path | None,
     force: bool,
@@ -63,6 +67,7 @@ def command(
     from bnsurgery.checkpoint import read_record
     from bnsurgery.copies import on_meta
     from bnsurgery.fitting import Choice
+    from bnsurgery.preprocessing import Wanted
 
     name, own, weights, is_file = named(source, model, weights)
     taken = Choice(weights_key, weights_prefix, partial)
@@ -76,19 +81,22 @@ def command(
             claim(file, force)
     if own:
         timms = name.startswith("timm:") and weights == "DEFAULT"
-        found = pretrained.load_own(name, "random" if timms else weights, choice=taken, image_size=image_size or _SIDE)
-        network = found.model
+        network, _ = pretrained.own_network(name, "random" if timms else weights, choice=taken)
     else:
         architecture = pretrained.recognise(Path(name), taken) if is_file else models.architecture(name)
         if not is_file and weights not in ("DEFAULT", "random", *architecture.weight_names):
-            found = pretrained.load(architecture, weights, choice=taken, image_size=image_size)
+            found = pretrained.load(architecture, weights, choice=taken, wanted=Wanted(image_size))
             architecture, network = found.architecture or architecture, on_meta(found.model)
         else:
             network = architecture.build("meta")
-        preprocess = pretrained.preprocessing(architecture, image_size=image_size)
         name = architecture.name
-        found = pretrained.Pretrained(name, network, architecture, "none", preprocess)
-    example = pretrained.example(found)
+    example: Any
+    if data is not None:
+        example = first_batch(data)
+    elif own:
+        example = pretrained.example(pretrained.own_preprocessing(network, Wanted(image_size or _SIDE)), on_meta=False)
+    else:
+        example = pretrained.example(pretrained.preprocessing(architecture, wanted=Wanted(image_size)), on_meta=True)
     plan = planning.plan(network, example, **choice)
     wrote = []
     for file, draw in ((dot, drawing.dot), (svg, drawing.svg)):

@@ -1,10 +1,23 @@
 """bnsurgery predict."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .options import claim, device_option, load_checkpoint, model_option, output_options, print_options, show
+from .options import (
+    claim,
+    device_option,
+    load_checkpoint,
+    model_option,
+    output_options,
+    preprocess_options,
+    print_options,
+    show,
+)
+
+if TYPE_CHECKING:
+    from bnsurgery.preprocessing import Wanted
 
 
 @click.command("predict")
@@ -12,6 +25,7 @@ from .options import claim, device_option, load_checkpoint, model_option, output
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|DIR...")
 @model_option
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="Classes to name per image.")
+@preprocess_options
 @output_options("CSV file to write as well.")
 @device_option
 @print_options
@@ -20,6 +34,7 @@ def command(
     images: tuple[str, ...],
     model: str | None,
     top: int,
+    wanted: "Wanted",
     output: Path | None,
     force: bool,
     device: str,
@@ -54,7 +69,7 @@ def command(
     bad: dict[str, str] = {}
     for path in paths:
         try:
-            found += predict(network, [path], top=top)
+            found += predict(network, [path], top=top, wanted=wanted)
         except DataError as error:  # the others are wanted all the same
             bad[path] = str(error)
     if output is not None:

@@ -1,17 +1,19 @@
 """bnsurgery report."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import data_options, load_checkpoint, model_option, normalize_option, output_options, print_options, show
+from .options import data_options, load_checkpoint, model_option, opened, output_options, print_options, show
 from .reporting import check_report, plot_option, write_report, written
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bnsurgery.data import ImageBatches
+    from bnsurgery.own_data import OwnBatches
+    from bnsurgery.preprocessing import Wanted
     from bnsurgery.report import Report
 
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path))
 @model_option
 @data_options(num_images=32)
-@normalize_option
 @output_options("File to write.  [default: FILE's name, .html, here]")
 @plot_option
 @print_options
@@ -29,8 +30,7 @@ def command(
     data: str,
     num_images: int,
     batch_size: int,
-    image_size: int | None,
-    normalize: str,
+    wanted: "Wanted",
     skip_bad: bool,
     seed: int,
     device: str,
@@ -47,7 +47,6 @@ def command(
     """
     from bnsurgery import devices, pretrained
     from bnsurgery.checkpoint import read_record
-    from bnsurgery.data import calibration_batches
     from bnsurgery.errors import CheckpointError
     from bnsurgery.surgery_record import record
 
@@ -62,9 +61,13 @@ def command(
         if read_record(file) is None:
             raise CheckpointError(f"report: '{file}': not a checkpoint of insert or finetune, nor a run's directory")
         bn_model = load_checkpoint(file, model)
-        preprocess = pretrained.preprocessing_of(record(bn_model), bn_model, image_size, normalize)
-        batches = calibration_batches(
-            data, num_images=num_images, batch_size=batch_size, preprocess=preprocess, seed=seed, skip_bad=skip_bad
+        batches = opened(
+            data,
+            lambda: pretrained.preprocessing_of(record(bn_model), bn_model, wanted),
+            num_images=num_images,
+            batch_size=batch_size,
+            seed=seed,
+            skip_bad=skip_bad,
         )
         found = _of_checkpoint(bn_model.to(place), batches, file.name)
     text = write_report(found, output, plot, force)
@@ -87,7 +90,7 @@ def _of_results(place: Path) -> "Report":
     raise CheckpointError(f"report: '{place}': neither a run of finetune nor a finished one of compare is there")
 
 
-def _of_checkpoint(bn_model: "nn.Module", batches: "ImageBatches", name: str) -> "Report":
+def _of_checkpoint(bn_model: "nn.Module", batches: "ImageBatches[Any] | OwnBatches", name: str) -> "Report":
     from bnsurgery import folding
     from bnsurgery.report import insertion
     from bnsurgery.surgery_record import record, state_digest

@@ -1,6 +1,7 @@
 """bnsurgery verify."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,12 +11,15 @@ from .options import (
     data_options,
     load_checkpoint,
     model_option,
-    normalize_option,
+    opened,
     print_options,
     show,
     weights_options,
 )
 from .reporting import check_report, force_option, report_options, write_report, written
+
+if TYPE_CHECKING:
+    from bnsurgery.preprocessing import Wanted
 
 
 @click.command("verify")
@@ -28,7 +32,6 @@ from .reporting import check_report, force_option, report_options, write_report,
 )
 @weights_options
 @data_options(num_images=32)
-@normalize_option
 @report_options
 @force_option
 @print_options
@@ -42,8 +45,7 @@ def command(
     data: str,
     num_images: int,
     batch_size: int,
-    image_size: int | None,
-    normalize: str,
+    wanted: "Wanted",
     skip_bad: bool,
     seed: int,
     device: str,
@@ -61,7 +63,6 @@ def command(
     the largest output on other devices, and where biases were absorbed or the network was trained since.
     """
     from bnsurgery import devices, folding, pretrained
-    from bnsurgery.data import calibration_batches
     from bnsurgery.errors import BNSurgeryError
     from bnsurgery.fitting import Choice
     from bnsurgery.surgery_record import record, state_digest
@@ -74,19 +75,21 @@ def command(
     folded = folding.fold(bn_model)
     untouched = state_digest(folded.state_dict()) == done.weights_digest
     reference, against = folded, "its own folded network"
-    preprocess = pretrained.preprocessing_of(done, folded, image_size, normalize)
     if weights is not None:
         taken = Choice(weights_key, weights_prefix, partial)
+        loud = not (quiet or as_json)
         if done.architecture is not None:
-            loud = not (quiet or as_json)
-            source = pretrained.load(done.architecture, weights, choice=taken, image_size=image_size, progress=loud)
-            preprocess = source.preprocess
+            source = pretrained.load(done.architecture, weights, choice=taken, progress=loud)
+            reference, against = source.model, source.weights
         else:
-            size = preprocess.crop_size[0]
-            source = pretrained.load_own(str(model), weights, choice=taken, image_size=size, normalize=normalize)
-        reference, against = source.model, source.weights
-    batches = calibration_batches(
-        data, num_images=num_images, batch_size=batch_size, preprocess=preprocess, seed=seed, skip_bad=skip_bad
+            reference, against = pretrained.own_network(str(model), weights, choice=taken)
+    batches = opened(
+        data,
+        lambda: pretrained.preprocessing_of(done, folded, wanted),
+        num_images=num_images,
+        batch_size=batch_size,
+        seed=seed,
+        skip_bad=skip_bad,
     )
     reference, bn_model = reference.to(place), bn_model.to(place)
     result = verify(reference, bn_model, batches)

@@ -1,12 +1,13 @@
 """Options that several commands share, and how they print."""
 
+import functools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import click
 from click.core import ParameterSource
@@ -16,6 +17,10 @@ from bnsurgery.system import quote
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from bnsurgery.data import ImageBatches
+    from bnsurgery.own_data import OwnBatches
+    from bnsurgery.preprocessing import Preprocessing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,14 +43,72 @@ model_option = click.option(
     "code; never taken from a checkpoint.",
 )
 
-# How images of a network that is not torchvision's are normalized.
-normalize_option = click.option(
-    "--normalize",
-    type=click.Choice(["auto", "imagenet", "none"]),
-    default="auto",
-    show_default=True,
-    help="With --model: by ImageNet's mean and deviation, or values from 0 to 1; auto: as timm says, else ImageNet's.",
-)
+
+class Values(click.ParamType):
+    """Values separated by commas."""
+
+    name = "list"
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """Of what stands on the command line."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._kind(part.strip()) for part in value.split(",") if part.strip())
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+# What images go through: the fields of `bnsurgery.preprocessing.Wanted`, by name.
+PREPROCESSING: dict[str, dict[str, Any]] = {
+    "image_size": {
+        "metavar": "SIDE|HxW",
+        "help": "Of the input in pixels: 224, or height and width as 240x320.  [default: the checkpoint's or weights']",
+    },
+    "normalize": {
+        "type": click.Choice(["auto", "imagenet", "none"]),
+        "default": "auto",
+        "show_default": True,
+        "help": "By ImageNet's mean and deviation, or values from 0 to 1; auto: as the checkpoint or the weights say, "
+        "else ImageNet's.",
+    },
+    "mean": {
+        "type": Values(float),
+        "metavar": "R,G,B",
+        "help": "Taken off the pixels, always red, green, blue.  [default: as --normalize; 0 beside --std or --scale]",
+    },
+    "std": {"type": Values(float), "metavar": "R,G,B", "help": "What that is divided by.  [default: as for --mean; 1]"},
+    "scale": {
+        "type": float,
+        "metavar": "WHITE",
+        "help": "What white is before mean and std: 255 for pixels from 0 to 255.  [default: 1]",
+    },
+    "channels": {
+        "type": click.Choice(["rgb", "bgr"]),
+        "help": "The order that the network takes colours in.  [default: the checkpoint's, else rgb]",
+    },
+}
+
+
+# Where nothing is computed on images.
+image_size_option = click.option("--image-size", **PREPROCESSING["image_size"])
+
+
+def preprocess_options(function: F) -> F:
+    """--image-size, --normalize, --mean, --std, --scale and --channels, given to the command as one `wanted`."""
+
+    @functools.wraps(function)
+    def command(**given: Any) -> Any:
+        from bnsurgery.preprocessing import Wanted
+
+        return function(wanted=Wanted(**{name: given.pop(name) for name in PREPROCESSING}), **given)
+
+    options = [click.option("--" + name.replace("_", "-"), name, **said) for name, said in PREPROCESSING.items()]
+    return cast(F, _together(*options)(command))
+
 
 # Which layers get a BatchNorm.
 sites_options = _together(
@@ -81,23 +144,25 @@ weights_options = _together(
     click.option("--partial", is_flag=True, help="Take from the file what fits, and leave the rest as it is made."),
 )
 
-image_size_option = click.option(
-    "--image-size", type=click.IntRange(1, 4096), help="Side in pixels.  [default: the weights' own, 224]"
-)
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, mps, xpu, ..."
 )
 
 
+# What a later command needs again to look at the same images; what they go through stands in the checkpoint.
+IMAGES = ("data", "num_images", "batch_size", "skip_bad", "seed", "device")
+
+
 def data_options(num_images: int) -> Callable[[F], F]:
-    """Which images, and how many at a time, of what size."""
+    """Which images, how many at a time, and what they go through."""
     return _together(
         click.option(
             "--data",
             default="samples",
             show_default=True,
-            metavar="DIR|samples",
-            help="Folder of images of any format that Pillow reads, searched through; or two built-in photographs.",
+            metavar="DIR|samples|FILE.py:FUNCTION",
+            help="Folder of images of any format that Pillow reads, searched through; two built-in photographs; or a "
+            "function that gives batches of whatever the network takes, any iterable of them. This runs its code.",
         ),
         click.option(
             "--num-images",
@@ -107,12 +172,56 @@ def data_options(num_images: int) -> Callable[[F], F]:
             help="How many images at most.",
         ),
         click.option("--batch-size", type=_POSITIVE, default=8, show_default=True, help="Images at a time."),
-        image_size_option,
+        preprocess_options,
         click.option("--skip-bad", is_flag=True, help="Leave out damaged images, and count them."),
         click.option(
             "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice."
         ),
         device_option,
+    )
+
+
+# Where only the form of the input counts.
+batches_option = click.option(
+    "--data",
+    metavar="FILE.py:FUNCTION",
+    help="What gives batches of inputs, for networks that take other things than images. This runs its code.",
+)
+
+
+def first_batch(name: str) -> Any:
+    """The first batch of the `batches_option`."""
+    from bnsurgery.own_data import OwnBatches
+
+    return next(iter(OwnBatches(name)))
+
+
+def opened(
+    data: str,
+    preprocessing: "Callable[[], Preprocessing]",
+    *,
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    skip_bad: bool,
+) -> "ImageBatches[Any] | OwnBatches":
+    """The images or batches of the `data_options`; `preprocessing` is asked for images alone."""
+    from bnsurgery.data import calibration_batches
+    from bnsurgery.factories import names_code
+    from bnsurgery.own_data import OwnBatches
+
+    if names_code(data):
+        for_images = given(click.get_current_context(), "batch_size", "skip_bad", *PREPROCESSING)
+        if for_images:
+            raise click.UsageError(f"{for_images[0]} is for images: what '{data}' gives is taken as it is.")
+        return OwnBatches(data, num=num_images, seed=seed)
+    return calibration_batches(
+        data,
+        num_images=num_images,
+        batch_size=batch_size,
+        preprocess=preprocessing(),
+        seed=seed,
+        skip_bad=skip_bad,
     )
 
 
@@ -132,6 +241,29 @@ bias_option = click.option(
     show_default=True,
     help="Give layers without a bias one where their BatchNorm shifts, which other keys follow from, or refuse.",
 )
+
+
+def given(context: click.Context, *names: str, leave_out: Container[str] = ()) -> list[str]:
+    """What was said on the command line for these parameters, as words to say it again; without names, for all others.
+
+    Args:
+        leave_out: parameters that the words shall not have.
+    """
+    words = []
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params[str(parameter.name)]
+        if (names and name not in names) or name in leave_out:
+            continue
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if isinstance(parameter, click.Argument):
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [parameter.opts[0], text]
+    return words
 
 
 def claim(output: Path, force: bool) -> None:
@@ -172,29 +304,13 @@ _STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def given(context: click.Context, *, leave_out: tuple[str, ...]) -> list[str]:
-    """What was said on the command line, as words for another command, but for the parameters in `leave_out`."""
-    words = []
-    for parameter in context.command.params:
-        name, value = str(parameter.name), context.params[str(parameter.name)]
-        if name in leave_out or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        elif isinstance(value, bool):
-            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
-        else:
-            words += [parameter.opts[0], str(value)]
-    return words
-
-
 class Named(NamedTuple):
     """A network as the command line names it.
 
     Attributes:
         name: what makes it, of a network that is not torchvision's; else the architecture, or the file of its weights.
         own: whether it is not torchvision's.
-        weights: where its weights are, for `pretrained.load` and `load_own`.
+        weights: where its weights are, for `pretrained.load` and `own_network`.
         file: whether `name` is a file, whose weights are to be recognised.
     """
 

@@ -8,6 +8,8 @@ import click
 
 from bnsurgery.finetune.config import CHOICES, Config
 
+from .options import PREPROCESSING
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -26,7 +28,7 @@ class _Rate(click.ParamType):
 _COUNT, _SHARE = click.IntRange(min=1), click.FloatRange(0, 1, max_open=True)
 _DEFAULTS = {field.name: field.default for field in fields(Config)}
 
-# In the order of --help: name of the field, type (None: its CHOICES), help text.
+# In the order of --help: name of the field, type (None: its CHOICES; a dict: all that click is to know), help text.
 _OPTIONS: tuple[tuple[str, Any, str], ...] = (
     (
         "model",
@@ -47,8 +49,7 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("val_fraction", click.FloatRange(0, 1, min_open=True, max_open=True), "Held out where there is no val/."),
     ("limit", click.IntRange(min=2), "Train on so many images, evenly over the classes."),
     ("skip_bad", bool, "Leave out damaged images, and count them; reads every image once first."),
-    ("image_size", click.IntRange(1, 4096), "Side of the input in pixels.  [default: the weights' own]"),
-    ("normalize", None, "By ImageNet's mean and deviation, or leave values between 0 and 1."),
+    *((name, said, "") for name, said in PREPROCESSING.items()),
     ("augment", None, "Random shifts, flips, zooms; auto chooses by the data."),
     ("num_workers", click.IntRange(min=0), "Processes that read images.  [default: processors - 1, at most 8]"),
     ("epochs", _COUNT, "Passes over the training images."),
@@ -86,6 +87,8 @@ def recipe_options(*, leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:
 
 def _option(name: str, kind: Any, text: str) -> Callable[[F], F]:
     flag, default = "--" + name.replace("_", "-"), _DEFAULTS[name]
+    if isinstance(kind, dict):
+        return click.option(flag, name, **kind)
     if kind is bool:
         flag = f"{flag}/--no-{flag[2:]}" if default else flag
         return click.option(flag, name, is_flag=True, default=default, show_default=bool(default), help=text)

@@ -26,7 +26,7 @@ def report_options(function: F) -> F:
         "page",
         type=click.Path(path_type=Path),
         metavar="FILE.html",
-        help="Write a page that shows what was done, with figures; runs both networks on all images for it.",
+        help="Write a page that shows what was done, with figures.",
     )
     return page(plot_option(function))
 

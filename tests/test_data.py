@@ -9,13 +9,13 @@ import torch
 from image_files import save
 from PIL import Image
 from torchvision.transforms import functional as F
-from torchvision.transforms._presets import ImageClassification
 
 from bnsurgery import data
 from bnsurgery.data import calibration_batches, find_images, image_batches, sample_crops
 from bnsurgery.errors import DataError
+from bnsurgery.preprocessing import Preprocessing
 
-PREPROCESS = ImageClassification(crop_size=32, resize_size=40)
+PREPROCESS = Preprocessing(32, 32, 40)
 
 
 def plain(image):
@@ -196,16 +196,14 @@ def test_samples_alternate_between_the_photographs_and_are_normalized():
 
 def test_samples_take_size_and_values_from_the_preprocessing():
     """Another normalization of the same crops, at another size and interpolation."""
-    raw = ImageClassification(crop_size=32, mean=(0, 0, 0), std=(1, 1, 1))
+    raw = Preprocessing(32, 32, 32, mean=(0, 0, 0), std=(1, 1, 1))
     pixel = torch.cat(list(sample_crops(2, 2, preprocess=raw, seed=0)))
     normalized = torch.cat(list(sample_crops(2, 2, preprocess=PREPROCESS, seed=0)))
     torch.testing.assert_close(normalized, F.normalize(pixel, PREPROCESS.mean, PREPROCESS.std))
-    (large,) = sample_crops(2, 2, preprocess=ImageClassification(crop_size=64, mean=(0, 0, 0), std=(1, 1, 1)), seed=0)
+    (large,) = sample_crops(2, 2, preprocess=Preprocessing(64, 64, 64, mean=(0, 0, 0), std=(1, 1, 1)), seed=0)
     assert large.shape == (2, 3, 64, 64)
     assert (torch.nn.functional.avg_pool2d(large, 2) - pixel).abs().mean() < 0.01
-    nearest = ImageClassification(
-        crop_size=32, mean=(0, 0, 0), std=(1, 1, 1), interpolation=F.InterpolationMode.NEAREST
-    )
+    nearest = Preprocessing(32, 32, 32, mean=(0, 0, 0), std=(1, 1, 1), interpolation="nearest")
     assert not torch.equal(next(iter(sample_crops(2, 2, preprocess=nearest, seed=0))), pixel)
 
 
@@ -213,8 +211,8 @@ def test_samples_take_size_and_values_from_the_preprocessing():
 def test_samples_do_not_import_scikit_learn():
     script = (
         "import sys; from bnsurgery.data import sample_crops\n"
-        "from torchvision.transforms._presets import ImageClassification\n"
-        "list(sample_crops(2, 2, preprocess=ImageClassification(crop_size=32), seed=0))\n"
+        "from bnsurgery.preprocessing import Preprocessing\n"
+        "list(sample_crops(2, 2, preprocess=Preprocessing(32, 32, 32), seed=0))\n"
         "sys.exit('sklearn' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
@@ -262,7 +260,7 @@ def test_statistics_of_the_samples_are_like_those_of_photographs(real):
         return mean, (square - mean**2).clamp_min(0).sqrt()
 
     mean, std = moments(real.photos().split(8))
-    crops = sample_crops(32, 8, preprocess=ImageClassification(crop_size=224), seed=0)
+    crops = sample_crops(32, 8, preprocess=Preprocessing(224, 224, 224), seed=0)
     sample_mean, sample_std = moments(crops)
     alive = std > 1e-3 * std.max()
     assert ((sample_mean - mean).abs() / std)[alive].median() < 0.25

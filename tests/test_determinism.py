@@ -17,6 +17,7 @@ from bnsurgery import calibrate, insert, plan
 from bnsurgery.finetune import from_tensors
 from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches
 from bnsurgery.moments import digest
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.task import Task
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ U = 2.0**-53  # the unit roundoff of float64
 CHILD = """
 import hashlib, json, sys
 import torch
-from torchvision.transforms._presets import ImageClassification
+from bnsurgery.preprocessing import Preprocessing
 from small_network import Fire
 from bnsurgery import insert
 from bnsurgery.data import sample_crops
@@ -36,7 +37,7 @@ from bnsurgery.planning import plan
 torch.set_num_threads(int(sys.argv[1]))
 torch.manual_seed(0)
 model = Fire().eval()
-batches = sample_crops(12, 5, preprocess=ImageClassification(crop_size=32), seed=7)
+batches = sample_crops(12, 5, preprocess=Preprocessing(32, 32, 32), seed=7)
 bn_model = insert(model, batches)
 torch.save(bn_model.state_dict(), sys.argv[2])
 generator = torch.Generator().manual_seed(0)
@@ -104,7 +105,7 @@ def test_processes_and_thread_counts(tmp_path, images):
 def test_any_number_of_workers(custom, images):
     """Of calibration, and of fine-tuning's augmented batches."""
     found = plan(custom, images(2, 32))
-    task = Task(("a", "b", "c", "d"), None, 8, 8, (0.0,), (1.0,))
+    task = Task(("a", "b", "c", "d"), None, Preprocessing(8, 8, 8, (0.0,), (1.0,), channels="grey"))
     data = Prepared(from_tensors(patterns(50, 1), patterns(8, 2), "abcd").train, task, "trivial", 3)
     calibrated, trained = [], []
     for workers in (0, 1, 3):

@@ -1,11 +1,15 @@
 """Every format is loaded back in a process that does not import bnsurgery, and computes the same."""
 
 import copy
+import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
@@ -14,6 +18,9 @@ import bnsurgery
 from benchmarks.zoo import NETWORKS
 from bnsurgery import CalibrationError, CheckpointError, ExportError, FoldError, export, insert
 from bnsurgery.exporting import SUFFIXES
+from bnsurgery.preprocessing import Preprocessing
+from bnsurgery.surgery_record import attach_record, record
+from bnsurgery.task import Task
 
 pytestmark = [
     pytest.mark.slow,
@@ -337,6 +344,138 @@ def test_onnx_of_a_network_in_float64_says_what_to_do(tmp_path):
     with pytest.raises(ExportError, match=r"onnxruntime cannot load Sequential: .* in float64: export model.float\(\)"):
         export(bn_model, tmp_path / "net.onnx", to="onnx", example=batch)
     assert not list(tmp_path.iterdir())
+
+
+def onnx_sizes(values):
+    return {value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
+
+
+@pytest.mark.parametrize("file", ["net.safetensors", "net.onnx", "net.pt2", "net.pth"])
+def test_the_file_says_how_to_feed_it(file, tmp_path):
+    """What goes in and what comes out, where other tools look for it; twice the same bytes."""
+    import onnx
+
+    to = {".onnx": "onnx", ".pt2": "exported-program"}.get(Path(file).suffix, "state-dict")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    bn_model = insert(net, [torch.randn(4, 3, 12, 16)])
+    seen = Preprocessing(12, 16, 12, (120.0, 110.0, 100.0), (1.0, 1.0, 1.0), 255.0, "bgr")
+    attach_record(bn_model, replace(record(bn_model), task=Task(("cat", "дом"), None, seen)))
+    result = export(bn_model, tmp_path / file, to=to)
+    for line in ("input of shape (batch, 3, 12, 16)", "bgr, height 12, width 16", "2 classes, from 'cat' to 'дом'"):
+        assert line in str(result)
+    assert ("in the file's metadata" in str(result)) == (file != "net.pth")
+    if to == "onnx":
+        model = onnx.load(tmp_path / file)
+        found = {entry.key: entry.value for entry in model.metadata_props}
+        assert onnx_sizes(model.graph.input) == {"input": ["batch", 3, 12, 16]}
+        assert onnx_sizes(model.graph.output) == {"logits": ["batch", 2]}
+        assert {d for sizes in onnx_sizes(model.graph.value_info).values() for d in sizes if isinstance(d, str)} <= {
+            "batch"
+        }
+    elif to == "exported-program":
+        extra = {"preprocessing.json": "", "classes.json": ""}
+        torch.export.load(tmp_path / file, extra_files=extra)
+        found = {name.removesuffix(".json"): text for name, text in extra.items()}
+    elif file == "net.pth":
+        return
+    else:
+        with safe_open(tmp_path / file, framework="pt") as opened:
+            found = opened.metadata()
+        assert found["format"] == "pt"
+        for _ in range(8):  # or the library's order is another
+            export(bn_model, tmp_path / "again.safetensors", to=to, overwrite=True)
+            assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / file).read_bytes()
+    assert json.loads(found["classes"]) == ["cat", "дом"]
+    said = json.loads(found["preprocessing"])
+    assert said.pop("formula")
+    assert Preprocessing(**{**said, "mean": tuple(said["mean"]), "std": tuple(said["std"])}) == seen
+
+
+@pytest.mark.parametrize("to", ["onnx", "exported-program"])
+def test_height_and_width_of_any_size(to, tmp_path):
+    import onnxruntime
+
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Conv2d(8, 8, 3), *head)
+    bn_model = train_(insert(net.eval(), [torch.randn(4, 3, 20, 20)]))
+    file = tmp_path / f"net{SUFFIXES[to]}"
+    result = export(bn_model, file, to=to, dynamic=("batch", "height", "width"))
+    assert "(batch, 3, height, width)" in result.feed
+    x = torch.randn(3, 3, 33, 26)
+    if to == "onnx":
+        session = onnxruntime.InferenceSession(file)
+        assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+        got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        got = torch.export.load(file).module()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(got, bn_model(x), rtol=1e-4, atol=1e-5)
+    fixed = export(bn_model, tmp_path / "fixed", to=to, dynamic=())
+    assert "(2, 3, 20, 20)" in fixed.feed
+
+
+@pytest.mark.parametrize("to", ["onnx", "exported-program"])
+def test_sizes_that_a_network_does_not_take(to, tmp_path):
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    bn_model = insert(flat, [torch.randn(4, 3, 10, 10)])
+    with pytest.raises(ExportError, match="width cannot be of any size here"):
+        export(bn_model, tmp_path / "net", to=to, dynamic=("width",))
+    sound = insert(NETWORKS["audio conv1d"].make(), NETWORKS["audio conv1d"].batches(1, 3))
+    with pytest.raises(ExportError, match=r"no input of shape \(N, C, H, W\), so no height"):
+        export(sound, tmp_path / "net", to=to, dynamic=("batch", "height"))
+    for wrong in ("height", ("depth",)):
+        with pytest.raises(ValueError, match="dynamic must be some of"):
+            export(bn_model, tmp_path / "net", to=to, dynamic=wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_fixes_a_size_where_it_shows_none_gets_no_name(tmp_path):
+    """Its code takes any size, but what torch.export follows is the example's."""
+
+    class Middle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()[..., : int(x.shape[-1]) * 2 // 3])
+
+    bn_model = insert(Middle().eval(), [torch.randn(4, 3, 12, 12)])
+    for to in ("exported-program", "onnx"):
+        with pytest.raises(ExportError, match="width cannot be of any size here"):
+            export(bn_model, tmp_path / "net", to=to, dynamic=("height", "width"))
+        assert not list(tmp_path.iterdir())
+
+
+def test_two_inputs_as_a_plain_tuple(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3)
+
+        def forward(self, left, right):
+            both = self.a(left).relu() + self.b(right).relu()
+            return self.c(both), both.mean((1, 2, 3))
+
+    a, b = torch.randn(3, 3, 9, 9), torch.randn(3, 1, 9, 9)
+    bn_model = insert(Two().eval(), [((a, b), 0)])
+    import onnxruntime
+
+    for example in ((a, b), ((a, b), 0), {"right": b, "left": a}):
+        result = export(bn_model, tmp_path / "net.onnx", to="onnx", example=example, overwrite=True)
+        assert result.equivalence.samples == 3
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    assert {entry.name: entry.shape for entry in session.get_inputs()} == {
+        "left": ["batch", 3, 9, 9],
+        "right": ["batch", 1, 9, 9],
+    }
+    assert [(entry.name, entry.shape[0]) for entry in session.get_outputs()] == [
+        ("output", "batch"),
+        ("output_2", "batch"),
+    ]
+    one = insert(NETWORKS["srcnn"].make(), NETWORKS["srcnn"].batches(1, 2))
+    (batch,) = NETWORKS["srcnn"].batches(1, 2)
+    export(one, tmp_path / "net.pt2", to="exported-program", example=(batch, torch.zeros(2)))  # the second is a label
 
 
 def test_training_with_renorm_has_no_exported_form(squeezenet):

@@ -25,6 +25,7 @@ from bnsurgery.finetune import Comparison, Config
 from bnsurgery.fitting import BEST_FIT, fill_
 from bnsurgery.models import architecture
 from bnsurgery.prediction import predict
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.pretrained import load as load_weights
 from bnsurgery.pretrained import preprocessing_of
 from bnsurgery.surgery_record import SurgeryRecord, attach_record, record
@@ -176,8 +177,25 @@ def test_keys_in_messages_are_short_and_printable(tmp_path):
         (lambda d: d["architecture"].update(dropout=1.5), "dropout: got 1.5"),
         # its builder would download a backbone
         (lambda d: d["architecture"].update(name="fasterrcnn_resnet50_fpn"), "architecture.name: got 'fasterrcnn"),
-        (lambda d: d.update(task={**TASK, "classes": []}), "task: classes"),
-        (lambda d: d.update(task={**TASK, "image_size": 10**9}), "task: classes, image sizes"),
+        (lambda d: d.update(task={**TASK, "classes": [], "head": "classifier.1"}), "task: a new head, but no classes"),
+        *(
+            (
+                lambda d, c=change: d.update(task={**TASK, "preprocessing": {**SEEN, **c}}),
+                "preprocessing.* out of range",
+            )
+            for change in (
+                {"width": 10**9},
+                {"height": 0},
+                {"resize": 31},
+                {"mean": [0.5] * 3},
+                {"mean": [2.0]},
+                {"std": [0.0]},
+                {"scale": 0.0},
+                {"channels": "bgr"},
+                {"channels": "x"},
+                {"interpolation": "x"},
+            )
+        ),
         *(
             (lambda d, n=name, f=field: d["sites"][0]["site"].update({f: n}), "does not fit|other layers|do not fit")
             for name in ("../../x", "__class__.x", "forward", "features.__class__", "")
@@ -193,13 +211,19 @@ def test_a_record_out_of_range_is_refused(change, message, squeezenet_file, tmp_
     assert str(caught.value).isprintable()
 
 
-TASK = {"classes": ["a", "b"], "head": None, "image_size": 32, "resize_size": 32, "mean": [0.5], "std": [0.5]}
+GREY = Preprocessing(4, 4, 4, (0.5,), (0.25,), channels="grey")
+SEEN = {"height": 32, "width": 32, "resize": 32, "mean": [0.5], "std": [0.5], "scale": 1.0, "channels": "grey"}
+SEEN = {**SEEN, "interpolation": "bilinear"}
+TASK = {"classes": ["a", "b"], "head": None, "preprocessing": SEEN}
 
 
 @pytest.mark.parametrize("name", ["forward", "../../x", "__class__", "", "0.norm"])
 def test_a_head_that_is_no_layer_is_refused(name, tmp_path):
     network = inserted()
-    attach_record(network, replace(record(network), task=Task(("a", "b", "c"), name, 4, 4, (0.5,), (0.25,))))
+    attach_record(
+        network,
+        replace(record(network), task=Task(("a", "b", "c"), name, GREY)),
+    )
     bnsurgery.save(network, tmp_path / "net")
     with pytest.raises(BNSurgeryError):
         bnsurgery.load(tmp_path / "net", model=small())
@@ -223,7 +247,10 @@ def test_a_size_that_a_file_made_up_is_not_allocated(tmp_path):
 
 def test_a_task_that_the_network_does_not_take_is_refused_in_words(tmp_path):
     network = inserted()
-    attach_record(network, replace(record(network), task=Task(("a", "b", "c"), None, 9, 9, (0.5,), (0.25,))))
+    attach_record(
+        network,
+        replace(record(network), task=Task(("a", "b", "c"), None, replace(GREY, height=9, width=9, resize=9))),
+    )
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(BNSurgeryError, match=r"predict: .* failed on an input of shape \(1, 1, 9, 9\)"):
         list(predict(network, [tmp_path / "a.png"]))

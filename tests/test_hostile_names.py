@@ -20,6 +20,7 @@ from bnsurgery.checkpoint import read_record
 from bnsurgery.data import find_images, load_image
 from bnsurgery.errors import CheckpointError, DataError
 from bnsurgery.finetune.datasets import open_data
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.surgery_record import attach_record, record
 from bnsurgery.task import Task
 from bnsurgery.weights import read_tensors
@@ -41,7 +42,7 @@ def test_nothing_in_a_file_steers_the_terminal(tmp_path, monkeypatch, capfd):
     """Names of layers, of classes, of the model, of what made it: escaped on stdout, on stderr and in JSON."""
     monkeypatch.chdir(tmp_path)
     network = inserted()
-    task = Task((f"a{ESCAPE}", "b", "c"), None, 4, 4, (0.5,), (0.25,))
+    task = Task((f"a{ESCAPE}", "b", "c"), None, Preprocessing(4, 4, 4, (0.5,), (0.25,), channels="grey"))
     done = replace(record(network), model=f"Net{ESCAPE}", task=task, provenance={"model": f"x; rm -rf /{ESCAPE}"})
     attach_record(network, done)
     bnsurgery.save(network, "net.safetensors")

@@ -12,6 +12,7 @@ from tiny_task import patterns
 
 from bnsurgery import finetune, system
 from bnsurgery.finetune.loading import Prepared, _leave_signals_to_the_parent
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +126,7 @@ def test_text_is_read_and_written_in_utf8_with_the_same_line_ends_everywhere():
 def test_what_processes_that_read_images_are_handed_can_be_spawned():
     """On macOS and Windows they are, and get everything pickled; on Linux they are forked."""
     data = finetune.from_tensors(patterns(8, 1), patterns(8, 2), ["nw", "ne", "sw", "se"])
-    task = Task(data.classes, None, 8, 8, (0.5,), (0.25,))
+    task = Task(data.classes, None, Preprocessing(8, 8, 8, (0.5,), (0.25,), channels="grey"))
     prepared = Prepared(data.limited(4, 0).train, task, "crop", 0)
     image, label = pickle.loads(pickle.dumps(prepared))[2, 1]
     assert torch.equal(image, prepared[2, 1][0]) and label == prepared[2, 1][1]

@@ -11,10 +11,10 @@ from PIL import Image
 from small_network import Fire
 from torch import fx, nn
 from torchvision import models
-from torchvision.transforms._presets import ImageClassification
 
 from bnsurgery import fold, insert, plan, verify
 from bnsurgery.data import load_image, sample_crops
+from bnsurgery.preprocessing import Preprocessing
 
 ROUNDS = 3
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")]
@@ -160,7 +160,7 @@ def test_the_process_keeps_its_filters_of_warnings(tmp_path):
 
 
 def test_crops_do_not_depend_on_other_threads_random_numbers():
-    preprocess = ImageClassification(crop_size=32)
+    preprocess = Preprocessing(32, 32, 32)
 
     def crops(seed):
         return torch.cat(list(sample_crops(6, 3, preprocess=preprocess, seed=seed)))

@@ -40,14 +40,16 @@ def test_differences_are_measured(images):
     assert report.top1_agreement == pytest.approx((a.argmax(1) == b.argmax(1)).float().mean().item())
     assert 0 < report.top1_agreement < 1
     assert report.train_drift == {}
-    assert str(report).startswith("eval mode    different on 10 images; largest difference 3, relative ")
+    assert str(report).startswith(
+        "eval mode    different on 10 images of 3x2x2\n             largest difference 3, relative "
+    )
     with torch.no_grad():
         other[1].bias[2] -= 3 - 1e-6 * a.abs().max()
     near = verify(model, other, [x])
     assert not near.bit_identical
-    assert str(near).startswith("eval mode    equal within 1e-5, not to the bit, on 10 images; largest difference")
+    assert str(near).startswith("eval mode    equal within 1e-5, not to the bit, on 10 images of 3x2x2\n")
     assert near.text("as after training").startswith(
-        "eval mode    equal within 1e-5, as after training, on 10 images; "
+        "eval mode    equal within 1e-5, as after training, on 10 images of 3x2x2\n"
     )
 
 

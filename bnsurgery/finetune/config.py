@@ -3,14 +3,17 @@
 import math
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnsurgery.errors import BNSurgeryError, is_utf8, shown
 from bnsurgery.typed_json import parse
 
+if TYPE_CHECKING:
+    from bnsurgery.preprocessing import Wanted
+
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # what `compare` tries
 CHOICES: dict[str, tuple[str, ...]] = {
-    "normalize": ("imagenet", "none"),
+    "normalize": ("auto", "imagenet", "none"),
     "augment": ("auto", "none", "crop", "crop-flip", "resized-crop", "trivial"),
     "layers": ("all", "conv", "dense"),
     "head": ("auto", "new", "keep"),
@@ -21,7 +24,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "arm": ("bn", "plain", "bn-naive"),
 }
 _MANY = 2**31
-_MAX_SIDE = 4096  # pixels, as in a Task
 _MOST_WORKERS = 1024
 
 
@@ -50,8 +52,10 @@ class Config:
         val_fraction: share of each class that is held out where the data has no validation split of its own.
         limit: train on so many images, drawn evenly over the classes; None for all.
         skip_bad: leave damaged images out; every file is read once beforehand.
-        image_size: side of the input in pixels; None for the weights' own.
-        normalize: "imagenet" for its mean and standard deviation, or "none" for values from 0 to 1.
+        image_size: side of the input in pixels, or height and width as "240x320"; None for the weights' own.
+        normalize: "imagenet" for its mean and standard deviation, "none" for values from 0 to 1; "auto" for what the
+            checkpoint or the weights say, else ImageNet's for colour and 0 to 1 for grey.
+        mean, std, scale, channels: instead of `normalize`, see `bnsurgery.preprocessing.Preprocessing`.
         augment: "none"; "crop" (shifts), "crop-flip", "resized-crop" (also flips), "trivial" (also TrivialAugment);
             "auto" chooses by the data.
         num_workers: processes that read images; None for one less than the processors, at most 8. On macOS and Windows
@@ -105,8 +109,12 @@ class Config:
     val_fraction: float = 0.2
     limit: int | None = None
     skip_bad: bool = False
-    image_size: int | None = None
-    normalize: str = "imagenet"
+    image_size: int | str | None = None
+    normalize: str = "auto"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+    channels: str | None = None
     augment: str = "auto"
     num_workers: int | None = None
     epochs: int = 10
@@ -145,9 +153,12 @@ class Config:
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _check(self.limit is None or self.limit >= 2, "limit", self.limit, "2 or more")
         _check(2 <= self.recalibrate < _MANY, "recalibrate", self.recalibrate, "2 or more images, and below 2^31")
-        workers, side = self.num_workers, self.image_size
+        workers = self.num_workers
         _check(workers is None or 0 <= workers <= _MOST_WORKERS, "num_workers", workers, f"0 to {_MOST_WORKERS}")
-        _check(side is None or 1 <= side <= _MAX_SIDE, "image_size", side, f"1 to {_MAX_SIDE}")
+        try:
+            assert self.wanted  # which checks what it is made of
+        except BNSurgeryError as error:
+            raise BNSurgeryError(f"finetune: {error}") from None
         lr = self.lr
         is_rate = isinstance(lr, (int, float)) and 0 < lr < 1e3
         _check(lr is None or lr == "auto" or is_rate, "lr", lr, "above 0 and below 1000, or auto")
@@ -155,6 +166,13 @@ class Config:
         _check(bool(self.output), "output", self.output, "the run's directory")
         # safetensors writes no file of another name, and would say so after the first epoch.
         _check(is_utf8(self.output), "output", self.output, "a name in UTF-8")
+
+    @property
+    def wanted(self) -> "Wanted":
+        """What it says of the preprocessing."""
+        from bnsurgery.preprocessing import Wanted  # with torchvision, which --help does without
+
+        return Wanted(self.image_size, self.normalize, self.mean, self.std, self.scale, self.channels)
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> "Config":
@@ -175,7 +193,7 @@ def _check(sound: bool, name: str, got: Any, expected: str) -> None:
 
 def _is_a(hint: Any, value: object) -> bool:
     """Whether `value` is what a field's annotation says; an int will do for a float, a bool for no number."""
-    kinds = typing.get_args(hint) or (hint,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hint) or (hint,))
     if isinstance(value, bool):
         return bool in kinds
     return isinstance(value, (*kinds, int) if float in kinds else kinds)

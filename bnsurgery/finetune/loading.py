@@ -6,7 +6,7 @@ same to the bit, and several processes the same as one.
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Prepared(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, split: Split, task: Task, augment: str, seed: int) -> None:
         self._split = split
-        self._plain = task.preprocess()
+        self._plain = task.preprocessing
         self.augmented = augmentation(task, augment)
         self._seed = seed
 
@@ -51,11 +51,11 @@ class Prepared(Dataset[tuple[Tensor, int]]):
             torch.set_rng_state(state)
 
 
-def augmentation(task: Task, kind: str) -> v2.Compose:
+def augmentation(task: Task, kind: str) -> Callable[[Any], Tensor]:
     """The training images' way to the network's input: `Config.augment`."""
-    size = task.image_size
-    resize, flip = v2.Resize([size, size]), v2.RandomHorizontalFlip()
-    shift = v2.RandomCrop(size, padding=max(1, size // 8), padding_mode="edge")
+    size = height, width = task.preprocessing.shape[1:]
+    resize, flip = v2.Resize(size), v2.RandomHorizontalFlip()
+    shift = v2.RandomCrop(size, padding=[max(1, width // 8), max(1, height // 8)], padding_mode="edge")
     zoom = v2.RandomResizedCrop(size, scale=_CROP_AREA)
     steps: dict[str, list[v2.Transform]] = {
         "none": [],
@@ -64,7 +64,7 @@ def augmentation(task: Task, kind: str) -> v2.Compose:
         "resized-crop": [zoom, flip],
         "trivial": [zoom, flip, v2.TrivialAugmentWide()],
     }
-    return task.preprocess(*steps[kind])
+    return task.preprocessing.transform(*steps[kind]) if steps[kind] else task.preprocessing
 
 
 class TrainBatches(Sampler[list[Key]]):

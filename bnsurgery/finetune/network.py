@@ -22,6 +22,7 @@ from bnsurgery.heads import find_head, outputs_of, replace_head_
 from bnsurgery.insertion import insert_
 from bnsurgery.nn import set_statistics_
 from bnsurgery.planning import Plan
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.relu_fusion import fuse_relu_, unfuse_relu_
 from bnsurgery.surgery_record import attach_record, carries_record, record
 from bnsurgery.task import Task
@@ -29,7 +30,6 @@ from bnsurgery.task import Task
 from .config import Config
 from .datasets import Data
 
-_UNIT = (0.0,), (1.0,)
 _NOWHERE = Plan("", (), (), "pre-activation", "all", head=False)
 _RESIZE = 256 / 224  # of a photograph's shorter side to the input, as torchvision evaluates
 
@@ -46,7 +46,7 @@ class Source:
 
     model: nn.Module
     description: str
-    preprocess: Any = None
+    preprocess: Preprocessing | None = None
     task: Task | None = None
 
 
@@ -69,23 +69,19 @@ def find(config: Config) -> Source:
         custom = factories.build(config.model) if config.model else None
         model = bnsurgery.load(path, model=custom)
         done = record(model)
-        preprocess = (
-            pretrained.preprocessing(done.architecture, str(done.provenance.get("weights", "")))
-            if done.architecture
-            else None
-        )
+        preprocess = pretrained.preprocessing_of(done, model, config.wanted)
         return Source(model, f"checkpoint {path.name}", preprocess, done.task)
     own = own_name(config)
     if own:
         weights = config.source if config.model and config.source else config.weights
         model, description = pretrained.own_network(own, weights, config.seed, choice)
-        known = pretrained.own_preprocessing(model, config.image_size) if factories.is_timm(own) else None
+        known = pretrained.own_preprocessing(model, config.wanted) if factories.is_timm(own) else None
         return Source(model, f"{own}, {description}", known)
     if is_file:
         architecture, weights = pretrained.recognise(path, choice), config.source
     else:
         architecture, weights = models.architecture(config.source), config.weights
-    found = pretrained.load(architecture, weights, choice=choice, image_size=config.image_size, seed=config.seed)
+    found = pretrained.load(architecture, weights, choice=choice, wanted=config.wanted, seed=config.seed)
     return Source(found.model, f"{found.name}, {found.weights}", found.preprocess)
 
 
@@ -97,45 +93,30 @@ def own_name(config: Config) -> str | None:
 def given(model: nn.Module) -> Source:
     """A network at hand; a copy of it."""
     task = record(model).task if carries_record(model) else None
-    return Source(independent(model).eval(), type(model).__name__, task=task)
+    return Source(independent(model).eval(), type(model).__name__, task.preprocessing if task else None, task)
 
 
 def task_of(source: Source, data: Data, config: Config) -> Task:
     """What goes in and what shall come out: sizes and colours from the network, classes from the data.
 
     Raises:
-        BNSurgeryError: the image size is not known, the network takes neither 1 nor 3 channels, or the head does not
-            fit though it shall be kept.
+        BNSurgeryError: the image size is not known, what is wanted of the preprocessing does not go with the network,
+            that takes neither 1 nor 3 channels, or the head does not fit though it shall be kept.
     """
-    channels = pretrained.input_channels(source.model)
-    if channels not in (1, 3):
-        raise BNSurgeryError(f"finetune: {type(source.model).__name__} takes {channels} channels, expected 1 or 3")
-    size = config.image_size
-    if size is None and source.task is not None:
-        size = source.task.image_size
-    if size is None and source.preprocess is not None:
-        (size,) = set(source.preprocess.crop_size)
-    if size is None:
-        raise BNSurgeryError("finetune: the image size of a network of your own is not known: pass --image-size")
-    if source.task is not None:
-        mean, std = source.task.mean, source.task.std
-    elif config.normalize == "none":
-        mean, std = (part * channels for part in _UNIT)
-    elif channels == 1:
-        raise BNSurgeryError("finetune: the network takes grey images, and ImageNet's are not: pass --normalize none")
-    else:
-        normalization = source.preprocess or pretrained.preprocessing(models.architecture("vgg16"))
-        mean, std = tuple(normalization.mean), tuple(normalization.std)
-    resize = round(size * _RESIZE) if data.photographs else size
+    own = source.preprocess or pretrained.own_preprocessing(source.model, config.wanted)
+    preprocessing = config.wanted.of(own)
+    side = min(preprocessing.height, preprocessing.width)
+    preprocessing = replace(preprocessing, resize=round(side * _RESIZE) if data.photographs else side)
+    shape = preprocessing.shape
     if not keeps_head(source, data.classes, config):
-        return Task(data.classes, find_head(_original(source.model), (channels, size, size)), size, resize, mean, std)
-    outputs = outputs_of(source.model.get_submodule(find_head(source.model, (channels, size, size))))
+        return Task(data.classes, find_head(_original(source.model), shape), preprocessing)
+    outputs = outputs_of(source.model.get_submodule(find_head(source.model, shape)))
     if outputs != len(data.classes):
         raise BNSurgeryError(
             f"finetune: the head tells {outputs} classes apart and cannot be kept for {len(data.classes)}: "
             "use --head new"
         )
-    return Task(data.classes, source.task.head if source.task else None, size, resize, mean, std)
+    return Task(data.classes, source.task.head if source.task else None, preprocessing)
 
 
 def keeps_head(source: Source, classes: tuple[str, ...], config: Config) -> bool:
@@ -158,7 +139,7 @@ def prepare(
     Raises:
         BNSurgeryError: as `bnsurgery.insert` does.
     """
-    model, shape = source.model, (len(task.mean), task.image_size, task.image_size)
+    model, shape = source.model, task.preprocessing.shape
     head = find_head(model, shape)
     if carries_record(model) and (config.arm == "plain" or not record(model).sites):
         model = bnsurgery.fold(model)

@@ -193,8 +193,7 @@ def build(
         recalibrate_(network, calibration)  # every layer sees something else now
     conditioner = None
     if recipe.HeadConditioner.suits(config, head):
-        shape = (len(task.mean), task.image_size, task.image_size)
-        seen = input_moments(network, find_head(network, shape), calibration)
+        seen = input_moments(network, find_head(network, task.preprocessing.shape), calibration)
         conditioner = recipe.HeadConditioner(head, seen.mean, seen.variance.mean())  # type: ignore[arg-type]
     if config.arm != "plain":
         # The schedule ends with the run: the network has come to live with plain BN by then, where batches allow it.
@@ -276,7 +275,7 @@ def _check_network(config: Config, network: nn.Module, task: Task) -> None:
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise BNSurgeryError(f"finetune: --train {config.train} leaves nothing to train in the arm {config.arm}")
     with observing(network):  # says so where the image size does not fit
-        run("finetune", network, Inputs((torch.zeros(2, len(task.mean), task.image_size, task.image_size),)))
+        run("finetune", network, Inputs((torch.zeros(2, *task.preprocessing.shape),)))
 
 
 def _precision(config: Config, place: torch.device) -> str | None:

@@ -110,13 +110,13 @@ def _name(done: SurgeryRecord) -> str:
 
 
 def _verdict(done: SurgeryRecord, result: EquivalenceReport, good: bool) -> str:
-    images = f"{result.samples} image{'s' if result.samples != 1 else ''}"
     start = f"{len(done.sites)} BatchNorm layers, "
     if result.bit_identical:
-        return f"{start}and in eval mode the same output bits on {images}."
+        return f"{start}and in eval mode the same output bits on {result.inputs}."
     if good:
-        return f"{start}and in eval mode the same outputs on {images} up to {result.max_rel:.2g} of the largest."
-    return f"{start}and the outputs are NOT the same: they differ by {result.max_rel:.2g} of the largest on {images}."
+        return f"{start}and in eval mode the same outputs on {result.inputs} up to {result.max_rel:.2g} of the largest."
+    apart = f"they differ by {result.max_rel:.2g} of the largest on {result.inputs}."
+    return f"{start}and the outputs are NOT the same: {apart}"
 
 
 def _facts(done: SurgeryRecord, result: EquivalenceReport) -> tuple[tuple[str, str], ...]:

@@ -45,13 +45,30 @@ def photos(tmp_path):
     return folder
 
 
+def test_the_next_command_looks_at_the_same_images(cli, weights, photos):
+    """At the same size, with or without a report; and every figure says on which."""
+    words = ["squeezenet1_1", "--weights", weights, "--data", photos.name, "--image-size", "40x56", "--batch-size", "2"]
+    code, plain, err = cli("insert", *words)
+    assert code == 0, err
+    code, reported, err = cli("insert", *words, "--report", "page.html", "--force", "--json")
+    assert code == 0, err
+    after = next(line for line in plain.splitlines() if line.startswith("Next: bnsurgery verify"))
+    code, verified, err = cli(*shlex.split(after)[2:], "--json")
+    assert code == 0, err
+    drift = json.loads(verified)["train_drift"]
+    assert json.loads(reported)["equivalence"]["train_drift"]["2"] == drift["2"] > 0
+    assert "bit-identical on 5 images of 3x40x56" in plain and f"{100 * drift['2']:.3g} % at 2" in plain
+    assert "on 5 images of 3x40x56" in Path("page.html").read_text()
+
+
 def test_the_round_trip(cli, weights, photos, tmp_path):
     code, out, err = cli("insert", "squeezenet1_1", "--weights", weights, "--data", photos.name, *FAST)
     assert code == 0, err
     assert "features.12.expand3x3" in out
     assert "bit-identical" in out
-    assert "Next: bnsurgery verify squeezenet1_1-bn.safetensors" in out
-    assert max(map(len, out.splitlines())) <= 80
+    (after,) = (line for line in out.splitlines() if line.startswith("Next: "))
+    assert after.startswith("Next: bnsurgery verify squeezenet1_1-bn.safetensors --data photos --num-images 4")
+    assert max(len(line) for line in out.splitlines() if line != after) <= 80
     code, out, err = cli("verify", "squeezenet1_1-bn.safetensors", "--weights", weights, *FAST)
     assert code == 0, err
     assert "bit-identical on 4 images" in out

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnsurgery
+from bnsurgery import factories
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.pretrained import input_channels
 from bnsurgery.surgery_record import attach_record
 
@@ -123,6 +125,181 @@ def test_grey_images(cli):
     assert code == 0, err
     code, _out, err = cli("verify", "grey-bn.safetensors", "--model", "net.py:grey", "--num-images", "8")
     assert code == 0, err
+
+
+MEAN = (123.68, 116.779, 103.939)
+
+
+def test_what_images_go_through_is_said_once(cli):
+    """The numbers of Caffe's networks: 0 to 255 less a mean, blue first; then from the checkpoint."""
+    own = ["--model", "net.py:small"]
+    asked = ["--scale", "255", "--mean", ",".join(map(str, MEAN)), "--channels", "bgr"]
+    Path("pictures").mkdir()
+    pixels = torch.randint(0, 256, (6, 12, 20, 3), dtype=torch.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture.numpy()).resize((240, 144), Image.Resampling.BOX).save(f"pictures/{i}.png")
+    given = ["--data", "pictures", "--image-size", "12x20"]
+    code, _, err = cli("insert", *own, *given, *asked, "-o", "bn.safetensors")
+    assert code == 0, err
+    model = bnsurgery.load("bn.safetensors", model=factories.build("net.py:small"))
+    seen = bnsurgery.record(model).task.preprocessing
+    assert seen == Preprocessing(12, 20, 14, MEAN, (1.0,) * 3, 255.0, "bgr")
+    inputs = torch.stack([seen(Image.open(f"pictures/{i}.png")) for i in range(6)])
+    mean = inputs.mean((0, 2, 3)) - (pixels.float().mean((0, 1, 2)) - torch.tensor(MEAN)).flip(0)
+    assert inputs.std() > 20 and mean.abs().max() < 20  # the border that is cut off makes the difference
+    weight = model[0].weight.double()
+    first = nn.functional.conv2d(inputs.double(), weight, model[0].bias.double())
+    torch.testing.assert_close(model[1].running_var.double(), first.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+    code, out, err = cli("verify", "bn.safetensors", *own, "--data", "pictures", "--json")
+    assert code == 0, err
+    drift = bnsurgery.verify(model, model, [inputs], drift_batch_sizes=(2,)).train_drift[2]
+    assert json.loads(out)["train_drift"]["2"] == pytest.approx(drift, rel=1e-3)
+
+    code, out, err = cli("predict", "bn.safetensors", *own, "pictures/3.png", "--json", "--top", "5")
+    assert code == 0, err
+    with torch.no_grad():
+        shares = model(inputs[3:4]).softmax(1)[0]
+    (got,) = json.loads(out)["predictions"]
+    assert got["probabilities"] == pytest.approx(shares.sort(descending=True).values.tolist(), rel=1e-4)
+    code, out, err = cli(
+        "predict", "bn.safetensors", *own, "pictures/3.png", "--json", "--top", "5", "--channels", "rgb"
+    )
+    assert json.loads(out)["predictions"][0]["probabilities"] != got["probabilities"][:3]
+
+    code, out, err = cli("export", "bn.safetensors", *own, "--to", "onnx", "--dynamic", "batch,height,width")
+    assert code == 0, err
+    said = " ".join(out.split())
+    assert "input of shape (batch, 3, height, width)" in said
+    assert "pixels scaled to 0..255, minus 123.68,116.779,103.939" in said
+    code, out, err = cli("export", "bn.safetensors", *own, "--to", "onnx", "--dynamic", "depth", "--force")
+    assert (code, "--dynamic: got depth, expected some of batch,height,width" in err) == (2, True)
+    code, out, err = cli("fold", "bn.safetensors", *own)
+    assert code == 0, err
+    assert "bgr, height 12, width 20" in out
+
+    code, _, err = cli("insert", *own, *given, *asked[2:])
+    assert (code, "wants scale 255" in err) == (1, True)
+    code, _, err = cli("insert", *own, *given, *asked, "--normalize", "none")
+    assert (code, "give one or the other" in err) == (1, True)
+
+
+DATA = """
+    import torch
+
+    print("what a user prints is no result")
+
+    def waves():  # a generator, which one pass uses up
+        for _ in range(100):
+            yield torch.randn(4, 2, 50), torch.zeros(4)
+
+    def pairs():
+        return [((torch.randn(3, 3, 8, 8), torch.randn(3, 1, 8, 8)), torch.zeros(3)) for _ in range(4)]
+
+    def named():
+        return [{"left": torch.randn(3, 3, 8, 8), "right": torch.randn(3, 1, 8, 8), "label": 1}]
+
+    class Loader:
+        def __iter__(self): return iter(torch.randn(12, 6, 9, 9).split(5))
+    def six(): return Loader()
+
+    def clips(): return list(torch.randn(6, 3, 4, 8, 8).split(2))
+
+    def bare(): return torch.randn(4, 2, 50)
+    def number(): return 5
+    def empty(): return []
+    def wrong(): return ["a", "b"]
+    def broken():
+        yield torch.randn(4, 2, 50)
+        raise KeyError("lost")
+    seven = 7
+"""
+OTHERS = """
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3)
+        def forward(self, left, right):
+            return self.c(self.a(left).relu() + self.b(right).relu())
+    def pair(): return Pair()
+    def six(): return nn.Sequential(nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    def clips(): return nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.Conv3d(4, 2, 2))
+"""
+
+
+@pytest.fixture
+def own_data(cli):
+    Path("net.py").write_text(textwrap.dedent(CODE + OTHERS))
+    Path("data.py").write_text(textwrap.dedent(DATA))
+    return cli
+
+
+@pytest.mark.parametrize(
+    ("net", "data", "used", "size"),
+    [
+        ("sound", "waves", 64, "32 inputs of 2x50"),
+        ("pair", "pairs", 12, "12 images"),
+        ("pair", "named", 3, "3 images"),
+        ("six", "six", 12, "12 images of 6x9x9"),
+        ("clips", "clips", 6, "6 inputs of 3x4x8x8"),
+    ],
+)
+def test_inputs_of_any_kind(net, data, used, size, own_data):
+    own, given = ["--model", f"net.py:{net}"], ["--data", f"data.py:{data}"]
+    code, out, err = own_data("plan", *own, *given)
+    assert code == 0, err
+    assert f"Next: bnsurgery insert --model net.py:{net} --data data.py:{data}" in out
+    code, out, err = own_data("insert", *own, *given, "-o", "bn.safetensors")
+    assert code == 0, err
+    assert f"images       {used}: data.py:{data}" in out and f"bit-identical on {size}\n" in out
+    assert "no result" in err and "no result" not in out
+    after = next(line for line in out.splitlines() if line.startswith("Next: "))
+    code, verified, err = own_data(*after.split()[2:])
+    assert code == 0, err
+    assert next(line for line in out.splitlines() if "drift" in line) in verified  # the random numbers are the same
+    code, out, err = own_data("export", "bn.safetensors", *own, *given, "--to", "exported-program", "-o", "net.pt2")
+    assert code == 0, err
+    if net == "six":
+        code, out, err = own_data("report", "bn.safetensors", *own, *given)
+        assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "message"),
+    [
+        (["data.py:bare"], 1, "returned a Tensor, expected an iterable of batches"),
+        (["data.py:number"], 1, "returned a int, expected an iterable of batches"),
+        (["data.py:empty"], 1, "gave no batch"),
+        (["data.py:wrong"], 1, "batches: got str"),
+        (["data.py:broken"], 1, "data 'data.py:broken': calling it failed: KeyError: 'lost'"),
+        (["data.py:seven"], 1, "expected a function that returns batches"),
+        (["data.py:none"], 1, "data 'data.py:none': 'data.py' has no 'none'"),
+        (["no.py:none"], 1, "data: 'no.py': no such file"),
+        (["data.py:waves", "--batch-size", "2"], 2, "--batch-size is for images"),
+        (["data.py:waves", "--image-size", "24"], 2, "--image-size is for images"),
+        (["data.py:waves", "--mean", "0.5"], 2, "--mean is for images"),
+    ],
+)
+def test_batches_that_are_none(data, code, message, own_data):
+    got, out, err = own_data("insert", "--model", "net.py:sound", "--data", *data)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert not list(Path().glob("*.safetensors"))
+
+
+def test_the_data_s_neighbours(own_data):
+    Path("waves_of_mine.py").write_text("length = 50")
+    Path("more.py").write_text("import torch\nfrom waves_of_mine import length\n"
+                               "def waves(): return [torch.randn(4, 2, length)]\n")  # fmt: skip
+    code, _, err = own_data("insert", "--model", "net.py:sound", "--data", "more.py:waves")
+    assert code == 0, err
+
+
+def test_a_folder_may_be_called_like_a_function(own_data):
+    Path("data.py:waves").mkdir()
+    code, _, err = own_data("insert", "--model", "net.py:small", "--data", "data.py:waves", "--image-size", "24")
+    assert (code, "got no image" in err) == (1, True)
 
 
 LAYERS = """
@@ -288,12 +465,11 @@ def test_pictures(cli):
     [
         (["insert", "--model", "net.py:small"], 1, "pass --image-size"),
         (["insert", "vgg16", "--model", "net.py:small"], 2, "Name one network"),
-        (["insert", "vgg11", "--normalize", "none"], 2, "--normalize is for networks of your own"),
         (["insert", "net.py:small"], 2, "did you mean --model net.py:small"),
         (
             ["insert", "--model", "net.py:sound", *FEW],
             1,
-            "takes 2 channels, expected 1 or 3: this command is for images",
+            "takes 2 channels, expected 1 or 3, as images have. For other inputs insert, verify and export take --data",
         ),
         (["insert", "--model", "net.py:number", *FEW], 1, "returned a int, expected a torch.nn.Module"),
         (["insert", "--model", "net.py:nothing", *FEW], 1, "has no 'nothing'"),

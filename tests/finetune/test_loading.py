@@ -11,9 +11,10 @@ from bnsurgery.errors import DataError
 from bnsurgery.finetune import from_tensors
 from bnsurgery.finetune.datasets import Split
 from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches, plain_loader
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.task import Task
 
-TASK = Task(("a", "b", "c", "d"), None, 8, 8, (0.0,), (1.0,))
+TASK = Task(("a", "b", "c", "d"), None, Preprocessing(8, 8, 8, (0.0,), (1.0,), channels="grey"))
 
 
 def prepared(augment="crop", seed=0):

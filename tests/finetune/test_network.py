@@ -34,17 +34,19 @@ def batches(size=32):
 
 @pytest.mark.parametrize("kind", ["architecture", "plain file", "inserted file"])
 def test_every_source_ends_as_an_inserted_network_with_a_new_head(plain, tmp_path, kind):
-    config = replace(CONFIG, image_size=32, normalize="imagenet", weights="random")
+    config = replace(CONFIG, image_size=32, normalize="imagenet")
     if kind == "inserted file":
         original = network.find(replace(config, source=str(plain))).model
         bnsurgery.save(bnsurgery.insert(original, batches()), tmp_path / "bn.safetensors")
         config = replace(config, source=str(tmp_path / "bn.safetensors"))
+    elif kind == "plain file":
+        config = replace(config, source=str(plain))
     else:
-        config = replace(config, source="squeezenet1_1" if kind == "architecture" else str(plain))
+        config = replace(config, source="squeezenet1_1", weights="random")
     source = network.find(config)
     task = network.task_of(source, DATA, config)
-    assert (task.classes, task.head, task.image_size) == (DATA.classes, "classifier.1", 32)
-    assert task.mean == (0.485, 0.456, 0.406)
+    assert (task.classes, task.head, task.preprocessing.shape) == (DATA.classes, "classifier.1", (3, 32, 32))
+    assert task.preprocessing.mean == (0.485, 0.456, 0.406)
     features = {name: value.clone() for name, value in source.model.named_parameters() if "classifier" not in name}
     trained, head = network.prepare(source, task, config, batches())
     assert outputs_of(head) == 4 and trained(batches()[0]).shape == (4, 4)
@@ -185,16 +187,16 @@ def test_a_factory_is_found_in_a_file_and_in_a_package(tmp_path):
 
 def test_channels_and_sizes_follow_the_network(plain):
     grey = network.task_of(network.given(tiny()), DATA, CONFIG)
-    assert (len(grey.mean), grey.resize_size) == (1, 8)
+    assert (grey.preprocessing.channels, grey.preprocessing.resize) == ("grey", 8)
     sized = replace(CONFIG, source=str(plain), image_size=64)
     colour = network.task_of(network.find(sized), DATA, sized)
-    assert len(colour.mean) == 3
+    assert colour.preprocessing.channels == "rgb"
     photographs = replace(DATA, photographs=True)
     one, five = (
         nn.Sequential(nn.Conv2d(channels, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
         for channels in (1, 5)
     )
-    assert network.task_of(network.given(one), photographs, replace(CONFIG, image_size=224)).resize_size == 256
+    assert network.task_of(network.given(one), photographs, replace(CONFIG, image_size=224)).preprocessing.resize == 256
     with pytest.raises(BNSurgeryError, match="takes 5 channels, expected 1 or 3"):
         network.task_of(network.given(five), DATA, CONFIG)
 

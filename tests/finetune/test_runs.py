@@ -17,12 +17,13 @@ from bnsurgery.finetune import loop, network, recipe, runs
 from bnsurgery.finetune.loading import Prepared, TrainBatches, plain_loader
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import build, processes
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.task import Task
 
 pytestmark = pytest.mark.slow
 
 CLASSES = ("nw", "ne", "sw", "se")
-TASK = Task(CLASSES, "9", 8, 8, (0.0,), (1.0,))
+TASK = Task(CLASSES, "9", Preprocessing(8, 8, 8, (0.0,), (1.0,), channels="grey"))
 
 
 def by_hand(model, data, config, steps):
@@ -92,7 +93,7 @@ def test_what_is_kept_is_what_was_measured(model, data, config):
         torch.testing.assert_close(kept.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     # The record says what it was trained on, and it folds.
     task = bnsurgery.record(kept).task
-    assert (task.classes, task.head, task.image_size) == (CLASSES, "9", 8)
+    assert (task.classes, task.head, task.preprocessing.shape) == (CLASSES, "9", (1, 8, 8))
     torch.testing.assert_close(bnsurgery.fold(kept)(images), logits, rtol=1e-4, atol=1e-4)
 
 

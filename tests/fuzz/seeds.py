@@ -20,6 +20,7 @@ from bnsurgery.finetune.comparison import Trial
 from bnsurgery.finetune.datasets import Fingerprint
 from bnsurgery.finetune.run_directory import Row
 from bnsurgery.models import Architecture
+from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.surgery_record import attach_record, record
 from bnsurgery.task import Task
 from tests.torch_files import Evil, deflated, to_torch
@@ -40,7 +41,7 @@ def _saved(network: nn.Module) -> bytes:
 def _checkpoints() -> dict[str, bytes]:
     plain = inserted()
     tuned, named = inserted(), inserted()
-    task = Task(("a", "b", "ü"), "4", 4, 4, (0.5,), (0.25,))
+    task = Task(("a", "b", "ü"), "4", Preprocessing(4, 4, 4, (0.5,), (0.25,), channels="grey"))
     attach_record(tuned, replace(record(tuned), task=task, provenance={"model": "os:system", "weights": "x"}))
     attach_record(named, replace(record(named), provenance={"image_size": 4, "normalize": "none"}))
     found = {
