@@ -141,6 +141,7 @@ class _Forward(saved_tensors_hooks):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(self._pack, _Kept.unpack)
         self.model = model
+        self.module: nn.Module | None = None  # the norm that is being called, and as it was before
         self.norm: nn.Module | None = None
         self.outputs: dict[Any, _Output] = {}
         self.kept: list[_Kept] = []
@@ -182,13 +183,13 @@ def _exit(model: nn.Module, *args: Any) -> None:
 def _before_norm(norm: nn.Module, args: Any) -> None:
     forward = _current()
     if forward:
-        forward.norm, forward.kept = _as_it_is(norm), []
+        forward.module, forward.norm, forward.kept = norm, _as_it_is(norm), []
 
 
 def _after_norm(norm: nn.Module, args: Any, output: Any) -> None:
     forward = _current()
     key = _key(args[0]) if forward and args else None
-    if forward and key and _key(output) not in (None, key):
+    if forward and forward.module is norm and key and _key(output) not in (None, key):
         source = next((kept for kept in forward.kept if kept.key == key), None)
         if source:
             forward.add(output, _Output(forward.norm, args[0], source, output))
@@ -225,7 +226,7 @@ def _key(tensor: Any) -> tuple[int, int, torch.dtype] | None:
 
     Addresses are used again; but not while somebody has a `StorageWeakRef`.
     """
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_inference():
         return None
     return tensor.untyped_storage()._cdata, tensor._version, tensor.dtype
 

@@ -69,7 +69,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 momentum = 1 / (counter + 1) if self.momentum is None else self.momentum
                 if self.statistics == "renorm":
                     renorm = buffers["renorm_state"]
-                    if not torch.compiler.is_compiling() and self._weights() == self.renorm_weights:
+                    if not torch.compiler.is_compiling() and self._weights() == self.renorm_weights != {}:
                         counter = None  # the step goes on; compiled code cannot tell, and begins one
             else:
                 running_mean = running_var = None
@@ -84,8 +84,9 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         return output
 
     def _weights(self) -> dict[Tensor, int]:
-        """Weight and bias with their versions. As keys tensors are equal only to themselves."""
-        return {tensor: tensor._version for tensor in (self.weight, self.bias) if tensor is not None}
+        """Weight and bias with their versions, but for computed ones. As keys tensors are equal only to themselves."""
+        tensors = [t for t in (self.weight, self.bias) if t is not None and t.is_leaf and not t.is_inference()]
+        return {tensor: tensor._version for tensor in tensors}
 
     def _in_torch(self, input: Tensor) -> Tensor:
         """`forward` in torch's own operators, for programs that have to run without this package."""

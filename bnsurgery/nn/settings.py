@@ -37,8 +37,9 @@ def set_statistics_(
 
     A step of "renorm" ends when a layer's weight or bias changes. Until then its calls, as of a siamese network or of
     gradients accumulated, count as one in num_batches_tracked and share the limits and the running statistics of the
-    step's beginning; so a layer of frozen weights stays at its first step. Compiled code cannot see the change: there
-    every call is a step. A CUDA graph repeats what it was captured with: capture a whole step, optimizer included.
+    step's beginning; so a layer of frozen weights stays at its first step. A change is one that torch notes: in place,
+    or another tensor; what an optimizer writes through `.data` is none. Without weight and bias every call is a step,
+    as in compiled code, which sees no change. A CUDA graph repeats what was captured: capture the optimizer, too.
 
     Eval mode always uses the running ones. Copies and pickles keep the mode; `save` does not store it. Gradient
     checkpointing runs a layer twice, and so moves running statistics twice as in torch. A schedule is resumed by

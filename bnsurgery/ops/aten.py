@@ -32,27 +32,35 @@ def batch_norm(
     For strides other than contiguous and channels_last ATen has slow code, which in eval mode rounds otherwise: there
     the dims go into the order of memory, where x is (outer, C, inner).
     """
-    memory_format = None if x.is_contiguous() else _CHANNELS_LAST.get(x.ndim, torch.contiguous_format)
-    if memory_format and not (x.is_contiguous(memory_format=memory_format) and x.stride(0) * x.size(0) == x.numel()):
-        vectors = running_mean, running_var, weight, bias
-        return layout.unflat(batch_norm(layout.flat(x), *vectors, training, momentum, eps, relu), x)
+    if x.is_contiguous() or transformed():
+        memory_format = torch.contiguous_format
+    else:
+        memory_format = _CHANNELS_LAST.get(x.ndim, torch.contiguous_format)
+        if not (x.is_contiguous(memory_format=memory_format) and x.stride(0) * x.size(0) == x.numel()):
+            dense = layout.dense(x)
+            rest = running_mean, running_var, weight, bias, training, momentum, eps, relu
+            return batch_norm(dense, *rest) if dense is not x else layout.unflat(batch_norm(layout.flat(x), *rest), x)
+    half = x.is_cpu and x.dtype.itemsize == 2
+    if half and weight is None:  # without a vector in float32 the statistics would be in half precision
+        weight = x.new_ones(x.shape[1], dtype=torch.float32)
     y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
     if training and x.is_cpu and _is_far(mean, invstd):
         centred, n = x - along_channels(mean, x), samples_per_channel(x)
         y, more, better = torch.native_batch_norm(centred, weight, bias, None, None, True, momentum, eps)
+        y = y.to(x.dtype)
         if running_mean is not None and running_var is not None:
             # By .data, for other graphs may have kept them, which ATen's own update does not mind.
             running_mean.data.add_(more, alpha=momentum)
             running_var.data.add_(better.pow(-2) - invstd.pow(-2), alpha=momentum * n / (n - 1))
-    if x.is_cpu and x.dtype.itemsize == 2 and y.requires_grad:
+    if half and y.requires_grad and not transformed():
         # For a gradient of other strides ATen rounds that of the bias to half precision.
-        y.register_hook(lambda grad: grad.contiguous(memory_format=memory_format or torch.contiguous_format))
+        y.register_hook(lambda grad: grad.contiguous(memory_format=memory_format))
     return y.relu_() if relu else y
 
 
 def _is_far(mean: Tensor, invstd: Tensor) -> bool:
     """Whether rounding the mean to float32 costs digits that the input has; False where no number is to be had."""
-    if type(mean) is not Tensor or transformed():
+    if type(mean) is not Tensor or transformed() or torch._C._len_torch_dispatch_stack():
         return False
     ratio = mean * invstd
     squares = torch.dot(ratio, ratio).item()  # the cheaper question first

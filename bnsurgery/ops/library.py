@@ -99,7 +99,7 @@ def _differentiable(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[T
     # Views, so that the gradients stop here: the three may depend on each other, as in a network that is applied twice.
     tensors: list[Any] = [t if t is None else t.view_as(t) for t in (input, weight, bias)]
     input, weight, bias = tensors
-    if training:
+    if training and input.numel():
         affine = aten.corrected(weight, bias, statistics[2:], aten.work_dtype(input))
         y = aten.batch_norm(input, None, None, *affine, True, 0.0, eps, relu)
     else:

@@ -278,6 +278,30 @@ def test_backward_after_the_running_statistics_moved_on():
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_half_precision_with_a_mean_far_above_the_deviation(dtype, affine):
+    """One dead channel is enough. Its dtype stays, and it is as exact as without."""
+    x = torch.randn(8, 3, 6, 6).to(dtype) + 12
+    x[:, 0] = 0.5
+    weight = torch.ones(3) if affine else None
+    y = ops.batch_norm(x, None, None, weight, training=True)
+    assert y.dtype == dtype
+    want = F.batch_norm(x.double(), None, None, training=True)
+    assert (y - want).abs().max() <= torch.finfo(dtype).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 5), (4, 3, 1, 5), (4, 1, 4, 5), (1, 3, 1, 5)])
+@pytest.mark.parametrize("training", [True, False])
+def test_expanded_inputs_come_out_as_torchs_do(shape, training):
+    x = torch.randn(shape).expand(4, 3, 4, 5)
+    statistics = torch.zeros(3), torch.ones(3)
+    got = ops.batch_norm(x, *statistics, training=training)
+    want = F.batch_norm(x, torch.zeros(3), torch.ones(3), training=training)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got.stride() == torch.empty_like(x).stride()
+
+
 @pytest.mark.parametrize("shapes", [((4, 3, 5, 5), (2, 3, 9, 9)), ((2, 3, 9, 9), (4, 3, 5, 5))])
 def test_graphs_of_several_calls_survive_each_other(shapes, monkeypatch):
     """A head that is shared by levels of several sizes, some of which go another way, and one with a mean far off."""

@@ -99,6 +99,14 @@ def test_frozen_weights_end_no_step(norm):
         agree(norm(x), by_hand(norm, x, mean, var, 0))
 
 
+def test_without_weights_every_call_is_a_step():
+    layer = BatchNorm2d(6, affine=False).train()
+    bnsurgery.set_statistics_(layer, "renorm", renorm_steps=10)
+    for _ in range(3):
+        layer(torch.randn(4, 6, 5, 5) + 1)
+    assert layer.num_batches_tracked == 3
+
+
 def test_weights_replaced_rather_than_changed_end_a_step(norm):
     """As functional optimizers do: new tensors at every step."""
     for step in range(3):
