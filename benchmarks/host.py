@@ -68,7 +68,7 @@ def lead_the_cuda_way() -> None:
     cuda._processors = lambda device: PROCESSORS[ARCHITECTURE]
     with warnings.catch_warnings(action="ignore"):  # that a kernel takes another's place
         OPS.m.impl("batch_norm_fwd", "CPU", library.cuda_kernel("forward"))  # .m: torch 2.6's own `impl` refuses
-        OPS.m.impl("batch_norm_bwd", "CPU", library.cuda_kernel("backward", input=1))
+        OPS.m.impl("batch_norm_bwd", "CPU", library.cuda_kernel("backward"))
 
 
 def idle() -> None:

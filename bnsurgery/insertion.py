@@ -83,10 +83,10 @@ def insert(
 
     The copy is in the mode that `model` is in: put it into eval mode to compute the same.
 
-    A norm inherits `requires_grad` from its layer: where that is frozen, or the layer that a post-activation norm folds
-    into, its weight and bias take no gradient and train mode goes by its running statistics, so that after training
-    `fold` gives the frozen weights back as they were. `set_statistics_` with `where` and the norm's `requires_grad_`
-    choose otherwise.
+    A norm inherits `requires_grad` from its layer's weight: where that is frozen, or that of the layer that a
+    post-activation norm folds into, its weight and bias take no gradient and train mode goes by its running statistics,
+    so that after training `fold` gives the frozen weights back as they were. `set_statistics_` with `where` and the
+    norm's `requires_grad_` choose otherwise.
 
     In a `nn.Sequential` the norm follows its layer and what is behind is renumbered, which with `layers="conv"` gives
     torchvision's vgg*_bn layout; elsewhere it becomes the layer's child `norm`, and the layer keeps its keys.
@@ -323,11 +323,12 @@ def _bias(layer: nn.Module) -> torch.Tensor | None:
 
 
 def _is_frozen(layer: nn.Module) -> bool:
-    """Whether weight or bias take no gradient; where the weight is computed, whether nothing in the layer does."""
-    own = layer._parameters
-    if own.get("weight") is None:
-        return not any(parameter.requires_grad for parameter in layer.parameters())
-    return not all(own[name].requires_grad for name in ("weight", "bias") if own.get(name) is not None)  # type: ignore[union-attr]
+    """Whether the weight takes no gradient; where it is computed, whether nothing in the layer does.
+
+    A frozen bias alone is no sign: the biases that torch's own fusing makes take no gradient.
+    """
+    weight = layer._parameters.get("weight")
+    return not any(p.requires_grad for p in (layer.parameters() if weight is None else [weight]))
 
 
 def _norm_dtype(layer: nn.Module) -> torch.dtype:

@@ -350,7 +350,7 @@ def train(bn_model, batches):
     return bn_model.eval()
 
 
-@pytest.mark.parametrize("way", ["layer", "weight", "bias", "parametrized", "pruned"])
+@pytest.mark.parametrize("way", ["layer", "weight", "parametrized", "pruned"])
 @pytest.mark.parametrize("options", [{}, {"placement": "post-activation"}, {"absorb_bias": True}, {"fuse_relu": True}])
 def test_frozen_layers_are_the_same_after_training_and_folding(way, options, images):
     model = frozen_start()
@@ -373,6 +373,17 @@ def test_frozen_layers_are_the_same_after_training_and_folding(way, options, ima
         if not parameter.requires_grad:
             assert torch.equal(parameter, before[name]), name
     assert not torch.equal(folded[4].weight, model[4].weight)
+
+
+def test_a_frozen_bias_alone_freezes_no_norm(images):
+    """As torch.fx's and torch.nn.utils' fusing leaves them: the weights are trained."""
+    model = frozen_start()
+    model[2].bias.requires_grad_(False)
+    bn_model = insert(model, [images(8, 12)])
+    assert all(
+        p.requires_grad for name, p in bn_model.named_parameters() if name != bnsurgery.record(bn_model).frozen[0]
+    )
+    assert {m.statistics for m in bn_model.modules() if isinstance(m, bnsurgery.nn.BatchNorm2d)} == {"batch"}
 
 
 def test_a_computed_weight_in_training_gets_a_norm_in_training_under_no_grad_too(images):
