@@ -42,6 +42,7 @@ SUFFIXES = {
     "exported-program": ".pt2",
 }
 _PICKLES = (".pth", ".pt")
+_NAMED = 3  # layers in a line
 _MAX_INPUT = 2**26  # numbers in one input that is made up: a quarter of a gigabyte
 # Of the largest output: what float32 rounding in a deep network amounts to.
 _TOLERANCE = 1e-5
@@ -140,16 +141,51 @@ def export(
             written = _Written(network, temporary, inputs, path.suffix, done, keep_bn)
             again = _WRITERS[to](written)
             equivalence = verify(again, bn_model, [inputs], drift_batch_sizes=())
-            if not equivalence.within(_TOLERANCE):
-                raise ExportError(
-                    f"export: '{path}': what was written differs by {equivalence.max_rel:.3g} of the largest "
-                    "output; nothing is left of it"
-                )
+            _require_same(equivalence, path)
     name = _name(to, done)
     origin = pretrained.origin(done, folds_back) if folded is not None else "with its BatchNorm"
     gained = tuple(gained_biases(bn_model, done.sites).values()) if folded is not None else ()
     usage = _usage(to, path, done, keep_bn, gained)
     return Export(str(path), to, name, origin, folds_back, equivalence, usage, gained)
+
+
+def export_folded(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    example: Any,
+    bias: Literal["add", "refuse"] = "add",
+    overwrite: bool = False,
+) -> Export:
+    """Fold a network that came with its own BatchNorm and write its tensors, as `export` to "state-dict" does.
+
+    Args:
+        model: with BatchNorm and no record; not changed.
+        path: the file to write, safetensors, or `torch.save`'s format where it is called .pth or .pt.
+        example: an input batch, to compare on.
+        bias: as for `fold`.
+        overwrite: whether an old file may be replaced.
+
+    Raises:
+        ExportError, FoldError, CalibrationError, CheckpointError: as `export`.
+    """
+    path = Path(path)
+    inputs = placed(model, _taken(model, Inputs.of(example)))
+    with evaluating(model):
+        folded = fold_model(model, bias=bias, example=inputs)
+        with atomic_write(path, overwrite=overwrite) as temporary:
+            again = _state_dict(folded, temporary, path.suffix)
+            equivalence = verify(again, model, [inputs], drift_batch_sizes=())
+            _require_same(equivalence, path)
+    gained = [key.removesuffix(".bias") for key in folded.state_dict().keys() - model.state_dict().keys()]
+    biases = tuple(name for name, _ in folded.named_modules() if name in gained)
+    name = type(model).__name__
+    more = f" and {len(biases) - _NAMED} more" if len(biases) > _NAMED else ""
+    with_bias = f", bias=True in {', '.join(biases[:_NAMED])}{more}" if biases else ""
+    usage = (
+        f"model = ...  # a {name} with nn.Identity for BatchNorm{with_bias}\n      model.load_state_dict({_load(path)})"
+    )
+    return Export(str(path), "state-dict", name, "its own BatchNorm folded", False, equivalence, usage, biases)
 
 
 @dataclass(frozen=True)
@@ -188,6 +224,14 @@ def _check(to: str, done: SurgeryRecord, keep_bn: bool) -> None:
             raise ExportError(f"export: needs {needed}, which is not installed: pip install 'bnsurgery[export]'")
 
 
+def _require_same(equivalence: EquivalenceReport, path: Path) -> None:
+    if not equivalence.within(_TOLERANCE):
+        raise ExportError(
+            f"export: '{path}': what was written differs by {equivalence.max_rel:.3g} of the largest output; nothing "
+            "is left of it"
+        )
+
+
 def _keeps(to: str) -> Callable[[Any], bool]:
     return lambda site: to != "torchvision-bn" or site.site.kind == "conv"
 
@@ -221,15 +265,15 @@ def _taken(bn_model: nn.Module, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _state_dict(job: _Written) -> nn.Module:
-    _write_state(job)
-    again = on_meta(job.network)
-    again.load_state_dict(read_tensors(job.temporary), assign=True)
+def _state_dict(network: nn.Module, temporary: Path, suffix: str) -> nn.Module:
+    _write_state(network, temporary, suffix)
+    again = on_meta(network)
+    again.load_state_dict(read_tensors(temporary), assign=True)
     return again
 
 
 def _stock(job: _Written) -> nn.Module:
-    _write_state(job)
+    _write_state(job.network, job.temporary, job.suffix)
     architecture = job.done.architecture
     assert architecture is not None
     has_bn = any(key.endswith("running_mean") for key in job.network.state_dict())
@@ -240,19 +284,19 @@ def _stock(job: _Written) -> nn.Module:
     return again.to(next(job.network.parameters()).device).eval()
 
 
-def _write_state(job: _Written) -> None:
+def _write_state(network: nn.Module, temporary: Path, suffix: str) -> None:
     form = torch.contiguous_format  # a clone each: safetensors takes no two names for one storage
-    state = job.network.state_dict().items()
+    state = network.state_dict().items()
     tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in state}
     odd = next((name for name, tensor in tensors.items() if not has_place_for(tensor.dtype)), None)
-    if job.suffix in _PICKLES:
-        torch_save(tensors, job.temporary)
+    if suffix in _PICKLES:
+        torch_save(tensors, temporary)
     elif odd is not None:
         raise ExportError(
             f"export: safetensors has no place for '{odd}', which is {tensors[odd].dtype}: give the file a name in .pth"
         )
     else:
-        save_file(tensors, job.temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
@@ -307,7 +351,7 @@ def _capture(job: _Written) -> torch.export.ExportedProgram:
 _WRITERS: dict[str, Callable[..., Any]] = {
     "torchvision-bn": _stock,
     "torchvision": _stock,
-    "state-dict": _state_dict,
+    "state-dict": lambda job: _state_dict(job.network, job.temporary, job.suffix),
     "onnx": _onnx,
     "exported-program": _exported_program,
 }
@@ -346,11 +390,7 @@ def _name(to: str, done: SurgeryRecord) -> str:
 
 
 def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool, gained: Sequence[str]) -> str:
-    load = (
-        f'torch.load("{path}", weights_only=True)'
-        if path.suffix in _PICKLES
-        else f'safetensors.torch.load_file("{path}")'
-    )
+    load = _load(path)
     if to == "state-dict" and keep_bn:
         return f"{load}, for a network with BatchNorm in these places"
     head = f", with {len(done.task.classes)} classes" if done.task is not None and done.task.head is not None else ""
@@ -362,3 +402,9 @@ def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool, gained: Sequ
         "onnx": f'onnxruntime.InferenceSession("{path}")',
         "exported-program": f'torch.export.load("{path}").module()',
     }.get(to, f"model = {made}\n      model.load_state_dict({load})")
+
+
+def _load(path: Path) -> str:
+    if path.suffix in _PICKLES:
+        return f'torch.load("{path}", weights_only=True)'
+    return f'safetensors.torch.load_file("{path}")'

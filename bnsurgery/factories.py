@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from torch import nn
+from torchvision import models
 
 from .errors import ArchitectureError, CheckpointError
 
@@ -26,8 +27,15 @@ def is_timm(name: str) -> bool:
     return name.startswith(_TIMM)
 
 
+def is_torchvision(name: str) -> bool:
+    """Whether `name` is one of torchvision's classifiers, as `torchvision.models.list_models` has it."""
+    return name in models.list_models(module=models)
+
+
 def build(name: str, *, pretrained: bool = False) -> nn.Module:
     """The network that "package.module:factory" or "file.py:factory" makes, or timm's "timm:NAME", in eval mode.
+
+    A name of torchvision's, such as "resnet18", gives that one without weights.
 
     The factory is called without arguments. Nothing read from a checkpoint ever gets here.
 
@@ -46,6 +54,9 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
     """
     if is_timm(name):
         return _timm(name, pretrained)
+    if is_torchvision(name):
+        made: nn.Module = models.get_model(name, weights=None)
+        return made.eval()
     place, separator, function = name.rpartition(":")
     if not separator or not place or not function.isidentifier():
         raise ArchitectureError(f"model '{name}': expected package.module:factory, file.py:factory or timm:NAME")

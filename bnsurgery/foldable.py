@@ -21,6 +21,7 @@ _PLAIN_CONV_FORWARDS = {getattr(cls, "_conv_forward", None) for cls in LAYERS}
 _NORM_FORWARDS = {
     cls.forward for cls in (_BatchNorm, nn.SyncBatchNorm, FrozenBatchNorm2d, Insertable, LastDimBatchNorm1d)
 }
+_TIMM = "timm.layers.norm_act"  # its BatchNorm is one module with the dropout and the activation behind it
 _NOTHING_IN_EVAL = (nn.Identity, nn.modules.dropout._DropoutNd)
 
 
@@ -57,9 +58,20 @@ def own_norms(model: nn.Module, example: Inputs | None = None) -> list[OwnNorm]:
     return found
 
 
+def rest(norm: nn.Module) -> nn.Module:
+    """What stays in the place of a norm that is folded: an Identity, or what the same module did to its output."""
+    if _is_timms(norm):
+        return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
+    return nn.ReLU() if getattr(norm, "activation", None) == "relu" else nn.Identity()
+
+
+def _is_timms(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.BatchNorm2d) and type(norm).forward.__module__ == _TIMM
+
+
 def _considered(trace: Trace, norm: nn.Module) -> OwnNorm:
     name = trace.names[norm]
-    if detached_class(norm).forward not in _NORM_FORWARDS or "forward" in vars(norm):
+    if (type(norm).forward not in _NORM_FORWARDS and not _is_timms(norm)) or "forward" in vars(norm):
         return OwnNorm(name, obstacle=f"is a {type(norm).__name__}, which has a forward of its own")
     if norm.running_mean is None or norm.running_var is None:
         return OwnNorm(name, obstacle="has no running statistics: it normalizes by the batch in eval mode, too")

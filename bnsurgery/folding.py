@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .batches import Inputs
 from .copies import independent
 from .errors import BNSurgeryError, BNSurgeryWarning, FoldError
-from .foldable import OWN_NORMS, OwnNorm, own_norms, unfoldable
+from .foldable import OWN_NORMS, OwnNorm, own_norms, rest, unfoldable
 from .layer_kinds import TRANSPOSED, Layer
 from .module_tree import place, remove, replace
 from .nn import Normed
@@ -41,7 +41,7 @@ def fold(
 
     Of a model from `insert` or `load` those norms go that were inserted. Of any other network all of its own go, each
     into the layer before it whose output it alone takes, as torch.fx traces the forward pass in eval mode. An
-    `nn.Identity` stands in the place of each (an `nn.ReLU`, where the norm applied one), so that every other module and
+    `nn.Identity` stands in the place of each (or the activation that was part of it), so that every other module and
     tensor keeps its name; layers without bias get one where their norm shifts.
 
     Args:
@@ -101,8 +101,7 @@ def _fold_own(model: nn.Module, allow_partial: bool, bias: str, example: Any) ->
         if not obstacles[own.name]:
             norm, layer = plain.get_submodule(own.name), _layer(plain, str(own.layer))
             _fold_into_output(layer, *(torch.from_numpy(array) for array in _scale_shift(norm)))
-            relu = getattr(norm, "activation", None) == "relu"
-            replace(plain, norm, nn.ReLU() if relu else nn.Identity())
+            replace(plain, norm, rest(norm))
     left = [f"'{name}': {reason}" for name, reason in obstacles.items() if reason]
     if left:
         more = f"; and {len(left) - _NAMED} more" if len(left) > _NAMED else ""

@@ -19,6 +19,7 @@ from .options import (
     print_options,
     show,
     sites_options,
+    stem,
     weights_options,
 )
 from .reporting import check_report, report_options, write_report, written
@@ -180,11 +181,6 @@ def command(
         **written(page, plot),
     }
     show(text, facts, as_json, quiet)
-
-
-def stem(name: str) -> str:
-    """A file's stem for a network's name: "net.py:small" gives "small", "timm:vgg16" "vgg16"."""
-    return name.rpartition(":")[2].replace("/", "-")
 
 
 # Of the calibration images: both networks run once more on these, and a batch of 2 is the least that train mode takes.

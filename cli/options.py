@@ -33,8 +33,8 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
 model_option = click.option(
     "--model",
     metavar="MODULE:FUNCTION",
-    help="What makes a network of your own: package.module:function, file.py:function or timm:NAME. This runs its "
-    "code; never taken from a checkpoint.",
+    help="What makes a network of your own: package.module:function, file.py:function, timm:NAME or a name of "
+    "torchvision's. This runs its code; never taken from a checkpoint.",
 )
 
 # How images of a network that is not torchvision's are normalized.
@@ -180,6 +180,11 @@ def named(arch: str | None, model: str | None, what: str = "ARCH") -> tuple[str,
     if not own and ":" in name and not Path(name).exists():
         raise click.UsageError(f"'{name}': did you mean --model {name}?")
     return name, own
+
+
+def stem(name: str) -> str:
+    """A file's stem for a network's name: "net.py:small" gives "small", "timm:vgg16" "vgg16"."""
+    return name.rpartition(":")[2].replace("/", "-")
 
 
 def load_checkpoint(file: Path, model: str | None) -> "nn.Module":

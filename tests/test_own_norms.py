@@ -121,6 +121,17 @@ def test_torchvision(name, images):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "cspresnet50"])
+def test_timm_keeps_its_activations(name, images):
+    """Timm's BatchNorm is one module with the activation behind it."""
+    timm = pytest.importorskip("timm")
+    model = trained(timm.create_model(name, pretrained=False))
+    folded = fold(model, example=images(2) if name == "cspresnet50" else None)
+    assert not norms(folded)
+    assert_same_function(model, folded, images(2))
+
+
+@pytest.mark.slow
 def test_densenet_keeps_the_norms_that_stand_before_their_convolutions(images):
     model = trained(models.densenet121(weights=None))
     words = "'features.denseblock1.denselayer1.norm1': does not stand behind a conv", "behind 'cat'"
