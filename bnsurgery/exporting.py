@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchvision import models
 
-from . import pretrained
+from . import onnx_files, pretrained
 from .batches import Inputs, join, outputs, placed, run
 from .checkpoint import current_record, has_place_for, torch_save
 from .copies import on_meta
@@ -108,7 +108,7 @@ def export(
     - "torchvision": the same, made sure to fit torchvision's own class.
     - "torchvision-bn": for torchvision's vgg*_bn: BatchNorm behind the convolutions stays, the rest is folded.
     - "onnx": the folded network in eval mode for any batch size, or for one image where it takes no more at a time;
-      tried in onnxruntime.
+      tried in onnxruntime. Of a network from `from_onnx` the same graph, with new initializers where tensors changed.
     - "exported-program": the same by `torch.export`.
 
     Args:
@@ -237,6 +237,9 @@ def _keeps(to: str) -> Callable[[Any], bool]:
 
 
 def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any) -> Inputs:
+    origin = onnx_files.source(bn_model)
+    if origin is not None and example is None:
+        return Inputs(origin.noise(2 if origin.any_batch else 1))
     if example is not None:
         inputs = Inputs.of(example)
         # torch.export takes a size of 1 for a constant.
@@ -300,6 +303,10 @@ def _write_state(network: nn.Module, temporary: Path, suffix: str) -> None:
 
 
 def _onnx(job: _Written) -> Callable[..., list[Tensor]]:
+    origin = onnx_files.source(job.network)
+    if origin is not None and not job.keep_bn:
+        onnx_files.write(job.network, origin, job.temporary)
+        return onnx_files.session(job.temporary)
     import onnxruntime
 
     exported = _capture(job)  # as for the other format, and with its errors

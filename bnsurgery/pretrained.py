@@ -115,7 +115,9 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choi
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = factories.build(name, pretrained=factories.is_timm(name) and weights == "DEFAULT")
-    description = "as they are made" if weights == "DEFAULT" else f"random, seed {seed}"
+    description = f"random, seed {seed}"
+    if weights == "DEFAULT":
+        description = f"file {Path(name).name}" if factories.is_onnx(name) else "as they are made"
     if stock and weights == "DEFAULT":
         if name in _OWN_INPUTS:
             raise ArchitectureError(
@@ -183,8 +185,8 @@ def own_preprocessing(model: nn.Module, image_size: int | None, normalize: str =
 def noise(model: nn.Module, image_size: int | None = None) -> Tensor:
     """Two images to try a network on, (2, C, side, side): of timm's own size where none is given, else 224."""
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    size = image_size or (config.get("input_size") or (_CROP,))[-1]
-    return torch.randn(2, input_channels(model), size, size, generator=torch.Generator().manual_seed(0))
+    height, width = (image_size, image_size) if image_size else (config.get("input_size") or (_CROP, _CROP))[-2:]
+    return torch.randn(2, input_channels(model), height, width, generator=torch.Generator().manual_seed(0))
 
 
 def input_channels(model: nn.Module) -> int:

@@ -29,7 +29,7 @@ from .options import (
 @weights_options
 @image_size_option
 @bias_option
-@output_options("File to write.  [default: ARCH-folded.safetensors, here]")
+@output_options("File to write.  [default: ARCH-folded.safetensors or .onnx, here]")
 @print_options
 def command(
     file: Path | None,
@@ -51,22 +51,27 @@ def command(
 
     Writes a plain safetensors state dict under the original's keys. A network that was not trained since the insertion
     folds back to the bits it started from; a trained one to the same function within 1e-5. A layer that had no bias
-    gets one where its BatchNorm came to shift; the output names it. Other formats: `bnsurgery export`.
+    gets one where its BatchNorm came to shift; the output names it. Other formats: `bnsurgery export`. Of a network
+    from an ONNX file it writes that file with new initializers, unless --output is called otherwise than .onnx.
 
     With --model and no FILE, a network that came with its BatchNorm, such as vgg16_bn: every norm goes into the layer
     before it, and a norm that has none is refused by name.
     """
-    from bnsurgery.exporting import export, export_folded
+    from bnsurgery import onnx_files
+    from bnsurgery.exporting import SUFFIXES, export, export_folded
     from bnsurgery.fitting import Choice
     from bnsurgery.surgery_record import record
 
     if file is not None:
         if weights is not None:
             raise click.UsageError("--weights are for a network with its own BatchNorm: leave FILE out.")
-        output = output or Path(f"{file.stem.removesuffix('-bn')}-folded.safetensors")
         bn_model = load_checkpoint(file, model)
+        to = "state-dict" if onnx_files.source(bn_model) is None else "onnx"
+        output = output or Path(f"{file.stem.removesuffix('-bn')}-folded{SUFFIXES[to]}")
+        if output.suffix != SUFFIXES["onnx"]:
+            to = "state-dict"
         claim(output, force)
-        result = export(bn_model, output, to="state-dict", bias=bias, overwrite=force)  # type: ignore[arg-type]
+        result = export(bn_model, output, to=to, bias=bias, overwrite=force)  # type: ignore[arg-type]
         done = f"{len(record(bn_model).sites)} BatchNorm layers folded away; gives {result.origin}"
     elif model is not None:
         from bnsurgery.foldable import OWN_NORMS

@@ -77,10 +77,10 @@ def command(
     """Put BatchNorm into ARCH so that it computes the same, bit for bit.
 
     Measures every layer's mean and variance on calibration images, inserts BatchNorm layers that normalize by them and
-    undo it, proves the outputs equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, or timm:NAME;
-    --model takes a network of your own.
+    undo it, proves the outputs equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, timm:NAME, or
+    an ONNX file; --model takes a network of your own.
     """
-    from bnsurgery import checkpoint, devices, lrn, models, pretrained
+    from bnsurgery import checkpoint, devices, lrn, models, onnx_files, pretrained
     from bnsurgery.batches import Inputs
     from bnsurgery.calibration import calibrate
     from bnsurgery.copies import on_meta, sharing_tensors
@@ -146,6 +146,8 @@ def command(
     }
     if own:
         provenance |= {"model": name, "image_size": source.preprocess.crop_size[0], "normalize": normalize}
+    if origin := onnx_files.source(source.model):
+        provenance["onnx"] = origin.digest
     shape = tuple(samples[0].shape[1:])
     done = replace(record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=shape)
     attach_record(bn_model, done)

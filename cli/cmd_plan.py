@@ -32,8 +32,8 @@ def command(
 ) -> None:
     """Show where BatchNorm would go, and for every other layer why not.
 
-    ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is a weights file, whose architecture is recognised, or a
-    checkpoint of `bnsurgery insert`, of which is shown what was done.
+    ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is an ONNX file, a weights file, whose architecture is
+    recognised, or a checkpoint of `bnsurgery insert`, of which is shown what was done.
     """
     from bnsurgery import drawing, files, models, planning, pretrained
     from bnsurgery.checkpoint import read_record
@@ -50,7 +50,7 @@ def command(
             claim(file, force)
     if own:
         weights = "random" if name.startswith("timm:") else "DEFAULT"
-        found = pretrained.load_own(name, weights, image_size=image_size or _SIDE)
+        found = pretrained.load_own(name, weights, image_size=image_size or (None if name.endswith(".onnx") else _SIDE))
         network = found.model
     else:
         architecture = pretrained.recognise(path) if path.is_file() else models.architecture(name)

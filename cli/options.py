@@ -33,8 +33,8 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
 model_option = click.option(
     "--model",
     metavar="MODULE:FUNCTION",
-    help="What makes a network of your own: package.module:function, file.py:function, timm:NAME or a name of "
-    "torchvision's. This runs its code; never taken from a checkpoint.",
+    help="What makes a network of your own: package.module:function, file.py:function, timm:NAME, a name of "
+    "torchvision's or an ONNX file. This runs its code; never taken from a checkpoint.",
 )
 
 # How images of a network that is not torchvision's are normalized.
@@ -176,7 +176,7 @@ def named(arch: str | None, model: str | None, what: str = "ARCH") -> tuple[str,
     if (arch is None) == (model is None):
         raise click.UsageError(f"Name one network: {what}, or --model for one of your own.")
     name = arch if arch is not None else str(model)
-    own = model is not None or name.startswith("timm:")
+    own = model is not None or name.startswith("timm:") or name.endswith(".onnx")
     if not own and ":" in name and not Path(name).exists():
         raise click.UsageError(f"'{name}': did you mean --model {name}?")
     return name, own
@@ -184,14 +184,25 @@ def named(arch: str | None, model: str | None, what: str = "ARCH") -> tuple[str,
 
 def stem(name: str) -> str:
     """A file's stem for a network's name: "net.py:small" gives "small", "timm:vgg16" "vgg16"."""
+    if name.endswith(".onnx"):
+        return Path(name).stem
     return name.rpartition(":")[2].replace("/", "-")
 
 
 def load_checkpoint(file: Path, model: str | None) -> "nn.Module":
     """The network in FILE, of a class that --model makes where it is not torchvision's."""
-    from bnsurgery import checkpoint, factories
+    from bnsurgery import checkpoint, factories, onnx_files
 
     done = checkpoint.read_record(file)
+    if model is None and done is not None and "onnx" in done.provenance:
+        digest = str(done.provenance["onnx"])
+        found = onnx_files.find(digest, file.parent, Path.cwd())
+        if found is None:
+            raise CheckpointError(
+                f"'{file}' was made from an ONNX file, {printable(str(done.provenance.get('model')))}, and that is "
+                "neither beside it nor here: pass --model FILE.onnx"
+            )
+        model = str(found)
     if model is None and done is not None and done.architecture is None:
         made = done.provenance.get("model")
         raise CheckpointError(

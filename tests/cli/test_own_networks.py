@@ -507,3 +507,34 @@ def test_fold_torchvisions_by_name(cli):
     assert "layer1.0.conv1.weight" in folded and not any(".bn" in name for name in folded)
     code, _out, err = cli("fold", "--model", "googlenet")
     assert (code, "write a function that returns torchvision.models.googlenet(weights='DEFAULT')" in err) == (1, True)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_in_and_out(cli):
+    pytest.importorskip("onnx2torch")
+    pytest.importorskip("onnx2pytorch")
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Linear(8, 5)).eval()
+    torch.onnx.export(net, (torch.randn(1, 3, 24, 24),), "net.onnx", dynamo=False, opset_version=13)
+    code, out, err = cli("plan", "net.onnx")
+    assert code == 0, err
+    assert "Next: bnsurgery insert net.onnx" in out
+    code, out, err = cli("insert", "net.onnx", "--num-images", "8")
+    assert code == 0, err
+    assert "net.onnx: 2 BatchNorm layers inserted" in out and "bit-identical" in out and "file net.onnx" in out
+    code, out, err = cli("verify", "net-bn.safetensors", "--num-images", "8", "--json")  # finds the file itself
+    assert code == 0, err
+    assert json.loads(out)["bit_identical"] and json.loads(out)["folds_back"]
+    code, out, err = cli("fold", "net-bn.safetensors")
+    assert code == 0, err
+    assert Path("net-folded.onnx").read_bytes() == Path("net.onnx").read_bytes()
+    code, out, err = cli("export", "net-bn.safetensors", "--to", "onnx", "--model", "net.onnx")
+    assert code == 0, err
+    assert Path("net-onnx.onnx").read_bytes() == Path("net.onnx").read_bytes()
+    code, out, err = cli("fold", "net-bn.safetensors", "-o", "net.safetensors")
+    assert code == 0, err
+    assert {tuple(tensor.shape) for tensor in load_file("net.safetensors").values()} >= {(8, 3, 3, 3), (5, 8)}
+    for path in Path().glob("*.onnx"):
+        path.unlink()
+    code, out, err = cli("fold", "net-bn.safetensors", "--force")
+    assert (code, "was made from an ONNX file, net.onnx" in err, "--model FILE.onnx" in err) == (1, True, True)

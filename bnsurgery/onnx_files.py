@@ -1,0 +1,446 @@
+"""Networks from ONNX files, and back into the same graph with new weights.
+
+Whichever of onnx2torch and onnx2pytorch takes a file, and computes what onnxruntime does, makes the module. Which
+initializer became which tensor is found by comparing bytes, so neither is relied on for that.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from .batches import outputs
+from .errors import BNSurgeryWarning, CheckpointError, ExportError
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto
+
+SUFFIX = ".onnx"
+_KEY = "bnsurgery_onnx"
+_NEEDED = ("onnx", "onnxruntime", "onnx2torch", "onnx2pytorch")
+_SIDE = 224  # pixels: of an input whose size the file leaves open
+# Of the largest output: what float32 rounding in a deep network amounts to, between two runtimes.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the module stands in the file: an input of a node, and how it lies there.
+
+    Attributes:
+        node, input: their numbers in the original graph.
+        transposed: whether the module has it so.
+    """
+
+    node: int
+    input: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file that a module was made from; kept with the module, and by all copies of it.
+
+    Attributes:
+        digest: SHA-256 of the file.
+        model: what it holds.
+        places: by the names of the module's state dict; those that are not found are missing.
+        before: the state dict when it was made.
+        shapes: of the inputs, by name; open sizes are filled in.
+        any_batch: whether the module takes several inputs at a time.
+    """
+
+    digest: str
+    model: "ModelProto"
+    places: dict[str, _Place]
+    before: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    any_batch: bool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Source":
+        return self  # nothing in it changes
+
+    def noise(self, samples: int = 1) -> tuple[Tensor, ...]:
+        """Inputs of the shapes that the file names, `samples` of each where that is not 1."""
+        arrays = _noise(self.model.graph, self.shapes)
+        return tuple(torch.from_numpy(array).repeat(samples, *[1] * (array.ndim - 1)) for array in arrays.values())
+
+
+def source(model: nn.Module) -> Source | None:
+    """The ONNX file that `model` was made from, or what it was copied or inserted from; None for other networks."""
+    found = getattr(model, "meta", None)
+    return found.get(_KEY) if isinstance(found, dict) else None
+
+
+def from_onnx(path: str | PathLike[str]) -> nn.Module:
+    """The network in an ONNX file, in eval mode, ready for `insert`; `export(to="onnx")` gives the same graph back.
+
+    It is made by onnx2torch or onnx2pytorch: by the first whose module computes what onnxruntime computes, to 1e-4 of
+    the largest output. Where a Reshape has the batch of 1 written into it, it is made to take any; where the module
+    still takes one input at a time, a warning says so.
+
+    Raises:
+        CheckpointError: no such file, no ONNX model, or no converter makes the same network of it: what each said.
+        ExportError: a package is missing.
+    """
+    path = Path(path)
+    _require(*_NEEDED)
+    import onnx
+
+    try:
+        content = path.read_bytes()
+        original = onnx.load(str(path))
+        onnx.checker.check_model(original)
+    except OSError as error:
+        raise CheckpointError(f"'{path}': cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # protobuf's and onnx's, of many kinds
+        raise CheckpointError(f"'{path}': not an ONNX model, or a damaged one: {_reason(error)}") from error
+    shapes = _shapes(original.graph)
+    run = session(path)
+    noise = _noise(original.graph, shapes)
+    try:
+        expected = run(*map(torch.from_numpy, noise.values()))
+    except Exception as error:  # onnxruntime's have no base of their own
+        raise CheckpointError(f"'{path}': onnxruntime cannot run it: {_reason(error)}") from error
+    plain, numbers = _plain(original)
+    errors: dict[str, str] = {}
+    for model in (_any_batch(plain), plain):
+        for name, convert in _CONVERTERS.items():
+            try:
+                with _quiet():
+                    module = convert(copy.deepcopy(model))
+                    got = outputs(_eval(module)(*map(torch.from_numpy, noise.values())))
+                _compare(expected, got)
+            except Exception as error:  # the converter's, of many kinds
+                errors[name] = _reason(error)
+                continue
+            _own_tensors_(module)
+            any_batch = _takes_two(module, noise)
+            if not any_batch:
+                warnings.warn(
+                    f"'{path}' takes one input at a time: a size of 1 is written into it. Calibration does with that "
+                    "(--batch-size 1); to train with BatchNorm, export the network anew with a dynamic batch",
+                    BNSurgeryWarning,
+                    stacklevel=2,
+                )
+            places = _places(module, original, plain, numbers)
+            digest = hashlib.sha256(content).hexdigest()
+            before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+            module.meta = {_KEY: Source(digest, original, places, before, shapes, any_batch)}  # type: ignore[assignment]
+            first = next(iter(shapes.values()))
+            module.pretrained_cfg = {"input_size": first[1:]}  # type: ignore[assignment]  # as timm says it
+            return module
+    told = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    raise CheckpointError(f"'{path}': no converter makes a network of it that computes the same: {told}")
+
+
+def find(digest: str, *folders: Path) -> Path | None:
+    """The file of that SHA-256 in one of these folders."""
+    for folder in folders:
+        for path in sorted(folder.glob(f"*{SUFFIX}")):
+            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
+                return path
+    return None
+
+
+def write(network: nn.Module, origin: Source, temporary: Path) -> None:
+    """Write the file that `network` was made from with the tensors that it has now.
+
+    The graph is the file's, and so is every initializer whose tensor has not changed, to the byte. One that several
+    nodes share is written anew for those that came to differ, and a layer that got a bias gets an input for it.
+
+    Raises:
+        ExportError: a tensor has changed, and its place in the file is not known.
+    """
+    from onnx import numpy_helper
+
+    model = copy.deepcopy(origin.model)
+    graph = model.graph
+    users: dict[str, int] = {}
+    for node in graph.node:
+        for name in node.input:
+            users[name] = users.get(name, 0) + 1
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    for key, tensor in network.state_dict().items():
+        if key in origin.before and torch.equal(_bytes(tensor), _bytes(origin.before[key])):
+            continue
+        place = origin.places.get(key) or _place_of_bias(key, origin)
+        if place is None:
+            raise ExportError(f"export: '{key}' has changed, and where it stands in the ONNX file is not known")
+        node = graph.node[place.node]
+        array = tensor.detach().cpu().numpy()
+        name = node.input[place.input] if place.input < len(node.input) else ""
+        old = initializers.get(name)
+        shape = tuple(old.dims) if old is not None else array.shape
+        array = np.ascontiguousarray((array.T if place.transposed else array).reshape(shape))
+        if old is not None and users[name] == 1:
+            old.CopyFrom(numpy_helper.from_array(array, name))
+            continue
+        new = f"{key}.bnsurgery"
+        graph.initializer.append(numpy_helper.from_array(array, new))
+        while len(node.input) <= place.input:
+            node.input.append("")
+        node.input[place.input] = new
+    temporary.write_bytes(model.SerializeToString())
+
+
+def session(path: Path) -> Callable[..., list[Tensor]]:
+    """The file in onnxruntime, as a function; one that takes one input at a time is called for each."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of what concerns its own optimizer
+    opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    inputs = opened.get_inputs()
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        arrays = [tensor.cpu().numpy() for tensor in tensors]
+        samples = len(arrays[0]) if inputs[0].shape[:1] == [1] else 1
+        parts = [[a[i : i + 1] for a in arrays] for i in range(samples)] if samples > 1 else [arrays]
+        names = [entry.name for entry in inputs]
+        results = [opened.run(None, dict(zip(names, part, strict=True))) for part in parts]
+        return [torch.from_numpy(np.concatenate(column)) for column in zip(*results, strict=True)]
+
+    return run
+
+
+def _require(*packages: str) -> None:
+    for needed in packages:
+        if importlib.util.find_spec(needed) is None:
+            raise ExportError(f"ONNX files need {needed}, which is not installed: pip install 'bnsurgery[onnx]'")
+
+
+def _onnx2torch(model: "ModelProto") -> nn.Module:
+    from onnx2torch import convert
+
+    converted: nn.Module = convert(model)
+    return converted
+
+
+def _onnx2pytorch(model: "ModelProto") -> nn.Module:
+    from onnx2pytorch import ConvertModel
+
+    module: nn.Module = ConvertModel(model)
+    used = _read_by_name(module)
+    for key in [key for key in module._buffers if key.startswith("_initializer_") and key not in used]:
+        del module._buffers[key]  # the layers have these
+    return module
+
+
+_CONVERTERS = {"onnx2torch": _onnx2torch, "onnx2pytorch": _onnx2pytorch}
+
+
+def _read_by_name(module: Any) -> set[str]:
+    """The initializers that onnx2pytorch's modules without weights of their own are given when they are called."""
+    from onnx2pytorch.convert.operations import get_buffer_name
+
+    found = set()
+    for node in module.onnx_model.graph.node:
+        operation = getattr(module, module.mapping[node.output[0]])
+        if not isinstance(operation, nn.Module) or not any(True for _ in operation.parameters()):
+            found |= {get_buffer_name(name) for name in node.input}
+    return found
+
+
+def _plain(original: "ModelProto") -> tuple["ModelProto", list[int]]:
+    """A copy in which weights are initializers, whatever gave them, and the numbers that its nodes have in the file."""
+    from onnx import numpy_helper
+
+    model = copy.deepcopy(original)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    kept, numbers = [], []
+    for number, node in enumerate(model.graph.node):
+        value = None
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            value = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in constants:
+            value = constants[node.input[0]]
+        if value is None or any(node.output[0] == output.name for output in model.graph.output):
+            kept.append(copy.deepcopy(node))
+            numbers.append(number)
+            continue
+        tensor = numpy_helper.from_array(numpy_helper.to_array(value), node.output[0])
+        model.graph.initializer.append(tensor)
+        constants[tensor.name] = tensor
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model, numbers
+
+
+def _any_batch(plain: "ModelProto") -> "ModelProto":
+    """A copy in which a Reshape to (1, ...) takes over the batch of its input, which ONNX writes as 0."""
+    from onnx import numpy_helper
+
+    model = copy.deepcopy(plain)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for number, node in enumerate(model.graph.node):
+        if node.op_type != "Reshape" or node.input[1] not in constants or node.input[0] in constants:
+            continue
+        shape = numpy_helper.to_array(constants[node.input[1]]).copy()
+        if len(shape) > 1 and shape[0] == 1 and not (shape == 0).any():
+            shape[0] = 0
+            for attribute in node.attribute:
+                attribute.i = 0  # allowzero, the only one: a size of 0 is meant as such
+            name = f"{node.input[1]}.{number}.any_batch"
+            model.graph.initializer.append(numpy_helper.from_array(shape, name))
+            node.input[1] = name
+    for value in [*model.graph.input, *model.graph.output]:
+        size = value.type.tensor_type.shape.dim
+        if size and size[0].dim_value == 1 and value.name not in constants:
+            size[0].dim_param = "batch"
+    del model.graph.value_info[:]  # it says 1, too
+    return model
+
+
+def _shapes(graph: "GraphProto") -> dict[str, tuple[int, ...]]:
+    """Of the inputs, without the weights that old files list among them; 1 for an open batch, 224 for open sides."""
+    weights = {tensor.name for tensor in graph.initializer}
+    found = {}
+    for value in graph.input:
+        if value.name not in weights:
+            sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            found[value.name] = tuple(size or (_SIDE if at > 1 else 3 if at else 1) for at, size in enumerate(sizes))
+    return found
+
+
+def _noise(graph: "GraphProto", shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Inputs to try a file with: noise where it takes real numbers, zeros elsewhere."""
+    from onnx import helper
+
+    generator = np.random.default_rng(0)
+    types = {value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in graph.input}
+    return {
+        name: generator.standard_normal(shape).astype(types[name])
+        if types[name].kind == "f"
+        else np.zeros(shape, types[name])
+        for name, shape in shapes.items()
+    }
+
+
+def _eval(module: nn.Module) -> Callable[..., Any]:
+    return torch.no_grad()(module.eval())
+
+
+def _compare(expected: list[Tensor], got: list[Tensor]) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        largest = theirs.abs().max() if theirs.numel() else 0
+        if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= _TOLERANCE * largest:
+            raise ValueError("what it makes of it computes something else than onnxruntime")
+
+
+def _takes_two(module: nn.Module, noise: dict[str, np.ndarray]) -> bool:
+    """Whether two inputs at a time give what each gives alone."""
+    first = [torch.from_numpy(array) for array in noise.values()]
+    second = [tensor.flip(-1) for tensor in first]
+    try:
+        run = _eval(module)
+        alone = [outputs(run(*first)), outputs(run(*second))]
+        both = outputs(run(*(torch.cat(pair) for pair in zip(first, second, strict=True))))
+        _compare([torch.cat(pair) for pair in zip(*alone, strict=True)], both)
+    except Exception:  # what an operator says to a shape that does not fit
+        return False
+    return True
+
+
+def _own_tensors_(module: nn.Module) -> None:
+    """Give every parameter a memory of its own: those of one initializer would be trained, and scaled, together."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def _places(module: nn.Module, original: "ModelProto", plain: "ModelProto", numbers: list[int]) -> dict[str, _Place]:
+    """Where the module's parameters and buffers stand in the file, by their bytes among the inputs of their node."""
+    from onnx import numpy_helper
+
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in plain.graph.initializer}
+    found = {}
+    for name, nodes in _nodes(module, plain.graph).items():
+        taken: set[tuple[int, int]] = set()
+        for key, tensor in module.get_submodule(name).state_dict(prefix=f"{name}.").items():
+            for at in nodes:
+                place = _found(tensor, plain.graph.node[at], arrays, at, taken)
+                if place is not None:
+                    taken.add((at, place.input))
+                    found[key] = _Place(numbers[at], place.input, place.transposed)
+                    break
+    return found
+
+
+def _found(
+    tensor: Tensor, node: "NodeProto", arrays: dict[str, np.ndarray], at: int, taken: set[tuple[int, int]]
+) -> _Place | None:
+    values = tensor.detach().cpu().numpy()
+    # A square one could be taken for its transpose where it is that.
+    turned = node.op_type == "MatMul" or (
+        node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
+    )
+    for input, name in enumerate(node.input):
+        array = arrays.get(name)
+        if array is None or array.size != values.size or array.dtype != values.dtype or (at, input) in taken:
+            continue
+        if turned and values.ndim == 2:
+            if array.shape == values.T.shape and array.tobytes() == values.T.tobytes():
+                return _Place(at, input, True)
+        elif array.tobytes() == values.tobytes():
+            return _Place(at, input, False)
+    return None
+
+
+def _nodes(module: Any, graph: "GraphProto") -> dict[str, list[int]]:
+    """By the names of the module's children, the nodes that each was made of."""
+    producers = {name: at for at, node in enumerate(graph.node) for name in node.output}
+    if isinstance(module, fx.GraphModule):  # onnx2torch: one for each, in order
+        children = [name for name, _ in module.named_children() if name != "initializers"]
+        return {name: [at] for at, name in enumerate(children)} if len(children) == len(graph.node) else {}
+    nodes = {}
+    for output, name in module.mapping.items():  # onnx2pytorch: by the output; of a product and its bias it makes one
+        at = producers.get(output)
+        if at is not None and isinstance(getattr(module, name), nn.Module):
+            before = [producers[i] for i in graph.node[at].input if i in producers and i not in module.mapping]
+            nodes[name] = [at, *before]
+    return nodes
+
+
+def _place_of_bias(key: str, origin: Source) -> _Place | None:
+    """Where the bias goes that a conv or dense layer had none of: the input behind its weight."""
+    layer, _, kind = key.rpartition(".")
+    weight = origin.places.get(f"{layer}.weight")
+    if kind != "bias" or weight is None or weight.input != 1:
+        return None
+    node = origin.model.graph.node[weight.node]
+    free = len(node.input) < 3 or not node.input[2]
+    return _Place(weight.node, 2, False) if node.op_type in ("Conv", "ConvTranspose", "Gemm") and free else None
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Converters print and warn of their own insides."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        disabled = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
