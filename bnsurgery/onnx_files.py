@@ -9,13 +9,14 @@ import hashlib
 import importlib.util
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from .batches import outputs
 from .errors import BNSurgeryWarning, CheckpointError, ExportError
+from .layer_kinds import LAYERS
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 SUFFIX = ".onnx"
 _KEY = "bnsurgery_onnx"
 _NEEDED = ("onnx", "onnxruntime", "onnx2torch", "onnx2pytorch")
+_OUTPUTS = 64  # of one node, at most
 _SIDE = 224  # pixels: of an input whose size the file leaves open
 # Of the largest output: what float32 rounding in a deep network amounts to, between two runtimes.
 _TOLERANCE = 1e-4
@@ -120,13 +123,14 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
         for name, convert in _CONVERTERS.items():
             try:
                 with _quiet():
-                    module = convert(copy.deepcopy(model))
+                    module, nodes = convert(model)
                     got = outputs(_eval(module)(*map(torch.from_numpy, noise.values())))
                 _compare(expected, got)
             except Exception as error:  # the converter's, of many kinds
                 errors[name] = _reason(error)
                 continue
             _own_tensors_(module)
+            _as_torchs_own_(module)
             any_batch = _takes_two(module, noise)
             if not any_batch:
                 warnings.warn(
@@ -135,7 +139,7 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
                     BNSurgeryWarning,
                     stacklevel=2,
                 )
-            places = _places(module, original, plain, numbers)
+            places = _places(module, nodes, plain, numbers)
             digest = hashlib.sha256(content).hexdigest()
             before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
             module.meta = {_KEY: Source(digest, original, places, before, shapes, any_batch)}  # type: ignore[assignment]
@@ -222,36 +226,61 @@ def _require(*packages: str) -> None:
             raise ExportError(f"ONNX files need {needed}, which is not installed: pip install 'bnsurgery[onnx]'")
 
 
-def _onnx2torch(model: "ModelProto") -> nn.Module:
+_Nodes = dict[str, list[int]]  # by the names of a module's children, the nodes of the graph that each was made of
+
+
+def _onnx2torch(model: "ModelProto") -> tuple[nn.Module, _Nodes]:
     from onnx2torch import convert
 
-    converted: nn.Module = convert(model)
-    return converted
+    module: nn.Module = convert(copy.deepcopy(model))
+    children = [name for name, _ in module.named_children() if name != "initializers"]
+    return module, {name: [at] for at, (name, _) in enumerate(zip(children, model.graph.node, strict=True))}
 
 
-def _onnx2pytorch(model: "ModelProto") -> nn.Module:
+def _onnx2pytorch(model: "ModelProto") -> tuple[nn.Module, _Nodes]:
+    """Its module walks through the file on every call; what it does there, traced once, is a module like any other."""
     from onnx2pytorch import ConvertModel
 
-    module: nn.Module = ConvertModel(model)
-    used = _read_by_name(module)
-    for key in [key for key in module._buffers if key.startswith("_initializer_") and key not in used]:
-        del module._buffers[key]  # the layers have these
-    return module
+    module: Any = ConvertModel(copy.deepcopy(model))  # it changes what it is given
+    forward = _FORWARDS[len(module.input_names)]
+    module.__class__ = type("OnnxNetwork", (ConvertModel,), {"forward": forward(ConvertModel.forward)})
+    traced = fx.GraphModule(module, _Children().trace(module.eval()))
+    producers = {name: at for at, node in enumerate(model.graph.node) for name in node.output}
+    nodes = {}
+    for output, name in module.mapping.items():  # of a product and the bias added to it there is one layer
+        if isinstance(getattr(module, name), nn.Module):
+            at = producers[output]
+            before = [producers[i] for i in model.graph.node[at].input if i in producers and i not in module.mapping]
+            nodes[name] = [at, *before]
+    return traced, {name: at for name, at in nodes.items() if name in traced._modules}
 
 
+class _Children(fx.Tracer):
+    """Follows a module's own code, and none of its children's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every one is."""
+        return True
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Several outputs of a node, of which the code takes those that it has names for."""
+        return (operator.getitem(cast(Any, obj), i) for i in range(_OUTPUTS))
+
+
+# By the number of inputs: fx reads the arguments off the code.
+_FORWARDS: dict[int, Callable[[Any], Any]] = {
+    1: lambda forward: lambda self, input: forward(self, input),
+    2: lambda forward: lambda self, input, second: forward(self, input, second),
+    3: lambda forward: lambda self, input, second, third: forward(self, input, second, third),
+}
 _CONVERTERS = {"onnx2torch": _onnx2torch, "onnx2pytorch": _onnx2pytorch}
 
 
-def _read_by_name(module: Any) -> set[str]:
-    """The initializers that onnx2pytorch's modules without weights of their own are given when they are called."""
-    from onnx2pytorch.convert.operations import get_buffer_name
-
-    found = set()
-    for node in module.onnx_model.graph.node:
-        operation = getattr(module, module.mapping[node.output[0]])
-        if not isinstance(operation, nn.Module) or not any(True for _ in operation.parameters()):
-            found |= {get_buffer_name(name) for name in node.input}
-    return found
+def _as_torchs_own_(module: nn.Module) -> None:
+    """Let torch.fx, and quantization with it, take the converter's operators as a whole: their code has no trace."""
+    for child in module.children():
+        if not any(isinstance(inner, LAYERS) for inner in child.modules()):
+            child.__module__ = nn.ReLU.__module__
 
 
 def _plain(original: "ModelProto") -> tuple["ModelProto", list[int]]:
@@ -360,13 +389,13 @@ def _own_tensors_(module: nn.Module) -> None:
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
-def _places(module: nn.Module, original: "ModelProto", plain: "ModelProto", numbers: list[int]) -> dict[str, _Place]:
+def _places(module: nn.Module, made_of: _Nodes, plain: "ModelProto", numbers: list[int]) -> dict[str, _Place]:
     """Where the module's parameters and buffers stand in the file, by their bytes among the inputs of their node."""
     from onnx import numpy_helper
 
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in plain.graph.initializer}
     found = {}
-    for name, nodes in _nodes(module, plain.graph).items():
+    for name, nodes in made_of.items():
         taken: set[tuple[int, int]] = set()
         for key, tensor in module.get_submodule(name).state_dict(prefix=f"{name}.").items():
             for at in nodes:
@@ -396,21 +425,6 @@ def _found(
         elif array.tobytes() == values.tobytes():
             return _Place(at, input, False)
     return None
-
-
-def _nodes(module: Any, graph: "GraphProto") -> dict[str, list[int]]:
-    """By the names of the module's children, the nodes that each was made of."""
-    producers = {name: at for at, node in enumerate(graph.node) for name in node.output}
-    if isinstance(module, fx.GraphModule):  # onnx2torch: one for each, in order
-        children = [name for name, _ in module.named_children() if name != "initializers"]
-        return {name: [at] for at, name in enumerate(children)} if len(children) == len(graph.node) else {}
-    nodes = {}
-    for output, name in module.mapping.items():  # onnx2pytorch: by the output; of a product and its bias it makes one
-        at = producers.get(output)
-        if at is not None and isinstance(getattr(module, name), nn.Module):
-            before = [producers[i] for i in graph.node[at].input if i in producers and i not in module.mapping]
-            nodes[name] = [at, *before]
-    return nodes
 
 
 def _place_of_bias(key: str, origin: Source) -> _Place | None:

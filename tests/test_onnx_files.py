@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.ao.nn.intrinsic import qat
+from torch.ao.quantization import get_default_qat_qconfig_mapping
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import bnsurgery
 from bnsurgery import BNSurgeryWarning, CheckpointError, ExportError, from_onnx, onnx_files
@@ -229,7 +232,7 @@ def test_a_converter_that_makes_something_else_is_passed_over(net, monkeypatch):
         def forward(self, x):
             return 2 * self.inner(x)
 
-    wrong = {"onnx2torch": lambda model: Doubling(onnx_files._onnx2torch(model))}
+    wrong = {"onnx2torch": lambda model: (Doubling(onnx_files._onnx2torch(model)[0]), {})}
     monkeypatch.setattr(onnx_files, "_CONVERTERS", wrong)
     with pytest.raises(CheckpointError, match="computes something else than onnxruntime"):
         from_onnx(net)
@@ -256,6 +259,26 @@ def test_a_changed_tensor_without_a_place_is_refused(net, tmp_path):
     with pytest.raises(ExportError, match="'initializers.onnx_initializer_0' has changed, and where it stands"):
         bnsurgery.export(bn_model, tmp_path / "out.onnx", to="onnx", example=x)
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.ao's
+def test_quantization_aware_training_takes_it(tmp_path, converter):
+    arrays = weights(w=(4, 3, 3, 3), b=(4,), v=(4, 4, 3, 3), d=(5, 64)) | {"shape": np.array([1, 64])}
+    nodes = [
+        ("Conv", ["x", "w", "b"], "1", {}),
+        ("Relu", ["1"], "2", {}),
+        ("Conv", ["2", "v"], "3", {}),
+        ("Relu", ["3"], "4", {}),
+        ("Reshape", ["4", "shape"], "5", {}),
+        ("Gemm", ["5", "d"], "y", {"transB": 1}),
+    ]
+    model = from_onnx(saved(tmp_path / "net.onnx", nodes, arrays))
+    x = torch.randn(4, 3, 8, 8)
+    stock = bnsurgery.to_torch(bnsurgery.insert(model, [x], layers="conv"))
+    prepared = prepare_qat_fx(stock.train(), get_default_qat_qconfig_mapping("fbgemm"), (x,))
+    assert sum(isinstance(module, qat.ConvBnReLU2d) for module in prepared.modules()) == 2
+    prepared(x).sum().backward()
 
 
 @pytest.mark.slow
