@@ -129,7 +129,6 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
             except Exception as error:  # the converter's, of many kinds
                 errors[name] = _reason(error)
                 continue
-            _own_tensors_(module)
             _as_torchs_own_(module)
             any_batch = _takes_two(module, noise)
             if not any_batch:
@@ -180,6 +179,11 @@ def write(network: nn.Module, origin: Source, temporary: Path) -> None:
     for key, tensor in network.state_dict().items():
         if key in origin.before and torch.equal(_bytes(tensor), _bytes(origin.before[key])):
             continue
+        if key in origin.before and tensor.shape != origin.before[key].shape:
+            was = tuple(origin.before[key].shape)
+            raise ExportError(
+                f"export: '{key}' is {tuple(tensor.shape)}, and {was} in the ONNX file, whose graph is kept"
+            )
         place = origin.places.get(key) or _place_of_bias(key, origin)
         if place is None:
             raise ExportError(f"export: '{key}' has changed, and where it stands in the ONNX file is not known")
@@ -381,12 +385,6 @@ def _takes_two(module: nn.Module, noise: dict[str, np.ndarray]) -> bool:
     except Exception:  # what an operator says to a shape that does not fit
         return False
     return True
-
-
-def _own_tensors_(module: nn.Module) -> None:
-    """Give every parameter a memory of its own: those of one initializer would be trained, and scaled, together."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def _places(module: nn.Module, made_of: _Nodes, plain: "ModelProto", numbers: list[int]) -> dict[str, _Place]:

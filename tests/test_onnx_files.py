@@ -261,6 +261,24 @@ def test_a_changed_tensor_without_a_place_is_refused(net, tmp_path):
     assert not (tmp_path / "out.onnx").exists()
 
 
+def test_a_layer_of_another_size_is_refused(net, tmp_path):
+    """A new head, say: the graph is the file's."""
+    x = torch.randn(4, 3, 8, 8)
+    bn_model = bnsurgery.insert(from_onnx(net), [x])
+    name = next(name for name, module in bn_model.named_modules() if isinstance(module, nn.Linear))
+    setattr(bn_model, name, nn.Linear(216, 7))
+    with pytest.raises(ExportError, match=r"is \(7, 216\), and \(5, 216\) in the ONNX file"):
+        bnsurgery.export(bn_model, tmp_path / "out.onnx", to="onnx")
+
+
+def test_a_reshape_that_would_take_zero_at_its_word(tmp_path, converter):
+    """As torch.onnx writes it; a batch that is taken over is a zero."""
+    nodes = [("Conv", ["x", "w"], "1", {}), ("Reshape", ["1", "shape"], "y", {"allowzero": 1})]
+    arrays = weights(w=(4, 3, 1, 1)) | {"shape": np.array([1, 256])}
+    net = saved(tmp_path / "net.onnx", nodes, arrays, output=("y", 1, 256), opset=14)
+    assert onnx_files.source(from_onnx(net)).any_batch
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch.ao's
 def test_quantization_aware_training_takes_it(tmp_path, converter):
