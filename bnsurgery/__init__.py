@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .insertion import insert
     from .moments import ChannelMoments
     from .nn import set_process_group_, set_statistics_
+    from .onnx_files import from_onnx
     from .planning import Plan, Site, Skip, plan
     from .recomputation import recompute_activations_
     from .relu_fusion import fuse_relu_, unfuse_relu_
@@ -46,6 +47,7 @@ _HOMES = {
     "Export": "exporting",
     "export": "exporting",
     "fold": "folding",
+    "from_onnx": "onnx_files",
     "insert": "insertion",
     "ChannelMoments": "moments",
     "set_process_group_": "nn",
@@ -86,6 +88,7 @@ __all__ = [
     "export",
     "finetune",
     "fold",
+    "from_onnx",
     "fuse_relu_",
     "insert",
     "load",

@@ -7,7 +7,7 @@ import logging
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from . import pretrained
+from . import onnx_files, pretrained
 from .batches import Inputs, join, placed, run
 from .checkpoint import current_record, has_place_for, torch_save
 from .copies import on_meta
@@ -47,6 +47,7 @@ SUFFIXES = {
 }
 _PROGRAMS = ("onnx", "exported-program")
 _PICKLES = (".pth", ".pt")
+_NAMED = 3  # layers in a line
 _MAX_INPUT = 2**26  # numbers in one input that is made up: a quarter of a gigabyte
 # Of the largest output: what float32 rounding in a deep network amounts to.
 _TOLERANCE = 1e-5
@@ -122,7 +123,7 @@ def export(
     - "torchvision": the same, made sure to fit torchvision's own class.
     - "torchvision-bn": for torchvision's vgg*_bn: BatchNorm behind the convolutions stays, the rest is folded.
     - "onnx": the folded network in eval mode for any batch size, or for one image where it takes no more at a time;
-      tried in onnxruntime.
+      tried in onnxruntime. Of a network from `from_onnx` the same graph, with new initializers where tensors changed.
     - "exported-program": the same by `torch.export`.
 
     What images go through and the names of the classes, where they are known, stand in the file as JSON, called
@@ -167,7 +168,7 @@ def export(
             written = Job(network, temporary, inputs, path.suffix, done, keep_bn, axes, labels(preprocessing, classes))
             again = _WRITERS[to](written)
             equivalence = verify(again, bn_model, [inputs], drift_batch_sizes=())
-            _require_same(path, equivalence, "")
+            _require_same(path, equivalence)
             for axis in {name: None for called in axes for name in called.values()}:
                 _require_same(path, compare_doubled(again, bn_model, inputs, axes, axis), f", with {axis} doubled,")
     name = _name(to, done)
@@ -176,6 +177,46 @@ def export(
     usage = _usage(to, path, done, keep_bn, gained)
     feed = _feed(inputs, axes, preprocessing, classes, in_file=path.suffix not in _PICKLES)
     return Export(str(path), to, name, origin, folds_back, equivalence, usage, feed, gained)
+
+
+def export_folded(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    example: Any,
+    bias: Literal["add", "refuse"] = "add",
+    overwrite: bool = False,
+) -> Export:
+    """Fold a network that came with its own BatchNorm and write its tensors, as `export` to "state-dict" does.
+
+    Args:
+        model: with BatchNorm and no record; not changed.
+        path: the file to write, safetensors, or `torch.save`'s format where it is called .pth or .pt.
+        example: an input batch, to compare on.
+        bias: as for `fold`.
+        overwrite: whether an old file may be replaced.
+
+    Raises:
+        ExportError, FoldError, CalibrationError, CheckpointError: as `export`.
+    """
+    path = Path(path)
+    inputs = placed(model, _taken(model, Inputs.of(example)))
+    with evaluating(model):
+        folded = fold_model(model, bias=bias, example=inputs)
+        with atomic_write(path, overwrite=overwrite) as temporary:
+            again = _state_dict(folded, temporary, path.suffix, {})
+            equivalence = verify(again, model, [inputs], drift_batch_sizes=())
+            _require_same(path, equivalence)
+    gained = [key.removesuffix(".bias") for key in folded.state_dict().keys() - model.state_dict().keys()]
+    biases = tuple(name for name, _ in folded.named_modules() if name in gained)
+    name = type(model).__name__
+    more = f" and {len(biases) - _NAMED} more" if len(biases) > _NAMED else ""
+    with_bias = f", bias=True in {', '.join(biases[:_NAMED])}{more}" if biases else ""
+    usage = (
+        f"model = ...  # a {name} with nn.Identity for BatchNorm{with_bias}\n      model.load_state_dict({_load(path)})"
+    )
+    feed = _feed(inputs, [], None, (), in_file=False)
+    return Export(str(path), "state-dict", name, "its own BatchNorm folded", False, equivalence, usage, feed, biases)
 
 
 def _check(to: str, done: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]) -> None:
@@ -215,6 +256,9 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any, preprocessi
             inputs = Inputs(example)
         # torch.export takes a size of 1 for a constant.
         return (join([inputs, inputs]) or inputs) if inputs.samples == 1 else inputs
+    origin = onnx_files.source(bn_model)
+    if origin is not None:
+        return Inputs(origin.noise(2 if origin.any_batch else 1))
     shape: Sequence[int] | None = done.input_shape
     if preprocessing is not None:
         shape = preprocessing.shape
@@ -249,15 +293,15 @@ def _taken(bn_model: nn.Module, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _state_dict(job: Job) -> nn.Module:
-    _write_state(job)
-    again = on_meta(job.network)
-    again.load_state_dict(read_tensors(job.temporary), assign=True)
+def _state_dict(network: nn.Module, temporary: Path, suffix: str, labels: Mapping[str, str]) -> nn.Module:
+    _write_state(network, temporary, suffix, labels)
+    again = on_meta(network)
+    again.load_state_dict(read_tensors(temporary), assign=True)
     return again
 
 
 def _stock(job: Job) -> nn.Module:
-    _write_state(job)
+    _write_state(job.network, job.temporary, job.suffix, job.labels)
     architecture = job.done.architecture
     assert architecture is not None
     has_bn = any(key.endswith("running_mean") for key in job.network.state_dict())
@@ -268,26 +312,26 @@ def _stock(job: Job) -> nn.Module:
     return again.to(next(job.network.parameters()).device).eval()
 
 
-def _write_state(job: Job) -> None:
+def _write_state(network: nn.Module, temporary: Path, suffix: str, labels: Mapping[str, str]) -> None:
     form = torch.contiguous_format  # a clone each: safetensors takes no two names for one storage
-    state = job.network.state_dict().items()
+    state = network.state_dict().items()
     tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in state}
     odd = next((name for name, tensor in tensors.items() if not has_place_for(tensor.dtype)), None)
-    if job.suffix in _PICKLES:
-        torch_save(tensors, job.temporary)
+    if suffix in _PICKLES:
+        torch_save(tensors, temporary)
     elif odd is not None:
         raise ExportError(
             f"export: safetensors has no place for '{odd}', which is {tensors[odd].dtype}: give the file a name in .pth"
         )
     else:
-        save_file(tensors, job.temporary, metadata={"format": "pt", **job.labels})
-        sort_metadata(job.temporary)
+        save_file(tensors, temporary, metadata={"format": "pt", **labels})
+        sort_metadata(temporary)
 
 
 _WRITERS: dict[str, Callable[..., Any]] = {
     "torchvision-bn": _stock,
     "torchvision": _stock,
-    "state-dict": _state_dict,
+    "state-dict": lambda job: _state_dict(job.network, job.temporary, job.suffix, job.labels),
     "onnx": write_onnx,
     "exported-program": write_program,
 }
@@ -306,7 +350,7 @@ def _quiet() -> Iterator[None]:
             logging.disable(disabled)
 
 
-def _require_same(path: Path, equivalence: EquivalenceReport, when: str) -> None:
+def _require_same(path: Path, equivalence: EquivalenceReport, when: str = "") -> None:
     if not equivalence.within(_TOLERANCE):
         raise ExportError(
             f"export: '{path}': what was written{when} differs by {equivalence.max_rel:.3g} of the largest output; "
@@ -340,11 +384,7 @@ def _name(to: str, done: SurgeryRecord) -> str:
 
 
 def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool, gained: Sequence[str]) -> str:
-    load = (
-        f'torch.load("{path}", weights_only=True)'
-        if path.suffix in _PICKLES
-        else f'safetensors.torch.load_file("{path}")'
-    )
+    load = _load(path)
     if to == "state-dict" and keep_bn:
         return f"{load}, for a network with BatchNorm in these places"
     head = f", with {len(done.task.classes)} classes" if done.task is not None and done.task.head is not None else ""
@@ -356,3 +396,9 @@ def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool, gained: Sequ
         "onnx": f'onnxruntime.InferenceSession("{path}")',
         "exported-program": f'torch.export.load("{path}").module()',
     }.get(to, f"model = {made}\n      model.load_state_dict({load})")
+
+
+def _load(path: Path) -> str:
+    if path.suffix in _PICKLES:
+        return f'torch.load("{path}", weights_only=True)'
+    return f'safetensors.torch.load_file("{path}")'

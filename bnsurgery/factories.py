@@ -13,7 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
+from torchvision import models
 
+from . import onnx_files
 from .errors import ArchitectureError, CheckpointError
 
 _TIMM = "timm:"
@@ -27,8 +29,20 @@ def is_timm(name: str) -> bool:
     return name.startswith(_TIMM)
 
 
+def is_onnx(name: str) -> bool:
+    """Whether `name` is that of an ONNX file."""
+    return name.endswith(onnx_files.SUFFIX)
+
+
+def is_torchvision(name: str) -> bool:
+    """Whether `name` is one of torchvision's classifiers, as `torchvision.models.list_models` has it."""
+    return name in models.list_models(module=models)
+
+
 def build(name: str, *, pretrained: bool = False) -> nn.Module:
     """The network that "package.module:factory" or "file.py:factory" makes, or timm's "timm:NAME", in eval mode.
+
+    A name of torchvision's, such as "resnet18", gives that one without weights; "net.onnx" what is in the file.
 
     The factory is called without arguments. Nothing read from a checkpoint ever gets here.
 
@@ -47,6 +61,11 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
     """
     if is_timm(name):
         return _timm(name, pretrained)
+    if is_onnx(name):
+        return onnx_files.from_onnx(name)
+    if is_torchvision(name):
+        made: nn.Module = models.get_model(name, weights=None)
+        return made.eval()
     model = function(name)()
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"model '{name}': returned a {type(model).__name__}, expected a torch.nn.Module")

@@ -1,32 +1,37 @@
-"""Take BatchNorm out again: fold it into the neighbouring layers, which get back their original form."""
+"""Take BatchNorm out: fold it into the neighbouring layers. What was inserted leaves them as they originally were."""
 
 import warnings
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batches import Inputs
 from .copies import independent
 from .errors import BNSurgeryError, BNSurgeryWarning, FoldError
-from .layer_kinds import LAYERS, TRANSPOSED, Layer
-from .module_tree import place, remove
+from .foldable import OWN_NORMS, OwnNorm, own_norms, rest, unfoldable
+from .layer_kinds import TRANSPOSED, Layer
+from .module_tree import place, remove, replace
 from .nn import Normed
 from .nn.identity import kernel_scale_shift
-from .nn.normed import detach_, detached_class
+from .nn.normed import detach_
 from .recomputation import keep_activations_
 from .relu_fusion import give_back_, is_fused
-from .surgery_record import InsertedSite, detach_record, record
+from .surgery_record import InsertedSite, carries_record, detach_record, record
 
 _NAMED = 8  # layers in a message
-_PLAIN_FORWARDS = {cls.forward for cls in LAYERS}
-_PLAIN_CONV_FORWARDS = {getattr(cls, "_conv_forward", None) for cls in LAYERS}
+_NO_BIAS = "shifts, and '{}' has no bias that could take the shift: bias='add' (--bias add) gives it one"
+_NOT_FINITE = "its parameters or statistics are not finite"
+_PARTIAL = "allow_partial=True leaves such norms in place."
 
 
-def fold(bn_model: nn.Module, *, allow_partial: bool = False, bias: Literal["add", "refuse"] = "add") -> nn.Module:
-    """A copy of `bn_model` without the BatchNorm layers that `insert` put in, computing the same in eval mode.
+def fold(
+    bn_model: nn.Module, *, allow_partial: bool = False, bias: Literal["add", "refuse"] = "add", example: Any = None
+) -> nn.Module:
+    """A copy of `bn_model` without its BatchNorm layers, computing the same in eval mode.
 
     With scale a = weight/√(running_var + eps) and shift s = bias − running_mean·a, a layer before its norm becomes
     W·a, b·a + s (per output channel), and a layer behind a post-activation norm W·a, b + W·s (per input channel).
@@ -35,29 +40,43 @@ def fold(bn_model: nn.Module, *, allow_partial: bool = False, bias: Literal["add
     its norm shifts, and a warning names it: strict loading into the original class then fails, and without `strict` the
     shift would be lost.
 
+    Of a model from `insert` or `load` those norms go that were inserted. Of any other network all of its own go, each
+    into the layer before it whose output it alone takes, as torch.fx traces the forward pass in eval mode. An
+    `nn.Identity` stands in the place of each (or the activation that was part of it), so that every other module and
+    tensor keeps its name; layers without bias get one where their norm shifts.
+
     Args:
-        bn_model: from `insert` or `load`, trained since or not; not changed.
-        allow_partial: leave in place what cannot be folded, instead of raising. The result then still carries a
-            norm or more, and no record.
+        bn_model: trained or not; not changed.
+        allow_partial: leave in place what cannot be folded, instead of raising; a warning names the network's own norms
+            that stay. The result then still carries a norm or more, and no record.
         bias: "add" gives layers without a bias one where a norm shifts; "refuse" takes that for what cannot be folded.
+        example: a batch, as for `plan`, for a network with its own norms: code that asks for shapes can then be
+            followed, and a dense layer on (N, T, C) with T = C is told from one on (N, C).
 
     Raises:
-        FoldError: a post-activation norm has no layer that could take it, or a norm or layer is gone or was replaced
-            by something else, or the layer's weight is tied, computed, or used in a way of its own; named, with the
-            reason.
-        BNSurgeryError: the model carries no record.
+        FoldError: a norm has no layer that could take it, or a norm or layer is gone or was replaced by something else,
+            has hooks or no running statistics, or the layer's output goes elsewhere, too, or its weight is tied,
+            computed, or used in a way of its own; named, with the reason.
+        BNSurgeryError: the model carries no record, and no BatchNorm.
+        UntraceableModelError: nothing of the forward pass of a network with its own norms can be followed.
         ValueError: `bias` is neither of the two.
+
+    ```python
+    model = torchvision.models.resnet18().eval()
+    plain = bnsurgery.fold(model)  # no BatchNorm in it: plain.conv1 has a bias, plain.bn1 is an nn.Identity
+    ```
     """
     if bias not in ("add", "refuse"):
         raise ValueError(f"fold: bias must be 'add' or 'refuse', got {bias!r}")
+    if not carries_record(bn_model) and any(isinstance(module, OWN_NORMS) for module in bn_model.modules()):
+        return _fold_own(bn_model, allow_partial, bias, example)
     the_record = record(bn_model)
     obstacles = {inserted.norm: _obstacle(bn_model, inserted) for inserted in the_record.sites}
     gained = gained_biases(bn_model, [site for site in the_record.sites if not obstacles[site.norm]])
     if bias == "refuse":
-        reason = "shifts, and '{}' has no bias that could take the shift: bias='add' (--bias add) gives it one"
-        obstacles |= {norm: reason.format(name) for norm, name in gained.items()}
+        obstacles |= {norm: _NO_BIAS.format(name) for norm, name in gained.items()}
     if not allow_partial:
-        _refuse(obstacles, "allow_partial=True leaves such norms in place.")
+        _refuse(obstacles, _PARTIAL)
     plain = independent(bn_model)
     keep_activations_(plain)
     fold_(plain, [inserted for inserted in the_record.sites if not obstacles[inserted.norm]])
@@ -71,6 +90,41 @@ def fold(bn_model: nn.Module, *, allow_partial: bool = False, bias: Literal["add
             stacklevel=2,
         )
     return plain
+
+
+def _fold_own(model: nn.Module, allow_partial: bool, bias: str, example: Any) -> nn.Module:
+    """`fold` of a network that came with its norms."""
+    found = own_norms(model, Inputs.of(example) if example is not None else None)
+    obstacles = {norm.name: norm.obstacle or _own_obstacle(model, norm, bias) for norm in found}
+    if not allow_partial:
+        _refuse(obstacles, _PARTIAL)
+    plain = independent(model)
+    for own in found:
+        if not obstacles[own.name]:
+            norm, layer = plain.get_submodule(own.name), _layer(plain, str(own.layer))
+            _fold_into_output(layer, *(torch.from_numpy(array) for array in _scale_shift(norm)))
+            replace(plain, norm, rest(norm))
+    left = [f"'{name}': {reason}" for name, reason in obstacles.items() if reason]
+    if left:
+        more = f"; and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        warnings.warn(
+            f"fold: {len(left)} of {len(found)} BatchNorm layers stay: {'; '.join(left[:_NAMED])}{more}",
+            BNSurgeryWarning,
+            stacklevel=3,
+        )
+    return plain
+
+
+def _own_obstacle(model: nn.Module, own: OwnNorm, bias: str) -> str | None:
+    """Why this norm cannot go into the layer before it, or None."""
+    layer = _layer(model, str(own.layer))
+    scale, shift = _scale_shift(model.get_submodule(own.name))
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+        return _NOT_FINITE
+    reason = unfoldable(model, layer)
+    if reason:
+        return f"cannot be folded into {type(layer).__name__} '{own.layer}', {reason}"
+    return _NO_BIAS.format(own.layer) if bias == "refuse" and layer.bias is None and (shift != 0).any() else None
 
 
 def gained_biases(model: nn.Module, sites: Iterable[InsertedSite]) -> dict[str, str]:
@@ -130,7 +184,7 @@ def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:
     if len(scale) != inserted.site.channels:
         return f"has {len(scale)} channels, expected {inserted.site.channels}"
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        return "its parameters or statistics are not finite"
+        return _NOT_FINITE
     if (scale == 1).all() and (shift == 0).all():
         return None
     parent = model.get_submodule(inserted.norm.rpartition(".")[0])
@@ -143,24 +197,12 @@ def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:
                 "padding, follows that could take its shift"
             )
         layer = target
-    reason = _unfoldable(model, layer)
+    reason = unfoldable(model, layer)
     return (
         f"cannot be folded into {type(layer).__name__} '{inserted.next_layer or inserted.layer}', {reason}"
         if reason
         else None
     )
-
-
-def _unfoldable(model: nn.Module, layer: nn.Module) -> str | None:
-    """Why scaling this layer's weight would not scale its output, or would scale something else too; or None."""
-    plain = detached_class(layer)
-    if plain.forward not in _PLAIN_FORWARDS or getattr(plain, "_conv_forward", None) not in _PLAIN_CONV_FORWARDS:
-        return "whose class has a forward of its own"
-    weight = layer._parameters.get("weight")
-    if weight is None or layer._forward_pre_hooks:
-        return "whose weight is computed (parametrized, normalized or pruned)"
-    users = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
-    return "whose weight is tied to another layer's" if len(users) > 1 else None
 
 
 def _fold_(model: nn.Module, sites: list[InsertedSite]) -> None:
@@ -264,4 +306,10 @@ def _layer(model: nn.Module, name: str) -> Layer:
 def _scale_shift(module: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     norm = cast(_BatchNorm, module)
     assert norm.running_mean is not None and norm.running_var is not None
-    return kernel_scale_shift(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    mean, var, weight, bias = map(_at_least_single, (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    return kernel_scale_shift(mean, var, weight, bias, norm.eps)
+
+
+def _at_least_single(tensor: Any) -> Any:
+    """In half precision the kernels compute in single."""
+    return tensor.float() if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -24,7 +24,7 @@ _STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x28\xb5\x2f\xfd", "a Zstandard archive", _UNPACK),
 )
 # Protocol buffers have no mark of their own: by what the first fields are, or by the name.
-_ONNX = "an ONNX model", _CONVERT.format("onnx2torch")
+_ONNX = "an ONNX model", "It is a network with its weights: bnsurgery insert FILE.onnx."
 _CAFFE = "a Caffe model", _CONVERT.format("a converter from Caffe")
 _TENSORFLOW = "a TensorFlow model", _CONVERT.format("a converter from TensorFlow")
 _SUFFIXES = {".onnx": _ONNX, ".caffemodel": _CAFFE, ".pb": _TENSORFLOW}

@@ -53,5 +53,13 @@ def label_onnx(model: Any, axes: Sequence[Mapping[int, str]], metadata: Mapping[
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:  # a symbol, or an expression of some
                 dim.dim_param = re.sub(r"\w+", lambda match: names.get(match[0], match[0]), dim.dim_param)
+    add_metadata(model, metadata)
+
+
+def add_metadata(model: Any, metadata: Mapping[str, str]) -> None:
+    """Put these into an ONNX model's metadata, in the place of those that are called the same."""
+    kept = [entry for entry in model.metadata_props if entry.key not in metadata]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
     for name, text in metadata.items():
         model.metadata_props.add(key=name, value=text)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models import WeightsEnum
 
 from . import factories
@@ -22,6 +23,7 @@ from .tracing import Trace, is_layer
 from .weights import download, read_weights
 
 _CROP = 224
+_OWN_INPUTS = ("googlenet", "inception_v3")  # with weights they rescale their input, and drop their training heads
 _RESIZE = 256
 
 
@@ -98,8 +100,8 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choi
 
     Args:
         name: see `factories.build`.
-        weights: a path to a file that holds its state dict; "DEFAULT" for timm's own, or what the factory made;
-            "random" for timm's initialization.
+        weights: a path to a file that holds its state dict; "DEFAULT" for torchvision's or timm's own, or what the
+            factory made; "random" for torchvision's or timm's initialization.
         seed: for whatever the factory draws.
         choice: which tensors of a file to take.
 
@@ -108,12 +110,24 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choi
     """
     known = ("DEFAULT", "random")
     _check_choice(choice, weights, known)
-    if weights == "random" and not factories.is_timm(name):
+    stock = factories.is_torchvision(name)
+    if weights == "random" and not (stock or factories.is_timm(name)):
         raise CheckpointError(f"weights 'random': '{name}' makes its own: leave --weights out, or pass a file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = factories.build(name, pretrained=factories.is_timm(name) and weights == "DEFAULT")
-    description = "as they are made" if weights == "DEFAULT" else f"random, seed {seed}"
+    description = f"random, seed {seed}"
+    if weights == "DEFAULT":
+        description = f"file {Path(name).name}" if factories.is_onnx(name) else "as they are made"
+    if stock and weights == "DEFAULT":
+        if name in _OWN_INPUTS:
+            raise ArchitectureError(
+                f"model '{name}': torchvision makes it another network with its weights: write a function that returns "
+                f"torchvision.models.{name}(weights='DEFAULT'), and pass file.py:function"
+            )
+        member = models.get_model_weights(name).DEFAULT
+        fill_(model, name, download(member, progress=False), BEST_FIT)
+        description = str(member)
     if weights not in known:
         file = read_weights(weights)
         _refuse_inserted(file.path)
@@ -151,6 +165,13 @@ def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessi
         kind = config.get("interpolation") or own.interpolation
         own = replace(own, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=kind)
     return wanted.of(own)
+
+
+def noise(model: nn.Module, size: tuple[int, int] | None = None) -> Tensor:
+    """Two images to try a network on, (2, C, *size): of timm's own height and width where none is given, else 224."""
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    height, width = size or (config.get("input_size") or (_CROP, _CROP))[-2:]
+    return torch.randn(2, input_channels(model), height, width, generator=torch.Generator().manual_seed(0))
 
 
 def input_channels(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from . import onnx_files
 from .batches import Inputs, outputs, run
 from .errors import ExportError
 from .labels import label_onnx
@@ -80,7 +81,14 @@ def compare_doubled(
 
 
 def write_onnx(job: Job) -> Callable[..., list[Tensor]]:
-    """ONNX, its axes and outputs named; what onnxruntime makes of the file comes back."""
+    """ONNX, its axes and outputs named; what onnxruntime makes of the file comes back.
+
+    A network that came from an ONNX file goes back into the same graph.
+    """
+    origin = onnx_files.source(job.network)
+    if origin is not None and not job.keep_bn:
+        onnx_files.write(job.network, origin, job.temporary, job.labels)
+        return onnx_files.session(job.temporary)
     import onnxruntime
 
     exported = _capture(job)  # as for the other format, and with its errors

@@ -172,8 +172,7 @@ def record(bn_model: nn.Module) -> SurgeryRecord:
         if norms and all(kind.__module__.startswith("torch.") for kind in norms.values()):
             raise BNSurgeryError(
                 f"{type(bn_model).__name__} carries no record of bnsurgery.insert: its norm '{next(iter(norms))}' is "
-                "its own, and only what was inserted is taken out again. To fold this one, use "
-                "torch.fx.experimental.optimization.fuse(model.eval())"
+                "its own. bnsurgery.fold(model) folds it into the layers; the rest is for what was inserted"
             )
         raise BNSurgeryError(
             f"record: {type(bn_model).__name__} carries no record: it was not made by bnsurgery.insert or .load "

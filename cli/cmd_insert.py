@@ -21,6 +21,7 @@ from .options import (
     print_options,
     show,
     sites_options,
+    stem,
     weights_options,
 )
 from .reporting import check_report, report_options, write_report, written
@@ -84,9 +85,10 @@ def command(
 
     Measures every layer's mean and variance on calibration images, inserts BatchNorm layers that normalize by them and
     undo it, proves the outputs equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, or timm:NAME;
-    FILE is a weights file, whose architecture is recognised; --model takes a network of your own, and FILE is its then.
+    FILE is an ONNX file, or one of weights, whose architecture is recognised; --model takes a network of your own, and
+    FILE holds its weights then.
     """
-    from bnsurgery import checkpoint, devices, factories, lrn, models, pretrained
+    from bnsurgery import checkpoint, devices, factories, lrn, models, onnx_files, pretrained
     from bnsurgery.batches import Inputs
     from bnsurgery.calibration import calibrate
     from bnsurgery.copies import on_meta, sharing_tensors
@@ -159,6 +161,8 @@ def command(
     }
     if own:
         provenance["model"] = name
+    if in_onnx := onnx_files.source(network):
+        provenance["onnx"] = in_onnx.digest
     task = None if preprocess is None else Task((), None, preprocess)
     done = replace(
         record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=Inputs.of(samples[0]).shape, task=task
@@ -196,11 +200,6 @@ def command(
         **written(page, plot),
     }
     show(text, facts, as_json, quiet)
-
-
-def stem(name: str) -> str:
-    """A file's stem for a network's name: "net.py:small" gives "small", "timm:vgg16" "vgg16"."""
-    return name.rpartition(":")[2].replace("/", "-")
 
 
 def _first(batches: Iterable[Any], count: int) -> list[Any]:

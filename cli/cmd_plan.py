@@ -60,10 +60,10 @@ def command(
 ) -> None:
     """Show where BatchNorm would go, and for every other layer why not.
 
-    ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is a weights file, whose architecture is recognised, or that of
-    what --model makes; or a checkpoint of `bnsurgery insert`, of which is shown what was done.
+    ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is an ONNX file; or one of weights, whose architecture is
+    recognised, or that of what --model makes; or a checkpoint of `bnsurgery insert`, of which is shown what was done.
     """
-    from bnsurgery import drawing, files, models, planning, pretrained
+    from bnsurgery import drawing, factories, files, models, planning, pretrained
     from bnsurgery.checkpoint import read_record
     from bnsurgery.copies import on_meta
     from bnsurgery.fitting import Choice
@@ -94,7 +94,8 @@ def command(
     if data is not None:
         example = first_batch(data)
     elif own:
-        example = pretrained.example(pretrained.own_preprocessing(network, Wanted(image_size or _SIDE)), on_meta=False)
+        wanted = Wanted(image_size or (None if factories.is_onnx(name) else _SIDE))  # an ONNX file says it
+        example = pretrained.example(pretrained.own_preprocessing(network, wanted), on_meta=False)
     else:
         example = pretrained.example(pretrained.preprocessing(architecture, wanted=Wanted(image_size)), on_meta=True)
     plan = planning.plan(network, example, **choice)

@@ -39,8 +39,8 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
 model_option = click.option(
     "--model",
     metavar="MODULE:FUNCTION",
-    help="What makes a network of your own: package.module:function, file.py:function or timm:NAME. This runs its "
-    "code; never taken from a checkpoint.",
+    help="What makes a network of your own: package.module:function, file.py:function, timm:NAME, a name of "
+    "torchvision's or an ONNX file. This runs its code; never taken from a checkpoint.",
 )
 
 
@@ -322,7 +322,7 @@ class Named(NamedTuple):
 
 def named(source: str | None, model: str | None, weights: str) -> Named:
     """What ARCH|FILE, --model and --weights name. FILE holds weights: of what --model makes, if that is given."""
-    from bnsurgery import models
+    from bnsurgery import factories, models
 
     is_file = source is not None and source not in models.names() and Path(source).is_file()
     if is_file and weights != "DEFAULT":
@@ -333,6 +333,8 @@ def named(source: str | None, model: str | None, weights: str) -> Named:
         return Named(model, True, weights if source is None else source, False)
     if source is None:
         raise click.UsageError("Name a network: ARCH or FILE, or --model for one of your own.")
+    if factories.is_onnx(source):
+        return Named(source, True, weights, False)
     own = source.startswith("timm:")
     if not own and not is_file and ":" in source:
         raise click.UsageError(f"'{source}': did you mean --model {source}?")
@@ -346,11 +348,27 @@ def stem_of(checkpoint: Path) -> str:
     return checkpoint.stem.removesuffix("-bn")
 
 
+def stem(name: str) -> str:
+    """A file's stem for a network's name: "net.py:small" gives "small", "timm:vgg16" "vgg16"."""
+    if name.endswith(".onnx"):
+        return Path(name).stem
+    return name.rpartition(":")[2].replace("/", "-")
+
+
 def load_checkpoint(file: Path, model: str | None) -> "nn.Module":
     """The network in FILE, of a class that --model makes where it is not torchvision's."""
-    from bnsurgery import checkpoint, factories
+    from bnsurgery import checkpoint, factories, onnx_files
 
     done = checkpoint.read_record(file)
+    if model is None and done is not None and "onnx" in done.provenance:
+        digest = str(done.provenance["onnx"])
+        found = onnx_files.find(digest, file.parent, Path.cwd())
+        if found is None:
+            raise CheckpointError(
+                f"'{file}' was made from an ONNX file, {printable(str(done.provenance.get('model')))}, and that is "
+                "neither beside it nor here: pass --model FILE.onnx"
+            )
+        model = str(found)
     if model is None and done is not None and done.architecture is None:
         made = done.provenance.get("model")
         raise CheckpointError(

@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 from unchanged import assert_same_network, assert_unchanged, snapshot
 
 import bnsurgery
@@ -213,13 +212,3 @@ def test_a_new_head_survives_the_fold(network, images):
     assert torch.equal(folded.classifier[0].weight, model.classifier[0].weight)
     with pytest.raises(BNSurgeryError, match="carries no record"):
         bnsurgery.record(folded)
-
-
-def test_a_network_with_its_own_batchnorm_is_told_so_and_how_to_fold_it():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
-    with pytest.raises(BNSurgeryError, match=r"its norm '1' is its own.*torch.fx.experimental.optimization.fuse\("):
-        fold(model)
-    x = torch.randn(2, 3, 8, 8)
-    fused = fuse(model)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
-    assert torch.allclose(fused(x), model(x), atol=1e-6)  # a rounding error of values of order 1

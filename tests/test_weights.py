@@ -147,7 +147,7 @@ FOREIGN = {
     "hdf5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file, such as Keras writes.*h5py"),
     "keras": (lambda: zipped("metadata.json", "config.json", "model.weights.h5"), "a Keras model.*h5py"),
     "matlab": (lambda: b"MATLAB 5.0 MAT-file, Platform: GLNXA64".ljust(128), "a MATLAB file"),
-    "onnx": (onnx_model, r"an ONNX model.*onnx2torch, and save its state_dict\(\)"),
+    "onnx": (onnx_model, r"an ONNX model.*bnsurgery insert FILE.onnx"),
     "caffe": (lambda: b"\x0a\x07AlexNet\xa2\x06\x10\x0a\x05conv1" + bytes(50), "a Caffe model"),
     "caffe-old": (lambda: b"\x0a\x09CaffeNet2\x12\x10\x22\x05conv1" + bytes(50), "a Caffe model"),
     "tflite": (lambda: b"\x1c\0\0\0TFL3" + bytes(50), "a TensorFlow model"),

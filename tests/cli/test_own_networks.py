@@ -52,6 +52,15 @@ CODE = """
     def plain():
         return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3))
 
+    def normed(head=False):
+        norm = nn.BatchNorm2d(4)
+        nn.init.uniform_(norm.bias)
+        last = nn.BatchNorm2d(2) if head else nn.Identity()
+        return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norm, nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU(), last)
+
+    def stubborn():
+        return normed(head=True)
+
     def number():
         return 7
 """
@@ -656,3 +665,82 @@ def test_which_of_a_files_weights_are_taken(cli):
     assert code == 0 and "left as they were made: 7.weight, 7.bias" in err
     code, _out, err = cli("insert", "squeezenet1_1", "--weights", "random", "--partial", *FEW)
     assert code == 1 and "a key, a prefix and partial are for weights from a file" in err
+
+
+def test_fold_a_network_with_its_own_norms(cli):
+    trained = factories.build("net.py:normed")
+    with torch.no_grad():
+        trained[1].running_mean.uniform_()
+    torch.save({"state_dict": trained.state_dict()}, "trained.pth")
+    own = ["fold", "--model", "net.py:normed", "--weights", "trained.pth", "--image-size", "16"]
+    code, out, err = cli(*own)
+    assert code == 0, err
+    assert "net.py:normed: 1 BatchNorm layers folded away" in out and "file trained.pth" in out
+    assert "nn.Identity for BatchNorm, bias=True in 0\n" in out
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Identity())
+    plain.load_state_dict(load_file("normed-folded.safetensors"))
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(plain(x), trained(x), rtol=1e-5, atol=1e-6)  # rounding of values of order 1
+    assert cli(*own)[0] == 1  # the file exists
+    code, out, err = cli(*own, "-o", "normed.pth", "--json")
+    assert code == 0, err
+    assert json.loads(out)["new_biases"] == ["0"]
+    assert list(torch.load("normed.pth", weights_only=True)) == list(plain.state_dict())
+
+
+def test_fold_refuses_by_name(cli):
+    code, _out, err = cli("fold", "--model", "net.py:stubborn", "--image-size", "16")
+    assert (code, "fold: '5': does not stand behind a conv or dense layer, but behind ReLU '4'" in err) == (1, True)
+    code, _out, err = cli("fold", "--model", "net.py:normed", "--image-size", "16", "--bias", "refuse")
+    assert (code, "'0' has no bias that could take the shift" in err) == (1, True)
+    code, _out, err = cli("fold", "--model", "net.py:grey", "--image-size", "16")
+    assert (code, "carries no record" in err) == (1, True)
+    assert not list(Path().glob("*.safetensors"))
+    assert cli("fold")[0] == 2
+    code, _out, err = cli("fold", "some.safetensors", "--model", "net.py:normed", "--weights", "random")
+    assert (code, "leave FILE out" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_fold_torchvisions_by_name(cli):
+    code, out, err = cli("fold", "--model", "resnet18", "--weights", "random", "--image-size", "64")
+    assert code == 0, err
+    assert "resnet18: 20 BatchNorm layers folded away" in out
+    folded = load_file("resnet18-folded.safetensors")
+    assert "layer1.0.conv1.weight" in folded and not any(".bn" in name for name in folded)
+    code, _out, err = cli("fold", "--model", "googlenet")
+    assert (code, "write a function that returns torchvision.models.googlenet(weights='DEFAULT')" in err) == (1, True)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_in_and_out(cli):
+    pytest.importorskip("onnx2torch")
+    pytest.importorskip("onnx2pytorch")
+    onnx = pytest.importorskip("onnx")
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Linear(8, 5)).eval()
+    torch.onnx.export(net, (torch.randn(1, 3, 24, 24),), "net.onnx", dynamo=False, opset_version=13)
+    code, out, err = cli("plan", "net.onnx")
+    assert code == 0, err
+    assert "Next: bnsurgery insert net.onnx" in out
+    code, out, err = cli("insert", "net.onnx", "--num-images", "8")
+    assert code == 0, err
+    assert "net.onnx: 2 BatchNorm layers inserted" in out and "bit-identical" in out and "file net.onnx" in out
+    code, out, err = cli("verify", "net-bn.safetensors", "--num-images", "8", "--json")  # finds the file itself
+    assert code == 0, err
+    assert json.loads(out)["bit_identical"] and json.loads(out)["folds_back"]
+    code, out, err = cli("fold", "net-bn.safetensors")
+    assert code == 0, err
+    folded = onnx.load("net-folded.onnx")
+    assert folded.graph.SerializeToString() == onnx.load("net.onnx").graph.SerializeToString()
+    assert json.loads({entry.key: entry.value for entry in folded.metadata_props}["preprocessing"])["height"] == 24
+    code, out, err = cli("export", "net-bn.safetensors", "--to", "onnx", "--model", "net.onnx")
+    assert code == 0, err
+    assert Path("net-onnx.onnx").read_bytes() == Path("net-folded.onnx").read_bytes()
+    code, out, err = cli("fold", "net-bn.safetensors", "-o", "net.safetensors")
+    assert code == 0, err
+    assert {tuple(tensor.shape) for tensor in load_file("net.safetensors").values()} >= {(8, 3, 3, 3), (5, 8)}
+    for path in Path().glob("*.onnx"):
+        path.unlink()
+    code, out, err = cli("fold", "net-bn.safetensors", "--force")
+    assert (code, "was made from an ONNX file, net.onnx" in err, "--model FILE.onnx" in err) == (1, True, True)
