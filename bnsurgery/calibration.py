@@ -1,7 +1,7 @@
 """Measure the population moments at every site in one pass over the original network."""
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Sized
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,7 +115,7 @@ def input_moments(model: nn.Module, name: str, batches: Iterable[Any]) -> Channe
     return _gather("measure", measured, modules, failure)[name]
 
 
-def warn_of_dead_channels(moments: dict[str, ChannelMoments], eps: float) -> None:
+def warn_of_dead_channels(moments: Mapping[str, ChannelMoments], eps: float) -> None:
     """Warn of channels whose variance is below `eps`: BN would blow up whatever little they say in training."""
     dead = {name: int((site.variance < eps).sum()) for name, site in moments.items()}
     dead = {name: count for name, count in dead.items() if count}

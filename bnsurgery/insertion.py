@@ -1,7 +1,7 @@
 """Put BatchNorm into a network: the edit of the module tree, and the parameters that change nothing."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
 from typing import Any
@@ -12,11 +12,11 @@ from torch import nn
 
 from .batches import Inputs, equal, outputs, peek, run
 from .calibration import calibrate, warn_of_dead_channels
-from .copies import independent
+from .copies import independent, sharing_tensors
 from .devices import claims_identity
 from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError
 from .layer_kinds import LAYERS, device_and_dtype
-from .lrn import drop_lrn_, find_lrn, warn_of_change
+from .lrn import find_lrn, warn_of_change, without_lrn
 from .modes import observing
 from .module_tree import insert_after
 from .moments import ChannelMoments, digest
@@ -24,9 +24,12 @@ from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d
 from .nn.identity import identity_parameters
 from .nn.normed import attach_
 from .nn.settings import freeze_, is_frozen
-from .planning import Layers, Placement, Plan, Site, plan
+from .planning import Layers, Placement, Plan, Site
+from .planning import plan as find_sites
+from .preprocessing import Preprocessing
 from .relu_fusion import fuse_relu_
 from .surgery_record import InsertedSite, SurgeryRecord, attach_record, carries_record, describe_model, record
+from .task import Task
 
 _NORM_CLASSES: dict[int, type[BatchNorm1d | BatchNorm2d | BatchNorm3d]] = {
     2: BatchNorm1d,
@@ -69,6 +72,11 @@ def insert(
     eps: float = 1e-5,
     momentum: float | None = 0.1,
     drop_lrn: bool = False,
+    plan: Plan | None = None,
+    moments: Mapping[str, ChannelMoments] | None = None,
+    share_weights: bool = False,
+    preprocessing: Preprocessing | None = None,
+    provenance: Mapping[str, str | int] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """A copy of `model` with BatchNorm behind its layers that computes, in eval mode, the same bits.
@@ -108,31 +116,55 @@ def insert(
             batches, the first of which replaces what was calibrated.
         drop_lrn: first take out the `nn.LocalResponseNorm` layers, as of AlexNet (2012), which an `nn.Identity` then
             stands for. This changes the function, and a warning says by how much; the rest is exact as ever.
+        plan: where BatchNorm goes, from `plan`, in the place of `placement`, `layers` and `head`.
+        moments: the statistics of every site of that plan, from `calibrate`; then only the first batch is used, to
+            check the result on.
+        share_weights: let the copy have the parameters and buffers of `model` itself, which costs no memory: training
+            one of the two changes the other.
+        preprocessing: what the inputs, images, went through; noted in the record for `save`, `export` and the commands.
+        provenance: where weights and data came from, by any name, for the record.
         progress: show a bar on stderr.
 
     Raises:
         UntraceableModelError, NoSitesError, CalibrationError: see `plan` and `calibrate`; `model` is as before.
         BNSurgeryError: `model` was inserted into before, cannot be copied, or its code looks at its own layers so that
-            the result would compute something else.
-        ValueError: an option is out of range.
+            the result would compute something else; or `plan` or `moments` are of another network.
+        ValueError: an option is out of range, or given beside what takes its place.
 
     References: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.
     """
+    if plan is not None and (placement, layers, head) != ("pre-activation", "all", False):
+        raise ValueError("insert: placement, layers and head are the plan's: leave them out beside plan=")
+    if moments is not None and plan is None:
+        raise ValueError("insert: moments are those of a plan's sites: pass plan=, too")
     options = Options(absorb_bias, fuse_relu, eps, momentum)
-    options.check(placement)
+    options.check(placement if plan is None else plan.placement)
     if isinstance(batches, Iterator):  # its random numbers go on from here
         example, batches = peek(batches)
     else:
         with torch.random.fork_rng(devices=[]):  # a shuffling loader draws a seed at every start
             example, batches = peek(batches)
-    reference = _without_lrn(model, example) if drop_lrn else model
-    the_plan = plan(reference, example, placement=placement, layers=layers, head=head)
-    _check_model(model)
-    bn_model = independent(reference)
-    moments = calibrate(reference, the_plan, batches, progress=progress)
-    insert_(bn_model, the_plan, moments, options)
     dropped = find_lrn(model) if drop_lrn else ()
-    attach_record(bn_model, replace_fields(record(bn_model), dropped_lrn=dropped, input_shape=example.shape))
+    reference = model
+    if drop_lrn:
+        reference = without_lrn(model)
+        warn_of_change(model, reference, example, len(dropped))
+    if plan is None:
+        plan = find_sites(reference, example, placement=placement, layers=layers, head=head)
+    _check_model(model)
+    _check_plan(reference, plan, moments)
+    bn_model = sharing_tensors(reference) if share_weights else independent(reference)
+    if moments is None:
+        moments = calibrate(reference, plan, batches, progress=progress)
+    _insert_(bn_model, plan, moments, options)
+    done = replace_fields(
+        record(bn_model),
+        dropped_lrn=dropped,
+        input_shape=example.shape,
+        task=None if preprocessing is None else Task((), None, preprocessing),
+        provenance=dict(provenance or {}),
+    )
+    attach_record(bn_model, done)
     _check_result(reference, bn_model, example.take(0, 1))
     norms = {site.layer: bn_model.get_submodule(site.norm) for site in record(bn_model).sites}
     training = [layer for layer, norm in norms.items() if norm.training and not is_frozen(norm)]
@@ -147,12 +179,7 @@ def insert(
     return bn_model
 
 
-def insert_(model: nn.Module, plan: Plan, moments: dict[str, ChannelMoments], options: Options = Options()) -> None:
-    """`insert`, in place, from a plan and moments at hand.
-
-    Raises:
-        CalibrationError: the moments do not fit into the norms' dtype; the model is unchanged.
-    """
+def _insert_(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMoments], options: Options) -> None:
     parameters = {site.name: _parameters(model, site, moments[site.name], options) for site in plan.sites}
     warn_of_dead_channels(moments, options.eps)
     description = describe_model(model)
@@ -185,11 +212,18 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _without_lrn(model: nn.Module, example: Inputs) -> nn.Module:
-    without, names = independent(model), find_lrn(model)
-    drop_lrn_(without, names)
-    warn_of_change(model, without, example, len(names))
-    return without
+def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMoments] | None) -> None:
+    modules = dict(model.named_modules())
+    for site in plan.sites:
+        layer = modules.get(site.name)
+        if type(layer).__name__ != site.layer or site.anchor not in modules:
+            raise BNSurgeryError(
+                f"insert: the plan is of another network: {type(model).__name__} has no {site.layer} '{site.name}'"
+            )
+        if moments is not None and (site.name not in moments or len(moments[site.name].mean) != site.channels):
+            raise BNSurgeryError(
+                f"insert: the moments are of another plan: they have none of {site.channels} channels for '{site.name}'"
+            )
 
 
 def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None:

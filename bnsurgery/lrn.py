@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .batches import Inputs, outputs, run
+from .copies import sharing_tensors
 from .errors import BNSurgeryError, BNSurgeryWarning
 from .modes import observing
 from .module_tree import replace
@@ -15,6 +16,17 @@ from .module_tree import replace
 def find_lrn(model: nn.Module) -> tuple[str, ...]:
     """Fqns of the `nn.LocalResponseNorm` layers."""
     return tuple(name for name, module in model.named_modules() if isinstance(module, nn.LocalResponseNorm))
+
+
+def without_lrn(model: nn.Module) -> nn.Module:
+    """A copy without its LRN layers that has the model's own parameters and buffers.
+
+    Raises:
+        BNSurgeryError: it has no such layer.
+    """
+    without = sharing_tensors(model)
+    drop_lrn_(without, find_lrn(model))
+    return without
 
 
 def drop_lrn_(model: nn.Module, names: Iterable[str]) -> None:

@@ -1,7 +1,6 @@
 """bnsurgery insert."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -88,23 +87,21 @@ def command(
     FILE is an ONNX file, or one of weights, whose architecture is recognised; --model takes a network of your own, and
     FILE holds its weights then.
     """
+    import bnsurgery
     from bnsurgery import checkpoint, devices, factories, lrn, models, onnx_files, pretrained
-    from bnsurgery.batches import Inputs
     from bnsurgery.calibration import calibrate
-    from bnsurgery.copies import on_meta, sharing_tensors
+    from bnsurgery.copies import on_meta
     from bnsurgery.errors import CalibrationError
     from bnsurgery.fitting import Choice
-    from bnsurgery.insertion import Options, insert_
+    from bnsurgery.insertion import Options
     from bnsurgery.planning import plan
     from bnsurgery.preprocessing import Preprocessing
     from bnsurgery.summary import summarize
-    from bnsurgery.surgery_record import attach_record, record
-    from bnsurgery.task import Task
+    from bnsurgery.surgery_record import record
     from bnsurgery.verification import verify
 
-    options = Options(absorb_bias, fuse_relu)
     try:
-        options.check(choice["placement"])
+        Options(absorb_bias).check(choice["placement"])
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     name, own, weights, is_file = named(source, model, weights)
@@ -136,23 +133,11 @@ def command(
         seed=seed,
         skip_bad=skip_bad,
     )
-    dropped = lrn.find_lrn(network) if drop_lrn else ()
-    if drop_lrn:
-        with_lrn = network
-        network = sharing_tensors(with_lrn)
-        lrn.drop_lrn_(network, dropped)
-        lrn.warn_of_change(with_lrn, network, Inputs.of(next(iter(batches))), len(dropped))
+    reference = lrn.without_lrn(network) if drop_lrn else network
     example = next(iter(batches)) if preprocess is None else pretrained.example(preprocess, on_meta=not own)
-    sites = plan(network if own else on_meta(network), example, **choice)
-    moments = calibrate(network, sites, batches, progress=loud)
-    bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
-    insert_(bn_model, sites, moments, options)
+    sites = plan(reference if own else on_meta(reference), example, **choice)
+    moments = calibrate(reference, sites, batches, progress=loud)
     samples = _first(batches, _CHECKED)
-    sizes = (2, 4, 8, 16, 32) if reporting else (2, 8, 32)
-    equivalence = verify(network, bn_model, samples, drift_batch_sizes=sizes)
-    allowed = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
-    if not equivalence.within(allowed):
-        raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
     provenance: dict[str, str | int] = {
         "weights": origin,
         "data": batches.description,
@@ -163,21 +148,33 @@ def command(
         provenance["model"] = name
     if in_onnx := onnx_files.source(network):
         provenance["onnx"] = in_onnx.digest
-    task = None if preprocess is None else Task((), None, preprocess)
-    done = replace(
-        record(bn_model), provenance=provenance, dropped_lrn=dropped, input_shape=Inputs.of(samples[0]).shape, task=task
+    bn_model = bnsurgery.insert(
+        network,
+        samples,
+        absorb_bias=absorb_bias,
+        fuse_relu=fuse_relu,
+        drop_lrn=drop_lrn,
+        plan=sites,
+        moments=moments,
+        share_weights=True,
+        preprocessing=preprocess,
+        provenance=provenance,
     )
-    attach_record(bn_model, done)
+    sizes = (2, 4, 8, 16, 32) if reporting else (2, 8, 32)
+    equivalence = verify(reference, bn_model, samples, drift_batch_sizes=sizes)
+    allowed = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
+    if not equivalence.within(allowed):
+        raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
     checkpoint.save(bn_model, output, overwrite=force)
     wrote = ""
     if reporting:
         from bnsurgery.report import insertion
 
         wrote = write_report(
-            insertion(network, bn_model, samples, result=equivalence, tolerance=allowed), page, plot, force
+            insertion(reference, bn_model, samples, result=equivalence, tolerance=allowed), page, plot, force
         )
 
-    summary = summarize(done, moments)
+    summary = summarize(record(bn_model), moments)
     skipped = [skip.to_dict() for skip in sites.skipped]
     again = " ".join(map(quote, [str(output), *(["--model", name] if own else []), *given(context, *IMAGES)]))
     text = (

@@ -1,5 +1,6 @@
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,19 @@ from torchvision import models
 from unchanged import assert_same_network, assert_unchanged, snapshot
 
 import bnsurgery
-from bnsurgery import BNSurgeryError, BNSurgeryWarning, CalibrationError, NoSitesError, UntraceableModelError, insert
+from bnsurgery import (
+    BNSurgeryError,
+    BNSurgeryWarning,
+    CalibrationError,
+    NoSitesError,
+    Plan,
+    UntraceableModelError,
+    calibrate,
+    insert,
+    plan,
+)
+from bnsurgery.moments import ChannelMoments
+from bnsurgery.surgery_record import record
 
 ARCHS = ("vgg11", "vgg13", "vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1")
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
@@ -263,6 +276,33 @@ def test_generators_and_labelled_batches(custom, images):
         assert torch.equal(got.state_dict()[name], tensor), name
 
 
+def test_from_a_plan_and_moments_at_hand(custom, images):
+    batches = [images(4, 32), images(4, 32, seed=1)]
+    found = plan(custom, batches[0], layers="conv")
+    moments = calibrate(custom, found, batches)
+    expected = insert(custom, batches, layers="conv")
+    got = insert(custom, batches[:1], plan=found, moments=moments, share_weights=True, provenance={"weights": "mine"})
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+    assert replace(record(got), provenance={}) == record(expected) and record(got).provenance == {"weights": "mine"}
+    shared = {parameter.data_ptr() for parameter in got.parameters()}
+    assert shared > {parameter.data_ptr() for parameter in custom.parameters()}
+    assert not {parameter.data_ptr() for parameter in expected.parameters()} & shared
+
+
+def test_a_plan_or_moments_of_another_network_are_refused(custom, images):
+    x = images(4, 32)
+    other = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 3)).eval()
+    found = plan(other, x)
+    before = snapshot(custom)
+    with pytest.raises(BNSurgeryError, match="the plan is of another network: .* has no Conv2d '0'"):
+        insert(custom, [x], plan=found)
+    for moments in ({}, {"0": ChannelMoments(9, torch.zeros(3), torch.ones(3))}):
+        with pytest.raises(BNSurgeryError, match="the moments are of another plan: they have none of 5 channels"):
+            insert(other, [x], plan=found, moments=moments)
+    assert_unchanged(custom, before)
+
+
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
@@ -292,6 +332,8 @@ def test_bad_data_is_refused_and_changes_nothing(batches, error, message, custom
         ({"momentum": 2.0}, "momentum must be None or between 0 and 1"),
         ({"absorb_bias": True, "placement": "post-activation"}, "needs placement 'pre-activation'"),
         ({"layers": "head"}, "layers must be one of"),
+        ({"moments": {}}, "moments are those of a plan's sites"),
+        ({"head": True, "plan": Plan("", (), (), "pre-activation", "all", head=False)}, "are the plan's"),
     ],
 )
 def test_bad_options_are_refused(options, message, custom, images):

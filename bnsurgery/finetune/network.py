@@ -19,7 +19,6 @@ from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
 from bnsurgery.fitting import BEST_FIT, Choice
 from bnsurgery.folding import strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
-from bnsurgery.insertion import insert_
 from bnsurgery.nn import set_statistics_
 from bnsurgery.planning import Plan
 from bnsurgery.preprocessing import Preprocessing
@@ -151,7 +150,7 @@ def prepare(
             )
         replace_head_(model, head, len(task.classes), config.seed)
     if config.arm == "plain":
-        insert_(model, _NOWHERE, {})
+        model = bnsurgery.insert(model, batches, plan=_NOWHERE, moments={}, share_weights=True)
     elif not carries_record(model):
         model = bnsurgery.insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
     unfuse_relu_(model)  # one state, whatever the file's: see `fuse_for_training_`
