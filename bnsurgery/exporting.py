@@ -20,7 +20,7 @@ from torch import nn
 from torchvision import models
 
 from . import onnx_files, pretrained
-from .batches import Inputs, join, placed, run
+from .batches import Inputs, join, placed
 from .checkpoint import current_record, has_place_for, torch_save
 from .copies import on_meta
 from .errors import CalibrationError, ExportError, shown
@@ -28,7 +28,7 @@ from .files import atomic_write
 from .folding import fold as fold_model
 from .folding import gained_biases
 from .labels import labels, sort_metadata
-from .modes import evaluating, observing
+from .modes import evaluate, evaluating
 from .preprocessing import Preprocessing
 from .programs import AXES, Job, axes_of, compare_doubled, write_onnx, write_program
 from .stock import to_torch
@@ -284,12 +284,11 @@ def _binds(model: nn.Module, inputs: Inputs) -> bool:
 
 def _taken(bn_model: nn.Module, inputs: Inputs) -> Inputs:
     """These, or the first of them where the network takes no more than one at a time."""
-    with observing(bn_model):
-        try:
-            run("export", bn_model, inputs)
-        except CalibrationError:
-            inputs = inputs.take(0, 1)
-            run("export", bn_model, inputs)
+    try:
+        evaluate("export", bn_model, inputs)
+    except CalibrationError:
+        inputs = inputs.take(0, 1)
+        evaluate("export", bn_model, inputs)
     return inputs
 
 

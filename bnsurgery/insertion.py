@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batches import Inputs, equal, outputs, peek, run
+from .batches import Inputs, equal, peek
 from .calibration import calibrate, warn_of_dead_channels
 from .copies import independent, sharing_tensors
 from .devices import claims_identity
 from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError
 from .layer_kinds import LAYERS, device_and_dtype
 from .lrn import find_lrn, warn_of_change, without_lrn
-from .modes import observing
+from .modes import evaluate
 from .module_tree import insert_after
 from .moments import ChannelMoments, digest
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d
@@ -230,7 +230,7 @@ def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None
     """The promise, kept or the model is not given out: code may do what no trace shows, such as index its layers."""
     done = record(bn_model)
     exact = not done.absorb_bias and all(claims_identity(parameter.device) for parameter in model.parameters())
-    once, again = (_outputs(model, sample) for _ in range(2))  # with the same random numbers
+    once, again = (evaluate("insert", model, sample) for _ in range(2))  # with the same random numbers
     silent = {site.norm for site in done.sites}
     handles = [
         bn_model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: silent.discard(name))
@@ -238,7 +238,7 @@ def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None
     ]
     got, failure = [], None
     try:
-        got = _outputs(bn_model, sample)
+        got = evaluate("insert", bn_model, sample)
     except CalibrationError as error:
         failure = error
     finally:
@@ -263,11 +263,6 @@ def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None
             BNSurgeryWarning,
             stacklevel=3,
         )
-
-
-def _outputs(model: nn.Module, sample: Inputs) -> list[torch.Tensor]:
-    with observing(model):
-        return outputs(run("insert", model, sample))
 
 
 def _same(expected: list[torch.Tensor], got: list[torch.Tensor], *, exact: bool) -> bool:

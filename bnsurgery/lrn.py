@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .batches import Inputs, outputs, run
+from .batches import Inputs
 from .copies import sharing_tensors
 from .errors import BNSurgeryError, BNSurgeryWarning
-from .modes import observing
+from .modes import evaluate
 from .module_tree import replace
 
 
@@ -44,10 +44,9 @@ def drop_lrn_(model: nn.Module, names: Iterable[str]) -> None:
 
 def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, dropped: int) -> None:
     """Say by how much the outputs change without the LRN layers, as ‖without − with‖₂/‖with‖₂ on `example`."""
-    with observing(model), observing(without):
-        before, after = (outputs(run("insert", net, example)) for net in (model, without))
-        change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
-        size = sum(a.cpu().double().square().sum().item() for a in before)
+    before, after = (evaluate("insert", network, example) for network in (model, without))
+    change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
+    size = sum(a.cpu().double().square().sum().item() for a in before)
     warnings.warn(
         f"{dropped} LocalResponseNorm layer{'s' if dropped > 1 else ''} dropped, which changes the function: the "
         f"outputs move by {100 * (change / size) ** 0.5 if size else torch.inf:.3g} % on the first calibration batch. "

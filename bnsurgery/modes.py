@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batches import Inputs, outputs, run
 from .devices import keeping_random
 from .nn.batchnorm import Insertable
 
@@ -65,6 +66,19 @@ def observing(model: nn.Module) -> Iterator[None]:
         torch.inference_mode(),
     ):
         yield
+
+
+def evaluate(operation: str, model: nn.Module, batch: Inputs) -> list[Tensor]:
+    """All tensors that `model` returns for `batch` in eval mode, inside `observing`.
+
+    Args:
+        operation: what it is for: how a message begins.
+
+    Raises:
+        CalibrationError: as `run`.
+    """
+    with observing(model):
+        return outputs(run(operation, model, batch))
 
 
 @contextmanager

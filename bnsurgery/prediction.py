@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from . import pretrained
-from .batches import Inputs, run
+from .batches import Inputs
 from .data import load_image
-from .modes import observing
+from .modes import evaluate
 from .preprocessing import NOTHING, Wanted
 from .surgery_record import record
 from .tables import table
@@ -77,8 +77,7 @@ def predict(
     preprocess, names = pretrained.preprocessing_of(done, model, wanted), pretrained.classes_of(done)
     for path in images:
         tensor = preprocess(load_image(path))
-        with observing(model):
-            logits = run("predict", model, Inputs((tensor[None],)))[0].float()  # says so where the size does not fit
+        logits = evaluate("predict", model, Inputs((tensor[None],)))[0][0].float()
         probabilities, indices = logits.softmax(0).topk(min(top, len(logits)))
         labels = tuple(names[i] if i < len(names) else str(i) for i in indices.tolist())
         yield Prediction(str(path), labels, tuple(probabilities.tolist()))

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import onnx_files
-from .batches import Inputs, outputs, run
+from .batches import Inputs, outputs
 from .errors import ExportError
 from .labels import label_onnx
+from .modes import evaluate
 from .surgery_record import SurgeryRecord
 from .verification import EquivalenceReport, verify
 
@@ -148,8 +149,7 @@ def _capture(job: Job) -> torch.export.ExportedProgram:
 
 def _output_names(job: Job) -> list[str]:
     """What to call them: "logits" of a classifier; "output", "output_2" and so on of others."""
-    with torch.no_grad():
-        found = outputs(run("export", job.network, job.inputs))
+    found = evaluate("export", job.network, job.inputs)
     if len(found) == 1 and found[0].ndim == 2 and (job.done.architecture is not None or "classes" in job.labels):
         return ["logits"]
     return [f"output_{number}" if number > 1 else "output" for number in range(1, len(found) + 1)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .batches import Inputs, equal, inputs, join, outputs, run
 from .errors import BNSurgeryWarning, CalibrationError
-from .modes import observing, training_norms
+from .modes import evaluate, observing, training_norms
 from .tables import WIDTH
 
 # Groups of samples averaged for one drift figure; the figure settles within a few per cent, the cost stays bounded.
@@ -139,12 +139,11 @@ def _wrapped(start: str, text: str) -> list[str]:
 
 def _outputs(model: nn.Module | Callable[..., Any], batch: Inputs) -> list[Tensor]:
     if isinstance(model, nn.Module):
-        with observing(model):
-            result = run("verify", model, batch)
+        found = evaluate("verify", model, batch)
     else:
         batch = batch.of_signature(model)
-        result = model(*batch.args, **batch.kwargs)
-    return [tensor.detach().cpu() for tensor in outputs(result)]
+        found = outputs(model(*batch.args, **batch.kwargs))
+    return [tensor.detach().cpu() for tensor in found]
 
 
 class _Comparison:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from bnsurgery import devices
-from bnsurgery.batches import Inputs, run
+from bnsurgery.batches import Inputs
 from bnsurgery.calibration import input_moments, recalibrate_
 from bnsurgery.data import told_of
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.heads import find_head
-from bnsurgery.modes import observing
+from bnsurgery.modes import evaluate
 from bnsurgery.nn import set_process_group_, set_statistics_
 from bnsurgery.task import Task
 from bnsurgery.verification import verify
@@ -274,8 +274,7 @@ def _check_sizes(config: Config, images: int, world: int) -> None:
 def _check_network(config: Config, network: nn.Module, task: Task) -> None:
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise BNSurgeryError(f"finetune: --train {config.train} leaves nothing to train in the arm {config.arm}")
-    with observing(network):  # says so where the image size does not fit
-        run("finetune", network, Inputs((torch.zeros(2, *task.preprocessing.shape),)))
+    evaluate("finetune", network, Inputs((torch.zeros(2, *task.preprocessing.shape),)))  # the image size may not fit
 
 
 def _precision(config: Config, place: torch.device) -> str | None:
