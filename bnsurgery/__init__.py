@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .surgery_record import SurgeryRecord, record
     from .verification import EquivalenceReport, verify
 
+from ._version import __version__ as __version__
 from .errors import (
     ArchitectureError,
     BNSurgeryError,
@@ -36,8 +37,6 @@ from .errors import (
     UntraceableModelError,
 )
 from .torch_version import require_torch
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "calibrate": "calibration",

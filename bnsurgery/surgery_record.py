@@ -12,8 +12,7 @@ import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import bnsurgery
-
+from ._version import __version__
 from .errors import BNSurgeryError, CheckpointError, shown
 from .models import Architecture, identify_model, names
 from .planning import Site
@@ -218,4 +217,4 @@ def state_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of what takes part in the result."""
-    return {module.__name__: str(module.__version__) for module in (bnsurgery, torch, torchvision)}
+    return {"bnsurgery": __version__, **{module.__name__: str(module.__version__) for module in (torch, torchvision)}}

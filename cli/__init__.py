@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bnsurgery import __version__
+from bnsurgery._version import __version__
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, printable
 from bnsurgery.torch_version import require_torch
 

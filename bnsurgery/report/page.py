@@ -7,7 +7,7 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import bnsurgery
+from bnsurgery._version import __version__
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.files import atomic_write, check_writable, make_folder
 from bnsurgery.tables import cell_text, is_number
@@ -94,7 +94,7 @@ class Report:
             svg=lambda name, figure: Markup(inline_svg(figure, name)),
             terms=TERMS,
             used=list(self._used()),
-            version=bnsurgery.__version__,
+            version=__version__,
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
