@@ -15,8 +15,8 @@ from .calibration import calibrate, warn_of_dead_channels
 from .copies import independent, sharing_tensors
 from .devices import claims_identity
 from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError
-from .layer_kinds import LAYERS, device_and_dtype
-from .lrn import find_lrn, warn_of_change, without_lrn
+from .layer_kinds import LAYERS, device_and_dtype, find_lrn
+from .lrn import warn_of_change, without_lrn
 from .modes import evaluate
 from .module_tree import insert_after
 from .moments import ChannelMoments, digest

@@ -1,4 +1,4 @@
-"""What counts as a conv or dense layer, as a norm, and as an activation: modules and functions."""
+"""What counts as a conv or dense layer, as a norm, as an activation and as LRN: modules and functions."""
 
 import torch
 from torch import Tensor, nn
@@ -63,3 +63,8 @@ def device_and_dtype(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a layer computes, by its first parameter."""
     first = next(layer.parameters())
     return first.device, first.dtype
+
+
+def find_lrn(model: nn.Module) -> tuple[str, ...]:
+    """Fqns of the `nn.LocalResponseNorm` layers."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.LocalResponseNorm))

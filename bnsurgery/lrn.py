@@ -9,13 +9,9 @@ from torch import nn
 from .batches import Inputs
 from .copies import sharing_tensors
 from .errors import BNSurgeryError, BNSurgeryWarning
+from .layer_kinds import find_lrn
 from .modes import evaluate
 from .module_tree import replace
-
-
-def find_lrn(model: nn.Module) -> tuple[str, ...]:
-    """Fqns of the `nn.LocalResponseNorm` layers."""
-    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.LocalResponseNorm))
 
 
 def without_lrn(model: nn.Module) -> nn.Module:

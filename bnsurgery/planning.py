@@ -15,9 +15,9 @@ from .layer_kinds import (
     LAYERS,
     TRANSPOSED,
     batched_ndim,
+    find_lrn,
     is_activation,
 )
-from .lrn import find_lrn
 from .nn import Normed
 from .tables import table
 from .tracing import Trace, is_norm

@@ -12,7 +12,7 @@ from bnsurgery.files import read_text
 from bnsurgery.tables import WIDTH, table
 from bnsurgery.typed_json import loads, parse
 
-from .run_directory import Row
+from .results import Row
 
 # What makes an arm: changes to the configuration. "bn-half" has half the epochs, and a schedule of its own for them.
 ARMS: dict[str, dict[str, Any]] = {

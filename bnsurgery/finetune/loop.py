@@ -21,7 +21,8 @@ from bnsurgery.modes import evaluating
 from bnsurgery.system import quote
 
 from . import recipe, state
-from .run_directory import Row, RunDirectory
+from .results import Row
+from .run_directory import RunDirectory
 from .setup import Setup
 from .stopping import Interrupted, StopRequest
 

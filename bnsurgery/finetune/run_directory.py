@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,58 +18,21 @@ from bnsurgery.copies import sharing_tensors
 from bnsurgery.errors import BNSurgeryError, CheckpointError, printable
 from bnsurgery.files import atomic_write, make_folder, only_process_in, read_text
 from bnsurgery.relu_fusion import unfuse_relu_
-from bnsurgery.report import plot_curves
 from bnsurgery.report.style import write as write_figure
+from bnsurgery.report.training_figures import plot_curves
 from bnsurgery.system import quote
 from bnsurgery.typed_json import loads, parse
 from bnsurgery.unpickling import load_pickle
 
 from .config import Config
 from .datasets import Fingerprint
+from .results import Row
 
 if TYPE_CHECKING:
     from .events import EventFile
 
 _VERSION = 1
 _FILES = ("config.json", "metrics.csv", "*.png", "best.safetensors", "last", "last/state.pt", "tensorboard")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of metrics.csv, written at each validation.
-
-    Attributes:
-        epoch: passes over the training images done, as a fraction.
-        step: training steps done.
-        lr: learning rate of the last step.
-        train_loss, train_accuracy: means over the steps since the last validation; accuracies are 0 to 1.
-        val_loss, val_accuracy: of the network as it would be kept.
-        images_per_second: in training, over all processes.
-    """
-
-    epoch: float
-    step: int
-    lr: float
-    train_loss: float
-    train_accuracy: float
-    val_loss: float
-    val_accuracy: float
-    images_per_second: float
-
-    def __str__(self) -> str:
-        return (
-            f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {100 * self.train_accuracy:.2f} %   "
-            f"validation loss {self.val_loss:.4f}, {100 * self.val_accuracy:.2f} %   {self.images_per_second:.0f} img/s"
-        )
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """What "auto" and the defaults came to: found once, at the start of a run, and kept when it is resumed."""
-
-    lr: float
-    statistics: str
-    reason: str
 
 
 class RunDirectory:

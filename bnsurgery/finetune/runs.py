@@ -10,14 +10,15 @@ from torch import nn
 
 from bnsurgery.batches import out_of_memory
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
-from bnsurgery.report import plot_rate_range
 from bnsurgery.report.style import write as write_figure
+from bnsurgery.report.training_figures import plot_rate_range
 from bnsurgery.system import quote
 from bnsurgery.typed_json import parse
 
 from .config import Config
 from .datasets import Data, Fingerprint
-from .run_directory import Resolved, Row, RunDirectory
+from .results import Resolved, Row
+from .run_directory import RunDirectory
 from .setup import EVALUATED_TOGETHER, build, forked_random, load_data, processes
 from .stopping import listening
 

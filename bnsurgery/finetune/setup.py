@@ -25,7 +25,7 @@ from .config import Config
 from .datasets import Data, open_data
 from .loading import Loader, Prepared, TrainBatches, default_workers, plain_loader
 from .network import Source, choose_statistics, find, forget_, fuse_for_training_, given, keeps_head, prepare, task_of
-from .run_directory import Resolved
+from .results import Resolved
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

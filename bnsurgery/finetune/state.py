@@ -11,7 +11,7 @@ from bnsurgery.errors import CheckpointError, printable
 from bnsurgery.surgery_record import record
 from bnsurgery.typed_json import parse
 
-from .run_directory import Row
+from .results import Row
 
 if TYPE_CHECKING:
     from .loop import Trainer

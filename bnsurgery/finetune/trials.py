@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
 from bnsurgery.files import atomic_write, make_folder, only_process_in, read_text
-from bnsurgery.report import plot_comparison
 from bnsurgery.report.style import write as write_figure
+from bnsurgery.report.training_figures import plot_comparison
 from bnsurgery.system import WINDOWS, peak_memory, processors
 from bnsurgery.typed_json import loads, parse
 

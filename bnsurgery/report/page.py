@@ -13,7 +13,6 @@ from bnsurgery.files import atomic_write, check_writable, make_folder
 from bnsurgery.tables import cell_text, is_number
 
 from .glossary import TERMS
-from .strip import Box
 from .style import inline_svg, write
 
 if TYPE_CHECKING:
@@ -36,6 +35,23 @@ class Table:
     def numeric(self) -> list[bool]:
         """By column: whether it holds numbers only."""
         return [bool(self.rows) and all(is_number(row[i]) for row in self.cells) for i in range(len(self.headers))]
+
+
+@dataclass(frozen=True)
+class Box:
+    """One layer of a strip.
+
+    Attributes:
+        name: fqn.
+        label: class and channels, short.
+        kind: "inserted", "taken" (a ReLU that the BatchNorm applies), "conv", "dense", "activation" or "other".
+        site: of a layer with a BatchNorm: its name in the original network, as the tables have it.
+    """
+
+    name: str
+    label: str
+    kind: str
+    site: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ class Report:
         from markupsafe import Markup
 
         environment = Environment(
-            loader=PackageLoader("bnsurgery.report", "."),
+            loader=PackageLoader(__package__, "."),
             autoescape=True,
             undefined=StrictUndefined,
             finalize=lambda value: (

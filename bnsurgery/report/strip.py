@@ -1,7 +1,7 @@
 """A network as a strip of boxes: its layers in order of definition, with what was inserted marked."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
@@ -10,22 +10,7 @@ from bnsurgery.relu_fusion import is_fused
 from bnsurgery.surgery_record import record
 from bnsurgery.tables import cell_text
 
-
-@dataclass(frozen=True)
-class Box:
-    """One layer.
-
-    Attributes:
-        name: fqn.
-        label: class and channels, short.
-        kind: "inserted", "taken" (a ReLU that the BatchNorm applies), "conv", "dense", "activation" or "other".
-        site: of a layer with a BatchNorm: its name in the original network, as the tables have it.
-    """
-
-    name: str
-    label: str
-    kind: str
-    site: str = ""
+from .page import Box
 
 
 def boxes(bn_model: nn.Module) -> dict[str, list[Box]]:

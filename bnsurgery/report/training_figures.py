@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bnsurgery.finetune.comparison import Comparison
-    from bnsurgery.finetune.run_directory import Row
+    from bnsurgery.finetune.results import Row
 
 _ARMS = {"plain": INK, "bn": ORANGE, "bn-naive": BLUE, "bn-half": PINK}
 _KINDS = {"train": ("training", BLUE), "val": ("validation", ORANGE)}

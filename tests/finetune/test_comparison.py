@@ -12,7 +12,7 @@ from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.finetune import trials
 from bnsurgery.finetune.comparison import Comparison, Trial
-from bnsurgery.finetune.run_directory import Row
+from bnsurgery.finetune.results import Row
 
 pytestmark = pytest.mark.slow
 

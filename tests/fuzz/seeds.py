@@ -18,7 +18,7 @@ import bnsurgery
 from bnsurgery.finetune import Config
 from bnsurgery.finetune.comparison import Trial
 from bnsurgery.finetune.datasets import Fingerprint
-from bnsurgery.finetune.run_directory import Row
+from bnsurgery.finetune.results import Row
 from bnsurgery.models import Architecture
 from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.surgery_record import attach_record, record

@@ -16,7 +16,7 @@ import bnsurgery
 from bnsurgery import finetune, report
 from bnsurgery.advice import statistics_for
 from bnsurgery.finetune.comparison import Comparison, Trial
-from bnsurgery.finetune.run_directory import Resolved, Row
+from bnsurgery.finetune.results import Resolved, Row
 from bnsurgery.report.glossary import TERMS
 from bnsurgery.report.sites import view_sites
 from bnsurgery.report.strip import boxes

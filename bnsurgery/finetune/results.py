@@ -1,0 +1,41 @@
+"""What a run finds: at its start, and at each validation."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of metrics.csv, written at each validation.
+
+    Attributes:
+        epoch: passes over the training images done, as a fraction.
+        step: training steps done.
+        lr: learning rate of the last step.
+        train_loss, train_accuracy: means over the steps since the last validation; accuracies are 0 to 1.
+        val_loss, val_accuracy: of the network as it would be kept.
+        images_per_second: in training, over all processes.
+    """
+
+    epoch: float
+    step: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    images_per_second: float
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {100 * self.train_accuracy:.2f} %   "
+            f"validation loss {self.val_loss:.4f}, {100 * self.val_accuracy:.2f} %   {self.images_per_second:.0f} img/s"
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What "auto" and the defaults came to: found once, at the start of a run, and kept when it is resumed."""
+
+    lr: float
+    statistics: str
+    reason: str
