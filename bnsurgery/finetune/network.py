@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import bnsurgery
 from bnsurgery import factories, models, pretrained
 from bnsurgery.advice import statistics_for
-from bnsurgery.checkpoint import read_record
+from bnsurgery.checkpoint import load, read_record
 from bnsurgery.copies import independent, sharing_tensors
 from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
 from bnsurgery.fitting import BEST_FIT, Choice
-from bnsurgery.folding import strip_
+from bnsurgery.folding import fold, strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
+from bnsurgery.insertion import insert
 from bnsurgery.nn import set_statistics_
 from bnsurgery.planning import Plan
 from bnsurgery.preprocessing import Preprocessing
@@ -66,7 +66,7 @@ def find(config: Config) -> Source:
         if choice != BEST_FIT:
             raise CheckpointError(f"'{path}' is a whole checkpoint: a key, a prefix and partial are for plain weights")
         custom = factories.build(config.model) if config.model else None
-        model = bnsurgery.load(path, model=custom)
+        model = load(path, model=custom)
         done = record(model)
         preprocess = pretrained.preprocessing_of(done, model, config.wanted)
         return Source(model, f"checkpoint {path.name}", preprocess, done.task)
@@ -141,7 +141,7 @@ def prepare(
     model, shape = source.model, task.preprocessing.shape
     head = find_head(model, shape)
     if carries_record(model) and (config.arm == "plain" or not record(model).sites):
-        model = bnsurgery.fold(model)
+        model = fold(model)
         head = find_head(model, shape)
     if not keeps_head(source, task.classes, config):
         if config.train == "bn":
@@ -150,9 +150,9 @@ def prepare(
             )
         replace_head_(model, head, len(task.classes), config.seed)
     if config.arm == "plain":
-        model = bnsurgery.insert(model, batches, plan=_NOWHERE, moments={}, share_weights=True)
+        model = insert(model, batches, plan=_NOWHERE, moments={}, share_weights=True)
     elif not carries_record(model):
-        model = bnsurgery.insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
+        model = insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
     unfuse_relu_(model)  # one state, whatever the file's: see `fuse_for_training_`
     provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
     own = own_name(config)

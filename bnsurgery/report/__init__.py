@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from .training_page import comparison, training
 
 _HOMES = {
-    "Report": "page",
-    "SiteView": "sites",
-    "comparison": "training_page",
-    "insertion": "insertion_page",
-    "plot_channels": "insertion_figures",
-    "plot_comparison": "training_figures",
-    "plot_curves": "training_figures",
-    "plot_drift": "insertion_figures",
-    "plot_moments": "insertion_figures",
-    "plot_preactivations": "insertion_figures",
-    "plot_rate_range": "training_figures",
-    "training": "training_page",
-    "view_sites": "sites",
+    "Report": "report.page",
+    "SiteView": "report.sites",
+    "comparison": "report.training_page",
+    "insertion": "report.insertion_page",
+    "plot_channels": "report.insertion_figures",
+    "plot_comparison": "report.training_figures",
+    "plot_curves": "report.training_figures",
+    "plot_drift": "report.insertion_figures",
+    "plot_moments": "report.insertion_figures",
+    "plot_preactivations": "report.insertion_figures",
+    "plot_rate_range": "report.training_figures",
+    "training": "report.training_page",
+    "view_sites": "report.sites",
 }
 
 __all__ = [
@@ -50,7 +50,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        value = globals()[name] = getattr(import_module(f"bnsurgery.{_HOMES[name]}"), name)
         return value
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
