@@ -6,21 +6,25 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from bnsurgery.batches import out_of_memory
 from bnsurgery.calibration import recalibrate_
-from bnsurgery.devices import failed, widest
-from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError
+from bnsurgery.devices import CPU, failed, random_state, set_random_state, widest
+from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError, printable
 from bnsurgery.modes import evaluating
+from bnsurgery.surgery_record import record
 from bnsurgery.system import quote
+from bnsurgery.typed_json import parse
 
-from . import recipe, state
+from . import recipe
 from .results import Row
 from .run_directory import RunDirectory
 from .setup import Setup
@@ -290,11 +294,71 @@ class Trainer:
             return
         if not all(p.detach().isfinite().all() for p in self.trained):
             raise self._diverged(self.step, "a weight is no finite number")
-        found = state.captured(self)
+        found = self.state_dict()
         if self.accelerator.is_main_process:
             self.directory.save_state(found)
         self.accelerator.wait_for_everyone()
         self._saved = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on: tensors, numbers and text, for `RunDirectory.save_state`. All ranks call it."""
+        scaler, conditioner = self.accelerator.scaler, self.setup.conditioner
+        return {
+            "step": self.step,
+            "resolved": asdict(self.setup.resolved),
+            "started_from": self._started_from(),
+            "rows": [asdict(row) for row in self.rows],
+            "losses": self.losses,
+            "accuracies": self.accuracies,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "average": self.average,
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "conditioner": conditioner and [conditioner.mean, conditioner.variance],
+            "random": gather_object([{kind: random_state(place) for kind, place in self._generators().items()}]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was called, believing nothing.
+
+        Raises:
+            CheckpointError: the state is not this run's.
+        """
+        try:
+            if state["started_from"] != self._started_from():
+                raise ValueError("the weights that it started from have changed")
+            self.step = parse(int, state["step"], "step")
+            if not 0 <= self.step <= self.steps:
+                raise ValueError(f"step {self.step} of {self.steps}")
+            self.rows = list(parse(tuple[Row, ...], state["rows"], "rows"))
+            self.losses, self.accuracies = (
+                list(parse(tuple[float, ...], state[name], name)) for name in ("losses", "accuracies")
+            )
+            self.network.load_state_dict(state["network"])
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+            with torch.no_grad():
+                for average, saved in zip(self.average, state["average"], strict=True):
+                    average.copy_(saved)
+            conditioner = self.setup.conditioner
+            if conditioner is not None:
+                for current, saved in zip((conditioner.mean, conditioner.variance), state["conditioner"], strict=True):
+                    current.copy_(saved)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            for kind, place in self._generators().items():
+                set_random_state(place, state["random"][self.accelerator.process_index][kind])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, CheckpointError) as error:
+            raise CheckpointError(
+                f"resume: the saved state does not fit this run: {printable(str(error))}. Was another put in its place?"
+            ) from error
+
+    def _started_from(self) -> str:
+        """Digest of the network before the insertion."""
+        return record(self.network).weights_digest
+
+    def _generators(self) -> dict[str, torch.device]:
+        """Where dropout draws from, by kind of device."""
+        return {place.type: place for place in (CPU, self.accelerator.device)}
 
     def _diverged(self, step: int, what: str) -> DivergedError:
         kept = ""

@@ -196,7 +196,6 @@ def _train_alone(
 ) -> Result:
     from .loop import Trainer  # these need accelerate, whose absence has been reported by now
     from .rate_range import find_rate
-    from .state import restore_
 
     state = None
     data = data or load_data(config, show)
@@ -219,7 +218,7 @@ def _train_alone(
         torch.manual_seed(config.seed + accelerator.process_index)  # but each draws its own dropout
         trainer = Trainer(setup, directory, show)
         if state is not None:
-            restore_(trainer, state)
+            trainer.load_state_dict(state)
         if show:
             how = " (range test)" if config.lr == "auto" else ""
             if before is not None and state is None:
