@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     "MODULE:FUNCTION a file, or what it makes.",
 )
 @weights_options
-@data_options(num_images=64)
+@data_options
 @sites_options
 @click.option("--absorb-bias", is_flag=True, help="Drop the layers' biases: BN shifts too. Equal to 1e-6, not bitwise.")
 @click.option(
@@ -98,7 +98,8 @@ def command(
     from bnsurgery.summary import summarize
     from bnsurgery.surgery_record import attach_record, record
     from bnsurgery.task import Task
-    from bnsurgery.verification import verify
+    from bnsurgery.verification import DRIFT_SAMPLES, verify
+    from bnsurgery.words import counted
 
     options = Options(absorb_bias, fuse_relu)
     try:
@@ -145,7 +146,7 @@ def command(
     moments = calibrate(network, sites, batches, progress=loud)
     bn_model = sharing_tensors(network)  # the weights are not copied: the networks differ in the BatchNorms alone
     insert_(bn_model, sites, moments, options)
-    samples = _first(batches, _CHECKED)
+    samples = _first(batches, DRIFT_SAMPLES)  # as many as give the drift that `verify` prints
     sizes = (2, 4, 8, 16, 32) if reporting else (2, 8, 32)
     equivalence = verify(network, bn_model, samples, drift_batch_sizes=sizes)
     allowed = 0.0 if place.type == "cpu" and not absorb_bias else 1e-5
@@ -177,7 +178,7 @@ def command(
     skipped = [skip.to_dict() for skip in sites.skipped]
     again = " ".join(map(quote, [str(output), *(["--model", name] if own else []), *given(context, *IMAGES)]))
     text = (
-        f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
+        f"{summary}\n\n{name}: {counted(len(sites.sites), 'BatchNorm layer')} inserted\n"
         f"weights      {origin}\nimages       {batches.summary}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n{wrote}"
@@ -214,7 +215,3 @@ def _first(batches: Iterable[Any], count: int) -> list[Any]:
         if seen >= count:
             break
     return found
-
-
-# Of the calibration images: both networks run once more on these, as many as `verify` takes by itself.
-_CHECKED = 32
