@@ -10,6 +10,7 @@ from .batches import Inputs, outputs, run
 from .errors import BNSurgeryError, BNSurgeryWarning
 from .modes import observing
 from .module_tree import replace
+from .words import counted
 
 
 def find_lrn(model: nn.Module) -> tuple[str, ...]:
@@ -37,7 +38,7 @@ def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, droppe
         change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
         size = sum(a.cpu().double().square().sum().item() for a in before)
     warnings.warn(
-        f"{dropped} LocalResponseNorm layer{'s' if dropped > 1 else ''} dropped, which changes the function: the "
+        f"{counted(dropped, 'LocalResponseNorm layer')} dropped, which changes the function: the "
         f"outputs move by {100 * (change / size) ** 0.5 if size else torch.inf:.3g} % on the first calibration batch. "
         "What is inserted keeps the function of the network without them; fine-tune it.",
         BNSurgeryWarning,
