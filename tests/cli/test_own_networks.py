@@ -238,7 +238,7 @@ def own_data(cli):
 @pytest.mark.parametrize(
     ("net", "data", "used", "size"),
     [
-        ("sound", "waves", 64, "32 inputs of 2x50"),
+        ("sound", "waves", 64, "64 inputs of 2x50"),
         ("pair", "pairs", 12, "12 images"),
         ("pair", "named", 3, "3 images"),
         ("six", "six", 12, "12 images of 6x9x9"),
@@ -269,7 +269,7 @@ def test_inputs_of_any_kind(net, data, used, size, own_data):
     ("data", "code", "message"),
     [
         (["data.py:bare"], 1, "returned a Tensor, expected an iterable of batches"),
-        (["data.py:number"], 1, "returned a int, expected an iterable of batches"),
+        (["data.py:number"], 1, "returned an int, expected an iterable of batches"),
         (["data.py:empty"], 1, "gave no batch"),
         (["data.py:wrong"], 1, "batches: got str"),
         (["data.py:broken"], 1, "data 'data.py:broken': calling it failed: KeyError: 'lost'"),
