@@ -15,8 +15,10 @@ from .errors import BNSurgeryError, BNSurgeryWarning, CalibrationError, NonFinit
 from .modes import observing, training_norms
 from .moments import ChannelMoments
 from .nn import LastDimBatchNorm1d
+from .nn.settings import is_frozen, listed
 from .ops import channel_moments
 from .planning import Plan
+from .words import counted
 
 
 def calibrate(
@@ -80,16 +82,17 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
     kept = [name for name, norm in norms.items() if getattr(norm, "statistics", None) == "running"]
     norms = {name: norm for name, norm in norms.items() if name not in kept}
     if kept:
-        reason = (
-            "what was trained was trained with the statistics there, and others would change what it computes. To "
-            "measure them all the same, first call "
-            "bnsurgery.set_statistics_(model, 'batch', where=lambda name, norm: True)"
-        )
+        if all(is_frozen(bn_model.get_submodule(name)) for name in kept):
+            reason = "these are frozen with their layers (requires_grad=False), which others would change"
+        else:  # frozen ones stay out of it, here, too
+            reason = (
+                "what was trained was trained with the statistics there, and others would change what it computes. To "
+                "measure them all the same, first call bnsurgery.set_statistics_(model, 'batch')"
+            )
         if not norms:
             raise BNSurgeryError(f"recalibrate_: every BatchNorm is in the statistics mode 'running': {reason}")
         warnings.warn(
-            f"recalibrate_: left {len(kept)} BatchNorms, such as '{kept[0]}', as they are, in the statistics mode "
-            f"'running': {reason}",
+            f"recalibrate_: left {listed(kept)} as before, in the statistics mode 'running': {reason}",
             BNSurgeryWarning,
             stacklevel=2,
         )
@@ -124,7 +127,7 @@ def warn_of_dead_channels(moments: Mapping[str, ChannelMoments], eps: float) -> 
         listed = ", ".join(f"'{name}' {dead[name]} of {len(moments[name].mean)}" for name in worst)
         warnings.warn(
             f"channels with a variance below eps ({eps:g}) on this data, dead or nearly: {sum(dead.values())} in "
-            f"{len(dead)} layer{'s' if len(dead) > 1 else ''}, most in {listed}. They stay exact; training may "
+            f"{counted(len(dead), 'layer')}, most in {listed}. They stay exact; training may "
             "amplify them.",
             BNSurgeryWarning,
             stacklevel=4,
@@ -271,5 +274,7 @@ def _gather(
             raise CalibrationError(f"{where}: saw no data. Pass at least one batch that reaches it.")
         count = result[name].count
         if count < 2:
-            raise CalibrationError(f"{where}: saw {count} sample per channel, expected 2 or more. Pass more data.")
+            raise CalibrationError(
+                f"{where}: saw {counted(count, 'sample')} per channel, expected 2 or more. Pass more data."
+            )
     return result

@@ -1,12 +1,12 @@
 """Save an inserted model to one safetensors file, and load it without the original weights."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,12 @@ from .heads import replace_head_
 from .insertion import Options, edit_
 from .lrn import drop_lrn_
 from .models import identify_model
+from .nn.batchnorm import Insertable
+from .nn.settings import is_frozen
 from .relu_fusion import is_fused, take_over_
-from .surgery_record import FORMAT_VERSION, SurgeryRecord, attach_record, record
+from .surgery_record import FORMAT_VERSION, InsertedSite, SurgeryRecord, attach_record, record
 from .weights import check_kinds, describe_mismatch, is_safetensors, read_tensors
+from .words import with_article
 
 # One metadata entry, since safetensors writes several in random order: the record's SHA-256, a space, the record. The
 # digest is there because a flipped bit in the JSON could still parse.
@@ -38,7 +41,7 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
     The tensors are the state dict, under its keys and of any value; any safetensors reader can open the file. Complex
     numbers stand in it as pairs of real ones, in a last dimension of 2. Equal models give equal bytes. The architecture
     noted is what the model is now, so a head replaced after the insertion is in it. ReLUs that are fused are so after
-    `load`.
+    `load`, and what takes no gradient now, layers or norms, takes none then.
 
     Raises:
         CheckpointError: the file exists and `overwrite` is False, it cannot be written, or a tensor or the record
@@ -52,6 +55,7 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
                 f"save: '{site.norm}' was changed by hand: call bnsurgery.fuse_relu_ or unfuse_relu_, which "
                 "make all ReLUs alike"
             )
+    the_record = replace(the_record, frozen_at_save=_frozen(bn_model, the_record))
     tensors = _storable(bn_model.state_dict())
     with atomic_write(path, overwrite=overwrite) as temporary:
         save_file(tensors, temporary, metadata={_KEY: _sealed(the_record.to_json())})
@@ -80,8 +84,8 @@ def load(
     """The model that `save` wrote, in eval mode, with its record.
 
     Built on the meta device and filled from the file: no random initialization, no unpickling, no original weights.
-    Every parameter comes back contiguous, and trainable but for what was frozen at the insertion, norms included; ties
-    between parameters are not kept.
+    Every parameter comes back contiguous, and trainable but for what was frozen when it was saved; norms that were
+    frozen go by their running statistics in train mode, as they did. Ties between parameters are not kept.
 
     Args:
         path: a file that `save` wrote.
@@ -207,8 +211,8 @@ def torch_save(state: Mapping[str, Any], temporary: Path) -> None:
 def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) -> nn.Module:
     if model is None and the_record.architecture is None:
         raise CheckpointError(
-            f"load: '{path}' holds a {printable(the_record.model)}, which is not one of torchvision's: pass model=, "
-            "the original network (its weights do not matter)"
+            f"load: '{path}' holds {with_article(printable(the_record.model))}, which is not one of torchvision's: "
+            "pass model=, the original network (its weights do not matter)"
         )
     try:
         if model is not None:
@@ -232,12 +236,15 @@ def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) ->
         if the_record.format_version == 1 and not the_record.fuse_relu:  # it named fused ReLUs alone
             pairs = zip(named, sites, strict=True)
             named = tuple(replace(old, relu=new.relu, relu_inplace=new.relu_inplace) for old, new in pairs)
-        attach_record(skeleton, replace(the_record, sites=sites, format_version=FORMAT_VERSION))
+        if the_record.frozen_at_save is not None:
+            _freeze_(skeleton, sites, set(the_record.frozen_at_save))
+        now = replace(the_record, sites=sites, frozen_at_save=None, format_version=FORMAT_VERSION)
+        attach_record(skeleton, now)
         if the_record.fuse_relu:
             take_over_(skeleton, sites)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration, BNSurgeryError) as error:
         name = printable(the_record.model)
-        what = name if model is None else f"the {type(model).__name__} given: it is of a {name}"
+        what = name if model is None else f"the {type(model).__name__} given: it is of {with_article(name)}"
         reason = printable(str(error))
         raise CheckpointError(f"load: '{path}': its record does not fit {what}: {reason}") from error
     if sites != named:
@@ -247,15 +254,39 @@ def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) ->
     return skeleton.eval()
 
 
+def _frozen(bn_model: nn.Module, the_record: SurgeryRecord) -> tuple[str, ...]:
+    """The names of the parameters that take no gradient, and of the inserted norms that are frozen."""
+    names = [name for name, p in bn_model.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    norms = [site.norm for site in the_record.sites if is_frozen(bn_model.get_submodule(site.norm))]
+    return (*names, *norms)
+
+
+def _freeze_(skeleton: nn.Module, sites: Iterable[InsertedSite], names: set[str]) -> None:
+    """Make frozen what has one of these names, and nothing else.
+
+    Raises:
+        ValueError: there is no such parameter or norm.
+    """
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    norms = {site.norm: cast(Insertable, skeleton.get_submodule(site.norm)) for site in sites}
+    unknown = sorted(names - parameters.keys() - norms.keys())
+    if unknown:
+        raise ValueError(f"{shown(unknown[0])} was frozen, and is not there")
+    for name, parameter in parameters.items():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(name not in names)
+    for name, norm in norms.items():
+        norm.statistics = "running" if name in names else "batch"
+
+
 def _set_relus_(skeleton: nn.Module, the_record: SurgeryRecord) -> None:
     """Whether they work in place, as in the network that was saved."""
     for inserted in the_record.sites:
         if inserted.relu is not None:
             relu = skeleton.get_submodule(str(inserted.site.relu))
             if type(relu) is not nn.ReLU:
-                raise ValueError(
-                    f"'{inserted.site.relu}' is a {type(relu).__name__}, expected the nn.ReLU that was there"
-                )
+                kind = with_article(type(relu).__name__)
+                raise ValueError(f"'{inserted.site.relu}' is {kind}, expected the nn.ReLU that was there")
             relu.inplace = inserted.relu_inplace
 
 

@@ -20,6 +20,7 @@ from .batches import out_of_memory, use_less
 from .errors import DataError, printable
 from .preprocessing import Preprocessing
 from .system import at_fork
+from .words import counted
 
 # What Pillow knows and is not read. EPS, WMF: other programs run; IPTC: opens whatever is inside, EPS, too. FITS: is
 # decompressed without a bound. ICO, CUR, ICNS: what is inside may be larger than they say. FPX, MIC: need another
@@ -87,7 +88,7 @@ class ImageBatches(Generic[Item]):
     @property
     def summary(self) -> str:
         """How many of what, and what was left out, in words."""
-        bad = f"{len(self._bad)} damaged ones left out" if self._bad else ""
+        bad = f"{counted(len(self._bad), 'damaged one')} left out" if self._bad else ""
         notes = "; ".join(filter(None, (bad, told_of(self.passed_over))))
         return f"{self.used}: {self.description}" + (f" ({notes})" if notes else "")
 
@@ -159,7 +160,7 @@ def calibration_batches(
         DataError: there is no such directory, or no image in it, or scikit-learn is not installed.
     """
     if num_images < 1:
-        raise DataError(f"images: got {num_images} images to take, expected 1 or more.")
+        raise DataError(f"images: got {counted(num_images, 'image')} to take, expected 1 or more.")
     if source == "samples":
         return sample_crops(num_images, batch_size, preprocess=preprocess, seed=seed)
     paths, others = find_images(source)
@@ -207,8 +208,8 @@ def find_images(directory: str | Path) -> Found:
     """
     root = Path(directory)
     if not root.is_dir():
-        got = "a file" if root.exists() else "nothing"
-        raise DataError(f"images: '{root}': got {got}, expected a directory. Check the path.")
+        what = "a file, expected a folder" if root.exists() else "no such folder"
+        raise DataError(f"images: '{root}': {what}. Check the path.")
     formats = _formats()
     found = Found([], [])
     seen: set[tuple[int, int]] = set()
@@ -238,7 +239,7 @@ def told_of(passed_over: Sequence[Path], why: str = "no images by name") -> str:
     """How many files were passed over, why, and the first of them; empty where there is none."""
     count = len(passed_over)
     names = ", ".join(printable(path.name) for path in passed_over[:_NAMED]) + (", ..." if count > _NAMED else "")
-    return f"{count} file{'s' if count > 1 else ''} passed over, {why}: {names}" if count else ""
+    return f"{counted(count, 'file')} passed over, {why}: {names}" if count else ""
 
 
 @functools.cache
@@ -265,9 +266,10 @@ def load_image(path: str | Path) -> Image.Image:
             as long as wide, or of numbers whose range is not known (floating point, or beyond 16 bits).
     """
     try:
+        if not Path(path).exists():
+            raise DataError(f"image: '{path}': no such file or folder. Check the path.")
         if not Path(path).is_file():  # opening a pipe would hang
-            kind = "a folder" if Path(path).is_dir() else "not a regular file"
-            raise _unusable(path, kind if Path(path).exists() else "no such file")
+            raise _unusable(path, "a folder" if Path(path).is_dir() else "not a regular file")
         with _SILENCE, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about oddities that do not change the pixels
             with Image.open(path, formats=_tried(path)) as image:

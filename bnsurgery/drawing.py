@@ -12,6 +12,7 @@ from .batches import Inputs
 from .errors import BNSurgeryError
 from .planning import Plan
 from .tracing import Trace, is_layer, is_norm
+from .words import counted
 
 _COLOURS = {"site": "#b7e4c7", "skipped": "#ffd6a5", "norm": "#cfe2ff", "plain": "#f1f3f5"}
 _LEGEND = {"site": "gets a BatchNorm", "skipped": "layer without one", "norm": "a norm", "plain": "anything else"}
@@ -74,7 +75,7 @@ def svg(model: nn.Module, example: Any, plan: Plan) -> str:
         "font-size": "12",
     }
     root = ElementTree.Element("svg", look)
-    title = f"{plan.model}: {len(plan.sites)} sites, {len(plan.skipped)} skipped"
+    title = f"{plan.model}: {counted(len(plan.sites), 'site')}, {len(plan.skipped)} skipped"
     ElementTree.SubElement(root, "title").text = title
     back = {"x": f"{left:.0f}", "y": f"{top:.0f}", "width": "100%", "height": "100%", "fill": "white"}
     ElementTree.SubElement(root, "rect", back)

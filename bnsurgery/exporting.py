@@ -36,6 +36,7 @@ from .surgery_record import SurgeryRecord, state_digest
 from .tables import WIDTH
 from .verification import EquivalenceReport, verify
 from .weights import read_tensors
+from .words import with_article
 
 Format = Literal["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
 SUFFIXES = {
@@ -263,7 +264,9 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any, preprocessi
     if preprocessing is not None:
         shape = preprocessing.shape
     if shape is None:
-        raise ExportError(f"export: what a {done.model} takes is not known: pass example=, a batch of its inputs")
+        raise ExportError(
+            f"export: what {with_article(done.model)} takes is not known: pass example=, a batch of its inputs"
+        )
     if math.prod(shape) > _MAX_INPUT:  # a file says so
         raise ExportError(
             f"export: an input of shape {shown(shape)} is too large to try: pass example=, or --image-size"

@@ -17,6 +17,7 @@ from torchvision import models
 
 from . import onnx_files
 from .errors import ArchitectureError, CheckpointError
+from .words import with_article
 
 _TIMM = "timm:"
 # From which code of a user's was taken in this process, and which files in them were run: they stay importable.
@@ -68,7 +69,9 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
         return made.eval()
     model = function(name)()
     if not isinstance(model, nn.Module):
-        raise ArchitectureError(f"model '{name}': returned a {type(model).__name__}, expected a torch.nn.Module")
+        raise ArchitectureError(
+            f"model '{name}': returned {with_article(type(model).__name__)}, expected a torch.nn.Module"
+        )
     return model.eval()
 
 
@@ -94,6 +97,8 @@ def function(name: str, what: str = "model", gives: str = "a network") -> Callab
     """
     place, _, called = name.rpartition(":")
     if not place or not called.isidentifier():
+        if name.endswith(".py"):
+            raise ArchitectureError(f"{what} '{name}': name the function in it that gives {gives}: {name}:FUNCTION")
         also = " or timm:NAME" if what == "model" else ""
         raise ArchitectureError(f"{what} '{name}': expected package.module:factory, file.py:factory{also}")
     with _running(place):
@@ -102,8 +107,8 @@ def function(name: str, what: str = "model", gives: str = "a network") -> Callab
         raise ArchitectureError(f"{what} '{name}': '{place}' has no '{called}'")
     if isinstance(found, nn.Module) or not callable(found):
         raise ArchitectureError(
-            f"{what} '{name}': '{called}' is a {type(found).__name__}, expected a function that returns {gives}. "
-            f"Write one, such as def make(): return {called}, and pass {place}:make"
+            f"{what} '{name}': '{called}' is {with_article(type(found).__name__)}, expected a function that returns "
+            f"{gives}. Write one, such as def make(): return {called}, and pass {place}:make"
         )
 
     def call() -> Any:

@@ -14,6 +14,7 @@ from .nn.batchnorm import Insertable, LastDimBatchNorm1d
 from .nn.normed import detached_class
 from .planning import is_hooked
 from .tracing import Trace
+from .words import with_article
 
 OWN_NORMS = (_BatchNorm, FrozenBatchNorm2d)
 _PLAIN_FORWARDS = {cls.forward for cls in LAYERS}
@@ -72,7 +73,7 @@ def _is_timms(norm: nn.Module) -> bool:
 def _considered(trace: Trace, norm: nn.Module) -> OwnNorm:
     name = trace.names[norm]
     if (type(norm).forward not in _NORM_FORWARDS and not _is_timms(norm)) or "forward" in vars(norm):
-        return OwnNorm(name, obstacle=f"is a {type(norm).__name__}, which has a forward of its own")
+        return OwnNorm(name, obstacle=f"is {with_article(type(norm).__name__)}, which has a forward of its own")
     if norm.running_mean is None or norm.running_var is None:
         return OwnNorm(name, obstacle="has no running statistics: it normalizes by the batch in eval mode, too")
     if is_hooked(norm):

@@ -18,9 +18,11 @@ from .module_tree import place, remove, replace
 from .nn import Normed
 from .nn.identity import kernel_scale_shift
 from .nn.normed import detach_
+from .nn.settings import is_frozen
 from .recomputation import keep_activations_
 from .relu_fusion import give_back_, is_fused
 from .surgery_record import InsertedSite, carries_record, detach_record, record
+from .words import counted, with_article
 
 _NAMED = 8  # layers in a message
 _NO_BIAS = "shifts, and '{}' has no bias that could take the shift: bias='add' (--bias add) gives it one"
@@ -44,6 +46,9 @@ def fold(
     into the layer before it whose output it alone takes, as torch.fx traces the forward pass in eval mode. An
     `nn.Identity` stands in the place of each (or the activation that was part of it), so that every other module and
     tensor keeps its name; layers without bias get one where their norm shifts.
+
+    A warning names layers that take no gradient, while others do, and whose weights change here all the same: their
+    norms were trained. Those behind layers that were frozen at the insertion are not.
 
     Args:
         bn_model: trained or not; not changed.
@@ -77,6 +82,16 @@ def fold(
         obstacles |= {norm: _NO_BIAS.format(name) for norm, name in gained.items()}
     if not allow_partial:
         _refuse(obstacles, _PARTIAL)
+    changed = _changed_though_frozen(bn_model, [site for site in the_record.sites if not obstacles[site.norm]])
+    if changed:
+        warnings.warn(
+            f"fold: {_layers(changed)} of requires_grad=False had a norm that was trained or went by the batch, so "
+            "folding changes the weights. To keep such layers as they are, freeze the norms with them before training: "
+            "norm.requires_grad_(False), then bnsurgery.set_statistics_(model, 'running', where=lambda name, norm: not "
+            "norm.weight.requires_grad)",
+            BNSurgeryWarning,
+            stacklevel=2,
+        )
     plain = independent(bn_model)
     keep_activations_(plain)
     fold_(plain, [inserted for inserted in the_record.sites if not obstacles[inserted.norm]])
@@ -142,10 +157,31 @@ def gained_biases(model: nn.Module, sites: Iterable[InsertedSite]) -> dict[str, 
 
 def told_of_biases(names: Iterable[str]) -> str:
     """Which layers got one, in words."""
+    return f"{_layers(names)} had no bias and got one, since the BatchNorm there shifts"
+
+
+def _layers(names: Iterable[str]) -> str:
     listed = [f"'{name}'" for name in names]
     more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
-    who = f"layer{'s' if len(listed) > 1 else ''} {', '.join(listed[:_NAMED])}{more}"
-    return f"{who} had no bias and got one, since the BatchNorm there shifts"
+    return f"layer{'s' if len(listed) > 1 else ''} {', '.join(listed[:_NAMED])}{more}"
+
+
+def _changed_though_frozen(model: nn.Module, sites: Iterable[InsertedSite]) -> list[str]:
+    """The original names of frozen layers that change where these norms are folded; none if no layer is trained."""
+    changed, trained = [], False
+    for inserted in sites:
+        behind = inserted.site.anchor == inserted.site.name
+        now, name = (inserted.layer, inserted.site.name) if behind else (inserted.next_layer, inserted.site.next_layer)
+        if now is None or name is None:
+            continue
+        weight, norm = _layer(model, now)._parameters.get("weight"), model.get_submodule(inserted.norm)
+        if weight is not None and weight.requires_grad:
+            trained = True
+        elif weight is not None and not is_frozen(norm):
+            scale, shift = _scale_shift(norm)
+            if (scale != 1).any() or ((shift != 0).any() and not inserted.absorbed_bias):
+                changed.append(name)
+    return changed if trained else []
 
 
 def fold_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
@@ -179,10 +215,10 @@ def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:
     except BNSurgeryError as error:
         return str(error)
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
-        return f"is a {type(norm).__name__}, expected a BatchNorm with running statistics"
+        return f"is {with_article(type(norm).__name__)}, expected a BatchNorm with running statistics"
     scale, shift = _scale_shift(norm)
     if len(scale) != inserted.site.channels:
-        return f"has {len(scale)} channels, expected {inserted.site.channels}"
+        return f"has {counted(len(scale), 'channel')}, expected {inserted.site.channels}"
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
         return _NOT_FINITE
     if (scale == 1).all() and (shift == 0).all():

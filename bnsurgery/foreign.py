@@ -47,6 +47,8 @@ def kind_of_file(head: bytes, path: PurePath) -> tuple[str, str] | None:
         return _ONNX
     if head[:1] == b"\x0a" and head[2 + head[1] :].startswith(_CAFFE_LAYERS):
         return _CAFFE
+    if path.suffix.lower() == ".py":
+        return "Python code", f"Name the function in it that makes the network: --model {path}:FUNCTION."
     return _SUFFIXES.get(path.suffix.lower())
 
 

@@ -11,6 +11,7 @@ from .errors import BNSurgeryError
 from .layer_kinds import LAYERS, Layer
 from .module_tree import replace
 from .tracing import Trace
+from .words import with_article
 
 _STD = 0.01  # as torchvision initializes the last layer of VGG and SqueezeNet
 
@@ -51,7 +52,7 @@ def replace_head_(model: nn.Module, name: str, classes: int, seed: int = 0) -> N
     old = model.get_submodule(name)
     if not isinstance(old, LAYERS):
         raise BNSurgeryError(
-            f"head: '{name}' of {type(model).__name__} is a {type(old).__name__}, not the layer expected"
+            f"head: '{name}' of {type(model).__name__} is {with_article(type(old).__name__)}, not the layer expected"
         )
     new = _like(old, classes)
     if not old.weight.is_meta:

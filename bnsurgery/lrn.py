@@ -12,6 +12,7 @@ from .errors import BNSurgeryError, BNSurgeryWarning
 from .layer_kinds import find_lrn
 from .modes import evaluate
 from .module_tree import replace
+from .words import counted
 
 
 def without_lrn(model: nn.Module) -> nn.Module:
@@ -44,7 +45,7 @@ def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, droppe
     change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
     size = sum(a.cpu().double().square().sum().item() for a in before)
     warnings.warn(
-        f"{dropped} LocalResponseNorm layer{'s' if dropped > 1 else ''} dropped, which changes the function: the "
+        f"{counted(dropped, 'LocalResponseNorm layer')} dropped, which changes the function: the "
         f"outputs move by {100 * (change / size) ** 0.5 if size else torch.inf:.3g} % on the first calibration batch. "
         "What is inserted keeps the function of the network without them; fine-tune it.",
         BNSurgeryWarning,

@@ -68,7 +68,7 @@ def architecture(name: str) -> Architecture:
     if name not in models.list_models():
         close = difflib.get_close_matches(name, _NAMES, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(_NAMES)}."
-        raise ArchitectureError(f"'{name}': no such architecture. {hint}")
+        raise ArchitectureError(f"'{name}': no such architecture or file. {hint}")
     norm = _first_norm(name)
     if norm is None:
         raise ArchitectureError(f"'{name}': not one of the networks this command handles: {', '.join(_NAMES)}.")

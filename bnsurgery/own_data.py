@@ -10,6 +10,7 @@ from torch import Tensor
 from . import factories
 from .batches import Inputs
 from .errors import DataError
+from .words import with_article
 
 
 class OwnBatches:
@@ -58,7 +59,9 @@ class OwnBatches:
         found = self._call()
         if isinstance(found, (Tensor, Mapping)) or not isinstance(found, Iterable):
             kind = type(found).__name__
-            raise DataError(f"data '{self.description}': returned a {kind}, expected an iterable of batches, as a list")
+            raise DataError(
+                f"data '{self.description}': returned {with_article(kind)}, expected an iterable of batches, as a list"
+            )
         given, batches = 0, iter(found)
         while given < self._num:
             try:

@@ -21,6 +21,7 @@ from .layer_kinds import (
 from .nn import Normed
 from .tables import table
 from .tracing import Trace, is_norm
+from .words import counted
 
 Placement = Literal["pre-activation", "post-activation"]
 Layers = Literal["all", "conv", "dense"] | Callable[[str, nn.Module], bool]
@@ -110,7 +111,9 @@ class Plan:
             text += (
                 f"\n\nLocalResponseNorm stays: {', '.join(self.lrn)}. drop_lrn takes it out and changes the function."
             )
-        return f"{text}\n\n{self.model}: {len(self.sites)} sites, {len(self.skipped)} skipped, {self.placement}"
+        return (
+            f"{text}\n\n{self.model}: {counted(len(self.sites), 'site')}, {len(self.skipped)} skipped, {self.placement}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

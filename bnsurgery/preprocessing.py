@@ -1,6 +1,5 @@
 """From an image to what a network takes: one description, kept in checkpoints and said in what is exported."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHANNELS, NORMALIZE = ("rgb", "bgr", "grey"), ("auto", "imagenet", "none")
 _LONGEST = 16  # characters of an image size
 _WHITE = 255
+_SCALES = (0.1, 1e5)  # beyond are factors that others multiply pixels by, such as 1/255
+_FINEST, _COARSEST = 1000, 10  # white by the smallest std, and the largest by white: beyond, scale was forgotten
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Preprocessing:
         interpolation: "bilinear", "bicubic" or another of torchvision's `InterpolationMode`.
 
     Raises:
-        CheckpointError: a value is out of range, such as a mean that no image can have: below 0 or above `scale`.
+        CheckpointError: a value is out of range: a scale that is not 0.1 to 100,000, a mean that no image can have,
+            below 0 or above `scale`, or a std that none has, below a 1000th or above 10 times `scale`.
     """
 
     height: int
@@ -56,19 +58,40 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         count = 1 if self.channels == "grey" else 3
-        sound = {
-            "height and width": all(0 < side <= MAX_SIDE for side in self.shape[1:]),
-            "resize": min(self.height, self.width) <= self.resize <= 2 * MAX_SIDE,
-            "channels": self.channels in CHANNELS,
-            f"mean and std, {count} of each": len(self.mean) == len(self.std) == count,
-            "scale": 0 < self.scale < math.inf,
-            "mean, 0 to scale": all(0 <= mean <= self.scale for mean in self.mean),
-            "std": all(0 < std < math.inf for std in self.std),
-            "interpolation": self.interpolation in [mode.value for mode in InterpolationMode],
-        }
-        odd = next((what for what, fits in sound.items() if not fits), None)
-        if odd is not None:
-            raise CheckpointError(f"preprocessing: {odd}: out of range: {self}")
+        counted = f"{count}: " + ("of the one channel of grey images" if count == 1 else "of red, green and blue")
+        finest, coarsest = self.scale / _FINEST, self.scale * _COARSEST
+        sizes, modes = (self.height, self.width), [mode.value for mode in InterpolationMode]
+        rules = (
+            ("height and width", sizes, all(0 < side <= MAX_SIDE for side in sizes), f"1 to {MAX_SIDE}"),
+            ("resize", self.resize, min(sizes) <= self.resize <= 2 * MAX_SIDE, f"{min(sizes)} to {2 * MAX_SIDE}"),
+            ("channels", self.channels, self.channels in CHANNELS, " | ".join(CHANNELS)),
+            ("interpolation", self.interpolation, self.interpolation in modes, " | ".join(modes)),
+            (
+                "scale",
+                self.scale,
+                _SCALES[0] <= self.scale <= _SCALES[1],
+                f"{_SCALES[0]:g} to {_SCALES[1]:g}: it is what white becomes, 1, or 255 for pixels from 0 to 255",
+            ),
+            ("number of means", len(self.mean), len(self.mean) == count, counted),
+            ("number of stds", len(self.std), len(self.std) == count, counted),
+            (
+                "mean",
+                self.mean,
+                all(0 <= mean <= self.scale for mean in self.mean),
+                f"0 to {self.scale:g}, which white is; a mean of pixels from 0 to 255 wants scale 255, too",
+            ),
+            (
+                "std",
+                self.std,
+                all(finest <= std <= coarsest for std in self.std),
+                f"{finest:g} to {coarsest:g}, as white is {self.scale:g}; a std of pixels from 0 to 255 wants scale "
+                "255, too",
+            ),
+        )
+        for name, got, fits, expected in rules:
+            if not fits:
+                text = ",".join(f"{value:g}" for value in got) if isinstance(got, tuple) else shown(got)
+                raise CheckpointError(f"preprocessing: {name}: got {text}, expected {expected}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -145,6 +168,8 @@ class Wanted:
                 f"got normalize {shown(self.normalize)} and channels {shown(self.channels)}, expected "
                 f"{' | '.join(NORMALIZE)}, and rgb | bgr"
             )
+        if () in (self.mean, self.std):
+            raise DataError("mean and std: got no number, expected one for each colour, or one for all")
         if self.size is not None and not all(0 < side <= MAX_SIDE for side in self.size):
             raise DataError(f"image_size: got {shown(self.image_size)}, expected 1 to {MAX_SIDE}, or as 240x320 (HxW)")
         if self.normalize != "auto" and self.numbers:
@@ -190,10 +215,8 @@ class Wanted:
         try:
             return replace(own, **changes)
         except CheckpointError as error:
-            raise DataError(f"{error}{_OFTEN}") from None
+            raise DataError(str(error)) from None
 
 
 NOTHING = Wanted()
 _RGB, _GREY = v2.RGB(), v2.Grayscale()
-# What is got wrong most: a mean of pixels from 0 to 255 without saying so.
-_OFTEN = ". A mean in pixels from 0 to 255 wants scale 255, too; mean and std are those of red, green and blue."

@@ -72,6 +72,11 @@ def keep_activations_(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
+def recomputes(model: nn.Module) -> bool:
+    """Whether `recompute_activations_` is at work in `model`."""
+    return any(hook in _HOOKS for module in model.modules() for hook in module._forward_hooks.values())
+
+
 class _Kept:
     """What autograd keeps of one tensor: the tensor, or how to compute it again."""
 

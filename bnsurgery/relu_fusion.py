@@ -10,7 +10,9 @@ from .errors import BNSurgeryError
 from .nn import Normed
 from .nn.batchnorm import Insertable
 from .planning import is_hooked
+from .recomputation import recomputes
 from .surgery_record import InsertedSite, attach_record, record
+from .words import with_article
 
 
 def fuse_relu_(bn_model: nn.Module) -> None:
@@ -59,9 +61,13 @@ def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
     for site in sites:
         norm, relu = model.get_submodule(site.norm), _relu(model, site)
         if not isinstance(norm, Insertable):
-            raise BNSurgeryError(f"fuse_relu_: '{site.norm}' is a {type(norm).__name__} now, expected our BatchNorm")
+            raise BNSurgeryError(
+                f"fuse_relu_: '{site.norm}' is {with_article(type(norm).__name__)} now, expected our BatchNorm"
+            )
         if type(relu) is not nn.ReLU:
-            raise BNSurgeryError(f"fuse_relu_: '{site.relu}' is a {type(relu).__name__} now, expected an nn.ReLU")
+            raise BNSurgeryError(
+                f"fuse_relu_: '{site.relu}' is {with_article(type(relu).__name__)} now, expected an nn.ReLU"
+            )
     for site in sites:
         _norm(model, site).activation = "relu"
         _relu(model, site).__class__ = nn.Identity  # the same object: with its settings, names, mode and hooks
@@ -98,8 +104,8 @@ def is_fused(model: nn.Module, site: InsertedSite) -> bool:
         )
     if applied and not gone:
         raise BNSurgeryError(
-            f"'{site.norm}' applies a ReLU, and a {type(place).__name__} was put into its place '{site.relu}': set the "
-            "norm's activation to None"
+            f"'{site.norm}' applies a ReLU, and {with_article(type(place).__name__)} was put into its place "
+            f"'{site.relu}': set the norm's activation to None"
         )
     return applied
 
@@ -110,6 +116,11 @@ def _checked(model: nn.Module, caller: str, fused: bool) -> list[InsertedSite]:
         sites = [site for site in record(model).sites if site.relu is not None and is_fused(model, site) == fused]
     except BNSurgeryError as error:
         raise BNSurgeryError(f"{caller}: {error}") from None
+    if sites and recomputes(model):
+        raise BNSurgeryError(
+            f"{caller}: recompute_activations_ is at work in this network, which looks at norms and ReLUs. Call "
+            f"recompute_activations_(model, False), then {caller}(model), then recompute_activations_(model)"
+        )
     for site in sites:
         carrier = site.norm.rpartition(".")[0]
         names = [site.norm, str(site.relu), *([carrier] if isinstance(model.get_submodule(carrier), Normed) else [])]

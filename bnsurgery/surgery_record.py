@@ -19,10 +19,11 @@ from .planning import Site
 from .tables import table
 from .task import Task
 from .typed_json import loads, parse
+from .words import counted
 
 # 1 named a ReLU only where it was fused; 1 and 2 named no frozen parameters, and preprocessing only of what was
-# fine-tuned.
-FORMAT_VERSION = 3
+# fine-tuned; 3 named what was frozen at the insertion only.
+FORMAT_VERSION = 4
 _ATTRIBUTE = "_bnsurgery_record"
 
 
@@ -64,7 +65,9 @@ class SurgeryRecord:
         task: what images go through, where it takes any, and what it was fine-tuned to, if it was.
         dropped_lrn: fqns of the LocalResponseNorm layers that were taken out first.
         input_shape: of one sample on calibration, where the input is one tensor of real numbers.
-        frozen: the original's parameters that took no gradient: what `insert` goes by, and `load` restores.
+        frozen: the original's parameters that took no gradient: what `insert` goes by.
+        frozen_at_save: in a file, what was frozen when it was saved, and is again after `load`, by its name in the BN
+            model: parameters that took no gradient, and norms that kept their running statistics besides.
     """
 
     model: str
@@ -85,15 +88,16 @@ class SurgeryRecord:
     dropped_lrn: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
     frozen: tuple[str, ...] = ()
+    frozen_at_save: tuple[str, ...] | None = None
     format_version: int = FORMAT_VERSION
 
     def __str__(self) -> str:
         rows = [(s.site.name, s.norm, s.site.channels, s.site.activation) for s in self.sites]
         text = table(("site", "BatchNorm", "channels", "activation"), rows)
-        frozen = f", {len(self.frozen)} parameters frozen" if self.frozen else ""
+        frozen = f", {counted(len(self.frozen), 'parameter')} frozen" if self.frozen else ""
         return (
-            f"{text}\n\n{self.model}: {len(self.sites)} BatchNorm layers, {self.placement}, layers={self.layers}"
-            + frozen
+            f"{text}\n\n{self.model}: {counted(len(self.sites), 'BatchNorm layer')}, {self.placement}, "
+            f"layers={self.layers}{frozen}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +130,8 @@ class SurgeryRecord:
             )
         if version < 3:
             data = {**data, "task": _newer(data.get("task")), "frozen": []}
+        if version < 4:
+            data = {**data, "frozen_at_save": None}
         found = typing.cast(SurgeryRecord, parse(cls, data, "record"))
         found._check()
         return found

@@ -6,6 +6,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import UntraceableModelError
 from .layer_kinds import LAYERS
+from .words import with_article
 
 _QUANTIZED_PACKAGES = ("torch.ao.nn.", "torchao.", "bitsandbytes.")
 
@@ -25,8 +26,8 @@ def refuse(model: nn.Module) -> None:
         lines = "; ".join(f"{_expression(fqn)} = {_expression(fqn)}.{inside}" for fqn, inside in wrapped)
         kind = type(model.get_submodule(wrapped[0][0])).__name__
         raise UntraceableModelError(
-            f"plan: {name}: '{wrapped[0][0]}' is a {kind}, around the layers themselves. Unwrap it, and wrap the "
-            f"result anew: {lines}"
+            f"plan: {name}: '{wrapped[0][0]}' is {with_article(kind)}, around the layers themselves. Unwrap it, and "
+            f"wrap the result anew: {lines}"
         )
     for fqn, module in model.named_modules():
         kind = type(module).__name__

@@ -13,9 +13,10 @@ from .batches import Inputs, equal, inputs, join, outputs, run
 from .errors import BNSurgeryWarning, CalibrationError
 from .modes import evaluate, observing, training_norms
 from .tables import WIDTH
+from .words import counted
 
-# Groups of samples averaged for one drift figure; the figure settles within a few per cent, the cost stays bounded.
-_DRIFT_GROUPS = 4
+# The first inputs, on which drift is measured at every batch size: 32 pairs, and the memory and time stay bounded.
+DRIFT_SAMPLES = 64
 TOLERANCE = 1e-5  # of the largest output: what rounding comes to where the bits cannot be the same
 _TOGETHER = "\0"  # a space at which no line is broken
 
@@ -34,6 +35,7 @@ class EquivalenceReport:
         train_drift: by batch size, ‖train − reference‖₂/‖reference‖₂ over the outputs when the candidate's BatchNorm
             layers are in train mode, by this process's batch or as `set_statistics_` has it (dropout off); sizes beyond
             the number of samples are left out. Empty where it could not be measured: `no_drift` says why.
+        drift_samples: how many inputs the drift was measured on, at every batch size the same: the first ones.
         worst: where `max_abs` is: number of the output tensor, sample over all batches, then the index in that sample;
             None where there is no difference. Of an output without one row a sample, the first sample of the batch and
             the index in the whole output.
@@ -51,6 +53,7 @@ class EquivalenceReport:
     worst: tuple[int, ...] | None = None
     no_drift: str | None = None
     shape: tuple[int, ...] | None = None
+    drift_samples: int = 0
 
     def __str__(self) -> str:
         return self.text("not to the bit")
@@ -70,7 +73,8 @@ class EquivalenceReport:
         if self.train_drift:
             pairs = [f"{100 * drift:.3g} % at {size}" for size, drift in self.train_drift.items()]
             drifts = ", ".join(pair.replace(" ", _TOGETHER) for pair in pairs)
-            lines += _wrapped("train mode   ", f"drift by batch size: {drifts}")
+            of = f" on the first {self.drift_samples}" if self.drift_samples < self.samples else ""
+            lines += _wrapped("train mode   ", f"drift by batch size{of}: {drifts}")
         if self.no_drift is not None:
             start = " " * 13 if self.train_drift else "train mode   "
             lines += _wrapped(start, f"drift not measured: {self.no_drift}")
@@ -79,9 +83,16 @@ class EquivalenceReport:
     @property
     def inputs(self) -> str:
         """How many were compared, and of what size: "32 images of 3x224x224"."""
+        return self._of_size(self.samples)
+
+    @property
+    def drift_inputs(self) -> str:
+        """How many the drift was measured on, and of what size: "the first 64 images of 3x224x224"."""
+        return ("the first " if self.drift_samples < self.samples else "") + self._of_size(self.drift_samples)
+
+    def _of_size(self, count: int) -> str:
         what = "input" if self.shape is not None and len(self.shape) != 3 else "image"
-        size = f" of {'x'.join(map(str, self.shape))}" if self.shape is not None else ""
-        return f"{self.samples} {what}{'s' if self.samples != 1 else ''}{size}"
+        return counted(count, what) + (f" of {'x'.join(map(str, self.shape))}" if self.shape is not None else "")
 
     def place(self) -> str:
         """`worst` in words: "image 3, index [281], counted from 0"; empty where there is no difference."""
@@ -114,7 +125,9 @@ def verify(
     Args:
         reference: the original network, or any function that gives its outputs.
         batches: as for `insert`.
-        drift_batch_sizes: each at least 2; measured on the first samples, in up to 4 groups a size.
+        drift_batch_sizes: each at least 2. The drift is measured on all inputs, or the first 64 of more (as many as
+            the largest size, where that is above 64), in as many groups as it takes, the last one full, too: the figure
+            does not depend on how `batches` are cut, nor on the other sizes up to 64.
 
     Raises:
         CalibrationError: no data, outputs of other shapes or without tensors, NaN or Inf in one network's where the
@@ -124,7 +137,7 @@ def verify(
     sizes = sorted(set(drift_batch_sizes))
     if sizes and sizes[0] < 2:
         raise ValueError(f"verify: drift batch sizes must be at least 2 (a batch of 1 has no variance), got {sizes[0]}")
-    compared = _Comparison(keep=max(sizes, default=0) * _DRIFT_GROUPS if sizes else 0)
+    compared = _Comparison(keep=max(DRIFT_SAMPLES, *sizes) if sizes else 0)
     with observing(candidate):
         for batch in inputs(batches):
             compared.add(batch, _outputs(reference, batch), _outputs(candidate, batch))
@@ -234,6 +247,7 @@ class _Comparison:
             self._worst,
             no_drift,
             self._shapes.pop() if len(self._shapes) == 1 else None,
+            sum(batch.samples for batch, _ in self.kept) if drift else 0,
         )
 
 
@@ -246,14 +260,15 @@ def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> tup
     if samples is None:
         return drift, compared.obstacle
     if samples.samples < sizes[0]:
-        return drift, f"it takes {sizes[0]} inputs, got {samples.samples}"
+        return drift, f"it takes {counted(sizes[0], 'input')}, got {samples.samples}"
     expected = [torch.cat(parts) for parts in zip(*(outputs for _, outputs in compared.kept), strict=True)]
     with training_norms(candidate, by_batch=False) as restore:
         if restore is None:
             return drift, "the network has no BatchNorm"
         for size in (size for size in sizes if size <= samples.samples):
             squares = [0.0, 0.0]
-            for start in range(0, min(samples.samples - size + 1, _DRIFT_GROUPS * size), size):
+            last = samples.samples - size
+            for start in (*range(0, last, size), last):  # the last group shares samples with the one before
                 restore()  # every group as the first step
                 group, part = slice(start, start + size), samples.take(start, start + size)
                 wanted = [tensor[group].double() for tensor in expected]

@@ -23,6 +23,7 @@ from torchvision.models import WeightsEnum
 from .errors import CheckpointError, is_utf8, printable, shown
 from .foreign import kind_of_archive, kind_of_file
 from .unpickling import load_pickle
+from .words import with_article
 
 _ALIGNMENT = 64  # bytes
 _MAX_HEADER = 16 * 2**20  # bytes of JSON: 200 times what a network of 1,000 layers has; safetensors would parse 100 MB
@@ -69,7 +70,9 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
                 places[id(value)] = inner
                 todo.append((inner, value))
     if not tensors:
-        raise _refusal(path, f"a {type(loaded).__name__} without tensors", "Save model.state_dict(): tensors by name.")
+        raise _refusal(
+            path, f"{with_article(type(loaded).__name__)} without tensors", "Save model.state_dict(): tensors by name."
+        )
     return WeightsFile(path, tensors, frozenset(places.values()))
 
 
@@ -273,7 +276,7 @@ def _head(path: Path) -> bytes:
         raise _refusal(path, "a file name that is not UTF-8", "Rename the file, or the folder it is in.")
     try:
         if not path.exists():
-            raise _refusal(path, "no such file", "Check the path.")
+            raise CheckpointError(f"read weights: '{path}': no such file. Check the path.")
         if not path.is_file():  # opening a pipe would hang
             raise _refusal(path, "a directory or device", "Name the file.")
         with path.open("rb") as file:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     "MODULE:FUNCTION a file, or what it makes.",
 )
 @weights_options
-@data_options(num_images=64)
+@data_options
 @sites_options
 @click.option("--absorb-bias", is_flag=True, help="Drop the layers' biases: BN shifts too. Equal to 1e-6, not bitwise.")
 @click.option(
@@ -98,7 +98,8 @@ def command(
     from bnsurgery.preprocessing import Preprocessing
     from bnsurgery.summary import summarize
     from bnsurgery.surgery_record import record
-    from bnsurgery.verification import verify
+    from bnsurgery.verification import DRIFT_SAMPLES, verify
+    from bnsurgery.words import counted
 
     try:
         Options(absorb_bias).check(choice["placement"])
@@ -137,7 +138,7 @@ def command(
     example = next(iter(batches)) if preprocess is None else pretrained.example(preprocess, on_meta=not own)
     sites = plan(reference if own else on_meta(reference), example, **choice)
     moments = calibrate(reference, sites, batches, progress=loud)
-    samples = _first(batches, _CHECKED)
+    samples = _first(batches, DRIFT_SAMPLES)  # as many as give the drift that `verify` prints
     provenance: dict[str, str | int] = {
         "weights": origin,
         "data": batches.description,
@@ -178,7 +179,7 @@ def command(
     skipped = [skip.to_dict() for skip in sites.skipped]
     again = " ".join(map(quote, [str(output), *(["--model", name] if own else []), *given(context, *IMAGES)]))
     text = (
-        f"{summary}\n\n{name}: {len(sites.sites)} BatchNorm layers inserted\n"
+        f"{summary}\n\n{name}: {counted(len(sites.sites), 'BatchNorm layer')} inserted\n"
         f"weights      {origin}\nimages       {batches.summary}\n"
         f"{equivalence}\n\n"
         f"Wrote {output}.\n{wrote}"
@@ -210,7 +211,3 @@ def _first(batches: Iterable[Any], count: int) -> list[Any]:
         if seen >= count:
             break
     return found
-
-
-# Of the calibration images: both networks run once more on these, as many as `verify` takes by itself.
-_CHECKED = 32

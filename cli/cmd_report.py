@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command("report")
 @click.argument("file", type=click.Path(path_type=Path))
 @model_option
-@data_options(num_images=32)
+@data_options
 @output_options("File to write.  [default: FILE's name, .html, here]")
 @plot_option
 @print_options
@@ -51,7 +51,7 @@ def command(
     from bnsurgery.surgery_record import record
 
     if not file.exists():  # nor a link that leads back to itself, which cannot be resolved
-        raise CheckpointError(f"report: '{file}': no such file or directory")
+        raise CheckpointError(f"report: '{file}': no such file or folder. Check the path.")
     output = output or Path(f"{file.resolve().stem}.html")
     check_report(output, plot, force, file)
     if file.is_dir() or file.suffix == ".json":

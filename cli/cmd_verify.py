@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     help="Compare with these weights.  [default: with FILE's own folded network]",
 )
 @weights_options
-@data_options(num_images=32)
+@data_options
 @report_options
 @force_option
 @print_options

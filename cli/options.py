@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from bnsurgery.errors import CheckpointError, printable
 from bnsurgery.system import quote
+from bnsurgery.words import with_article
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +46,7 @@ model_option = click.option(
 
 
 class Values(click.ParamType):
-    """Values separated by commas."""
+    """Values separated by commas, one or more."""
 
     name = "list"
 
@@ -57,9 +58,13 @@ class Values(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(self._kind(part.strip()) for part in value.split(",") if part.strip())
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+            found = tuple(self._kind(part) for part in map(str.strip, value.split(",")) if part)
+        except ValueError:
+            found = ()
+        if not found:
+            kind = "numbers" if self._kind is float else "names"
+            self.fail(f"got {value!r}, expected {kind}, separated by commas", param, ctx)
+        return found
 
 
 # What images go through: the fields of `bnsurgery.preprocessing.Wanted`, by name.
@@ -78,9 +83,14 @@ PREPROCESSING: dict[str, dict[str, Any]] = {
     "mean": {
         "type": Values(float),
         "metavar": "R,G,B",
-        "help": "Taken off the pixels, always red, green, blue.  [default: as --normalize; 0 beside --std or --scale]",
+        "help": "Taken off the pixels, always red, green, blue, or one number for all.  [default: as --normalize; 0 "
+        "beside --std or --scale]",
     },
-    "std": {"type": Values(float), "metavar": "R,G,B", "help": "What that is divided by.  [default: as for --mean; 1]"},
+    "std": {
+        "type": Values(float),
+        "metavar": "R,G,B",
+        "help": "What that is divided by, as --mean.  [default: as for --mean; 1]",
+    },
     "scale": {
         "type": float,
         "metavar": "WHITE",
@@ -153,32 +163,31 @@ device_option = click.option(
 IMAGES = ("data", "num_images", "batch_size", "skip_bad", "seed", "device")
 
 
-def data_options(num_images: int) -> Callable[[F], F]:
-    """Which images, how many at a time, and what they go through."""
-    return _together(
-        click.option(
-            "--data",
-            default="samples",
-            show_default=True,
-            metavar="DIR|samples|FILE.py:FUNCTION",
-            help="Folder of images of any format that Pillow reads, searched through; two built-in photographs; or a "
-            "function that gives batches of whatever the network takes, any iterable of them. This runs its code.",
-        ),
-        click.option(
-            "--num-images",
-            type=click.IntRange(1, 1_000_000),
-            default=num_images,
-            show_default=True,
-            help="How many images at most.",
-        ),
-        click.option("--batch-size", type=_POSITIVE, default=8, show_default=True, help="Images at a time."),
-        preprocess_options,
-        click.option("--skip-bad", is_flag=True, help="Leave out damaged images, and count them."),
-        click.option(
-            "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice."
-        ),
-        device_option,
-    )
+# Which images, how many at a time, and what they go through: the same by default, so that figures are, too.
+data_options = _together(
+    click.option(
+        "--data",
+        default="samples",
+        show_default=True,
+        metavar="DIR|samples|FILE.py:FUNCTION",
+        help="Folder of images of any format that Pillow reads, searched through; two built-in photographs; or a "
+        "function that gives batches of whatever the network takes, any iterable of them. This runs its code.",
+    ),
+    click.option(
+        "--num-images",
+        type=click.IntRange(1, 1_000_000),
+        default=64,
+        show_default=True,
+        help="How many images at most.",
+    ),
+    click.option("--batch-size", type=_POSITIVE, default=8, show_default=True, help="Images at a time."),
+    preprocess_options,
+    click.option("--skip-bad", is_flag=True, help="Leave out damaged images, and count them."),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice."
+    ),
+    device_option,
+)
 
 
 # Where only the form of the input counts.
@@ -372,7 +381,7 @@ def load_checkpoint(file: Path, model: str | None) -> "nn.Module":
     if model is None and done is not None and done.architecture is None:
         made = done.provenance.get("model")
         raise CheckpointError(
-            f"'{file}' holds a {printable(done.model)}, which is not one of torchvision's: pass --model "
+            f"'{file}' holds {with_article(printable(done.model))}, which is not one of torchvision's: pass --model "
             + (
                 f"{quote(printable(str(made)))}, as when it was made, if you trust its code"
                 if made

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from bnsurgery.words import counted
+
 from .options import claim
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def write_report(report: "Report", page: Path | None, plot: Path | None, force: 
         wrote.append(f"Wrote {page}.\n")
     if plot is not None:
         count = len(report.save_figures(plot, overwrite=force))
-        wrote.append(f"Wrote {count} figures into {plot}.\n")
+        wrote.append(f"Wrote {counted(count, 'figure')} into {plot}.\n")
     return "".join(wrote)
 
 

@@ -359,6 +359,46 @@ def test_what_was_frozen_comes_back_frozen(skeleton_frozen, images, tmp_path):
     assert loaded[4].num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"absorb_bias": True}, {"placement": "post-activation"}])
+def test_what_was_frozen_since_comes_back_so(options, images, tmp_path):
+    """Layers and norms, frozen or not since the insertion, each as it was on saving; and the record as it was."""
+    path, x = tmp_path / "net.safetensors", images(8, 12)
+    bn_model = insert(half_frozen(), [x], **options)
+    done = record(bn_model)
+    first, second = (bn_model.get_submodule(site.norm) for site in done.sites[:2])
+    bn_model.get_submodule(done.sites[0].layer).requires_grad_(True)  # frozen at the insertion
+    first.requires_grad_(True)
+    bnsurgery.set_statistics_(bn_model, "batch", where=lambda name, norm: norm is first)
+    bn_model.get_submodule(done.sites[1].layer).requires_grad_(False)
+    second.requires_grad_(False)
+    bnsurgery.set_statistics_(bn_model, "running", where=lambda name, norm: norm is second)
+    for changes in ([], [first.bias], list(bn_model.parameters())):
+        for parameter in changes:
+            parameter.requires_grad_(False)
+        save(bn_model, path, overwrite=True)
+        loaded = load(path, model=half_frozen())
+        flags = [{name: p.requires_grad for name, p in net.named_parameters()} for net in (bn_model, loaded)]
+        assert flags[0] == flags[1] and record(loaded) == record(bn_model) == done
+        modes = [[net.get_submodule(site.norm).statistics for site in done.sites] for net in (bn_model, loaded)]
+        assert modes[0] == modes[1] == ["batch", "running", *modes[0][2:]]
+        again = path.read_bytes()
+        save(loaded, path, overwrite=True)
+        assert path.read_bytes() == again
+    rewrite(path, lambda data: data.update(frozen_at_save=["1.wait"]))
+    with pytest.raises(CheckpointError, match="'1.wait' was frozen, and is not there"):
+        load(path, model=half_frozen())
+
+
+def test_files_of_the_third_format_know_what_was_frozen_at_the_insertion(images, tmp_path):
+    path = tmp_path / "net.safetensors"
+    bn_model = insert(half_frozen(), [images(8, 12)])
+    save(bn_model, path)
+    rewrite(path, lambda data: data.update(format_version=3) or data.pop("frozen_at_save"))
+    loaded = load(path, model=half_frozen().requires_grad_(True))
+    flags = [{name: p.requires_grad for name, p in net.named_parameters()} for net in (bn_model, loaded)]
+    assert flags[0] == flags[1] and loaded[1].statistics == "running" and record(loaded) == record(bn_model)
+
+
 def test_a_torchvision_networks_frozen_layers_come_back_frozen(squeezenet, images, tmp_path):
     model = models.squeezenet1_1(weights=None, num_classes=7).eval()
     model.features[:5].requires_grad_(False)
@@ -374,7 +414,7 @@ def test_files_of_the_second_format_load_trainable(images, tmp_path):
     path = tmp_path / "net.safetensors"
     bn_model = insert(half_frozen().requires_grad_(True), [images(8, 12)])
     save(bn_model, path)
-    rewrite(path, lambda data: data.update(format_version=2) or data.pop("frozen"))
+    rewrite(path, lambda data: data.update(format_version=2) or (data.pop("frozen"), data.pop("frozen_at_save")))
     loaded = load(path, model=half_frozen())
     assert record(loaded) == record(bn_model) and all(p.requires_grad for p in loaded.parameters())
     rewrite(path, lambda data: data.pop("frozen", None))

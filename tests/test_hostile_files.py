@@ -181,7 +181,7 @@ def test_keys_in_messages_are_short_and_printable(tmp_path):
         *(
             (
                 lambda d, c=change: d.update(task={**TASK, "preprocessing": {**SEEN, **c}}),
-                "preprocessing.* out of range",
+                "preprocessing: .*: got .*, expected",
             )
             for change in (
                 {"width": 10**9},

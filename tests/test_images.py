@@ -56,7 +56,7 @@ def test_links_are_followed_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("missing", "got nothing, expected a directory"), ("a.png", "got a file"), ("empty", "got no image, expected")],
+    [("missing", "no such folder"), ("a.png", "a file, expected a folder"), ("empty", "got no image, expected")],
 )
 def test_nothing_to_find(tmp_path, name, message):
     save(tmp_path / "a.png")

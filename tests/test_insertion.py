@@ -1,5 +1,6 @@
 import copy
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -415,6 +416,37 @@ def test_frozen_layers_are_the_same_after_training_and_folding(way, options, ima
         if not parameter.requires_grad:
             assert torch.equal(parameter, before[name]), name
     assert not torch.equal(folded[4].weight, model[4].weight)
+
+
+@pytest.mark.parametrize("placement", ["pre-activation", "post-activation"])
+def test_layers_frozen_after_the_insertion(placement, images, recwarn):
+    """Alone they change on folding, which is said, with the line that keeps them; norms trained on purpose are not."""
+    batches = images(24, 12).split(8)
+    site = next(site for site in bnsurgery.record(insert(frozen_start(), batches, placement=placement)).sites)
+    name = site.site.name if placement == "pre-activation" else site.site.next_layer
+    model = frozen_start()
+    bn_model = insert(model, batches, placement=placement)
+    layer = bn_model.get_submodule(site.layer if placement == "pre-activation" else site.next_layer)
+    layer._parameters["weight"].requires_grad_(False)
+    aware = copy.deepcopy(bn_model)
+    recwarn.clear()
+    bnsurgery.fold(bn_model)
+    assert not recwarn  # nothing was trained yet
+    with pytest.warns(BNSurgeryWarning, match=rf"fold: layer '{name}' of requires_grad=False") as caught:
+        folded = bnsurgery.fold(train(bn_model, batches))
+    assert not torch.equal(folded.get_submodule(name).weight, model.get_submodule(name).weight)
+    (advice,) = re.findall(r"bnsurgery\.set_statistics_\(.*\)", str(caught[0].message))
+    aware.get_submodule(site.norm).requires_grad_(False)
+    exec(advice, {"bnsurgery": bnsurgery, "model": aware})
+    recwarn.clear()
+    folded = bnsurgery.fold(train(aware, batches))
+    assert torch.equal(folded.get_submodule(name).weight, model.get_submodule(name).weight) and not recwarn
+    for inserted in bnsurgery.record(bn_model).sites:
+        bn_model.get_submodule(inserted.layer).requires_grad_(False)
+        bn_model.get_submodule(inserted.norm).requires_grad_(True)
+    if placement == "pre-activation":
+        bnsurgery.fold(train(bn_model, batches))
+        assert not recwarn
 
 
 def test_a_frozen_bias_alone_freezes_no_norm(images):

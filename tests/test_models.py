@@ -46,8 +46,8 @@ def test_what_is_not_torchvisions_is_not_identified():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vgg61", "no such architecture. Did you mean .*vgg16"),
-        ("xyzzy", "no such architecture. Known: alexnet, "),
+        ("vgg61", "no such architecture or file. Did you mean .*vgg16"),
+        ("xyzzy", "no such architecture or file. Known: alexnet, "),
         (
             "vgg16_bn",
             r"normalization layers already, the first: 'features.1' \(BatchNorm2d\). Its BN-free twin is vgg16",

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -266,6 +267,24 @@ def freeze(model):
         else:
             freeze(child)
     return model
+
+
+def test_fusing_where_activations_are_recomputed(images):
+    """Not by its hooks, which nobody put there by hand; the three calls of the message do it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    x = images(6, 8)
+    for change, fused in ((bnsurgery.fuse_relu_, False), (bnsurgery.unfuse_relu_, True)):
+        bn_model = bnsurgery.insert(model, [x], fuse_relu=fused)
+        bnsurgery.recompute_activations_(bn_model)
+        with pytest.raises(BNSurgeryError, match="recompute_activations_ is at work") as refused:
+            change(bn_model)
+        calls = re.findall(r"(\w+_)(\(model(?:, False)?\))", str(refused.value))
+        assert len(calls) == 3
+        for name, arguments in calls:
+            exec(f"bnsurgery.{name}{arguments}", {"bnsurgery": bnsurgery, "model": bn_model})
+        assert bnsurgery.record(bn_model).fuse_relu is not fused
+        assert torch.equal(bn_model(x), model(x))
 
 
 def freeze_by_timm(model):

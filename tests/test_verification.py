@@ -54,15 +54,36 @@ def test_differences_are_measured(images):
 
 
 def test_drift_is_that_of_train_mode(custom, images):
-    """Against a copy put into train mode by hand, group by group."""
+    """Against a copy put into train mode by hand, group by group; the ninth image is in a full group, too."""
     x = images(9, 32)
     bn_model = insert(custom, [x])
     report = verify(custom, bn_model, [x], drift_batch_sizes=(4,))
+    groups = [x[:4], x[4:8], x[5:]]
     by_hand = copy.deepcopy(bn_model).train()
     with torch.no_grad():
-        got = torch.cat([by_hand(x[:4]), by_hand(x[4:8])])
-        expected = custom(x[:8])
+        got = torch.cat([by_hand(group) for group in groups])
+        expected = custom(torch.cat(groups))
     assert report.train_drift[4] == pytest.approx(((got - expected).norm() / expected.norm()).item(), rel=1e-5)
+    assert report.drift_samples == 9
+
+
+def test_drift_is_of_all_images_whatever_else_is_asked_for(custom, images):
+    """Of images that come sorted, the first groups say nothing of the rest: all count, or 64 of more, said so."""
+    x = torch.cat([0.01 * images(24, 32), images(40, 32)])
+    bn_model = insert(custom, [x])
+    report = verify(custom, bn_model, [x], drift_batch_sizes=(2,))
+    for split, sizes in ((48, (2,)), (5, (2, 8, 32)), (64, (2, 4, 8, 16, 32))):
+        other = verify(custom, bn_model, x.split(split), drift_batch_sizes=sizes)
+        assert other.train_drift[2] == pytest.approx(report.train_drift[2], rel=1e-4)
+        assert (other.drift_samples, other.drift_inputs) == (64, "64 images of 3x32x32")
+    of_eight = verify(custom, bn_model, [x[:8]], drift_batch_sizes=(2,)).train_drift[2]
+    assert abs(report.train_drift[2] / of_eight - 1) > 0.1
+    assert "drift by batch size: " in str(report)
+    more = verify(custom, bn_model, [x, images(9, 32)], drift_batch_sizes=(2,))
+    assert more.train_drift[2] == pytest.approx(report.train_drift[2], rel=1e-4)
+    assert (more.samples, more.drift_inputs) == (73, "the first 64 images of 3x32x32")
+    assert "drift by batch size on the first 64: " in str(more)
+    assert verify(custom, bn_model, [x, images(9, 32)], drift_batch_sizes=(70,)).drift_samples == 70
 
 
 def test_drift_sizes_beyond_the_data_are_left_out(custom, images):

@@ -11,6 +11,7 @@ from bnsurgery.errors import CheckpointError
 from bnsurgery.files import read_text
 from bnsurgery.tables import WIDTH, table
 from bnsurgery.typed_json import loads, parse
+from bnsurgery.words import counted
 
 from .results import Row
 
@@ -180,7 +181,7 @@ class Comparison:
             for s in self.summary()
         ]
         legend = (
-            f"accuracy: at the end, at the arm's best rate, mean of {seeds} seed{'s' if seeds > 1 else ''}\n"
+            f"accuracy: at the end, at the arm's best rate, mean of {counted(seeds, 'seed')}\n"
             "spread: largest minus smallest over the seeds\n"
             "trains to: largest rate that ends within 10 points of the accuracy\n"
             "to plain's: steps until plain's accuracy is first reached"

@@ -18,7 +18,8 @@ from bnsurgery.heads import find_head
 from bnsurgery.modes import evaluate
 from bnsurgery.nn import set_process_group_, set_statistics_
 from bnsurgery.task import Task
-from bnsurgery.verification import verify
+from bnsurgery.verification import DRIFT_SAMPLES, verify
+from bnsurgery.words import counted
 
 from . import recipe
 from .config import Config
@@ -222,7 +223,7 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
     size = config.batch_size
 
     def drift() -> float:
-        loader = plain_loader(prepared, size, 0, images=4 * size)
+        loader = plain_loader(prepared, size, 0, images=max(DRIFT_SAMPLES, size))
         found = verify(network, network, loader, drift_batch_sizes=(size,))
         if found.no_drift is not None:
             raise BNSurgeryError(f"finetune: no drift to choose by: {found.no_drift}. Pass --statistics.")
@@ -236,16 +237,14 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
 def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool, left: int) -> list[str]:
     facts = [
         f"network      {source.description}",
-        f"data         {data.description}: {len(data.train)} training and {len(data.val)} validation images, "
-        f"{len(data.classes)} classes",
+        f"data         {data.description}: {len(data.train)} training and "
+        f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes",
         f"head         {'kept' if kept else 'new'}",
     ]
     if left:
-        facts.append(
-            f"left out     {left} image{'s' if left > 1 else ''} in each epoch, others every time: too few for a batch"
-        )
+        facts.append(f"left out     {counted(left, 'image')} in each epoch, others every time: too few for a batch")
     if data.skipped:
-        facts.append(f"left out     {len(data.skipped)} damaged images, the first: {data.skipped[0]}")
+        facts.append(f"left out     {counted(len(data.skipped), 'damaged image')}, the first: {data.skipped[0]}")
     if data.passed_over:
         facts.append(f"left out     {told_of(data.passed_over, 'no images by name or in no class folder')}")
     if config.arm != "plain":

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.ops.sync import group_name
+from bnsurgery.words import counted
 
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Insertable, Statistics
 
@@ -18,7 +19,6 @@ _OURS: dict[type, type] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-_FROZEN = "frozen"  # an attribute of the norms of frozen layers
 
 
 def set_statistics_(
@@ -47,13 +47,14 @@ def set_statistics_(
 
     A `torch.nn.BatchNorm1d/2d/3d` of the network's own is set, too: for a mode other than "batch" the same object, with
     its names and tensors, becomes the class of `bnsurgery.nn` that is derived from its own. What cannot be set, such as
-    a SyncBatchNorm, is left as it is, and a warning names it. The norm of a layer that `insert` found frozen
-    (`requires_grad=False`) stays in "running" unless `where` chooses it; a warning says so.
+    a SyncBatchNorm, is left as it is, and a warning names it. A norm that is frozen, in the mode "running" with a
+    weight and bias of `requires_grad=False`, as `insert` makes it behind a frozen layer, stays so unless `where`
+    chooses it; a warning says so.
 
     Args:
         bn_model: a network with BatchNorm layers.
         mode: see above.
-        where: which of them, (name, module) -> bool; None for all but those of frozen layers.
+        where: which of them, (name, module) -> bool; None for all but those that are frozen.
         renorm_steps: length of the closing schedule in training steps, above 0; used by "renorm" alone.
 
     Raises:
@@ -88,35 +89,34 @@ def set_statistics_(
             _set_(_ours_(norm), mode, renorm_steps)
     if frozen:
         _warn(
-            f"left {_named(frozen)} in 'running' mode: of frozen layers (requires_grad=False), which {mode!r} would "
+            f"left {listed(frozen)} in 'running' mode: of frozen layers (requires_grad=False), which {mode!r} would "
             "change. where=lambda name, norm: True sets them, too."
         )
     if foreign and mode != "batch":
         kinds = ", ".join(sorted({type(norms[name]).__name__ for name in foreign}))
         _warn(
-            f"left {_named(foreign)} ({kinds}), which normalizes by the batch in train mode: its .eval() after every "
+            f"left {listed(foreign)} ({kinds}), which normalizes by the batch in train mode: its .eval() after every "
             ".train() of the network freezes it, if it has running statistics."
         )
 
 
 def freeze_(norm: nn.Module) -> None:
-    """Make this the norm of a frozen layer: no gradient, the running statistics in train mode, and it stays so."""
+    """Make this the norm of a frozen layer: no gradient, and the running statistics in train mode."""
     norm.requires_grad_(False)
-    vars(norm)[_FROZEN] = True
     cast(Insertable, norm).statistics = "running"
 
 
 def is_frozen(norm: nn.Module) -> bool:
-    """Whether this is the norm of a frozen layer, and nobody has chosen another mode for it since."""
-    return _FROZEN in vars(norm)
+    """Whether training leaves this norm as it is, as those of frozen layers: see `freeze_`."""
+    parameters = list(norm.parameters())
+    trained = not parameters or any(parameter.requires_grad for parameter in parameters)
+    return getattr(norm, "statistics", None) == "running" and not trained
 
 
 def _set_(norm: Insertable, mode: Statistics, renorm_steps: int) -> None:
     norm.statistics, norm.renorm_state = mode, None
     if mode == "renorm":
         norm.start_renorm_(0, renorm_steps)
-    if mode != "running":
-        vars(norm).pop(_FROZEN, None)
 
 
 def _can_be_ours(norm: _BatchNorm) -> bool:
@@ -134,9 +134,10 @@ def _ours_(norm: _BatchNorm) -> Insertable:
     return cast(Insertable, norm)
 
 
-def _named(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first of these norms, and how many more there are, in words."""
     first, *rest = names
-    return f"'{first}'" + (f" and {len(rest)} more BatchNorms" if rest else "")
+    return f"'{first}'" + (f" and {counted(len(rest), 'more BatchNorm')}" if rest else "")
 
 
 def _warn(text: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from bnsurgery.advice import statistics_for
 from bnsurgery.tables import cell_text
 from bnsurgery.verification import EquivalenceReport
+from bnsurgery.words import counted
 
 from .sites import Histogram, SiteView, view_sites
 from .style import BLUE, GREEN, GREY, INK, ORANGE, PINK, new_figure
@@ -38,7 +39,7 @@ def plot_moments(sites: Sites, panels: Sequence[str] = ("mean", "std")) -> "Figu
     what = {"mean": "means", "std": "standard deviations"}
     means = [view.mean.quantile(0.5).item() for view in views]
     alt = (
-        f"Box plots of the channels' {' and '.join(what[p] for p in panels)} at {len(views)} sites. "
+        f"Box plots of the channels' {' and '.join(what[p] for p in panels)} at {counted(len(views), 'site')}. "
         f"The medians of the means lie between {min(means):.2g} and {max(means):.2g}; the median standard deviation "
         f"goes from {lowest.median_std:.2g} at {lowest.name} to {highest.median_std:.2g} at {highest.name}."
     )
@@ -77,7 +78,8 @@ def plot_preactivations(
         "before": f"As they are, from {-reach:.2g} to {reach:.2g}.",
         "after": "Normalized channel by channel; the dotted line is the normal distribution.",
     }
-    alt = f"Histograms of the pre-activations at {len(views)} sites. {' '.join(said[panel] for panel in panels)}"
+    said_of = " ".join(said[panel] for panel in panels)
+    alt = f"Histograms of the pre-activations at {counted(len(views), 'site')}. {said_of}"
     figure, axes = new_figure(alt, columns=len(panels), height=_FRAME + 1.4 * _ROW * len(views))
     for axis, panel in zip(axes[0], panels, strict=True):
         for row, view in enumerate(views):
@@ -135,7 +137,8 @@ def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
     """
     drift = {size: 100 * value for size, value in telling_drift(result).items()}
     said = ", ".join(f"{value:.3g} % at {size}" for size, value in drift.items())
-    figure, axes = new_figure(f"Train-mode drift of the outputs by batch size: {said or 'not measured'}.")
+    on = f" on {result.drift_inputs}" if said else ""
+    figure, axes = new_figure(f"Train-mode drift of the outputs by batch size{on}: {said or 'not measured'}.")
     axis = axes[0, 0]
     axis.plot(list(drift), list(drift.values()), color=GREY, linewidth=1, zorder=1)
     labelled = set()
@@ -159,7 +162,7 @@ def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
 
 def telling_drift(result: EquivalenceReport) -> dict[int, float]:
     """The drift by batch size, without a batch of all images: calibrated on the same, its drift is rounding noise."""
-    return {size: drift for size, drift in result.train_drift.items() if size < result.samples}
+    return {size: drift for size, drift in result.train_drift.items() if size < result.drift_samples}
 
 
 def _views(sites: Sites, batches: Iterable[Any] = ()) -> Sequence[SiteView]:

@@ -14,6 +14,7 @@ from bnsurgery.nn.identity import kernel_scale_shift
 from bnsurgery.relu_fusion import is_fused
 from bnsurgery.surgery_record import SurgeryRecord, record
 from bnsurgery.verification import EquivalenceReport, verify
+from bnsurgery.words import counted
 
 from . import cost, sites
 from .insertion_figures import plot_channels, plot_drift, plot_moments, plot_preactivations, telling_drift
@@ -110,7 +111,7 @@ def _name(done: SurgeryRecord) -> str:
 
 
 def _verdict(done: SurgeryRecord, result: EquivalenceReport, good: bool) -> str:
-    start = f"{len(done.sites)} BatchNorm layers, "
+    start = f"{counted(len(done.sites), 'BatchNorm layer')}, "
     if result.bit_identical:
         return f"{start}and in eval mode the same output bits on {result.inputs}."
     if good:
@@ -206,13 +207,13 @@ def _numbers(found: Tensor | None) -> str:
 
 
 def _drift(result: EquivalenceReport, modes: set[str]) -> Section:
-    drifts = telling_drift(result)
+    drifts, on = telling_drift(result), result.drift_inputs
     if not drifts:
         why = result.no_drift or "it takes two batches of two images or more"
         text = f"Not measured: {why.rstrip('.')}."
         return Section("Train-mode drift", (text,))
     if modes != {"batch"}:
-        text = f"Measured in the statistics mode that is set, {' and '.join(sorted(modes))}: see set_statistics_."
+        text = f"On {on}, in the statistics mode that is set, {' and '.join(sorted(modes))}: see set_statistics_."
         rows = [(size, f"{100 * drift:.3g}%") for size, drift in drifts.items()]
         figures = {"drift": plot_drift(result, advise=False)}
         return Section("Train-mode drift", (text,), table(("images a batch", "drift"), rows), figures=figures)
@@ -223,7 +224,7 @@ def _drift(result: EquivalenceReport, modes: set[str]) -> Section:
     text = (
         "In train mode BatchNorm normalizes by the batch, and the smaller the batch, the further that takes the "
         "outputs from those of eval mode, with which training shall start. Train with as large a batch as fits; for "
-        "small ones the table says which statistics mode to set."
+        f"small ones the table says which statistics mode to set. Measured on {on}."
     )
     headers = ("images a batch", "drift", "mode to set", "why")
     return Section("Train-mode drift", (text,), table(headers, advised), figures={"drift": plot_drift(result)})

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torchvision import models
 
 import bnsurgery
+from bnsurgery.cli import cli as group
+from bnsurgery.cli.options import IMAGES
 from bnsurgery.surgery_record import attach_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +60,19 @@ def test_the_next_command_looks_at_the_same_images(cli, weights, photos):
     drift = json.loads(verified)["train_drift"]
     assert json.loads(reported)["equivalence"]["train_drift"]["2"] == drift["2"] > 0
     assert "bit-identical on 5 images of 3x40x56" in plain and f"{100 * drift['2']:.3g} % at 2" in plain
-    assert "on 5 images of 3x40x56" in Path("page.html").read_text()
+    page = Path("page.html").read_text()
+    assert "on 5 images of 3x40x56" in page and f"{100 * drift['2']:.3g}%" in page
+    code, verified, err = cli(*shlex.split(after)[2:], "--batch-size", "5", "--json")
+    assert code == 0, err
+    assert json.loads(verified)["train_drift"]["2"] == pytest.approx(drift["2"], rel=1e-4)
+
+
+def test_insert_verify_and_report_look_at_the_same_images_by_default():
+    commands = [group.get_command(None, name) for name in ("insert", "verify", "report")]
+    defaults = [
+        {option.name: option.default for option in command.params if option.name in IMAGES} for command in commands
+    ]
+    assert defaults[0] == defaults[1] == defaults[2] and len(defaults[0]) == len(IMAGES)
 
 
 def test_the_round_trip(cli, weights, photos, tmp_path):
@@ -243,7 +257,11 @@ def test_archs(cli):
         ),
         (["verify", "missing.safetensors"], 1, "missing.safetensors"),
         (["fold", "missing.safetensors"], 1, "missing.safetensors"),
-        (["plan", "missing.safetensors"], 1, "no such architecture"),
+        (["plan", "missing.safetensors"], 1, "no such architecture or file"),
+        (["insert", "vgg11", "--mean", "red,green,blue"], 2, "got 'red,green,blue', expected numbers, separated by"),
+        (["insert", "vgg11", "--std", ""], 2, "got '', expected numbers"),
+        (["insert", "squeezenet1_1", "--weights", "random", "--std", "0"], 1, "std: got 0,0,0, expected 0.001 to 10"),
+        (["insert", "squeezenet1_1", "--weights", "random", "--scale", "-1"], 1, "scale: got -1.0, expected 0.1 to"),
         (["frobnicate"], 2, "No such command"),
     ],
 )
@@ -278,6 +296,14 @@ def test_bad_weights(cli, weights, tmp_path):
     assert "are not those of squeezenet1_0" in err
     assert "features.0.weight" in err
     assert not list(tmp_path.glob("*-bn.safetensors"))
+
+
+def test_predict_where_there_is_nothing(cli, weights, photos):
+    """A typing error is no damaged image: nothing is said of leaving it out; the others are predicted."""
+    assert cli("insert", "squeezenet1_1", "--weights", weights, "--data", photos, *FAST, "-o", "bn.safetensors")[0] == 0
+    code, out, err = cli("predict", "bn.safetensors", photos / "0.png", "nowhere/", "no.jpg", "--image-size", "64")
+    assert code == 1 and "0.png" in out and "--skip-bad" not in err
+    assert "image: 'nowhere/': no such file or folder. Check the path." in err and "image: 'no.jpg': no such" in err
 
 
 def test_bad_images(cli, weights, photos):

@@ -247,7 +247,7 @@ def own_data(cli):
 @pytest.mark.parametrize(
     ("net", "data", "used", "size"),
     [
-        ("sound", "waves", 64, "32 inputs of 2x50"),
+        ("sound", "waves", 64, "64 inputs of 2x50"),
         ("pair", "pairs", 12, "12 images"),
         ("pair", "named", 3, "3 images"),
         ("six", "six", 12, "12 images of 6x9x9"),
@@ -278,7 +278,7 @@ def test_inputs_of_any_kind(net, data, used, size, own_data):
     ("data", "code", "message"),
     [
         (["data.py:bare"], 1, "returned a Tensor, expected an iterable of batches"),
-        (["data.py:number"], 1, "returned a int, expected an iterable of batches"),
+        (["data.py:number"], 1, "returned an int, expected an iterable of batches"),
         (["data.py:empty"], 1, "gave no batch"),
         (["data.py:wrong"], 1, "batches: got str"),
         (["data.py:broken"], 1, "data 'data.py:broken': calling it failed: KeyError: 'lost'"),
@@ -480,7 +480,7 @@ def test_pictures(cli):
             1,
             "takes 2 channels, expected 1 or 3, as images have. For other inputs insert, verify and export take --data",
         ),
-        (["insert", "--model", "net.py:number", *FEW], 1, "returned a int, expected a torch.nn.Module"),
+        (["insert", "--model", "net.py:number", *FEW], 1, "returned an int, expected a torch.nn.Module"),
         (["insert", "--model", "net.py:nothing", *FEW], 1, "has no 'nothing'"),
         (["insert", "--model", "no.py:small", *FEW], 1, "no such file"),
         (["insert", "--model", "small", *FEW], 1, "package.module:factory, file.py:factory or timm:NAME"),
@@ -492,6 +492,9 @@ def test_pictures(cli):
         ),
         (["insert", "--model", "net.py:grey", "--normalize", "imagenet", *FEW], 1, "grey images"),
         (["plan"], 2, "Name a network: ARCH or FILE, or --model"),
+        *(([command, "net.py"], 1, "makes the network: --model net.py:FUNCTION") for command in ("plan", "insert")),
+        (["finetune", "net.py", "--data", "digits"], 1, "makes the network: --model net.py:FUNCTION"),
+        (["plan", "--model", "net.py"], 1, "name the function in it that gives a network: net.py:FUNCTION"),
         (["plan", "--model", "net.py:sound"], 1, "takes 2 channels"),
         (["export", "missing.safetensors", "--to", "onnx"], 1, "missing.safetensors"),
         (["export", "missing.safetensors"], 2, "--to"),

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import re
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_recalibration_refuses_frozen_statistics_and_leaves_some_alone(inserted,
         norm.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0]}))
     with torch.no_grad():
         oracle(x)
-    with pytest.warns(BNSurgeryWarning, match="left 1 BatchNorms, such as 'stem.1', as they are"):
+    with pytest.warns(BNSurgeryWarning, match="left 'stem.1' as before, .*set_statistics_"):
         bnsurgery.recalibrate_(inserted, [x])
     for name, norm in inserted.named_modules():
         if isinstance(norm, BatchNorm2d) and name != "stem.1":  # the others saw what that one passes on in its mode
@@ -270,6 +271,27 @@ def test_norms_of_frozen_layers_are_set_only_by_choice(images):
     assert frozen.statistics == "batch"
     bnsurgery.set_statistics_(bn_model, "renorm")  # chosen once: one like the others
     assert frozen.statistics == "renorm"
+
+
+def test_what_recalibration_advises_leaves_frozen_layers_alone(images):
+    """Followed to the letter, in both cases: the norm of the frozen layer is to the bit what it was."""
+    model = own_norms()
+    model[3].requires_grad_(False)
+    x = images(8, 12)
+    bn_model = bnsurgery.insert(model, [x])
+    before = {name: value.clone() for name, value in bn_model[4].state_dict().items()}
+    with pytest.warns(BNSurgeryWarning, match="left '4' as before.*frozen with their layers") as caught:
+        bnsurgery.recalibrate_(bn_model, [x + 1])
+    assert not any("set_statistics_" in str(warning.message) for warning in caught)
+    bnsurgery.set_statistics_(bn_model, "running")
+    with pytest.raises(BNSurgeryError) as refused:
+        bnsurgery.recalibrate_(bn_model, [x + 1])
+    (advice,) = re.findall(r"bnsurgery\.set_statistics_\(.*\)", str(refused.value))
+    with pytest.warns(BNSurgeryWarning):
+        exec(advice, {"bnsurgery": bnsurgery, "model": bn_model})
+        bnsurgery.recalibrate_(bn_model, [x + 2])
+    assert all(torch.equal(value, before[name]) for name, value in bn_model[4].state_dict().items())
+    assert bn_model[4].statistics == "running" and bn_model[1].statistics == "batch"
 
 
 def test_drift_is_that_of_the_mode_and_leaves_no_trace(custom, inserted, images):
