@@ -10,6 +10,7 @@ from .batches import Inputs, outputs, run
 from .errors import BNSurgeryError, BNSurgeryWarning
 from .modes import observing
 from .module_tree import replace
+from .tables import percent
 
 
 def find_lrn(model: nn.Module) -> tuple[str, ...]:
@@ -36,9 +37,10 @@ def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, droppe
         before, after = (outputs(run("insert", net, example)) for net in (model, without))
         change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
         size = sum(a.cpu().double().square().sum().item() for a in before)
+    moved = (change / size) ** 0.5 if size else torch.inf
     warnings.warn(
         f"{dropped} LocalResponseNorm layer{'s' if dropped > 1 else ''} dropped, which changes the function: the "
-        f"outputs move by {100 * (change / size) ** 0.5 if size else torch.inf:.3g} % on the first calibration batch. "
+        f"outputs move by {percent(moved, '.3g')} on the first calibration batch. "
         "What is inserted keeps the function of the network without them; fine-tune it.",
         BNSurgeryWarning,
         stacklevel=3,

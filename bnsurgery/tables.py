@@ -1,9 +1,10 @@
-"""Plain-text tables for the terminal."""
+"""Numbers as people read them, and plain-text tables for the terminal."""
 
 from collections.abc import Iterable, Sequence
 
 WIDTH = 80  # columns of a terminal that nobody has widened
 _FULL = 1e6  # below, a number is written out
+_SEPARATED = 10_000  # from here on, thousands are separated
 _NO_NUMBER = ("–", "diverges")  # what may stand in a column of numbers
 _LONGEST = 400  # characters of a text: names can come from a stranger's file
 _SHORTEST = 12  # columns that even a crowded table leaves to a text
@@ -33,11 +34,26 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([*lines(headers), *lines(["─" * width for width in widths]), *body])
 
 
+def percent(share: float | None, form: str = ".2f") -> str:
+    """A share of 1 in percent, "46.70 %"; `form` is the number's. A dash for None."""
+    return "–" if share is None else f"{100 * share:{form}} %"
+
+
+def thousands(number: float) -> str:
+    """A whole number, rounded if it is none: "9999", "10,000"."""
+    return f"{number:,.0f}" if abs(number) >= _SEPARATED else f"{number:.0f}"
+
+
+def counted(number: int, what: str) -> str:
+    """How many there are of a thing: "1 BatchNorm layer", "25 BatchNorm layers"."""
+    return f"{thousands(number)} {what}{'s' if number != 1 else ''}"
+
+
 def cell_text(cell: object) -> str:
     """A value as it stands in a table: three significant digits of a number, a dash for None."""
     if cell is None:
         return "–"
-    text = _digits(cell) if isinstance(cell, float) else str(cell)
+    text = _digits(cell) if isinstance(cell, float) else thousands(cell) if isinstance(cell, int) else str(cell)
     # Names can come from a stranger's file: nothing in them may steer the terminal.
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return "".join(c if c.isprintable() else "�" for c in text)
@@ -46,7 +62,7 @@ def cell_text(cell: object) -> str:
 def is_number(text: str) -> bool:
     """Whether a cell's text is a number, with or without a percent sign, or stands for a missing one."""
     try:
-        float(text.rstrip("%"))
+        float(text.rstrip("% ").replace(",", ""))
     except ValueError:
         return text in _NO_NUMBER
     return True
@@ -54,7 +70,7 @@ def is_number(text: str) -> bool:
 
 def _digits(value: float) -> str:
     """Three significant digits, in full up to a million."""
-    return f"{value:.0f}" if 100 <= abs(value) < _FULL else f"{value:#.3g}"
+    return thousands(value) if 100 <= abs(value) < _FULL else f"{value:#.3g}"
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .batches import Inputs, equal, inputs, join, outputs, run
 from .errors import BNSurgeryWarning, CalibrationError
 from .modes import observing, training_norms
-from .tables import WIDTH
+from .tables import WIDTH, counted, percent, thousands
 
 # Groups of samples averaged for one drift figure; the figure settles within a few per cent, the cost stays bounded.
 _DRIFT_GROUPS = 4
@@ -66,9 +66,9 @@ class EquivalenceReport:
         if self.worst is not None:
             lines.append(f"             at {self.place()}")
         if self.top1_agreement is not None:
-            lines.append(f"             top-1 agreement {100 * self.top1_agreement:.4g} %")
+            lines.append(f"             top-1 agreement {percent(self.top1_agreement, '.4g')}")
         if self.train_drift:
-            pairs = [f"{100 * drift:.3g} % at {size}" for size, drift in self.train_drift.items()]
+            pairs = [f"{percent(drift, '.3g')} at {size}" for size, drift in self.train_drift.items()]
             drifts = ", ".join(pair.replace(" ", _TOGETHER) for pair in pairs)
             lines += _wrapped("train mode   ", f"drift by batch size: {drifts}")
         if self.no_drift is not None:
@@ -81,7 +81,7 @@ class EquivalenceReport:
         """How many were compared, and of what size: "32 images of 3x224x224"."""
         what = "input" if self.shape is not None and len(self.shape) != 3 else "image"
         size = f" of {'x'.join(map(str, self.shape))}" if self.shape is not None else ""
-        return f"{self.samples} {what}{'s' if self.samples != 1 else ''}{size}"
+        return f"{counted(self.samples, what)}{size}"
 
     def place(self) -> str:
         """`worst` in words: "image 3, index [281], counted from 0"; empty where there is no difference."""
@@ -212,13 +212,13 @@ class _Comparison:
             self.kept.append((kept, [t[:room] for t in expected]))
 
     def report(self, drift: dict[int, float], no_drift: str | None) -> EquivalenceReport:
-        if self._finite < self._numbers:
+        if odd := self._numbers - self._finite:
             if not self._finite:
                 raise CalibrationError(
                     "verify: NaN or Inf is all that the networks put out: look at weights and inputs"
                 )
             warnings.warn(
-                f"verify: {self._numbers - self._finite} of {self._numbers} numbers in the outputs are NaN or Inf in "
+                f"verify: {thousands(odd)} of {thousands(self._numbers)} numbers in the outputs are NaN or Inf in "
                 "both networks: they were compared, but say little",
                 BNSurgeryWarning,
                 stacklevel=3,

@@ -19,6 +19,7 @@ from bnsurgery.devices import failed, widest
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError
 from bnsurgery.modes import evaluating
 from bnsurgery.system import quote
+from bnsurgery.tables import percent
 
 from . import recipe, state
 from .run_directory import Row, RunDirectory
@@ -202,7 +203,7 @@ class Trainer:
             raise self._diverged(first + int(finite.logical_not().nonzero()[0]), "the loss is no finite number")
         self.losses += values[:, 0].tolist()
         self.accuracies += values[:, 1].tolist()
-        bar.set_postfix(loss=f"{_recent(self.losses):.3f}", acc=f"{100 * _recent(self.accuracies):.1f}%", refresh=False)
+        bar.set_postfix(loss=f"{_recent(self.losses):.3f}", acc=percent(_recent(self.accuracies), ".1f"), refresh=False)
         bar.update(self._unseen)
         self._unseen = 0
 

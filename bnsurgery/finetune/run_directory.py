@@ -21,6 +21,7 @@ from bnsurgery.relu_fusion import unfuse_relu_
 from bnsurgery.report import plot_curves
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.system import quote
+from bnsurgery.tables import percent, thousands
 from bnsurgery.typed_json import loads, parse
 from bnsurgery.unpickling import load_pickle
 
@@ -58,8 +59,9 @@ class Row:
 
     def __str__(self) -> str:
         return (
-            f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {100 * self.train_accuracy:.2f} %   "
-            f"validation loss {self.val_loss:.4f}, {100 * self.val_accuracy:.2f} %   {self.images_per_second:.0f} img/s"
+            f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {percent(self.train_accuracy)}   "
+            f"validation loss {self.val_loss:.4f}, {percent(self.val_accuracy)}   "
+            f"{thousands(self.images_per_second)} img/s"
         )
 
 

@@ -13,6 +13,7 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.report import plot_rate_range
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.system import quote
+from bnsurgery.tables import counted, percent
 from bnsurgery.typed_json import parse
 
 from .config import Config
@@ -68,8 +69,8 @@ class Result:
     def __str__(self) -> str:
         best = self.best
         return (
-            f"best         {100 * best.val_accuracy:.2f} % of the validation images right, in epoch {best.epoch:.4g}\n"
-            f"last         {100 * self.final.val_accuracy:.2f} %, after {self.final.step} steps"
+            f"best         {percent(best.val_accuracy)} of the validation images right, in epoch {best.epoch:.4g}\n"
+            f"last         {percent(self.final.val_accuracy)}, after {counted(self.final.step, 'step')}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.heads import find_head
 from bnsurgery.modes import observing
 from bnsurgery.nn import set_process_group_, set_statistics_
+from bnsurgery.tables import thousands
 from bnsurgery.task import Task
 from bnsurgery.verification import verify
 
@@ -236,8 +237,8 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
 def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool, left: int) -> list[str]:
     facts = [
         f"network      {source.description}",
-        f"data         {data.description}: {len(data.train)} training and {len(data.val)} validation images, "
-        f"{len(data.classes)} classes",
+        f"data         {data.description}: {thousands(len(data.train))} training and "
+        f"{thousands(len(data.val))} validation images, {len(data.classes)} classes",
         f"head         {'kept' if kept else 'new'}",
     ]
     if left:

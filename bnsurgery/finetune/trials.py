@@ -19,6 +19,7 @@ from bnsurgery.files import atomic_write, make_folder, only_process_in, read_tex
 from bnsurgery.report import plot_comparison
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.system import WINDOWS, peak_memory, processors
+from bnsurgery.tables import percent
 from bnsurgery.typed_json import loads, parse
 
 from .comparison import ARMS, Comparison, Trial
@@ -129,7 +130,7 @@ def _finish(
             _write(_path(directory, key), json.dumps(asdict(trial)))
             finished[key] = trial
             if show:
-                end = f"{100 * trial.rows[-1].val_accuracy:.2f} %" if not trial.diverged else "diverged"
+                end = percent(trial.rows[-1].val_accuracy) if not trial.diverged else "diverged"
                 tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
             bar.update()
     return finished
