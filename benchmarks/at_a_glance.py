@@ -19,8 +19,9 @@ from torch.nn import functional as F
 import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.files import atomic_write
-from bnsurgery.report.style import BLUE, GREEN, GREY, ORANGE, new_figure, write
+from bnsurgery.report.style import BN, PLAIN, WRONG, new_figure, write
 from bnsurgery.report.training_figures import draw_rates
+from bnsurgery.words import percent
 
 from .compare_tasks import RESULTS
 from .tasks import real
@@ -31,7 +32,7 @@ WAYS: dict[str, Callable[[Any], tuple[Any, Any]] | None] = {
     "fresh: weight 1, bias 0": lambda norm: (torch.ones_like(norm.weight), torch.zeros_like(norm.bias)),
     "weight σ² instead of σ": lambda norm: (norm.running_var, norm.running_mean),
 }
-COLOURS = (GREY, GREEN, BLUE, ORANGE)
+COLOURS = (PLAIN, BN, WRONG, WRONG)  # as those of the arms plain, bn and bn-naive in the panel beside it
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def draw(losses: dict[str, dict[str, float]], comparison: finetune.Comparison) -
     values = [entry["loss"] for entry in losses.values()]
     bars.barh(list(losses), values, color=COLOURS)
     for row, (value, entry) in enumerate(zip(values, losses.values(), strict=True)):
-        bars.annotate(f" {value:.4g}   ({100 * entry['accuracy']:.1f} %)", (value, row), va="center").set_in_layout(
+        bars.annotate(f" {value:.4g}   ({percent(entry['accuracy'], '.1f')})", (value, row), va="center").set_in_layout(
             False
         )
     bars.invert_yaxis()

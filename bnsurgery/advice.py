@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from .words import percent
+
 _TINY, _SMALL = 4, 32  # batch sizes below which statistics are hopeless, and poor
 _DRIFT = 0.2  # relative; above, a small batch's statistics change what the network computes too much
 
@@ -21,5 +23,5 @@ def statistics_for(batch_size: int, drift: Callable[[], float]) -> tuple[str, st
     if batch_size >= _SMALL:
         return "batch", f"a batch of {batch_size} is large enough"
     measured = drift()
-    text = f"batches of {batch_size} drift by {100 * measured:.3g} %"
-    return ("renorm", f"{text}, above {100 * _DRIFT:g} %") if measured > _DRIFT else ("batch", text)
+    text = f"batches of {batch_size} drift by {percent(measured, '.3g')}"
+    return ("renorm", f"{text}, above {percent(_DRIFT, 'g')}") if measured > _DRIFT else ("batch", text)

@@ -20,7 +20,7 @@ from .batches import out_of_memory, use_less
 from .errors import DataError, printable
 from .preprocessing import Preprocessing
 from .system import at_fork
-from .words import counted
+from .words import counted, thousands
 
 # What Pillow knows and is not read. EPS, WMF: other programs run; IPTC: opens whatever is inside, EPS, too. FITS: is
 # decompressed without a bound. ICO, CUR, ICNS: what is inside may be larger than they say. FPX, MIC: need another
@@ -90,7 +90,7 @@ class ImageBatches(Generic[Item]):
         """How many of what, and what was left out, in words."""
         bad = f"{counted(len(self._bad), 'damaged one')} left out" if self._bad else ""
         notes = "; ".join(filter(None, (bad, told_of(self.passed_over))))
-        return f"{self.used}: {self.description}" + (f" ({notes})" if notes else "")
+        return f"{thousands(self.used)}: {self.description}" + (f" ({notes})" if notes else "")
 
     def __len__(self) -> int:
         return -(-self.used // self._batch_size)

@@ -12,7 +12,7 @@ from .errors import BNSurgeryError, BNSurgeryWarning
 from .layer_kinds import find_lrn
 from .modes import evaluate
 from .module_tree import replace
-from .words import counted
+from .words import counted, percent
 
 
 def without_lrn(model: nn.Module) -> nn.Module:
@@ -44,9 +44,10 @@ def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, droppe
     before, after = (evaluate("insert", network, example) for network in (model, without))
     change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
     size = sum(a.cpu().double().square().sum().item() for a in before)
+    moved = (change / size) ** 0.5 if size else torch.inf
     warnings.warn(
         f"{counted(dropped, 'LocalResponseNorm layer')} dropped, which changes the function: the "
-        f"outputs move by {100 * (change / size) ** 0.5 if size else torch.inf:.3g} % on the first calibration batch. "
+        f"outputs move by {percent(moved, '.3g')} on the first calibration batch. "
         "What is inserted keeps the function of the network without them; fine-tune it.",
         BNSurgeryWarning,
         stacklevel=3,

@@ -16,6 +16,7 @@ from .modes import evaluate
 from .preprocessing import NOTHING, Wanted
 from .surgery_record import record
 from .tables import table
+from .words import percent
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def predictions_table(predictions: Sequence[Prediction]) -> str:
     most = max((len(prediction.classes) for prediction in predictions), default=0)
     headers = ["image", *(f"class {rank}" for rank in range(1, most + 1))]
     rows = [
-        (p.image, *(f"{100 * share:.1f} % {name}" for name, share in zip(p.classes, p.probabilities, strict=True)))
+        (p.image, *(f"{percent(share, '.1f')} {name}" for name, share in zip(p.classes, p.probabilities, strict=True)))
         for p in predictions
     ]
     return table(headers, rows)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from .words import thousands
+
 WIDTH = 80  # columns of a terminal that nobody has widened
 _FULL = 1e6  # below, a number is written out
 _NO_NUMBER = ("–", "diverges")  # what may stand in a column of numbers
@@ -37,7 +39,7 @@ def cell_text(cell: object) -> str:
     """A value as it stands in a table: three significant digits of a number, a dash for None."""
     if cell is None:
         return "–"
-    text = _digits(cell) if isinstance(cell, float) else str(cell)
+    text = _digits(cell) if isinstance(cell, float) else thousands(cell) if isinstance(cell, int) else str(cell)
     # Names can come from a stranger's file: nothing in them may steer the terminal.
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return "".join(c if c.isprintable() else "�" for c in text)
@@ -46,7 +48,7 @@ def cell_text(cell: object) -> str:
 def is_number(text: str) -> bool:
     """Whether a cell's text is a number, with or without a percent sign, or stands for a missing one."""
     try:
-        float(text.rstrip("%"))
+        float(text.rstrip("% ").replace(",", ""))
     except ValueError:
         return text in _NO_NUMBER
     return True
@@ -54,7 +56,7 @@ def is_number(text: str) -> bool:
 
 def _digits(value: float) -> str:
     """Three significant digits, in full up to a million."""
-    return f"{value:.0f}" if 100 <= abs(value) < _FULL else f"{value:#.3g}"
+    return thousands(value) if 100 <= abs(value) < _FULL else f"{value:#.3g}"
 
 
 def _wrap(text: str, width: int) -> list[str]:

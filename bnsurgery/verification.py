@@ -13,7 +13,7 @@ from .batches import Inputs, equal, inputs, join, outputs, run
 from .errors import BNSurgeryWarning, CalibrationError
 from .modes import evaluate, observing, training_norms
 from .tables import WIDTH
-from .words import counted
+from .words import counted, percent, thousands
 
 # The first inputs, on which drift is measured at every batch size: 32 pairs, and the memory and time stay bounded.
 DRIFT_SAMPLES = 64
@@ -69,9 +69,9 @@ class EquivalenceReport:
         if self.worst is not None:
             lines.append(f"             at {self.place()}")
         if self.top1_agreement is not None:
-            lines.append(f"             top-1 agreement {100 * self.top1_agreement:.4g} %")
+            lines.append(f"             top-1 agreement {percent(self.top1_agreement, '.4g')}")
         if self.train_drift:
-            pairs = [f"{100 * drift:.3g} % at {size}" for size, drift in self.train_drift.items()]
+            pairs = [f"{percent(drift, '.3g')} at {size}" for size, drift in self.train_drift.items()]
             drifts = ", ".join(pair.replace(" ", _TOGETHER) for pair in pairs)
             of = f" on the first {self.drift_samples}" if self.drift_samples < self.samples else ""
             lines += _wrapped("train mode   ", f"drift by batch size{of}: {drifts}")
@@ -224,13 +224,13 @@ class _Comparison:
             self.kept.append((kept, [t[:room] for t in expected]))
 
     def report(self, drift: dict[int, float], no_drift: str | None) -> EquivalenceReport:
-        if self._finite < self._numbers:
+        if odd := self._numbers - self._finite:
             if not self._finite:
                 raise CalibrationError(
                     "verify: NaN or Inf is all that the networks put out: look at weights and inputs"
                 )
             warnings.warn(
-                f"verify: {self._numbers - self._finite} of {self._numbers} numbers in the outputs are NaN or Inf in "
+                f"verify: {thousands(odd)} of {thousands(self._numbers)} numbers in the outputs are NaN or Inf in "
                 "both networks: they were compared, but say little",
                 BNSurgeryWarning,
                 stacklevel=3,

@@ -11,7 +11,7 @@ from bnsurgery.errors import CheckpointError
 from bnsurgery.files import read_text
 from bnsurgery.tables import WIDTH, table
 from bnsurgery.typed_json import loads, parse
-from bnsurgery.words import counted
+from bnsurgery.words import counted, percent, thousands
 
 from .results import Row
 
@@ -78,6 +78,11 @@ class ArmSummary:
     steps: int
     to_plain: int | None
     by_rate: dict[float, float | None]
+
+    def ending(self, lr: float) -> str:
+        """What a rate led to, for a table: the accuracy, "diverges", or a dash where it was not tried."""
+        accuracy = self.by_rate.get(lr)
+        return "diverges" if accuracy is None and lr in self.by_rate else percent(accuracy)
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,8 @@ class Comparison:
             (
                 s.arm,
                 s.statistics,
-                _percent(s.accuracy),
-                _percent(s.spread),
+                percent(s.accuracy),
+                percent(s.spread),
                 s.lr,
                 s.largest_lr,
                 s.steps,
@@ -176,10 +181,7 @@ class Comparison:
         ]
         headers = ("arm", "statistics", "accuracy", "spread", "at rate", "trains to", "steps", "to plain's")
         rates = sorted({trial.lr for trial in self.trials})
-        by_rate = [
-            (s.arm, *(_percent(s.by_rate[lr]) or "diverges" if lr in s.by_rate else None for lr in rates))
-            for s in self.summary()
-        ]
+        by_rate = [(s.arm, *map(s.ending, rates)) for s in self.summary()]
         legend = (
             f"accuracy: at the end, at the arm's best rate, mean of {counted(seeds, 'seed')}\n"
             "spread: largest minus smallest over the seeds\n"
@@ -187,7 +189,8 @@ class Comparison:
             "to plain's: steps until plain's accuracy is first reached"
         )
         chart = table(("by rate", *(f"{lr:g}" for lr in rates)), by_rate)
-        return f"{self.task}\n\n{table(headers, rows)}\n\n{legend}\n\n{chart}\n\n{textwrap.fill(self.verdict(), WIDTH)}"
+        verdict = textwrap.fill(self.verdict(), WIDTH, break_on_hyphens=False)
+        return f"{self.task}\n\n{table(headers, rows)}\n\n{legend}\n\n{chart}\n\n{verdict}"
 
     @property
     def winner(self) -> ArmSummary | None:
@@ -212,7 +215,7 @@ class Comparison:
         elif abs(gain) <= noise:
             text += f", which is within the spread over seeds ({noise:.2f})"
         if ours.to_plain is not None:
-            text += f". It reaches plain's accuracy after {ours.to_plain} of {ours.steps} steps"
+            text += f". It reaches plain's accuracy after {thousands(ours.to_plain)} of {counted(ours.steps, 'step')}"
         naive = found.get("bn-naive")
         if naive is not None and naive.accuracy is not None and naive.accuracy > ours.accuracy:
             text += f". bn-naive is ahead of bn by {100 * (naive.accuracy - ours.accuracy):.2f} points"
@@ -235,7 +238,3 @@ def _best(by_rate: dict[float, float | None]) -> tuple[float | None, float | Non
         return None, None
     value, negative = max(ended)
     return -negative, value
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.2f}%"

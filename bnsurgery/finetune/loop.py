@@ -23,6 +23,7 @@ from bnsurgery.modes import evaluating
 from bnsurgery.surgery_record import record
 from bnsurgery.system import quote
 from bnsurgery.typed_json import parse
+from bnsurgery.words import percent
 
 from . import recipe
 from .results import Row
@@ -207,7 +208,7 @@ class Trainer:
             raise self._diverged(first + int(finite.logical_not().nonzero()[0]), "the loss is no finite number")
         self.losses += values[:, 0].tolist()
         self.accuracies += values[:, 1].tolist()
-        bar.set_postfix(loss=f"{_recent(self.losses):.3f}", acc=f"{100 * _recent(self.accuracies):.1f}%", refresh=False)
+        bar.set_postfix(loss=f"{_recent(self.losses):.3f}", acc=percent(_recent(self.accuracies), ".1f"), refresh=False)
         bar.update(self._unseen)
         self._unseen = 0
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from bnsurgery.words import percent, thousands
+
 
 @dataclass(frozen=True)
 class Row:
@@ -27,8 +29,9 @@ class Row:
 
     def __str__(self) -> str:
         return (
-            f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {100 * self.train_accuracy:.2f} %   "
-            f"validation loss {self.val_loss:.4f}, {100 * self.val_accuracy:.2f} %   {self.images_per_second:.0f} img/s"
+            f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {percent(self.train_accuracy)}   "
+            f"validation loss {self.val_loss:.4f}, {percent(self.val_accuracy)}   "
+            f"{thousands(self.images_per_second)} img/s"
         )
 
 

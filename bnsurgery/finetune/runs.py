@@ -14,6 +14,7 @@ from bnsurgery.report.style import write as write_figure
 from bnsurgery.report.training_figures import plot_rate_range
 from bnsurgery.system import quote
 from bnsurgery.typed_json import parse
+from bnsurgery.words import counted, percent
 
 from .config import Config
 from .datasets import Data, Fingerprint
@@ -69,8 +70,8 @@ class Result:
     def __str__(self) -> str:
         best = self.best
         return (
-            f"best         {100 * best.val_accuracy:.2f} % of the validation images right, in epoch {best.epoch:.4g}\n"
-            f"last         {100 * self.final.val_accuracy:.2f} %, after {self.final.step} steps"
+            f"best         {percent(best.val_accuracy)} of the validation images right, in epoch {best.epoch:.4g}\n"
+            f"last         {percent(self.final.val_accuracy)}, after {counted(self.final.step, 'step')}"
         )
 
     def to_dict(self) -> dict[str, Any]:

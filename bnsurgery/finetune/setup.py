@@ -19,7 +19,7 @@ from bnsurgery.modes import evaluate
 from bnsurgery.nn import set_process_group_, set_statistics_
 from bnsurgery.task import Task
 from bnsurgery.verification import DRIFT_SAMPLES, verify
-from bnsurgery.words import counted
+from bnsurgery.words import counted, thousands
 
 from . import recipe
 from .config import Config
@@ -237,7 +237,7 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
 def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool, left: int) -> list[str]:
     facts = [
         f"network      {source.description}",
-        f"data         {data.description}: {len(data.train)} training and "
+        f"data         {data.description}: {thousands(len(data.train))} training and "
         f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes",
         f"head         {'kept' if kept else 'new'}",
     ]

@@ -20,6 +20,7 @@ from bnsurgery.report.style import write as write_figure
 from bnsurgery.report.training_figures import plot_comparison
 from bnsurgery.system import WINDOWS, peak_memory, processors
 from bnsurgery.typed_json import loads, parse
+from bnsurgery.words import percent
 
 from .comparison import ARMS, Comparison, Trial
 from .config import RATES, Config
@@ -129,7 +130,7 @@ def _finish(
             _write(_path(directory, key), json.dumps(asdict(trial)))
             finished[key] = trial
             if show:
-                end = f"{100 * trial.rows[-1].val_accuracy:.2f} %" if not trial.diverged else "diverged"
+                end = percent(trial.rows[-1].val_accuracy) if not trial.diverged else "diverged"
                 tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
             bar.update()
     return finished

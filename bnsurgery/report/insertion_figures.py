@@ -9,10 +9,10 @@ from torch import nn
 from bnsurgery.advice import statistics_for
 from bnsurgery.tables import cell_text
 from bnsurgery.verification import EquivalenceReport
-from bnsurgery.words import counted
+from bnsurgery.words import counted, percent, thousands
 
 from .sites import Histogram, SiteView, view_sites
-from .style import BLUE, GREEN, GREY, INK, ORANGE, PINK, new_figure
+from .style import BN, INK, NEARLY, NEUTRAL, PLAIN, WRONG, log_axis, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ _ROW = 0.2  # inches a site
 _FRAME = 0.75  # inches for title and axis
 _SMALLEST = 1e-6  # σ of a constant channel, on a logarithmic axis
 _NAME = 24  # letters of a site's name; its end says more than its beginning
-_MODE_COLOURS = {"batch": GREEN, "renorm": ORANGE, "running": GREY}
+_MARKERS = {"batch": "o", "renorm": "s", "running": "^"}
 
 Sites = nn.Module | Sequence[SiteView]
 
@@ -52,7 +52,7 @@ def plot_moments(sites: Sites, panels: Sequence[str] = ("mean", "std")) -> "Figu
         else:
             _boxes(axis, [view.std.clamp(min=_SMALLEST).numpy() for view in views])
             _name_rows(axis, views, "deviation of a channel, σ (activation units)")
-            _log_axis(axis)
+            log_axis(axis)
             _mark_eps(axis, views[0].eps)
     return figure
 
@@ -85,49 +85,58 @@ def plot_preactivations(
         for row, view in enumerate(views):
             found = view.before if panel == "before" else view.after
             assert found is not None  # filtered above
-            _ridge(axis, row, found, BLUE if panel == "before" else GREEN, normal=panel == "after")
+            _ridge(axis, row, found, PLAIN if panel == "before" else BN, normal=panel == "after")
         if panel == "before":
             _name_rows(axis, views, "before normalization, x (asinh scale)")
             _asinh_axis(axis, reach)
         else:
-            _name_rows(axis, views, "normalized: (x − μ)/√(σ² + eps)")
+            _name_rows(axis, views, "normalized, channel by channel")
             axis.set_xlim(-4.5, 4.5)
         axis.set_ylim(len(views) - 0.5, -1.3)
     return figure
 
 
 def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
-    """The share of every site's channels that are dead, near eps or silent behind their ReLU.
+    """The share of the channels that are dead, near eps or silent behind their ReLU, at the sites that have such.
 
     Args:
         sites: as in `plot_preactivations`.
         batches: as there; without images, silent channels are not known.
     """
     views = _views(sites, batches)
+    told = [view for view in views if view.dead or view.near_eps or view.silent]
     worst = max(views, key=lambda v: v.dead / v.channels)
     alt = (
-        f"Share of dead, near-eps and silent channels by site. In all, of {sum(v.channels for v in views)}: "
-        f"{sum(v.dead for v in views)} dead, {sum(v.near_eps for v in views)} near eps, "
-        f"{sum(v.silent or 0 for v in views)} silent"
+        f"Share of dead, near-eps and silent channels by site. In all, of {thousands(sum(v.channels for v in views))}: "
+        f"{thousands(sum(v.dead for v in views))} dead, {thousands(sum(v.near_eps for v in views))} near eps, "
+        f"{thousands(sum(v.silent or 0 for v in views))} silent"
         + (f"; most dead ones at {worst.name}: {worst.dead} of {worst.channels}." if worst.dead else ".")
     )
-    figure, axes = new_figure(alt, height=_FRAME + 0.35 + _ROW * len(views))
+    if not told:
+        figure, axes = new_figure(alt, height=_FRAME)
+        axes[0, 0].set_axis_off()
+        axes[0, 0].text(0.5, 0.5, "No channel is dead, near eps or silent.", ha="center", va="center")
+        return figure
+    figure, axes = new_figure(alt, height=_FRAME + 0.35 + _ROW * len(told))
     axis = axes[0, 0]
-    rows = np.arange(len(views))
-    dead = np.array([100 * v.dead / v.channels for v in views])
-    near = np.array([100 * v.near_eps / v.channels for v in views])
-    silent = np.array([100 * (v.silent or 0) / v.channels for v in views])
-    axis.barh(rows - 0.2, dead, 0.36, color=ORANGE, label="dead: σ² < eps")
-    axis.barh(rows - 0.2, near, 0.36, left=dead, color=PINK, label="near eps: σ² < 10·eps")
-    axis.barh(rows + 0.2, silent, 0.36, color=BLUE, label="silent: never above 0")
-    _name_rows(axis, views, "share of the channels (%)")
+    rows = np.arange(len(told))
+    dead = np.array([100 * v.dead / v.channels for v in told])
+    near = np.array([100 * v.near_eps / v.channels for v in told])
+    silent = np.array([100 * (v.silent or 0) / v.channels for v in told])
+    axis.barh(rows - 0.2, dead, 0.36, color=WRONG, label="dead: σ² < eps")
+    axis.barh(rows - 0.2, near, 0.36, left=dead, color=NEARLY, label="near eps: σ² < 10·eps")
+    axis.barh(rows + 0.2, silent, 0.36, color=NEUTRAL, label="silent: never above 0")
+    others = len(views) - len(told)
+    _name_rows(
+        axis, told, "share of the channels (%)" + (f"; none at {counted(others, 'other site')}" if others else "")
+    )
     axis.set_xlim(0, max(5.0, 1.05 * max((dead + near).max(), silent.max())))
     axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=1, fontsize="small")
     return figure
 
 
 def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
-    """Train-mode drift by batch size, coloured by the statistics mode that the batch size asks for.
+    """Train-mode drift by batch size, with a marker for the statistics mode that the batch size asks for.
 
     A batch of all images is left out: those may be the calibration images, on which the drift is rounding noise.
 
@@ -135,26 +144,27 @@ def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
         result: what `verify` gave.
         advise: whether to say modes; for a network whose mode was "batch" when it was verified.
     """
-    drift = {size: 100 * value for size, value in telling_drift(result).items()}
-    said = ", ".join(f"{value:.3g} % at {size}" for size, value in drift.items())
+    drift = telling_drift(result)
+    said = ", ".join(f"{percent(value, '.3g')} at {size}" for size, value in drift.items())
     on = f" on {result.drift_inputs}" if said else ""
     figure, axes = new_figure(f"Train-mode drift of the outputs by batch size{on}: {said or 'not measured'}.")
     axis = axes[0, 0]
-    axis.plot(list(drift), list(drift.values()), color=GREY, linewidth=1, zorder=1)
+    axis.plot(list(drift), [100 * value for value in drift.values()], color=NEUTRAL, linewidth=1, zorder=1)
     labelled = set()
     for size, value in drift.items():
-        mode = statistics_for(size, lambda value=value: value / 100)[0] if advise else ""  # type: ignore[misc]
+        mode = statistics_for(size, lambda value=value: value)[0] if advise else ""  # type: ignore[misc]
         label = mode if mode not in labelled else None
         labelled.add(mode)
-        axis.scatter([size], [value], color=_MODE_COLOURS.get(mode, BLUE), s=36, label=label or None, zorder=2)
-        axis.annotate(f"{value:.3g} %", (size, value), xytext=(0, 7), textcoords="offset points", ha="center")
+        point = (size, 100 * value)
+        axis.scatter(*point, color=BN, marker=_MARKERS.get(mode, "o"), s=36, label=label or None, zorder=2)
+        axis.annotate(percent(value, ".3g"), point, xytext=(0, 8), textcoords="offset points", ha="center")
     if drift:
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(drift), [str(size) for size in drift])
         axis.minorticks_off()
         if advise:
             axis.legend(frameon=False, title="statistics mode")
-    axis.set_ylim(0, 1.25 * max(drift.values(), default=1) or 1)
+    axis.set_ylim(0, 125 * max(drift.values(), default=0) or 1)
     axis.margins(x=0.12)
     axis.set(xlabel="images a batch", ylabel="drift of the outputs (%)")
     return figure
@@ -169,23 +179,13 @@ def _views(sites: Sites, batches: Iterable[Any] = ()) -> Sequence[SiteView]:
     return view_sites(sites, batches) if isinstance(sites, nn.Module) else sites
 
 
-def _log_axis(axis: Any) -> None:
-    """Logarithmic, with ticks that are written out and have room: at the powers of ten, and 2 and 5 if they are few."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=8))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-
-
 def _mark_eps(axis: Any, eps: float) -> None:
     """A line at σ = √eps, where the axis reaches there: left of it a channel is dead."""
     edge = eps**0.5
     if axis.get_xlim()[0] < edge:
-        axis.axvline(edge, color=ORANGE, linestyle="--", linewidth=1)
-        axis.annotate("√eps", (edge, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
+        axis.axvline(edge, color=WRONG, linestyle="--", linewidth=1)
+        # Said below, and without a tall letter such as √: it would move the rows against the means' beside them.
+        axis.set_xlabel("deviation of a channel, σ (dashed: σ² = eps)")
 
 
 def _asinh_axis(axis: Any, reach: float) -> None:
@@ -218,9 +218,9 @@ def _boxes(axis: Any, values: list[Any]) -> None:
         widths=0.6,
         whis=(0, 100),
         patch_artist=True,
-        boxprops={"facecolor": BLUE, "edgecolor": BLUE, "alpha": 0.55},
-        whiskerprops={"color": BLUE, "linewidth": 0.8},
-        capprops={"color": BLUE, "linewidth": 0.8},
+        boxprops={"facecolor": PLAIN, "edgecolor": PLAIN, "alpha": 0.55},
+        whiskerprops={"color": PLAIN, "linewidth": 0.8},
+        capprops={"color": PLAIN, "linewidth": 0.8},
         medianprops={"color": INK, "linewidth": 1.4},
         manage_ticks=False,
     )

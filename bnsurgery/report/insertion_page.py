@@ -14,7 +14,7 @@ from bnsurgery.nn.identity import kernel_scale_shift
 from bnsurgery.relu_fusion import is_fused
 from bnsurgery.surgery_record import SurgeryRecord, record
 from bnsurgery.verification import EquivalenceReport, verify
-from bnsurgery.words import counted
+from bnsurgery.words import counted, percent, thousands
 
 from . import cost, sites
 from .insertion_figures import plot_channels, plot_drift, plot_moments, plot_preactivations, telling_drift
@@ -127,7 +127,7 @@ def _facts(done: SurgeryRecord, result: EquivalenceReport) -> tuple[tuple[str, s
         ("largest difference", difference + (f", at {result.place()}" if result.worst is not None else "")),
     ]
     if result.top1_agreement is not None:
-        pairs.append(("top-1 agreement", f"{100 * result.top1_agreement:.4g} %"))
+        pairs.append(("top-1 agreement", percent(result.top1_agreement, ".4g")))
     noted = done.provenance
     for name, key in (("weights", "weights"), ("calibrated on", "data"), ("fine-tuned on", "task")):
         if key in noted:
@@ -144,7 +144,8 @@ def _facts(done: SurgeryRecord, result: EquivalenceReport) -> tuple[tuple[str, s
 
 def _network(bn_model: nn.Module, done: SurgeryRecord) -> Section:
     taken = sum(is_fused(bn_model, site) for site in done.sites)
-    text = f"In order of definition. {len(done.sites)} BatchNorm layers were inserted"
+    inserted = counted(len(done.sites), "BatchNorm layer")
+    text = f"In order of definition. {inserted} {'was' if len(done.sites) == 1 else 'were'} inserted"
     text += (
         f"; {taken} of them apply the ReLU behind them themselves, and an Identity keeps its place." if taken else "."
     )
@@ -174,8 +175,12 @@ def _preactivations(views: Sequence[sites.SiteView], done: SurgeryRecord, exact:
     text = (
         f"What {what} put out on {images} of the images, all channels together: as it is, and normalized "
         f"channel by channel. {'Weight and bias then undo that, exactly' if exact else 'Weight and bias come then'}. "
-        f"The histograms reach five deviations to either side; at most {100 * outside:.2g} % of a site's values lie "
-        "further out."
+        f"The histograms reach five deviations to either side; "
+        + (
+            f"at most {percent(outside, '.2g')} of a site's values lie further out."
+            if outside
+            else "no value lies further out."
+        )
     )
     return Section(
         "Pre-activations",
@@ -189,13 +194,16 @@ def _preactivations(views: Sequence[sites.SiteView], done: SurgeryRecord, exact:
 def _channels(views: Sequence[sites.SiteView]) -> Section:
     total, dead = sum(v.channels for v in views), sum(v.dead for v in views)
     near, silent = sum(v.near_eps for v in views), sum(v.silent or 0 for v in views)
-    text = f"Of {total} channels: {dead} dead, {near} near eps, {silent} silent on the images looked at." + (
+    if not dead + near + silent:
+        text = f"None of {counted(total, 'channel')} is dead, near eps or silent on the images looked at."
+        return Section("Channels that say little", (text,))
+    said = f"{thousands(dead)} dead, {thousands(near)} near eps, {thousands(silent)} silent"
+    text = f"Of {counted(total, 'channel')}: {said} on the images looked at." + (
         " Dead ones stay exact, but training can amplify what little they say; a larger eps damps that." * bool(dead)
     )
     listed = [(v.name, *(_numbers(found) for found in (v.is_dead, v.is_near_eps, v.is_silent))) for v in views]
-    listed = [row for row in listed if any(row[1:])]
-    found = table(("site", "dead", "near eps", "silent"), listed) if listed else None
-    text += " The table has their numbers, counted from 0." if listed else ""
+    found = table(("site", "dead", "near eps", "silent"), (row for row in listed if any(row[1:])))
+    text += " The table has their numbers, counted from 0."
     return Section("Channels that say little", (text,), found, figures={"channels": plot_channels(views)})
 
 
@@ -214,13 +222,13 @@ def _drift(result: EquivalenceReport, modes: set[str]) -> Section:
         return Section("Train-mode drift", (text,))
     if modes != {"batch"}:
         text = f"On {on}, in the statistics mode that is set, {' and '.join(sorted(modes))}: see set_statistics_."
-        rows = [(size, f"{100 * drift:.3g}%") for size, drift in drifts.items()]
+        rows = [(size, percent(drift, ".3g")) for size, drift in drifts.items()]
         figures = {"drift": plot_drift(result, advise=False)}
         return Section("Train-mode drift", (text,), table(("images a batch", "drift"), rows), figures=figures)
     advised = []
     for size, drift in drifts.items():
         mode, reason = statistics_for(size, lambda drift=drift: drift)  # type: ignore[misc]
-        advised.append((size, f"{100 * drift:.3g}%", mode, reason))
+        advised.append((size, percent(drift, ".3g"), mode, reason))
     text = (
         "In train mode BatchNorm normalizes by the batch, and the smaller the batch, the further that takes the "
         "outputs from those of eval mode, with which training shall start. Train with as large a batch as fits; for "
@@ -249,9 +257,9 @@ def _cost(reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batche
     rows = [(name, old, new, new / old if old else None) for name, old, new in pairs]
     count = min(cost.IMAGES, batch.samples)
     device = next((p.device.type for p in bn_model.parameters()), "cpu")
-    threads = f" with {torch.get_num_threads()} threads" if device == "cpu" else ""
+    threads = f" with {counted(torch.get_num_threads(), 'thread')}" if device == "cpu" else ""
     text = (
-        f"A training step on {count} images, on {device}{threads}, without and with BatchNorm. Folded, the "
+        f"A training step on {counted(count, 'image')}, on {device}{threads}, without and with BatchNorm. Folded, the "
         "network has the original architecture again, and costs what that costs."
     )
     return Section(heading, (text,), table(("", "before", "after", "after ÷ before"), rows))

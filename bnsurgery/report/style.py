@@ -3,6 +3,7 @@
 import html
 import io
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,15 @@ from bnsurgery.tables import cell_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# After Okabe and Ito's palette, which the colour-blind can tell apart; the blue lighter, to stand out from black too.
-BLUE, ORANGE, GREEN, PINK, GREY = "#1f83c4", "#d55e00", "#009e73", "#cc79a7", "#888888"
-INK = "#000000"  # in a page: the page's text colour
+# One meaning a colour, in all figures. After Okabe and Ito's palette, which the colour-blind can tell apart; the blue
+# lighter, to stand out from black too.
+PLAIN = "#1f83c4"  # blue: the network without BatchNorm, and what its layers put out
+BN = "#009e73"  # green: BatchNorm inserted so that nothing changes, and what it makes of its input
+BN_HALF = "#cc79a7"  # pink: the same, trained for half the epochs
+WRONG = "#d55e00"  # orange: what goes wrong: BatchNorm that changes the function, dead channels
+NEARLY = "#f2a766"  # light orange: what nearly does
+NEUTRAL = "#888888"  # grey: training, and what is neither good nor bad
+INK = "#000000"  # in a page: the page's text colour; validation, what is expected, medians
 
 _WIDTH = 4.6  # inches: about a phone's width, so that a page never has to shrink a panel
 _DPI = 144
@@ -37,6 +44,28 @@ def new_figure(alt: str, *, rows: int = 1, columns: int = 1, height: float = 3.2
         axis.grid(alpha=0.4, linewidth=0.6)
         axis.set_axisbelow(True)
     return figure, axes
+
+
+def log_axis(axis: Any) -> None:
+    """Logarithmic, with ticks that are written out and have room: at the powers of ten, and 2 and 5 if they are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_bars(axis: Any, values: Mapping[str, float | None], unit: str, colours: Sequence[str]) -> None:
+    """A bar a name, the first on top, each with its value and unit; "diverged" where there is none."""
+    axis.barh(list(values), [value or 0 for value in values.values()], min(0.8, 0.2 * len(values)), color=colours)
+    for row, value in enumerate(values.values()):
+        text = "diverged" if value is None else f"{cell_text(value)} {unit}".rstrip()
+        axis.annotate(text, (value or 0, row), xytext=(6, 0), textcoords="offset points", va="center")
+    axis.set_ylim(len(values) - 0.5, -0.5)
+    axis.grid(False)
+    axis.set_xlim(0, 1.3 * max(value or 0 for value in values.values()) or 1)  # room for the longest value
 
 
 def write(figure: "Figure", path: Path, *, overwrite: bool = True) -> None:

@@ -3,8 +3,10 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from bnsurgery.words import percent, thousands
+
 from .page import Report, Section, table
-from .training_figures import plot_comparison, plot_curves, seconds_by_arm
+from .training_figures import plot_comparison, plot_curves, seconds_by_arm, telling_panels
 
 if TYPE_CHECKING:
     from bnsurgery.finetune import Comparison, Config, Result
@@ -26,10 +28,10 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
             r.step,
             f"{r.lr:.3g}",
             r.train_loss,
-            _percent(r.train_accuracy),
+            percent(r.train_accuracy),
             r.val_loss,
-            _percent(r.val_accuracy),
-            f"{r.images_per_second:.0f}",
+            percent(r.val_accuracy),
+            thousands(r.images_per_second),
         )
         for r in result.rows
     ]
@@ -47,17 +49,17 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
     options = [(key, str(value)) for key, value in asdict(config).items() if value not in ("", None)]
     return Report(
         title=title or f"{name} fine-tuned on {config.data}",
-        verdict=f"{100 * best.val_accuracy:.2f} % of the validation images right, in epoch {best.epoch:.4g} "
+        verdict=f"{percent(best.val_accuracy)} of the validation images right, in epoch {best.epoch:.4g} "
         f"of {config.epochs}.{_unfinished(result, config)}",
         good=None,
         facts=(
-            ("accuracy", f"{_percent(best.val_accuracy)} at best, {_percent(result.final.val_accuracy)} at the end"),
+            ("accuracy", f"{percent(best.val_accuracy)} at best, {percent(result.final.val_accuracy)} at the end"),
             ("peak learning rate", f"{resolved.lr:.3g}"),
             ("statistics", f"{resolved.statistics}: {resolved.reason}"),
-            ("steps", f"{result.final.step}"),
+            ("steps", thousands(result.final.step)),
         ),
         sections=(
-            Section("Curves", figures=figures),
+            Section("Curves" if len(rows) > 1 else "The one validation", figures=figures),
             Section("Validations", table=table(headers, rows)),
             Section("Options", table=table(("option", "value"), options)),
         ),
@@ -73,8 +75,8 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         (
             s.arm,
             s.statistics or "none",
-            _percent(s.accuracy),
-            _percent(s.spread),
+            percent(s.accuracy),
+            percent(s.spread),
             _rate(s.lr),
             _rate(s.largest_lr),
             s.steps,
@@ -85,13 +87,19 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
     ]
     headers = ("arm", "statistics", "accuracy", "spread", "at rate", "trains to", "steps", "to plain's", "seconds")
     rates = sorted({trial.lr for trial in result.trials})
-    by_rate = [
-        (s.arm, *((_percent(s.by_rate[lr]) or "diverges") if lr in s.by_rate else None for lr in rates))
-        for s in summary
-    ]
+    by_rate = [(s.arm, *map(s.ending, rates)) for s in summary]
     diverged = [f"{t.arm} at {t.lr:g}, seed {t.seed}: {t.diverged}" for t in result.trials if t.diverged]
-    panels = {"by-step": "steps", "by-rate": "rates", **({"time": "seconds"} if seconds else {})}
-    figures = {name: plot_comparison(result, (panel,)) for name, panel in panels.items()}
+    names = {"steps": "by-step", "rates": "by-rate"}
+    panels = telling_panels(result) if result.winner else ()
+    figures = {names[panel]: plot_comparison(result, (panel,)) for panel in panels}
+    said = "Same images in the same order, same head, same recipe and budget: only the BatchNorm differs."
+    tried = Section(
+        "By learning rate",
+        ("Accuracy at the end, mean over the seeds; a rate diverges where one of the seeds does.",),
+        table(("arm", *(f"{lr:g}" for lr in rates)), by_rate),
+    )
+    if len(rates) == 1:
+        tried = Section(tried.heading, (f"One was tried, {rates[0]:g}: how the arms take to others is not known.",))
     return Report(
         title=title or f"Does BatchNorm help? {result.task}",
         verdict=result.verdict(),
@@ -103,16 +111,12 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         sections=(
             Section(
                 "The arms, each at its own best rate",
-                ("Same images in the same order, same head, same recipe and budget: only the BatchNorm differs.",),
+                (said,) if result.winner else (said, "Every run diverged: there is nothing to draw."),
                 table(headers, judged),
-                figures={name: figures[name] for name in ("by-step", "by-rate")},
+                figures=figures,
             ),
-            Section(
-                "By learning rate",
-                ("Accuracy at the end, mean over the seeds; a rate diverges where one of the seeds does.",),
-                table(("arm", *(f"{lr:g}" for lr in rates)), by_rate),
-            ),
-            *([Section("Time", figures={"time": figures["time"]})] if seconds else []),
+            tried,
+            *([Section("Time", figures={"time": plot_comparison(result, ("seconds",))})] if seconds else []),
             *([Section("What diverged", tuple(diverged))] if diverged else []),
         ),
         terms=tuple(result.arms),
@@ -123,10 +127,6 @@ def _unfinished(result: "Result", config: "Config") -> str:
     if result.final.epoch >= config.epochs:
         return ""
     return f" The run was stopped, or is running: its last validation was in epoch {result.final.epoch:.4g}."
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.2f}%"
 
 
 def _rate(lr: float | None) -> str | None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bnsurgery.cli.options import show
-from bnsurgery.tables import table
+from bnsurgery.tables import is_number, table
+from bnsurgery.words import counted, percent, thousands
 
 pytestmark = pytest.mark.slow
 
@@ -168,12 +169,28 @@ def test_tables_fit_a_terminal():
 
 
 def test_numbers_are_aligned_and_written_out():
-    text = table(("arm", "0.1", "seconds"), [("plain", "5.00%", 2712.3), ("bn", "diverges", 0.5), ("naive", None, 1e7)])
+    text = table(
+        ("arm", "0.1", "seconds"), [("plain", "5.00 %", 27123.4), ("bn", "diverges", 0.5), ("naive", None, 1e7)]
+    )
     assert text.splitlines()[2:] == [
-        "plain     5.00%      2712",
+        "plain    5.00 %    27,123",
         "bn     diverges     0.500",
         "naive         –  1.00e+07",
     ]
+
+
+def test_numbers_as_people_read_them():
+    assert [percent(0.467), percent(1, ".4g"), percent(None)] == ["46.70 %", "100 %", "–"]
+    assert [thousands(n) for n in (0, 9999, 10_000, -1234567, 12345.6)] == [
+        "0",
+        "9999",
+        "10,000",
+        "-1,234,567",
+        "12,346",
+    ]
+    assert [counted(n, "layer") for n in (0, 1, 25, 25_000)] == ["0 layers", "1 layer", "25 layers", "25,000 layers"]
+    assert all(map(is_number, ("46.70 %", "10,000", "-1,234,567", "–", "1.00e+07")))
+    assert not any(map(is_number, ("1, 2", "%", "batch", "")))
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_the_verdict_says_who_won_and_whether_it_is_noise():
 
 def test_the_table_shows_every_rate_and_divergence():
     text = str(MADE_UP)
-    assert "diverges" in text and "72.00%" in text and "79.00%" in text
+    assert "diverges" in text and "72.00 %" in text and "79.00 %" in text
     assert all(len(line) <= 100 for line in text.splitlines()[:-1])
 
 

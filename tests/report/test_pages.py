@@ -9,13 +9,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 from torch import nn
 
 import bnsurgery
+from benchmarks import at_a_glance
 from bnsurgery import finetune, report
 from bnsurgery.advice import statistics_for
-from bnsurgery.finetune.comparison import Comparison, Trial
+from bnsurgery.finetune.comparison import ARMS, Comparison, Trial
 from bnsurgery.finetune.results import Resolved, Row
 from bnsurgery.report.glossary import TERMS
 from bnsurgery.report.sites import view_sites
@@ -65,7 +67,7 @@ def test_insertion(insertion_page):
         assert heading in text
     assert re.search(r"\d+ dead, \d+ near eps, \d+ silent", text)
     assert "a batch of 2 has no statistics worth the name" in text
-    assert "activation units" in text and "√eps" in text
+    assert "activation units" in text and "σ² = eps" in text
 
 
 def test_a_difference_is_said_and_where(odd, inserted, batches):
@@ -97,7 +99,7 @@ def test_tables_of_an_insertion(odd, inserted, batches):
         assert row[3:5] == pytest.approx((np.median(mean.abs()), np.median(std)))
         assert row[5] == int((std**2 < 1e-5).sum())
     assert [row[:2] for row in drift.rows] == [
-        (size, f"{100 * value:.3g}%") for size, value in result.train_drift.items() if size < 12
+        (size, f"{100 * value:.3g} %") for size, value in result.train_drift.items() if size < 12
     ]
     assert [row[0] for row in costs.rows] == ["parameters", "training step, milliseconds", "kept for backward, MiB"]
     before, after = (sum(p.numel() for p in network.parameters()) for network in (odd, inserted))
@@ -202,7 +204,7 @@ def test_comparison():
     text = Outline(page.to_html()).text
     assert page.verdict == COMPARISON.verdict() and page.verdict in text
     assert "plain at 1, seed 0: the loss is NaN after step 3" in text
-    assert "diverges" in text and "80.00%" in text
+    assert "diverges" in text and "80.00 %" in text
     labels = {name: figure.get_label() for name, figure in page.figures.items()}
     assert "× at 1" in labels["by-rate"] and "bn ends at 80.0 % at rate 1" in labels["by-step"]
     assert "plain 2" in labels["time"] and "bn 4" in labels["time"]  # without the one that diverged
@@ -245,6 +247,14 @@ def test_self_contained_and_only_text(any_page):
     assert "@import" not in html and "url(http" not in html
     ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
+
+
+def test_one_style_of_numbers(any_page):
+    _, html = any_page
+    outline = Outline(re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL))
+    labels = [attributes["aria-label"] for tag, attributes in outline.tags if tag == "svg"]
+    text = " ".join([outline.text, *labels])
+    assert re.search(r"\d %", text) and not re.search(r"\d%", text)
 
 
 def test_alt_texts_and_definitions(any_page):
@@ -320,3 +330,115 @@ def test_plots_of_a_comparison():
     assert [list(line.get_xdata()) for line in crosses] == [[pytest.approx(1.0, rel=0.1)]]  # beside the others'
     loss, accuracy = report.plot_curves(RESULT.rows).axes
     assert list(accuracy.lines[1].get_ydata()) == [50, 75] and list(loss.lines[0].get_ydata()) == [1.0, 0.5]
+
+
+def rows_of(axis):
+    """The names at an axis, and where its rows begin and end in the figure once it is drawn."""
+    axis.figure.draw_without_rendering()
+    box = axis.get_position()
+    return [label.get_text() for label in axis.get_yticklabels()], axis.get_ylim(), box.y0, box.y1
+
+
+@pytest.mark.parametrize("panels", [("moments-mean", "moments-std"), ("preactivations-before", "preactivations-after")])
+def test_charts_side_by_side_line_up(panels, insertion_page):
+    one, two = (copy.deepcopy(insertion_page.figures[panel]).axes[0] for panel in panels)
+    assert rows_of(one) == rows_of(two)
+
+
+def test_only_sites_with_channels_that_say_little_are_drawn(odd, batches):
+    healthy = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(3, 3, 1), nn.Tanh()))).eval()
+    model = nn.Sequential(odd.part, nn.Conv2d(6, 3, 1), nn.Tanh(), *healthy[:4], nn.Conv2d(3, 2, 1)).eval()
+    for conv in (model[1], *healthy[::2]):
+        nn.init.dirac_(conv.weight)
+    model[1].weight.data.add_(0.5)
+    with pytest.warns(bnsurgery.BNSurgeryWarning, match="dead"):
+        inserted = bnsurgery.insert(model, batches)
+    figure = report.plot_channels(inserted, batches)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == [
+        row[0] for row in tables(report.insertion(model, inserted, batches))["Channels that say little"].rows
+    ]
+    assert names == ["0.<b>$x$</b>"] and figure.axes[0].get_xlabel().endswith("none at 3 other sites")
+    bars = [bar.get_width() for bar in figure.axes[0].patches]
+    silent = int((odd.part(torch.cat(batches)).amax((0, 2, 3)) == 0).sum())
+    assert bars == pytest.approx([100 / 6, 100 / 6, 100 * silent / 6]) and silent  # dead, near eps, silent
+
+    inserted = bnsurgery.insert(healthy, batches)
+    page = report.insertion(healthy, inserted, batches)
+    section = next(s for s in page.sections if s.heading == "Channels that say little")
+    assert section.paragraphs == ("None of 6 channels is dead, near eps or silent on the images looked at.",)
+    assert not section.figures and section.table is None
+    assert not report.plot_channels(inserted, batches).axes[0].patches
+    assert "now applied by" not in page.to_html()
+
+
+def bars_of(axis):
+    """Name, length and written value of every bar."""
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    return list(zip(names, [bar.get_width() for bar in axis.patches], [t.get_text() for t in axis.texts], strict=True))
+
+
+def test_what_has_one_point_is_drawn_as_bars():
+    loss, accuracy = report.plot_curves(rows(0.467)).axes
+    assert bars_of(loss) == [("training", 1.0, "1.00"), ("validation", pytest.approx(1.1), "1.10")]
+    assert bars_of(accuracy) == [(kind, pytest.approx(46.7), "46.7 %") for kind in ("training", "validation")]
+    assert accuracy.get_xlabel() == "accuracy (%) after 1 epoch" and not accuracy.lines
+    one = Comparison(
+        "one rate",
+        (
+            Trial("plain", 0.1, 0, "none", None, rows(0.467), 2712.3),
+            Trial("bn", 0.1, 0, "batch", None, rows(0.5), 3.0),
+            Trial("bn-naive", 0.1, 0, "batch", "NaN", (), 3.0),
+        ),
+    )
+    drawn = [("plain", pytest.approx(46.7), "46.7 %"), ("bn", 50, "50.0 %"), ("bn-naive", 0, "diverged")]
+    (steps,) = report.plot_comparison(one).axes
+    assert bars_of(steps) == [(f"{arm} at 0.1" if arm != "bn-naive" else arm, *rest) for arm, *rest in drawn]
+    (rates,) = report.plot_comparison(one, ("rates",)).axes
+    assert bars_of(rates) == drawn
+    page = report.comparison(one)
+    assert "One was tried, 0.1" in Outline(page.to_html()).text and list(page.figures) == ["by-step", "time"]
+    assert [text.get_text() for text in page.figures["time"].axes[0].texts] == ["2712 s", "3.00 s"]
+
+
+def test_nothing_is_drawn_of_runs_that_all_diverged():
+    page = report.comparison(
+        Comparison("none", tuple(dataclasses.replace(COMPARISON.trials[1], lr=lr) for lr in (1, 2)))
+    )
+    assert not page.figures and "Every run diverged" in Outline(page.to_html()).text
+    steps, _ = report.plot_comparison(Comparison("none", COMPARISON.trials[1:2]), ("steps", "rates")).axes
+    assert bars_of(steps) == [("plain", 0, "diverged")]
+
+
+def test_thousands_are_separated():
+    long = tuple(dataclasses.replace(row, step=31250, images_per_second=12345.6) for row in RESULT.rows)
+    config = finetune.Config(data="patterns", output="runs/x", source="vgg11", epochs=2)
+    page = report.training(dataclasses.replace(RESULT, rows=long), config)
+    assert dict(page.facts)["steps"] == "31,250"
+    validations = tables(page)["Validations"]
+    assert validations.cells[0][1] == "31,250" and validations.cells[0][-1] == "12,346"
+    assert validations.numeric[1:] == [True] * 7
+
+
+def test_one_meaning_a_colour():
+    """README's figure: what was put in has the colour of the arm trained beside it; no two arms share one."""
+    trials = tuple(dataclasses.replace(t, arm=arm) for arm in ARMS for t in COMPARISON.of("bn"))
+    losses = {name: {"loss": 1.0, "accuracy": 0.5} for name in at_a_glance.WAYS}
+    left, right = at_a_glance.draw(losses, Comparison("all", trials)).axes
+    arms = {line.get_label(): to_hex(line.get_color()) for line in right.lines}
+    bars = [to_hex(bar.get_facecolor()) for bar in left.patches]
+    assert bars == [arms["plain"], arms["bn"], arms["bn-naive"], arms["bn-naive"]]
+    assert len(set(arms.values())) == len(ARMS)
+    times = report.plot_comparison(Comparison("all", trials), ("seconds",)).axes[0]
+    assert [to_hex(bar.get_facecolor()) for bar in times.patches] == [arms[arm] for arm in ARMS]
+
+
+def test_colours_of_an_insertion(inserted, batches):
+    """Without BatchNorm as plain, with it as bn; what is dead as the mistake; curves have none of these."""
+    arms = {line.get_label().split()[0]: line.get_color() for line in report.plot_comparison(COMPARISON).axes[0].lines}
+    before, after = report.plot_preactivations(inserted, batches).axes
+    assert to_hex(before.collections[0].get_facecolor()[0]) == arms["plain"]
+    assert to_hex(after.collections[0].get_facecolor()[0]) == arms["bn"]
+    dead = report.plot_channels(inserted, batches).axes[0].patches[0].get_facecolor()
+    curves = {line.get_color() for line in report.plot_curves(RESULT.rows).axes[0].lines}
+    assert not {to_hex(dead), *curves} & set(arms.values())
