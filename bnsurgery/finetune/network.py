@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import bnsurgery
 from bnsurgery import factories, models, pretrained
 from bnsurgery.advice import statistics_for
+from bnsurgery.batches import Inputs
 from bnsurgery.checkpoint import read_record
 from bnsurgery.copies import independent, sharing_tensors
 from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
@@ -103,11 +104,8 @@ def task_of(source: Source, data: Data, config: Config) -> Task:
         BNSurgeryError: the image size is not known, what is wanted of the preprocessing does not go with the network,
             that takes neither 1 nor 3 channels, or the head does not fit though it shall be kept.
     """
-    own = source.preprocess or pretrained.own_preprocessing(source.model, config.wanted)
-    preprocessing = config.wanted.of(own)
-    side = min(preprocessing.height, preprocessing.width)
-    preprocessing = replace(preprocessing, resize=round(side * _RESIZE) if data.photographs else side)
-    shape = preprocessing.shape
+    preprocessing = None if data.examples else _preprocessing(source, data, config)
+    shape = data.examples[0] if preprocessing is None else preprocessing.shape
     if not keeps_head(source, data.classes, config):
         return Task(data.classes, find_head(_original(source.model), shape), preprocessing)
     outputs = outputs_of(source.model.get_submodule(find_head(source.model, shape)))
@@ -119,6 +117,13 @@ def task_of(source: Source, data: Data, config: Config) -> Task:
     return Task(data.classes, source.task.head if source.task else None, preprocessing)
 
 
+def _preprocessing(source: Source, data: Data, config: Config) -> Preprocessing:
+    own = source.preprocess or pretrained.own_preprocessing(source.model, config.wanted)
+    found = config.wanted.of(own)
+    side = min(found.height, found.width)
+    return replace(found, resize=round(side * _RESIZE) if data.photographs else side)
+
+
 def keeps_head(source: Source, classes: tuple[str, ...], config: Config) -> bool:
     """Whether the network goes on with the output layer that it has: where asked, or where it knows these classes."""
     known = source.task is not None and source.task.classes == classes
@@ -126,7 +131,12 @@ def keeps_head(source: Source, classes: tuple[str, ...], config: Config) -> bool
 
 
 def prepare(
-    source: Source, task: Task, config: Config, batches: Iterable[Any], show: bool = False
+    source: Source,
+    task: Task,
+    config: Config,
+    batches: Iterable[Any],
+    show: bool = False,
+    example: Inputs | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """The network to train, and its head: new where the task says so; with BatchNorm, but for the plain arm.
 
@@ -135,11 +145,12 @@ def prepare(
     Args:
         source: its model is used up.
         batches: images of the training data, to calibrate on.
+        example: an input, where they are no images.
 
     Raises:
         BNSurgeryError: as `bnsurgery.insert` does.
     """
-    model, shape = source.model, task.preprocessing.shape
+    model, shape = source.model, task.preprocessing.shape if task.preprocessing else example
     head = find_head(model, shape)
     if carries_record(model) and (config.arm == "plain" or not record(model).sites):
         model = bnsurgery.fold(model)
@@ -159,6 +170,8 @@ def prepare(
     own = own_name(config)
     provenance |= {"model": own} if own else {}
     attach_record(model, replace(record(model), task=task, provenance=provenance, frozen=()))
+    if example is not None:
+        attach_record(model, replace(record(model), input_shape=example.shape))
     if config.arm != "plain":
         set_statistics_(model, "batch", where=lambda name, norm: True)  # `Config.train` says what is frozen
     return model, model.get_submodule(find_head(model, shape))
