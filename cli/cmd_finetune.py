@@ -51,6 +51,7 @@ def command(
 
     Start it with torchrun or accelerate launch for several GPUs or machines.
     """
+    from bnsurgery.checkpoint import read_record
     from bnsurgery.factories import names_code
     from bnsurgery.finetune.config import Config
     from bnsurgery.finetune.network import own_name
@@ -85,15 +86,16 @@ def command(
         best = f"{result.directory}/best.safetensors"
         own = own_name(config)
         custom = f" --model {own}" if own else ""
+        after = f"bnsurgery fold {quote(best)}{custom}"
+        if not names_code(config.data):
+            after = f"bnsurgery predict {quote(best)}{custom} IMAGE...\n      {after}"
+        elif (kept := read_record(Path(best))) is not None and kept.input_shape is None:
+            after += " --data FILE.py:FUNCTION  (which gives batches of inputs)"
         text = (
             f"\n{result}\n\nWrote {best} and, beside it, metrics.csv, curves.png and tensorboard/.\n{wrote}"
-            f"Next: {'' if names_code(config.data) else f'bnsurgery predict {quote(best)}{custom} IMAGE...{_AND}'}"
-            f"bnsurgery fold {quote(best)}{custom}"
+            f"Next: {after}"
         )
         show(text, {**result.to_dict(), "best": best, **written(page, plot)}, as_json, quiet)
-
-
-_AND = "\n      "
 
 
 def _was_given(context: click.Context, name: str) -> bool:

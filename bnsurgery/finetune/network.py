@@ -59,7 +59,7 @@ def find(config: Config) -> Source:
     """
     if not config.source and not config.model:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass --model")
-    path = Path(config.source)
+    path, of_images = Path(config.source), not factories.names_code(config.data)
     is_file = bool(config.source) and path.is_file() and config.source not in models.names()
     if is_file and config.weights != "DEFAULT":
         raise CheckpointError(f"finetune: '{path}' is a file of weights: leave --weights {config.weights} out")
@@ -70,13 +70,13 @@ def find(config: Config) -> Source:
         custom = factories.build(config.model) if config.model else None
         model = bnsurgery.load(path, model=custom)
         done = record(model)
-        preprocess = pretrained.preprocessing_of(done, model, config.wanted)
+        preprocess = pretrained.preprocessing_of(done, model, config.wanted) if of_images else None
         return Source(model, f"checkpoint {path.name}", preprocess, done.task)
     own = own_name(config)
     if own:
         weights = config.source if config.model and config.source else config.weights
         model, description = pretrained.own_network(own, weights, config.seed, choice)
-        known = pretrained.own_preprocessing(model, config.wanted) if factories.is_timm(own) else None
+        known = pretrained.own_preprocessing(model, config.wanted) if factories.is_timm(own) and of_images else None
         return Source(model, f"{own}, {description}", known)
     if is_file:
         architecture, weights = pretrained.recognise(path, choice), config.source
