@@ -139,7 +139,7 @@ def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessi
     if channels not in (1, 3):
         raise ArchitectureError(
             f"{type(model).__name__} takes {channels} channels, expected 1 or 3, as images have. For other inputs "
-            "insert, verify and export take --data FILE.py:FUNCTION, which gives batches of them"
+            "insert, verify, finetune and export take --data FILE.py:FUNCTION, which gives them"
         )
     height, width = wanted.size or (config.get("input_size") or (None, None))[-2:]
     if height is None or width is None:

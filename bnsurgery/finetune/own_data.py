@@ -1,7 +1,7 @@
 """Labelled data that a user's own function gives: Datasets of samples, or batches as they come."""
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -167,7 +167,7 @@ def _split(name: str, where: str, dataset: Any, show: bool) -> Split:
     if not count:
         raise DataError(f"{where}: gave no sample")
     samples, known = _Samples(name, where, dataset), getattr(dataset, "targets", None)
-    if known is None or len(known) != count:
+    if not isinstance(known, Collection) or len(known) != count:
         bar = tqdm(range(count), desc="reading targets", disable=None if show else True, leave=False)
         targets = tuple(samples.sample(index)[1] for index in bar)
     else:
@@ -179,7 +179,7 @@ def _split(name: str, where: str, dataset: Any, show: bool) -> Split:
 def _example(name: str, part: str, split: Split | Stream) -> Inputs:
     """A few inputs, as the network will get them."""
     if isinstance(split, Stream):
-        return next(iter(split.once(0)))[0]
+        return next(split.once(0))[0].take(0, 2)
     try:
         return Inputs.of(collated([(split.read(index), split.labels[index]) for index in range(min(2, len(split)))]))
     except (CalibrationError, DataError) as error:

@@ -3,10 +3,12 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from bnsurgery import factories
 from bnsurgery.batches import Inputs
@@ -37,6 +39,9 @@ class Stream:
         Raises:
             DataError: there is no batch, or one is no pair of inputs and targets, or the user's code fails.
         """
+        if isinstance(batches, DataLoader) and batches.persistent_workers:
+            batches = copy(batches)  # passes would share one iterator, and validations fall into training's
+            vars(batches).update(persistent_workers=False)  # which torch lets nobody set
         self._name, self._batches = name, batches
         self.where = f"data '{name}': {part}"
         self.classes: int | None = None

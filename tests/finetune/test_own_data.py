@@ -57,6 +57,11 @@ CODE = """
     def shuffled():  # no function without a name can be sent to another process
         return tuple(DataLoader(Noisy(*p), 15, shuffle=True, collate_fn=lambda x: default_collate(x)) for p in both())
 
+    def kept():
+        return tuple(DataLoader(TensorDataset(*part), 16, num_workers=1, persistent_workers=True) for part in both())
+    def plain():
+        return tuple(DataLoader(TensorDataset(*part), 16) for part in both())
+
     second = torch.rand(1, generator=torch.Generator().manual_seed(hash((0, 1)) & (2**63 - 1)))
     class Shorter:
         def __iter__(self):
@@ -73,7 +78,11 @@ def own(config, tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(textwrap.dedent(CODE))
 
     def chosen(name, **changes):
-        mine = {"num_workers": None, "batch_size": 64} if name in ("shuffled", "ordered", "shorter") else {}
+        mine = (
+            {"num_workers": None, "batch_size": 64}
+            if name in ("shuffled", "ordered", "shorter", "kept", "plain")
+            else {}
+        )
         base = config(data=f"own.py:{name}", image_size=None, normalize="auto", augment="auto", **mine)
         return replace(base, **changes)
 
@@ -183,6 +192,13 @@ def test_ranks_share_every_batch(sizes, world, used):
     shares[0].start = 1
     assert len(list(shares[0])) == max(0, len(used) - 1)
     assert sum(len(y) for _, y in Share(stream, 0, 0, 1, train=False, most=2)) == min(sum(sizes), max(2, sizes[0]))
+
+
+def test_passes_within_passes_do_not_disturb_each_other(own, model):
+    """Workers that stay would give a validation's recalibration and the epoch around it one iterator for both."""
+    chosen = {"epochs": 1, "evaluations": 2, "recalibrate": 20}
+    one, two = (finetune.run(own(name, output=name, **chosen), model=model).rows for name in ("plain", "kept"))
+    assert [replace(row, images_per_second=0) for row in one] == [replace(row, images_per_second=0) for row in two]
 
 
 def test_a_pass_with_fewer_batches_says_so_and_is_saved(own, model):
