@@ -37,9 +37,9 @@ class Inputs:
         Raises:
             CalibrationError: it is none of these, or a tensor without a batch dimension.
         """
-        if isinstance(batch, Inputs):
-            return batch
         item = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if isinstance(item, Inputs):
+            return item
         inside = item is not batch
         if isinstance(item, Tensor) and item.ndim < 2:
             raise CalibrationError(f"batches: got a tensor of shape {tuple(item.shape)}, expected (N, ...)")
@@ -96,12 +96,12 @@ class Inputs:
             return way
         return self
 
-    def take(self, start: int, stop: int) -> "Inputs":
-        """The samples from `start` to `stop`; what is not as long as the batch stays whole."""
-        count = self.samples
+    def take(self, start: int, stop: int, step: int = 1) -> "Inputs":
+        """Every `step`-th sample from `start` to `stop`; what is not as long as the batch stays whole."""
+        count, which = self.samples, slice(start, stop, step)
         if len(self.args) == 1 and isinstance(self.args[0], list):
-            return Inputs((self.args[0][start:stop],), self.kwargs)
-        return self.map(lambda x: x[start:stop] if _length(x) == count else x)
+            return Inputs((self.args[0][which],), self.kwargs)
+        return self.map(lambda x: x[which] if _length(x) == count else x)
 
     def non_finite(self) -> list[int]:
         """The samples, counted from 0, in which a real number is NaN or infinite."""

@@ -16,17 +16,18 @@ from .words import with_article
 _STD = 0.01  # as torchvision initializes the last layer of VGG and SqueezeNet
 
 
-def find_head(model: nn.Module, shape: Sequence[int] | None = None) -> str:
+def find_head(model: nn.Module, shape: Sequence[int] | Inputs | None = None) -> str:
     """The fqn of the one conv or dense layer with no other between it and the output.
 
     Args:
-        shape: of one input, (C, H, W); code that looks at its input's shape cannot be followed without.
+        shape: of one input, (C, H, W), or an input; code that looks at its input's shape cannot be followed without.
 
     Raises:
         UntraceableModelError: the forward pass cannot be followed.
         BNSurgeryError: there is none, or more than one, or a norm stands behind it.
     """
-    trace = Trace(model, Inputs((torch.zeros(1, *shape),)) if shape is not None else None)
+    example = shape if shape is None or isinstance(shape, Inputs) else Inputs((torch.zeros(1, *shape),))
+    trace = Trace(model, example)
     heads = [
         name
         for module, name in trace.names.items()

@@ -153,7 +153,7 @@ def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessi
     if channels not in (1, 3):
         raise ArchitectureError(
             f"{type(model).__name__} takes {channels} channels, expected 1 or 3, as images have. For other inputs "
-            "insert, verify and export take --data FILE.py:FUNCTION, which gives batches of them"
+            "insert, verify, finetune and export take --data FILE.py:FUNCTION, which gives them"
         )
     height, width = wanted.size or (config.get("input_size") or (None, None))[-2:]
     if height is None or width is None:
@@ -178,7 +178,7 @@ def input_channels(model: nn.Module) -> int:
     """Colour channels that a network takes: as its record has it, else its first layer; 3 where that is no conv."""
     if carries_record(model):
         done = record(model)
-        if done.task is not None:
+        if done.task is not None and done.task.preprocessing is not None:
             return done.task.preprocessing.shape[0]
         if done.input_shape is not None:
             return done.input_shape[0]
@@ -232,6 +232,11 @@ def preprocessing_of(record: SurgeryRecord, model: nn.Module, wanted: Wanted = N
         DataError: what is wanted does not go with the network.
     """
     if record.task is not None:
+        if record.task.preprocessing is None:
+            raise ArchitectureError(
+                f"{type(model).__name__} was fine-tuned on '{record.provenance.get('task')}', not on images: insert, "
+                "verify and export take --data FILE.py:FUNCTION, which gives batches of what it takes"
+            )
         return wanted.of(record.task.preprocessing)
     if record.architecture is not None:
         return preprocessing(record.architecture, str(record.provenance.get("weights")), wanted)

@@ -13,12 +13,12 @@ class Task:
     Attributes:
         classes: names, in the order of the outputs; empty where it was not fine-tuned.
         head: fqn of the output layer in the original network, made anew for these classes; None where it was kept.
-        preprocessing: from an image to the input.
+        preprocessing: from an image to the input; None where it takes other things than images.
     """
 
     classes: tuple[str, ...]
     head: str | None
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
 
     def __post_init__(self) -> None:
         if self.head is not None and not self.classes:

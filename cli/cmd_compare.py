@@ -9,13 +9,13 @@ from bnsurgery.finetune.config import RATES, Config
 from bnsurgery.system import quote
 
 from .options import Values, given, print_options, show
-from .recipe_options import recipe_options
+from .recipe_options import recipe_options, run_name
 from .reporting import check_report, force_option, report_options, write_report, written
 
 
 @click.command("compare")
 @click.argument("source", required=False, metavar="ARCH|FILE")
-@click.option("--data", required=True, metavar="DIR|NAME", help="As for finetune.")
+@click.option("--data", required=True, metavar="DIR|NAME|FILE.py:FUNCTION", help="As for finetune.")
 @click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: runs/compare-ARCH-DATA]")
 @click.option(
     "--arms",
@@ -67,8 +67,7 @@ def command(
     from bnsurgery.finetune.trials import compare, trial_config
     from bnsurgery.report import comparison
 
-    name = Path(source or str(recipe["model"])).stem.replace(":", "-")
-    output = output or f"runs/compare-{name}-{Path(data).name}"
+    output = output or f"runs/compare-{run_name(source, recipe['model'], data)}"
     config = Config(source=source or "", data=data, output=output, **recipe)
     reporting = check_report(page, plot, force, output, source)
     result = compare(config, arms=arms, rates=rates, seeds=seeds, jobs=jobs, show=not (quiet or as_json))

@@ -5,8 +5,10 @@ from pathlib import Path
 import click
 
 from .options import (
+    batches_option,
     bias_option,
     claim,
+    first_batch,
     image_size_option,
     load_checkpoint,
     model_option,
@@ -30,6 +32,7 @@ from .options import (
 @weights_options
 @image_size_option
 @bias_option
+@batches_option
 @output_options(
     "File to write.  [default: FILE's, its run's or the network's name, -folded.safetensors or .onnx, here]"
 )
@@ -43,6 +46,7 @@ def command(
     partial: bool,
     image_size: str | None,
     bias: str,
+    data: str | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -64,7 +68,9 @@ def command(
     from bnsurgery.exporting import SUFFIXES, export, export_folded
     from bnsurgery.fitting import Choice
     from bnsurgery.surgery_record import record
+    from bnsurgery.words import counted
 
+    example = None if data is None else first_batch(data)
     if file is not None:
         if weights is not None:
             raise click.UsageError("--weights are for a network with its own BatchNorm: leave FILE out.")
@@ -74,8 +80,8 @@ def command(
         if output.suffix != SUFFIXES["onnx"]:
             to = "state-dict"
         claim(output, force)
-        result = export(bn_model, output, to=to, bias=bias, overwrite=force)  # type: ignore[arg-type]
-        done = f"{len(record(bn_model).sites)} BatchNorm layers folded away; gives {result.origin}"
+        result = export(bn_model, output, to=to, example=example, bias=bias, overwrite=force)  # type: ignore[arg-type]
+        done = f"{counted(len(record(bn_model).sites), 'BatchNorm layer')} folded away; gives {result.origin}"
     elif model is not None:
         from bnsurgery.foldable import OWN_NORMS
         from bnsurgery.preprocessing import Wanted
@@ -85,10 +91,10 @@ def command(
         taken = Choice(weights_key, weights_prefix, partial)
         network, origin = own_network(model, weights or "DEFAULT", choice=taken)
         claim(output, force)
-        example = noise(network, Wanted(image_size).size)
+        example = noise(network, Wanted(image_size).size) if example is None else example
         result = export_folded(network, output, example=example, bias=bias, overwrite=force)  # type: ignore[arg-type]
         count = sum(isinstance(module, OWN_NORMS) for module in network.modules())
-        done = f"{model}: {count} BatchNorm layers folded away\nweights      {origin}"
+        done = f"{model}: {counted(count, 'BatchNorm layer')} folded away\nweights      {origin}"
     else:
         raise click.UsageError("Name a checkpoint, FILE, or a network that has BatchNorm, --model.")
     text = f"{done}\n{result.proof}\n\n{result.steps}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -71,6 +72,14 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("evaluations", _COUNT, "Validations an epoch."),
     ("save_every", click.FloatRange(min=0), "Seconds between checkpoints within an epoch."),
 )
+
+
+def run_name(source: str | None, model: str | None, data: str) -> str:
+    """What to call a run: by its network and data, of functions of the user's by the data's function."""
+    from bnsurgery.factories import names_code
+
+    task = data.rpartition(":")[2] if names_code(data) else Path(data).name
+    return f"{Path(source or str(model)).stem.replace(':', '-')}-{task}"
 
 
 def recipe_options(*, leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:

@@ -45,8 +45,10 @@ class Config:
             bias 0), which forgets what the network computed.
 
     Attributes: The data
-        data: a folder (train/ and val/ with one folder a class, or one folder a class), "digits", or a torchvision
-            dataset such as "CIFAR10".
+        data: a folder (train/ and val/ with one folder a class, or one folder a class), "digits", a torchvision
+            dataset such as "CIFAR10", or "file.py:function" or "package.module:function", a function that returns
+            training and validation data of any kind: see `bnsurgery.finetune.own_data.open_own`. What is said below of
+            images is then for its samples; the options from `root` to `augment`, but for `num_workers`, are refused.
         root: where torchvision's datasets are kept.
         download: fetch a torchvision dataset that is not there.
         val_fraction: share of each class that is held out where the data has no validation split of its own.

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +14,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from bnsurgery.batches import Inputs
 from bnsurgery.data import find_images, load_image
 from bnsurgery.errors import DataError
+
+if TYPE_CHECKING:
+    from .streams import Stream
 
 # For torchvision's datasets: the arguments that give the training and the validation images (none: split by the seed),
 # and how to augment. What is not written down here has no labels, or not one an image.
@@ -49,12 +53,12 @@ class Split:
     """Labelled images, by number.
 
     Attributes:
-        read: from a number to a PIL image or a uint8 tensor (C, H, W).
+        read: from a number to a PIL image or a uint8 tensor (C, H, W), or to a user's own inputs.
         labels: class index of every image.
         names: what to tell the images apart by: paths and sizes, or a digest; the labels alone where empty.
     """
 
-    read: Callable[[int], Image.Image | Tensor]
+    read: Callable[[int], Any]
     labels: tuple[int, ...]
     names: tuple[str, ...] = ()
 
@@ -94,16 +98,23 @@ class Data:
         photographs: whether the images are larger than the input and are cut to its shape.
         skipped: damaged images that were left out.
         passed_over: files that are no images by name, or in no class's folder.
+        examples: inputs to train and to validate on, where a user's code gives them and not images.
     """
 
-    train: Split
-    val: Split
+    train: "Split | Stream"
+    val: "Split | Stream"
     classes: tuple[str, ...]
     description: str
     augment: str = "crop"
     photographs: bool = False
     skipped: tuple[str, ...] = ()
     passed_over: tuple[Path, ...] = ()
+    examples: tuple[Inputs, ...] = ()
+
+    @property
+    def thing(self) -> str:
+        """What it is of, in a word."""
+        return "sample" if self.examples else "image"
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -115,6 +126,7 @@ class Data:
         """With at most `limit` training images, as many of each class as there are and the limit allows."""
         if limit is None or limit >= len(self.train):
             return self
+        assert isinstance(self.train, Split)
         order = list(range(len(self.train)))
         random.Random(seed).shuffle(order)
         seen: dict[int, int] = {}

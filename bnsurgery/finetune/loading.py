@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
 from bnsurgery.errors import DataError
@@ -22,37 +22,41 @@ from .datasets import Split
 
 Key = tuple[int, int]  # epoch and number of the image
 _CROP_AREA = (0.35, 1.0)  # of the photograph; from-scratch training takes from 0.08, which is harsh on a fine-tune
-_EVALUATED = -1  # stands for the epoch where nothing is random
+EVALUATED = -1  # stands for the epoch where nothing is random
 
 
-class Prepared(Dataset[tuple[Tensor, int]]):
-    """A split's images as the network takes them, by epoch and number."""
+class Prepared(Dataset[tuple[Any, int]]):
+    """A split's images as the network takes them, by epoch and number; a user's own inputs as they are."""
 
     def __init__(self, split: Split, task: Task, augment: str, seed: int) -> None:
         self._split = split
-        self._plain = task.preprocessing
+        self._plain = task.preprocessing or _as_it_is
         self.augmented = augmentation(task, augment)
         self._seed = seed
 
     def __len__(self) -> int:
         return len(self._split)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Any, int]:
         epoch, index = key
-        image, label = self._split.read(index), self._split.labels[index]
-        if epoch == _EVALUATED:
-            return self._plain(image), label
         state = torch.get_rng_state()
         try:
             # Not torch.manual_seed, which seeds GPUs too.
             torch.default_generator.manual_seed(hash((self._seed, epoch, index)) & (2**63 - 1))
-            return self.augmented(image), label
+            image = self._split.read(index)  # which is random, too, where a user's code does it
+            return (self._plain if epoch == EVALUATED else self.augmented)(image), self._split.labels[index]
         finally:
             torch.set_rng_state(state)
 
 
-def augmentation(task: Task, kind: str) -> Callable[[Any], Tensor]:
+def _as_it_is(inputs: Any) -> Any:
+    return inputs
+
+
+def augmentation(task: Task, kind: str) -> Callable[[Any], Any]:
     """The training images' way to the network's input: `Config.augment`."""
+    if task.preprocessing is None:
+        return _as_it_is
     size = height, width = task.preprocessing.shape[1:]
     resize, flip = v2.Resize(size), v2.RandomHorizontalFlip()
     shift = v2.RandomCrop(size, padding=[max(1, width // 8), max(1, height // 8)], padding_mode="edge")
@@ -118,20 +122,21 @@ class Loader:
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # from which it draws at every pass: not from the one of dropout
             pin_memory=pinned,
+            collate_fn=collated,
             worker_init_fn=_leave_signals_to_the_parent,
         )
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         """One pass.
 
         Raises:
-            DataError: an image is damaged, or a worker died.
+            DataError: an image is damaged, a user's code fails, or a worker died.
         """
         try:
-            yield from _started(self._loader)
+            yield from started(self._loader)
         except DataError as error:  # from a worker it comes with the worker's traceback
             self._end_workers()
             raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
@@ -151,7 +156,25 @@ class Loader:
             self._loader._iterator = None
 
 
-def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+def collated(samples: list[tuple[Any, int]]) -> tuple[Any, Tensor]:
+    """One batch of samples; inputs that are a tuple stay one.
+
+    Raises:
+        DataError: they do not go together.
+    """
+    inputs, labels = zip(*samples, strict=True)
+    try:
+        joined = default_collate(list(inputs))
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:  # of other shapes, types, keys
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"data: the inputs do not go into one batch: {reason}. Make them alike, or return a DataLoader with a "
+            "collate_fn"
+        ) from error
+    return tuple(joined) if isinstance(inputs[0], tuple) else joined, torch.tensor(labels)
+
+
+def started(loader: Iterable[Any]) -> Iterator[Any]:
     """A pass over `loader`, which learns of a dead worker when it wants something of it.
 
     Torch's handler of SIGCHLD raises at once, wherever the process is: between two assignments, or writing a file. It
@@ -182,7 +205,7 @@ def plain_loader(
     has no statistics, goes to the batch before.
     """
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
-    share = [(_EVALUATED, index) for index in order[rank::world]]
+    share = [(EVALUATED, index) for index in order[rank::world]]
     batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
     if len(batches) > 1 and len(batches[-1]) == 1:
         last = batches.pop()

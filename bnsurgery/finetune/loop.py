@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bnsurgery.batches import out_of_memory
+from bnsurgery import factories
+from bnsurgery.batches import Inputs, out_of_memory
 from bnsurgery.calibration import recalibrate_
 from bnsurgery.devices import CPU, failed, random_state, set_random_state, widest
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError, printable
@@ -48,11 +49,33 @@ class Objective(nn.Module):
         self.network = network
         self.label_smoothing = label_smoothing
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean loss and the share of right answers."""
-        logits = self.network(images)
+    def forward(self, labels: Tensor, /, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The mean loss and the share of right answers, for what the network is called with."""
+        logits = self.network(*args, **kwargs)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss, (logits.detach().argmax(1) == labels).float().mean()
+
+
+def moved(
+    network: nn.Module, batch: Any, device: torch.device, layout: torch.memory_format = torch.preserve_format
+) -> tuple[Inputs, Tensor]:
+    """Inputs and labels on the device: real numbers in the network's dtype, images in `layout`."""
+    inputs, labels = Inputs.of(batch), batch[1]
+    if inputs.kwargs:
+        inputs = inputs.of_signature(network.forward)
+    dtype = next(network.parameters()).dtype
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(
+            device,
+            dtype if leaf.is_floating_point() else leaf.dtype,
+            memory_format=layout if leaf.ndim == 4 else torch.preserve_format,
+            non_blocking=True,
+        )
+
+    return inputs.map(move), labels.to(device, non_blocking=True)
 
 
 class Trainer:
@@ -136,7 +159,7 @@ class Trainer:
                         raise DataError(f"{error}{self.intact()}") from error
                 self._save_if_due(stop, validate)
 
-    def _batches(self, bar: Any, stop: StopRequest) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, bar: Any, stop: StopRequest) -> Iterator[tuple[Any, Tensor]]:
         """The rest of the epoch; where it cannot be read, what is done is saved."""
         try:
             yield from self.setup.train
@@ -149,16 +172,14 @@ class Trainer:
             self.save()
             raise DataError(f"{error} Saved at step {self.step} of {self.steps}. {self._go_on()}") from error
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
+    def train_step(self, images: Any, labels: Tensor) -> None:
         """One step of the optimizer on this rank's share of a batch."""
-        device = self.accelerator.device
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        images = images.to(device, memory_format=layout, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        inputs, labels = moved(self.network, (images, labels), self.accelerator.device, layout)
         factor = recipe.rate_factor(self.step, self.steps, self.config.warmup)
         recipe.set_rate_(self.optimizer, self.setup.resolved.lr * factor)
         try:
-            loss, accuracy = self.objective(images, labels)
+            loss, accuracy = self.objective(labels, *inputs.args, **inputs.kwargs)
             self.accelerator.backward(loss)
         except Exception as error:
             if not self.config.compile or out_of_memory(error) or failed(error):
@@ -175,7 +196,7 @@ class Trainer:
             recipe.average_(self.average, self.trained, self.config.ema)
         self._unread.append((loss.detach(), accuracy))
         self.step += 1
-        taken = len(images) * self.accelerator.num_processes
+        taken = len(labels) * self.accelerator.num_processes
         self._unseen += taken
         self._timed += taken
 
@@ -262,9 +283,9 @@ class Trainer:
         device = self.accelerator.device
         found, seen = [torch.zeros(2, device=device)], 0
         with evaluating(self.network), self.accelerator.autocast():
-            for images, labels in self.setup.val:
-                logits = self.network(images.to(device, non_blocking=True)).float()
-                labels = labels.to(device, non_blocking=True)
+            for batch in self.setup.val:
+                inputs, labels = moved(self.network, batch, device)
+                logits = self.network(*inputs.args, **inputs.kwargs).float()
                 right = (logits.argmax(1) == labels).sum()
                 summed = F.cross_entropy(logits, labels, reduction="sum")
                 found.append(torch.stack([summed, right]))
@@ -382,6 +403,7 @@ class Trainer:
     def _go_on(self) -> str:
         assert self.directory is not None
         code = f" --model {quote(self.config.model)}" if self.config.model else ""
+        code += f" --data {quote(self.config.data)}" if factories.names_code(self.config.data) else ""
         return f"Go on with: bnsurgery finetune --resume {quote(str(self.directory.path))}{code}"
 
     def _restart_clock(self) -> None:

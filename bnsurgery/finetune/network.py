@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery import factories, models, pretrained
 from bnsurgery.advice import statistics_for
+from bnsurgery.batches import Inputs
 from bnsurgery.checkpoint import load, read_record
 from bnsurgery.copies import independent, sharing_tensors
 from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
@@ -57,7 +58,7 @@ def find(config: Config) -> Source:
     """
     if not config.source and not config.model:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass --model")
-    path = Path(config.source)
+    path, of_images = Path(config.source), not factories.names_code(config.data)
     is_file = bool(config.source) and path.is_file() and config.source not in models.names()
     if is_file and config.weights != "DEFAULT":
         raise CheckpointError(f"finetune: '{path}' is a file of weights: leave --weights {config.weights} out")
@@ -68,13 +69,13 @@ def find(config: Config) -> Source:
         custom = factories.build(config.model) if config.model else None
         model = load(path, model=custom)
         done = record(model)
-        preprocess = pretrained.preprocessing_of(done, model, config.wanted)
+        preprocess = pretrained.preprocessing_of(done, model, config.wanted) if of_images else None
         return Source(model, f"checkpoint {path.name}", preprocess, done.task)
     own = own_name(config)
     if own:
         weights = config.source if config.model and config.source else config.weights
         model, description = pretrained.own_network(own, weights, config.seed, choice)
-        known = pretrained.own_preprocessing(model, config.wanted) if factories.is_timm(own) else None
+        known = pretrained.own_preprocessing(model, config.wanted) if factories.is_timm(own) and of_images else None
         return Source(model, f"{own}, {description}", known)
     if is_file:
         architecture, weights = pretrained.recognise(path, choice), config.source
@@ -102,11 +103,8 @@ def task_of(source: Source, data: Data, config: Config) -> Task:
         BNSurgeryError: the image size is not known, what is wanted of the preprocessing does not go with the network,
             that takes neither 1 nor 3 channels, or the head does not fit though it shall be kept.
     """
-    own = source.preprocess or pretrained.own_preprocessing(source.model, config.wanted)
-    preprocessing = config.wanted.of(own)
-    side = min(preprocessing.height, preprocessing.width)
-    preprocessing = replace(preprocessing, resize=round(side * _RESIZE) if data.photographs else side)
-    shape = preprocessing.shape
+    preprocessing = None if data.examples else _preprocessing(source, data, config)
+    shape = data.examples[0] if preprocessing is None else preprocessing.shape
     if not keeps_head(source, data.classes, config):
         return Task(data.classes, find_head(_original(source.model), shape), preprocessing)
     outputs = outputs_of(source.model.get_submodule(find_head(source.model, shape)))
@@ -118,6 +116,13 @@ def task_of(source: Source, data: Data, config: Config) -> Task:
     return Task(data.classes, source.task.head if source.task else None, preprocessing)
 
 
+def _preprocessing(source: Source, data: Data, config: Config) -> Preprocessing:
+    own = source.preprocess or pretrained.own_preprocessing(source.model, config.wanted)
+    found = config.wanted.of(own)
+    side = min(found.height, found.width)
+    return replace(found, resize=round(side * _RESIZE) if data.photographs else side)
+
+
 def keeps_head(source: Source, classes: tuple[str, ...], config: Config) -> bool:
     """Whether the network goes on with the output layer that it has: where asked, or where it knows these classes."""
     known = source.task is not None and source.task.classes == classes
@@ -125,7 +130,12 @@ def keeps_head(source: Source, classes: tuple[str, ...], config: Config) -> bool
 
 
 def prepare(
-    source: Source, task: Task, config: Config, batches: Iterable[Any], show: bool = False
+    source: Source,
+    task: Task,
+    config: Config,
+    batches: Iterable[Any],
+    show: bool = False,
+    example: Inputs | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """The network to train, and its head: new where the task says so; with BatchNorm, but for the plain arm.
 
@@ -134,11 +144,12 @@ def prepare(
     Args:
         source: its model is used up.
         batches: images of the training data, to calibrate on.
+        example: an input, where they are no images.
 
     Raises:
         BNSurgeryError: as `bnsurgery.insert` does.
     """
-    model, shape = source.model, task.preprocessing.shape
+    model, shape = source.model, task.preprocessing.shape if task.preprocessing else example
     head = find_head(model, shape)
     if carries_record(model) and (config.arm == "plain" or not record(model).sites):
         model = fold(model)
@@ -158,6 +169,8 @@ def prepare(
     own = own_name(config)
     provenance |= {"model": own} if own else {}
     attach_record(model, replace(record(model), task=task, provenance=provenance, frozen=()))
+    if example is not None:
+        attach_record(model, replace(record(model), input_shape=example.shape))
     if config.arm != "plain":
         set_statistics_(model, "batch", where=lambda name, norm: True)  # `Config.train` says what is frozen
     return model, model.get_submodule(find_head(model, shape))

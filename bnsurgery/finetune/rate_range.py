@@ -11,9 +11,9 @@ from bnsurgery.errors import BNSurgeryError
 from bnsurgery.nn.batchnorm import Insertable
 
 from . import recipe
-from .loading import Loader, TrainBatches
-from .loop import Objective
+from .loop import Objective, moved
 from .setup import Setup, forked_random
+from .streams import training
 
 _FROM, _TO, _STEPS = 1e-5, 10.0, 100
 _SMOOTHING = 0.9
@@ -59,18 +59,20 @@ def _test(setup: Setup) -> RateRange:
             module.process_group = ""  # the other processes wait
     objective = Objective(network, config.label_smoothing)
     optimizer = recipe.optimizer(config, network, _FROM)
-    batches = TrainBatches(len(setup.prepared), config.batch_size, config.seed, 0, 1)
+    batches, loader = training(
+        setup.prepared, config.batch_size, config.seed, setup.train.workers, pinned=setup.train.pinned
+    )
     batches.epoch = config.epochs  # an order that training does not come to
-    loader = Loader(setup.prepared, batches, setup.train.workers, setup.train.pinned)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0
-    for step, (images, labels) in enumerate(itertools.islice(endless, _STEPS)):
+    for step, batch in enumerate(itertools.islice(endless, _STEPS)):
         rate = _FROM * (_TO / _FROM) ** (step / (_STEPS - 1))
         recipe.set_rate_(optimizer, rate)
         with accelerator.autocast():
-            loss, _ = objective(images.to(accelerator.device), labels.to(accelerator.device))
+            inputs, labels = moved(network, batch, accelerator.device)
+            loss, _ = objective(labels, *inputs.args, **inputs.kwargs)
         average = _SMOOTHING * average + (1 - _SMOOTHING) * loss.item()
         smoothed = average / (1 - _SMOOTHING ** (step + 1))
         if not math.isfinite(smoothed) or (losses and smoothed > _BROKEN * min(losses)):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bnsurgery import factories
 from bnsurgery.batches import out_of_memory
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.report.style import write as write_figure
@@ -18,6 +19,7 @@ from bnsurgery.words import counted, percent
 
 from .config import Config
 from .datasets import Data, Fingerprint
+from .own_data import in_its_batches
 from .results import Resolved, Row
 from .run_directory import RunDirectory
 from .setup import EVALUATED_TOGETHER, build, forked_random, load_data, processes
@@ -105,7 +107,11 @@ def run(
 
 
 def resume(
-    directory: str | Path, *, model: nn.Module | str | None = None, data: Data | None = None, show: bool = False
+    directory: str | Path,
+    *,
+    model: nn.Module | str | None = None,
+    data: Data | str | None = None,
+    show: bool = False,
 ) -> Result:
     """Go on with a run that was stopped or killed; its result is what it would have been, on the CPU bit for bit.
 
@@ -113,7 +119,7 @@ def resume(
         directory: of the run.
         model: the network as it was passed to `run`, if it was; or, where `Config.model` named a function, that name
             again: no code is run because a file says so.
-        data: as it was passed to `run`, if it was.
+        data: as it was passed to `run`, if it was; or, where `Config.data` named a function, that name again.
 
     Raises:
         CheckpointError: there is no run, or its files are damaged.
@@ -123,12 +129,19 @@ def resume(
     place = RunDirectory(directory)
     config, fingerprint = place.read_config()
     if config.model and model != config.model and not isinstance(model, nn.Module):
-        raise BNSurgeryError(
-            f"resume: '{directory}': its network is made by running '{config.model}': name it again, with --model / "
-            "model=, if you trust it"
-        )
+        raise _name_again(directory, "network is made", config.model, "model")
+    if factories.names_code(config.data) and data != config.data and not isinstance(data, Data):
+        raise _name_again(directory, "data comes", config.data, "data")
     model = None if isinstance(model, str) else model
+    data = None if isinstance(data, str) else data
     return _train(replace(config, output=str(directory)), place, model, data, fingerprint, show)
+
+
+def _name_again(directory: str | Path, what: str, code: str, option: str) -> BNSurgeryError:
+    return BNSurgeryError(
+        f"resume: '{directory}': its {what} by running '{code}': name it again, with --{option} / {option}=, if you "
+        "trust it"
+    )
 
 
 def _train(
@@ -169,7 +182,9 @@ def _raise_on_all(accelerator: "Accelerator", refusal: BNSurgeryError | None) ->
 
 
 def _less_memory(config: Config, directory: RunDirectory | None) -> BNSurgeryError:
-    if config.batch_size > EVALUATED_TOGETHER:
+    if factories.names_code(config.data):
+        advice = f"make the batches or inputs of '{config.data}' smaller; of a Dataset the batches by --batch-size"
+    elif config.batch_size > EVALUATED_TOGETHER:
         advice = f"use a smaller --batch-size, for instance of {config.batch_size // 2}, or a smaller --image-size"
     elif config.batch_size > 1:
         advice = (
@@ -200,6 +215,7 @@ def _train_alone(
 
     state = None
     data = data or load_data(config, show)
+    config = in_its_batches(config, data)
     if before is not None:
         _refuse_other_data(before, data.fingerprint)
         assert directory is not None

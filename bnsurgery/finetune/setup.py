@@ -9,24 +9,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from bnsurgery import devices
-from bnsurgery.batches import Inputs
+from bnsurgery import devices, factories
+from bnsurgery.batches import Inputs, run
 from bnsurgery.calibration import input_moments, recalibrate_
 from bnsurgery.data import told_of
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.heads import find_head
-from bnsurgery.modes import evaluate
+from bnsurgery.modes import observing
 from bnsurgery.nn import set_process_group_, set_statistics_
-from bnsurgery.task import Task
 from bnsurgery.verification import DRIFT_SAMPLES, verify
-from bnsurgery.words import counted, thousands
+from bnsurgery.words import counted, thousands, with_article
 
 from . import recipe
 from .config import Config
 from .datasets import Data, open_data
-from .loading import Loader, Prepared, TrainBatches, default_workers, plain_loader
+from .loading import Loader, Prepared, TrainBatches, default_workers
 from .network import Source, choose_statistics, find, forget_, fuse_for_training_, given, keeps_head, prepare, task_of
+from .own_data import open_own
 from .results import Resolved
+from .streams import Share, Stream, evaluation, training
+from .streams import source as as_taken
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,11 +56,11 @@ class Setup:
     conditioner: recipe.HeadConditioner | None
     resolved: Resolved
     facts: list[str]
-    prepared: Prepared
-    batches: TrainBatches
-    train: Loader
-    calibration: Loader
-    val: Loader
+    prepared: Prepared | Stream
+    batches: TrainBatches | Share
+    train: Loader | Share
+    calibration: Loader | Share
+    val: Loader | Share
 
     @property
     def recalibrates(self) -> bool:
@@ -130,8 +132,10 @@ def load_data(config: Config, show: bool = False) -> Data:
     """The images that `config` names.
 
     Raises:
-        DataError: see `open_data`.
+        DataError: see `open_data` and `open_own`.
     """
+    if factories.names_code(config.data):
+        return open_own(config, show)
     data = open_data(
         config.data,
         root=config.root,
@@ -163,16 +167,16 @@ def build(
         BNSurgeryError: see `run`.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    _check_sizes(config, len(data.train), world)
+    _check_sizes(config, data, world)
     source = find(config) if model is None else given(model)
     task = task_of(source, data, config)
     source.model.to(accelerator.device)
 
     workers = default_workers() if config.num_workers is None else config.num_workers
     augment = data.augment if config.augment == "auto" else config.augment
-    prepared = Prepared(data.train, task, augment, config.seed)
+    prepared = as_taken(data.train, task, augment, config.seed)
     pinned = accelerator.device.type == "cuda"
-    batches = TrainBatches(len(prepared), config.batch_size, config.seed, rank, world)
+    batches, train = training(prepared, config.batch_size, config.seed, workers, rank=rank, world=world, pinned=pinned)
     share = {
         "rank": rank,
         "world": world,
@@ -180,13 +184,15 @@ def build(
         "batch_size": max(EVALUATED_TOGETHER, config.batch_size // world),
         "pinned": pinned,
     }
-    calibration = plain_loader(prepared, images=config.recalibrate, **share)
-    val = plain_loader(Prepared(data.val, task, "none", 0), **share)
+    calibration = evaluation(prepared, images=config.recalibrate, **share)
+    val = evaluation(as_taken(data.val, task, "none", 0), **share)
 
-    network, head = prepare(source, task, config, calibration, show)
+    shape = data.examples[0] if task.preprocessing is None else task.preprocessing.shape
+    network, head = prepare(source, task, config, calibration, show, *data.examples[:1])
     recipe.set_dropout_(network, config.dropout)
     recipe.choose_parameters_(network, config.train, head)
-    _check_network(config, network, task)
+    for example in data.examples or [Inputs((torch.zeros(2, *shape),))]:  # type: ignore[misc]
+        _check_network(config, network, example, len(data.classes))
     if resolved is None:
         resolved = _resolve(config, network, prepared)
     if config.arm == "bn-naive":
@@ -194,7 +200,7 @@ def build(
         recalibrate_(network, calibration)  # every layer sees something else now
     conditioner = None
     if recipe.HeadConditioner.suits(config, head):
-        seen = input_moments(network, find_head(network, task.preprocessing.shape), calibration)
+        seen = input_moments(network, find_head(network, shape), calibration)
         conditioner = recipe.HeadConditioner(head, seen.mean, seen.variance.mean())  # type: ignore[arg-type]
     if config.arm != "plain":
         # The schedule ends with the run: the network has come to live with plain BN by then, where batches allow it.
@@ -203,7 +209,9 @@ def build(
             set_process_group_(network, torch.distributed.group.WORLD)
     fuse_for_training_(network, accelerator.device)
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)  # of conv weights
+        for parameter in network.parameters():  # those of Conv2d: Module.to refuses a Conv3d's
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
     return Setup(
         config=config,
         accelerator=accelerator,
@@ -213,17 +221,17 @@ def build(
         facts=_facts(config, source, data, resolved, keeps_head(source, data.classes, config), batches.left_over),
         prepared=prepared,
         batches=batches,
-        train=Loader(prepared, batches, workers, pinned),
+        train=train,
         calibration=calibration,
         val=val,
     )
 
 
-def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved:
+def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) -> Resolved:
     size = config.batch_size
 
     def drift() -> float:
-        loader = plain_loader(prepared, size, 0, images=max(DRIFT_SAMPLES, size))
+        loader = evaluation(prepared, size, 0, images=max(DRIFT_SAMPLES, size))
         found = verify(network, network, loader, drift_batch_sizes=(size,))
         if found.no_drift is not None:
             raise BNSurgeryError(f"finetune: no drift to choose by: {found.no_drift}. Pass --statistics.")
@@ -238,11 +246,12 @@ def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept:
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {thousands(len(data.train))} training and "
-        f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes",
+        f"{counted(len(data.val), f'validation {data.thing}')}, {len(data.classes)} classes",
         f"head         {'kept' if kept else 'new'}",
     ]
     if left:
-        facts.append(f"left out     {counted(left, 'image')} in each epoch, others every time: too few for a batch")
+        others = "" if isinstance(data.train, Stream) else ", others every time"
+        facts.append(f"left out     {counted(left, data.thing)} in each epoch{others}: too few for a batch")
     if data.skipped:
         facts.append(f"left out     {counted(len(data.skipped), 'damaged image')}, the first: {data.skipped[0]}")
     if data.passed_over:
@@ -252,13 +261,18 @@ def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept:
     return facts
 
 
-def _check_sizes(config: Config, images: int, world: int) -> None:
+def _check_sizes(config: Config, data: Data, world: int) -> None:
+    images, own = len(data.train), isinstance(data.train, Stream)
+    if own and config.batch_size < world:
+        raise DataError(
+            f"finetune: batches of at most {config.batch_size} cannot be shared by {world} processes: make them larger"
+        )
     if config.batch_size > images:
         raise DataError(
-            f"finetune: a batch of {config.batch_size} is more than the {images} training images: "
+            f"finetune: a batch of {config.batch_size} is more than the {images} training {data.thing}s: "
             f"pass --batch-size {images} or less"
         )
-    if config.batch_size % world:
+    if config.batch_size % world and not own:
         raise BNSurgeryError(
             f"finetune: a batch of {config.batch_size} cannot be shared evenly by {world} processes: "
             f"pass --batch-size {world * max(1, config.batch_size // world)}"
@@ -270,10 +284,17 @@ def _check_sizes(config: Config, images: int, world: int) -> None:
         )
 
 
-def _check_network(config: Config, network: nn.Module, task: Task) -> None:
+def _check_network(config: Config, network: nn.Module, example: Inputs, classes: int) -> None:
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise BNSurgeryError(f"finetune: --train {config.train} leaves nothing to train in the arm {config.arm}")
-    evaluate("finetune", network, Inputs((torch.zeros(2, *task.preprocessing.shape),)))  # the image size may not fit
+    with observing(network):
+        found = run("finetune", network, example)  # says so where the image size does not fit
+    if not isinstance(found, torch.Tensor) or found.shape != (example.samples, classes):
+        got = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else with_article(type(found).__name__)
+        raise BNSurgeryError(
+            f"finetune: {type(network).__name__} gives {got}, expected ({example.samples}, {classes}): of each input a "
+            "number for every class"
+        )
 
 
 def _precision(config: Config, place: torch.device) -> str | None:

@@ -25,6 +25,7 @@ from bnsurgery.words import percent
 from .comparison import ARMS, Comparison, Trial
 from .config import RATES, Config
 from .datasets import Data
+from .own_data import in_its_batches
 from .runs import run
 from .setup import computes_on, load_data, processes
 from .stopping import Interrupted, StopRequest, listening
@@ -70,6 +71,7 @@ def compare(
     if processes(config).num_processes > 1:
         raise BNSurgeryError("compare: every trial is one process: start it without torchrun or accelerate launch")
     data = data or load_data(config, show)
+    config = in_its_batches(config, data)
     directory = make_folder(config.output)
     with only_process_in(directory, "compare", _FILES):
         _claim(directory, config, asdict(data.fingerprint))
@@ -94,7 +96,7 @@ def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:
     return replace(config, **ARMS[arm], lr=lr, seed=seed, epochs=epochs)
 
 
-def run_trial(key: tuple[str, float, int], config: Config, model: nn.Module | None, data: Data) -> Trial:
+def run_trial(key: tuple[str, float, int], config: Config, model: nn.Module | None, data: Data | None) -> Trial:
     """One trial; a divergence is a result."""
     from .loop import DivergedError
 
@@ -167,11 +169,12 @@ def _in_processes(
 ) -> Iterator[tuple[tuple[Key, Trial], int]]:
     """The trials as they end, and the peak memory in bytes of the process that each ran in."""
     others = set(multiprocessing.active_children())
+    sent = None if data.examples else data  # what a user's code gives need not go through a pipe: it is made again
     threads = max(1, processors() // jobs)
     context = multiprocessing.get_context("spawn")
     jobs = min(jobs, 61) if WINDOWS else jobs  # which cannot wait for more processes
     pool = ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,))
-    waiting = {pool.submit(_measured_trial, key, config, model, data): key for key, config in pending}
+    waiting = {pool.submit(_measured_trial, key, config, model, sent): key for key, config in pending}
     try:
         with listening() as stop:
             while waiting:
@@ -194,7 +197,7 @@ def _heed(stop: StopRequest) -> None:
         raise Interrupted("compare: stopped; finished trials are kept, the same command again goes on", stop.signum)
 
 
-def _measured_trial(key: Key, config: Config, model: nn.Module | None, data: Data) -> tuple[Trial, int]:
+def _measured_trial(key: Key, config: Config, model: nn.Module | None, data: Data | None) -> tuple[Trial, int]:
     trial = run_trial(key, config, model, data)
     return trial, peak_memory()
 

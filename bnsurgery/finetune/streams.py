@@ -1,0 +1,219 @@
+"""Labelled batches that a user's own iterable gives, taken as they come, beside the images that are read by number."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bnsurgery import factories
+from bnsurgery.batches import Inputs
+from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
+from bnsurgery.task import Task
+
+from .datasets import Split
+from .loading import EVALUATED, Loader, Prepared, TrainBatches, plain_loader, started
+
+
+class Stream:
+    """Batches of (inputs, targets) that can be gone through any number of times.
+
+    Attributes:
+        where: what and whose they are, for messages.
+        labels: class index of every sample, sorted: passes may differ in their order.
+        sizes: samples of every batch of a pass.
+        classes: how many there are, once that is known.
+    """
+
+    def __init__(self, name: str, part: str, batches: Iterable[Any]) -> None:
+        """Go through them once.
+
+        Args:
+            name: of the function that gave them.
+            part: "training" or "validation", for messages.
+
+        Raises:
+            DataError: there is no batch, or one is no pair of inputs and targets, or the user's code fails.
+        """
+        if isinstance(batches, DataLoader) and batches.persistent_workers:
+            batches = copy(batches)  # passes would share one iterator, and validations fall into training's
+            vars(batches).update(persistent_workers=False)  # which torch lets nobody set
+        self._name, self._batches = name, batches
+        self.where = f"data '{name}': {part}"
+        self.classes: int | None = None
+        labels = [labels for _, labels in self.once(0)]
+        if not labels:
+            raise DataError(f"{self.where}: gave no batch")
+        self.sizes = tuple(map(len, labels))
+        self.labels = tuple(torch.cat(labels).sort().values.tolist())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over labels and sizes: another one means other batches."""
+        return hashlib.sha256(repr((self.labels, self.sizes)).encode()).hexdigest()
+
+    def once(self, seed: int) -> Iterator[tuple[Inputs, Tensor]]:
+        """One pass, in which torch's random numbers are the pass's own, and those outside stay as they are.
+
+        Raises:
+            DataError: as `Stream`.
+        """
+        inside, batches = torch.Generator().manual_seed(seed).get_state(), None
+
+        def following() -> Any:
+            nonlocal inside, batches
+            outside = torch.get_rng_state()
+            torch.set_rng_state(inside)
+            try:
+                batches = started(self._batches) if batches is None else batches
+                return next(batches)
+            finally:
+                inside = torch.get_rng_state()
+                torch.set_rng_state(outside)
+
+        number = 0
+        while True:
+            try:
+                batch = factories.running(self._name, following, "data")
+            except StopIteration:
+                return
+            except ArchitectureError as error:
+                raise DataError(str(error)) from error
+            number += 1
+            yield self._checked(batch, f"{self.where} batch {number}")
+
+    def _checked(self, batch: Any, where: str) -> tuple[Inputs, Tensor]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(f"{where}: got a {type(batch).__name__}, expected a pair (inputs, targets)")
+        try:
+            inputs, targets = Inputs.of(batch), batch[1]
+        except CalibrationError as error:
+            raise DataError(f"{where}: {error}") from None
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+            got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+            raise DataError(f"{where}: targets: got {got}, expected a tensor of integers: the class of each input")
+        if targets.shape != (inputs.samples,):
+            raise DataError(
+                f"{where}: targets: got shape {tuple(targets.shape)}, expected ({inputs.samples},), one class an input"
+            )
+        if not len(targets):
+            raise DataError(f"{where}: has no sample")
+        check_classes(targets.tolist(), self.classes, where)
+        return inputs, targets.cpu().long()
+
+
+def check_classes(targets: Iterable[int], classes: int | None, where: str) -> None:
+    """Refuse what counts no class, of so many or of any number.
+
+    Raises:
+        DataError: there is one.
+    """
+    odd = next((target for target in targets if target < 0 or (classes is not None and target >= classes)), None)
+    if odd is not None:
+        allowed = "0 or more" if classes is None else f"0 to {classes - 1}, for {classes} classes"
+        raise DataError(f"{where}: targets: got {odd}, expected {allowed}")
+
+
+class Share:
+    """This rank's share of a stream's batches, from batch `start` on: every rank goes through all of them.
+
+    In training a batch gives a multiple of `world` samples, two or more unless all have one: see `TrainBatches`.
+
+    Attributes:
+        per_epoch: batches in a whole pass.
+        images: samples that take part in a pass, over all ranks.
+        left_over: those that do not.
+    """
+
+    workers, pinned = 0, False
+
+    def __init__(
+        self, stream: Stream, seed: int, rank: int, world: int, *, train: bool, most: float = math.inf
+    ) -> None:
+        """Of passes that end with the batch that reaches `most` samples."""
+        self._stream, self._seed, self._rank, self._world = stream, seed, rank, world
+        self._train, self._most = train, most
+        used = list(filter(None, map(self._used, stream.sizes)))
+        self.per_epoch, self.images = len(used), sum(used)
+        self.left_over = len(stream) - self.images
+        self.epoch, self.start = 0 if train else EVALUATED, 0
+
+    def _used(self, size: int) -> int:
+        """How many samples of a batch take part."""
+        if not self._train:
+            return size
+        whole = size // self._world * self._world
+        return whole if whole >= min(2, max(self._stream.sizes)) else 0
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """One pass.
+
+        Raises:
+            DataError: as `Stream`; or it has more or fewer batches than the first.
+        """
+        given = seen = 0
+        for inputs, labels in self._stream.once(hash((self._seed, self.epoch)) & (2**63 - 1)):
+            used = self._used(len(labels))
+            if used:
+                given += 1
+                if given > self.per_epoch:
+                    break
+                if given > self.start and used > self._rank:
+                    yield inputs.take(self._rank, used, self._world), labels[self._rank : used : self._world]
+            seen += len(labels)
+            if seen >= self._most:
+                return
+        if given != self.per_epoch:
+            raise DataError(
+                f"{self._stream.where}: gave {'more' if given > self.per_epoch else given} batches, and "
+                f"{self.per_epoch} when they were first gone through. Steps are counted by them: give as many each time"
+            )
+
+
+Training = tuple[TrainBatches, Loader] | tuple[Share, Share]
+
+
+def source(split: Split | Stream, task: Task, augment: str, seed: int) -> Prepared | Stream:
+    """A part of the data, as the network takes it."""
+    return split if isinstance(split, Stream) else Prepared(split, task, augment, seed)
+
+
+def training(
+    data: Prepared | Stream,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    pinned: bool = False,
+) -> Training:
+    """This rank's share of the training batches, of `batch_size` where they are not a stream's; and their loader."""
+    if isinstance(data, Stream):
+        share = Share(data, seed, rank, world, train=True)
+        return share, share
+    batches = TrainBatches(len(data), batch_size, seed, rank, world)
+    return batches, Loader(data, batches, workers, pinned)
+
+
+def evaluation(
+    data: Prepared | Stream,
+    batch_size: int,
+    workers: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    images: int | None = None,
+    pinned: bool = False,
+) -> Loader | Share:
+    """As `plain_loader`; of a stream its first batches, with `images` samples or a few more."""
+    if isinstance(data, Stream):
+        return Share(data, 0, rank, world, train=False, most=math.inf if images is None else images)
+    return plain_loader(data, batch_size, workers, rank=rank, world=world, images=images, pinned=pinned)
