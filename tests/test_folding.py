@@ -189,7 +189,7 @@ def test_changed_models_are_refused_by_name(custom, images):
     bn_model = insert(custom, [images(8, 32)])
     broken = copy.deepcopy(bn_model)
     broken.squeeze.norm = nn.Identity()
-    with pytest.raises(FoldError, match=r"'squeeze.norm': is a Identity, expected a BatchNorm"):
+    with pytest.raises(FoldError, match=r"'squeeze.norm': is an Identity, expected a BatchNorm"):
         fold(broken)
     broken = copy.deepcopy(bn_model)
     del broken.stem[1]
