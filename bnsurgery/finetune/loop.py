@@ -179,7 +179,8 @@ class Trainer:
         factor = recipe.rate_factor(self.step, self.steps, self.config.warmup)
         recipe.set_rate_(self.optimizer, self.setup.resolved.lr * factor)
         try:
-            loss, accuracy = self.objective(labels, *inputs.args, **inputs.kwargs)
+            with self._taking(inputs):
+                loss, accuracy = self.objective(labels, *inputs.args, **inputs.kwargs)
             self.accelerator.backward(loss)
         except Exception as error:
             if not self.config.compile or out_of_memory(error) or failed(error):
@@ -199,6 +200,21 @@ class Trainer:
         taken = len(labels) * self.accelerator.num_processes
         self._unseen += taken
         self._timed += taken
+
+    @contextmanager
+    def _taking(self, inputs: Inputs) -> Iterator[None]:
+        """Inside, what the network does not take of a user's own inputs is said to be theirs."""
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            own = factories.names_code(self.config.data) and not self.config.compile
+            if not own or out_of_memory(error) or failed(error):
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise DataError(
+                f"data '{self.config.data}': {type(self.network).__name__} failed on an input of shape "
+                f"{inputs.shapes()}: {reason}.{self.intact()}"
+            ) from error
 
     def _validation_is_due(self) -> bool:
         """Whether one of the epoch's even parts, `Config.evaluations` of them, ends with the step just done."""
@@ -285,7 +301,8 @@ class Trainer:
         with evaluating(self.network), self.accelerator.autocast():
             for batch in self.setup.val:
                 inputs, labels = moved(self.network, batch, device)
-                logits = self.network(*inputs.args, **inputs.kwargs).float()
+                with self._taking(inputs):
+                    logits = self.network(*inputs.args, **inputs.kwargs).float()
                 right = (logits.argmax(1) == labels).sum()
                 summed = F.cross_entropy(logits, labels, reduction="sum")
                 found.append(torch.stack([summed, right]))

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, DataError
-from bnsurgery.finetune.loading import TrainBatches
+from bnsurgery.finetune.loading import EVALUATED, Prepared, TrainBatches
 from bnsurgery.finetune.own_data import open_own
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.streams import Share, Stream
 from bnsurgery.surgery_record import record
+from bnsurgery.task import Task
 
 CODE = """
     import torch
@@ -62,6 +63,13 @@ CODE = """
     def plain():
         return tuple(DataLoader(TensorDataset(*part), 16) for part in both())
 
+    def mixed():
+        (x, y), val = both()
+        return [(x[:16], y[:16]), (x[:16, :, 1:, 1:], y[:16])], [val]
+    def mixed_later():
+        (x, y), val = both()
+        return [(x[:16], y[:16])], [val, (val[0][:, :, 1:, 1:], val[1])]
+
     second = torch.rand(1, generator=torch.Generator().manual_seed(hash((0, 1)) & (2**63 - 1)))
     class Shorter:
         def __iter__(self):
@@ -80,7 +88,7 @@ def own(config, tmp_path, monkeypatch):
     def chosen(name, **changes):
         mine = (
             {"num_workers": None, "batch_size": 64}
-            if name in ("shuffled", "ordered", "shorter", "kept", "plain")
+            if name in ("shuffled", "ordered", "shorter", "kept", "plain", "mixed", "mixed_later")
             else {}
         )
         base = config(data=f"own.py:{name}", image_size=None, normalize="auto", augment="auto", **mine)
@@ -312,6 +320,23 @@ def test_a_network_that_puts_out_something_else_is_refused(own):
     network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     with pytest.raises(BNSurgeryError, match=r"Sequential gives shape \(2, 4, 4, 4\), expected \(2, 4\)"):
         finetune.run(own("dataset", head="keep"), model=network)
+
+
+@pytest.mark.parametrize("name", ["mixed", "mixed_later"])
+def test_a_batch_that_the_network_does_not_take_is_named(name, own, model):
+    with pytest.raises(
+        DataError, match=rf"data 'own.py:{name}': Sequential failed on an input of shape \(\d+, 1, 7, 7\)"
+    ):
+        finetune.run(own(name, arm="plain", recalibrate=2), model=model)
+
+
+def test_what_a_dataset_draws_goes_by_seed_epoch_and_sample(own):
+    data, outside = open_own(own("noisy")), torch.get_rng_state()
+    one, other = (Prepared(data.train, Task(data.classes, None, None), "none", seed) for seed in (0, 1))
+    alone = one[0, 3][0]
+    assert torch.equal([one[0, index][0] for index in (5, 3)][1], alone)
+    assert not any(torch.equal(alone, drawn) for drawn in (one[1, 3][0], other[0, 3][0], one[EVALUATED, 3][0]))
+    assert torch.equal(torch.get_rng_state(), outside)
 
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
