@@ -127,9 +127,8 @@ def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
     axis.barh(rows - 0.2, near, 0.36, left=dead, color=NEARLY, label="near eps: σ² < 10·eps")
     axis.barh(rows + 0.2, silent, 0.36, color=NEUTRAL, label="silent: never above 0")
     others = len(views) - len(told)
-    _name_rows(
-        axis, told, "share of the channels (%)" + (f"; none at {counted(others, 'other site')}" if others else "")
-    )
+    beyond = f"; none at {counted(others, 'other site')}" if others else ""
+    _name_rows(axis, told, "share of the channels (%)" + beyond)
     axis.set_xlim(0, max(5.0, 1.05 * max((dead + near).max(), silent.max())))
     axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=1, fontsize="small")
     return figure
@@ -185,7 +184,7 @@ def _mark_eps(axis: Any, eps: float) -> None:
     if axis.get_xlim()[0] < edge:
         axis.axvline(edge, color=WRONG, linestyle="--", linewidth=1)
         # Said below, and without a tall letter such as √: it would move the rows against the means' beside them.
-        axis.set_xlabel("deviation of a channel, σ (dashed: σ² = eps)")
+        axis.set_xlabel("deviation of a channel, σ (dashed: σ² = eps)", loc="right")
 
 
 def _asinh_axis(axis: Any, reach: float) -> None:
@@ -232,4 +231,4 @@ def _name_rows(axis: Any, views: Sequence[SiteView], label: str) -> None:
     axis.set_yticks(range(len(views)), names, fontsize="small", parse_math=False)  # a name may hold a "$"
     axis.set_ylim(len(views) - 0.5, -0.5)  # the first site on top
     axis.tick_params(axis="y", length=0)
-    axis.set_xlabel(label)
+    axis.set_xlabel(label, loc="right")  # long names leave the axis little room, the label may begin below them

@@ -65,6 +65,8 @@ def draw_bars(axis: Any, values: Mapping[str, float | None], unit: str, colours:
         axis.annotate(text, (value or 0, row), xytext=(6, 0), textcoords="offset points", va="center")
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.grid(False)
+    axis.set_xticks([])  # the values are written
+    axis.spines["bottom"].set_visible(False)
     axis.set_xlim(0, 1.3 * max(value or 0 for value in values.values()) or 1)  # room for the longest value
 
 

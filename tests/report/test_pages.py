@@ -332,6 +332,18 @@ def test_plots_of_a_comparison():
     assert list(accuracy.lines[1].get_ydata()) == [50, 75] and list(loss.lines[0].get_ydata()) == [1.0, 0.5]
 
 
+def test_no_label_is_cut_off(inserted, batches):
+    """However long the names of the sites."""
+    views = [dataclasses.replace(view, name="w" * 40) for view in view_sites(inserted, batches)]
+    drawn = [report.plot_moments(views, (panel,)) for panel in ("mean", "std")]
+    drawn += [report.plot_preactivations(views, panels=(panel,)) for panel in ("before", "after")]
+    for figure in (*drawn, report.plot_channels(views)):
+        figure.draw_without_rendering()
+        box = figure.axes[0].xaxis.label.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0
+
+
 def rows_of(axis):
     """The names at an axis, and where its rows begin and end in the figure once it is drawn."""
     axis.figure.draw_without_rendering()
