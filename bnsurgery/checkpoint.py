@@ -19,7 +19,7 @@ from .errors import BNSurgeryError, CheckpointError, printable, shown
 from .files import atomic_write
 from .folding import strip_
 from .heads import replace_head_
-from .insertion import Options, edit_
+from .insertion import edit_
 from .lrn import drop_lrn_
 from .models import identify_model
 from .nn.batchnorm import Insertable
@@ -50,7 +50,7 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
     """
     the_record = current_record(bn_model)
     for site in the_record.sites:
-        if site.relu is not None and is_fused(bn_model, site) != the_record.fuse_relu:
+        if site.relu is not None and is_fused(bn_model, site) != the_record.options.fuse_relu:
             raise BNSurgeryError(
                 f"save: '{site.norm}' was changed by hand: call bnsurgery.fuse_relu_ or unfuse_relu_, which "
                 "make all ReLUs alike"
@@ -230,17 +230,16 @@ def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) ->
         for name, parameter in skeleton.named_parameters(remove_duplicate=False):
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(name not in frozen)
-        options = Options(the_record.absorb_bias, the_record.fuse_relu, the_record.eps, the_record.momentum)
-        sites = edit_(skeleton, [inserted.site for inserted in the_record.sites], options)
+        sites = edit_(skeleton, the_record.plan.sites, the_record.options)
         named = the_record.sites
-        if the_record.format_version == 1 and not the_record.fuse_relu:  # it named fused ReLUs alone
+        if the_record.format_version == 1 and not the_record.options.fuse_relu:  # it named fused ReLUs alone
             pairs = zip(named, sites, strict=True)
             named = tuple(replace(old, relu=new.relu, relu_inplace=new.relu_inplace) for old, new in pairs)
         if the_record.frozen_at_save is not None:
             _freeze_(skeleton, sites, set(the_record.frozen_at_save))
         now = replace(the_record, sites=sites, frozen_at_save=None, format_version=FORMAT_VERSION)
         attach_record(skeleton, now)
-        if the_record.fuse_relu:
+        if the_record.options.fuse_relu:
             take_over_(skeleton, sites)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration, BNSurgeryError) as error:
         name = printable(the_record.model)

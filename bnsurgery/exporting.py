@@ -238,8 +238,8 @@ def _check(to: str, done: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]) 
         normed = {site.site.name for site in done.sites if site.site.kind == "conv"}
         convs = [n for n, m in architecture.build("meta").named_modules() if isinstance(m, nn.Conv2d)]
         missing = [name for name in convs if name not in normed]
-        if missing or done.placement != "pre-activation":
-            what = f"'{missing[0]}' has none" if missing else f"here it is {done.placement}"
+        if missing or done.plan.placement != "pre-activation":
+            what = f"'{missing[0]}' has none" if missing else f"here it is {done.plan.placement}"
             raise ExportError(f"export: {architecture.name}_bn has BatchNorm right behind every convolution; {what}")
     for needed in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
         if importlib.util.find_spec(needed) is None:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
 from typing import Any
 
@@ -28,7 +27,7 @@ from .planning import Layers, Placement, Plan, Site
 from .planning import plan as find_sites
 from .preprocessing import Preprocessing
 from .relu_fusion import fuse_relu_
-from .surgery_record import InsertedSite, SurgeryRecord, attach_record, carries_record, describe_model, record
+from .surgery_record import InsertedSite, Options, SurgeryRecord, attach_record, carries_record, describe_model, record
 from .task import Task
 
 _NORM_CLASSES: dict[int, type[BatchNorm1d | BatchNorm2d | BatchNorm3d]] = {
@@ -37,27 +36,6 @@ _NORM_CLASSES: dict[int, type[BatchNorm1d | BatchNorm2d | BatchNorm3d]] = {
     4: BatchNorm2d,
     5: BatchNorm3d,
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the norms are made: see `insert`."""
-
-    absorb_bias: bool = False
-    fuse_relu: bool = False
-    eps: float = 1e-5
-    momentum: float | None = 0.1
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.eps, float) and 0 < self.eps <= 1):
-            raise ValueError(f"insert: eps must be a number above 0 and at most 1, got {self.eps!r}")
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f"insert: momentum must be None or between 0 and 1, got {self.momentum!r}")
-
-    def check(self, placement: str) -> None:
-        """Raise ValueError where these options do not go with `placement`."""
-        if self.absorb_bias and placement != "pre-activation":
-            raise ValueError("insert: absorbing biases needs placement 'pre-activation': no shift passes an activation")
 
 
 def insert(
@@ -192,10 +170,8 @@ def _insert_(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMoments]
                     getattr(norm, name).copy_(value)
     done = SurgeryRecord(
         **description,
-        placement=plan.placement,
-        layers=plan.layers,
-        head=plan.head,
-        **asdict(options),
+        plan=plan,
+        options=options,
         sites=sites,
         calibration_digest=digest(moments),
     )
@@ -229,7 +205,7 @@ def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMomen
 def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None:
     """The promise, kept or the model is not given out: code may do what no trace shows, such as index its layers."""
     done = record(bn_model)
-    exact = not done.absorb_bias and all(claims_identity(parameter.device) for parameter in model.parameters())
+    exact = not done.options.absorb_bias and all(claims_identity(parameter.device) for parameter in model.parameters())
     once, again = (evaluate("insert", model, sample) for _ in range(2))  # with the same random numbers
     silent = {site.norm for site in done.sites}
     handles = [
@@ -255,7 +231,7 @@ def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None
         raise BNSurgeryError(
             f"insert: {type(model).__name__} {what} after the insertion, so it is not given out. Does "
             "its code look at its own layers (by index, type, hook)? Leave these out with layers="
-            + (", or fuse_relu=False." if done.fuse_relu else ".")
+            + (", or fuse_relu=False." if done.options.fuse_relu else ".")
         ) from failure
     if not once:
         warnings.warn(

@@ -277,7 +277,7 @@ def origin(record: SurgeryRecord, untouched: bool) -> str:
     """What a checkpoint's folded weights are, in words; `untouched` where their digest is the original's."""
     if untouched:
         return "the weights it was made from, bit for bit"
-    if record.absorb_bias:
+    if record.options.absorb_bias:
         return "weights equal to those it was made from up to rounding, since biases were absorbed, or trained since"
     return "trained weights (changed since the insertion)"
 

@@ -32,7 +32,7 @@ def fuse_relu_(bn_model: nn.Module) -> None:
             which would see something else; nothing is changed then.
     """
     take_over_(bn_model, _checked(bn_model, "fuse_relu_", fused=False))
-    attach_record(bn_model, replace(record(bn_model), fuse_relu=True))
+    _note(bn_model, fused=True)
 
 
 def unfuse_relu_(bn_model: nn.Module) -> None:
@@ -48,7 +48,12 @@ def unfuse_relu_(bn_model: nn.Module) -> None:
         BNSurgeryError: as `fuse_relu_`.
     """
     give_back_(bn_model, _checked(bn_model, "unfuse_relu_", fused=True))
-    attach_record(bn_model, replace(record(bn_model), fuse_relu=False))
+    _note(bn_model, fused=False)
+
+
+def _note(bn_model: nn.Module, *, fused: bool) -> None:
+    done = record(bn_model)
+    attach_record(bn_model, replace(done, options=replace(done.options, fuse_relu=fused)))
 
 
 def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:

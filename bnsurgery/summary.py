@@ -51,7 +51,7 @@ def summarize(record: SurgeryRecord, moments: dict[str, ChannelMoments]) -> Inse
     rows = []
     for inserted in record.sites:
         site = moments[inserted.site.name]
-        dead = int((site.variance < record.eps).sum())
+        dead = int((site.variance < record.options.eps).sum())
         mean, std = (values.quantile(0.5).item() for values in (site.mean.abs(), site.variance.sqrt()))
         rows.append(SiteSummary(inserted.site.name, inserted.norm, inserted.site.channels, mean, std, dead))
     return InsertionSummary(tuple(rows))

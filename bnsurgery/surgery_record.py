@@ -4,7 +4,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -15,16 +15,37 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ._version import __version__
 from .errors import BNSurgeryError, CheckpointError, shown
 from .models import Architecture, identify_model, names
-from .planning import Site
+from .planning import Plan, Site
 from .tables import table
 from .task import Task
 from .typed_json import loads, parse
 from .words import counted
 
 # 1 named a ReLU only where it was fused; 1 and 2 named no frozen parameters, and preprocessing only of what was
-# fine-tuned; 3 named what was frozen at the insertion only.
+# fine-tuned; 3 named what was frozen at the insertion only. All three had the fields of plan and options in the record.
 FORMAT_VERSION = 4
 _ATTRIBUTE = "_bnsurgery_record"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the norms are made: see `insert`. `fuse_relu` says in a record whether they apply their ReLUs now."""
+
+    absorb_bias: bool = False
+    fuse_relu: bool = False
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.eps, float) and 0 < self.eps <= 1):
+            raise ValueError(f"insert: eps must be a number above 0 and at most 1, got {self.eps!r}")
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise ValueError(f"insert: momentum must be None or between 0 and 1, got {self.momentum!r}")
+
+    def check(self, placement: str) -> None:
+        """Raise ValueError where these options do not go with `placement`."""
+        if self.absorb_bias and placement != "pre-activation":
+            raise ValueError("insert: absorbing biases needs placement 'pre-activation': no shift passes an activation")
 
 
 @dataclass(frozen=True)
@@ -55,10 +76,11 @@ class SurgeryRecord:
     """How a BN model came about, in the terms of `insert`.
 
     Attributes:
-        model: class name of the original model.
+        plan: where BatchNorm went, and why not elsewhere, by the original's names.
+        options: how the norms were made.
         architecture: the torchvision architecture, where it is one.
         weights_digest: `state_digest` of the original's state dict.
-        fuse_relu: whether the norms apply those ReLUs now, see `fuse_relu_`.
+        sites: those of the plan, in its order, by the BN model's names.
         calibration_digest: SHA-256 of the calibration's moments, see `moments.digest`.
         provenance: where weights and images came from, as far as the caller said.
         versions: of the libraries that did it.
@@ -70,16 +92,10 @@ class SurgeryRecord:
             model: parameters that took no gradient, and norms that kept their running statistics besides.
     """
 
-    model: str
+    plan: Plan
+    options: Options
     architecture: Architecture | None
     weights_digest: str
-    placement: str
-    layers: str
-    head: bool
-    absorb_bias: bool
-    fuse_relu: bool
-    eps: float
-    momentum: float | None
     sites: tuple[InsertedSite, ...]
     calibration_digest: str
     provenance: dict[str, str | int] = field(default_factory=dict)
@@ -96,13 +112,21 @@ class SurgeryRecord:
         text = table(("site", "BatchNorm", "channels", "activation"), rows)
         frozen = f", {counted(len(self.frozen), 'parameter')} frozen" if self.frozen else ""
         return (
-            f"{text}\n\n{self.model}: {counted(len(self.sites), 'BatchNorm layer')}, {self.placement}, "
-            f"layers={self.layers}{frozen}"
+            f"{text}\n\n{self.model}: {counted(len(self.sites), 'BatchNorm layer')}, {self.plan.placement}, "
+            f"layers={self.plan.layers}{frozen}"
         )
 
+    @property
+    def model(self) -> str:
+        """Class name of the original model."""
+        return self.plan.model
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+        """JSON-ready. What is planned of a site stands in the plan alone, in the same order."""
+        found = asdict(self)
+        for inserted in found["sites"]:
+            del inserted["site"]
+        return found
 
     def to_json(self) -> str:
         """One line, keys sorted: equal records give equal text."""
@@ -131,7 +155,13 @@ class SurgeryRecord:
         if version < 3:
             data = {**data, "task": _newer(data.get("task")), "frozen": []}
         if version < 4:
-            data = {**data, "frozen_at_save": None}
+            data = _with_plan_and_options({**data, "frozen_at_save": None})
+        plan = parse(Plan, data.get("plan"), "record.plan")
+        sites = data.get("sites")
+        if not isinstance(sites, list) or len(sites) != len(plan.sites) or not all(isinstance(s, dict) for s in sites):
+            raise CheckpointError(f"record.sites: got {shown(sites)}, expected an object for every site of the plan")
+        planned = data["plan"]["sites"]
+        data = {**data, "sites": [{**now, "site": site} for now, site in zip(sites, planned, strict=True)]}
         found = typing.cast(SurgeryRecord, parse(cls, data, "record"))
         found._check()
         return found
@@ -139,14 +169,25 @@ class SurgeryRecord:
     def _check(self) -> None:
         """Refuse what no insertion writes; what is left has to fit the network and its tensors."""
         sizes, architecture = self.input_shape, self.architecture
-        _expect(0 < self.eps <= 1, "eps", self.eps, "above 0 and at most 1")
-        _expect(self.momentum is None or 0 <= self.momentum <= 1, "momentum", self.momentum, "null or 0 to 1")
         _expect(sizes is None or min(sizes, default=1) >= 1, "input_shape", sizes, "sizes of 1 or more")
         if architecture is not None:
             name, classes, dropout = architecture.name, architecture.num_classes, architecture.dropout
             _expect(name in names(), "architecture.name", name, f"one of {', '.join(names())}")
             _expect(classes >= 1, "architecture.num_classes", classes, "1 or more")
             _expect(0 <= dropout <= 1, "architecture.dropout", dropout, "0 to 1")
+
+
+def _with_plan_and_options(data: dict[str, Any]) -> dict[str, Any]:
+    """A record of formats 1 to 3, in which their fields stood by themselves and each site in full."""
+    old = dict(data)
+    sites = old.get("sites")
+    sites = (
+        [dict(site) for site in sites] if isinstance(sites, list) and all(isinstance(s, dict) for s in sites) else []
+    )
+    where = {name: old.pop(name, None) for name in ("model", "placement", "layers", "head")}
+    planned = [site.pop("site", None) for site in sites]
+    how = {field.name: old.pop(field.name, None) for field in fields(Options)}
+    return {**old, "plan": {**where, "sites": planned, "skipped": [], "lrn": []}, "options": how, "sites": sites}
 
 
 def _newer(task: Any) -> Any:
@@ -204,7 +245,6 @@ def detach_record(model: nn.Module) -> None:
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """The record's fields that speak of the original model, taken before any edit."""
     return {
-        "model": type(model).__name__,
         "architecture": identify_model(model),
         "weights_digest": state_digest(model.state_dict()),
         "frozen": tuple(name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad),

@@ -41,7 +41,7 @@ def parse(expected: Any, value: Any, where: str) -> Any:
         where: how to call it in messages.
 
     Raises:
-        CheckpointError: a field is missing, unknown or of the wrong type.
+        CheckpointError: a field is missing, unknown, of the wrong type or refused by its dataclass.
     """
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (types.UnionType, typing.Union):
@@ -57,7 +57,11 @@ def parse(expected: Any, value: Any, where: str) -> Any:
         names = {f.name for f in fields(expected)}
         if set(value) != names:
             raise CheckpointError(f"{where}: fields missing or unknown: {shown(sorted(set(value) ^ names)[:5])}")
-        return expected(**{name: parse(hints[name], value[name], f"{where}.{name}") for name in names})
+        values = {name: parse(hints[name], value[name], f"{where}.{name}") for name in names}
+        try:
+            return expected(**values)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}. The file is damaged or forged.") from None
     elif origin is tuple and isinstance(value, list):
         return tuple(parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif origin is dict and isinstance(value, dict):

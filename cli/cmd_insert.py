@@ -93,11 +93,10 @@ def command(
     from bnsurgery.copies import on_meta
     from bnsurgery.errors import CalibrationError
     from bnsurgery.fitting import Choice
-    from bnsurgery.insertion import Options
     from bnsurgery.planning import plan
     from bnsurgery.preprocessing import Preprocessing
     from bnsurgery.summary import summarize
-    from bnsurgery.surgery_record import record
+    from bnsurgery.surgery_record import Options, record
     from bnsurgery.verification import DRIFT_SAMPLES, verify
     from bnsurgery.words import counted
 

@@ -97,7 +97,7 @@ def command(
     if untouched:
         remark = f"as rounding on {place.type} may have it" if tolerance else "not to the bit"
     else:
-        remark = "as with absorbed biases" if done.absorb_bias else "as after training"
+        remark = "as with absorbed biases" if done.options.absorb_bias else "as after training"
     wrote = ""
     if reporting:
         from bnsurgery.report import insertion

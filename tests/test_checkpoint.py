@@ -1,9 +1,10 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from record_files import rewrite
+from record_files import in_old_format, old_format, rewrite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -11,7 +12,7 @@ from torchvision import models
 
 import bnsurgery
 from bnsurgery import CheckpointError, ExportError, SurgeryRecord, checkpoint, insert, load, record, save
-from bnsurgery.surgery_record import FORMAT_VERSION
+from bnsurgery.surgery_record import FORMAT_VERSION, Options, state_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
 
@@ -129,7 +130,12 @@ def test_a_users_own_network_needs_the_class(custom, images, tmp_path):
 def test_the_record_says_what_was_done(saved):
     done = record(load(saved))
     assert done.architecture.name == "squeezenet1_1"
-    assert (done.placement, done.layers, done.head, done.eps) == ("pre-activation", "all", False, 1e-5)
+    assert (done.plan.placement, done.plan.layers, done.plan.head, done.options.eps) == (
+        "pre-activation",
+        "all",
+        False,
+        1e-5,
+    )
     assert done.versions["torch"] == torch.__version__
     assert len(done.calibration_digest) == len(done.weights_digest) == 64
     assert [s.norm for s in done.sites][:2] == ["features.1", "features.4.squeeze.norm"]
@@ -189,20 +195,20 @@ def test_a_flipped_bit_in_the_header_is_refused_or_harmless(saved, tmp_path, ima
     [
         (lambda d: d.update(format_version=FORMAT_VERSION + 1), "upgrade"),
         (lambda d: d.update(format_version="1"), "format version '1'"),
-        (lambda d: d.pop("eps"), "fields missing or unknown: .*eps"),
+        (lambda d: d["options"].pop("eps"), "fields missing or unknown: .*eps"),
         (lambda d: d.update(run="rm -rf"), "fields missing or unknown: .*run"),
-        (lambda d: d.update(eps="small"), "record.eps: got 'small'"),
-        (lambda d: d.update(eps=-1.0), "record.eps: got -1.0, expected above 0"),
-        (lambda d: d.update(eps=10**400), "record.eps: got"),
-        (lambda d: d["sites"][0]["site"].update(anchor=""), "does not fit"),
+        (lambda d: d["options"].update(eps="small"), "record.options.eps: got 'small'"),
+        (lambda d: d["options"].update(eps=-1.0), "record.options: .*eps must be a number above 0 .*, got -1.0"),
+        (lambda d: d["options"].update(eps=10**400), "record.options.eps: got"),
+        (lambda d: d["plan"]["sites"][0].update(anchor=""), "does not fit"),
         (lambda d: d["architecture"].update(name="os.system"), "os.system"),
         (lambda d: d["architecture"].update(num_classes=10**12), "do not fit"),
         (lambda d: d["architecture"].update(num_classes=-1), "num_classes: got -1"),
-        (lambda d: d["sites"][0]["site"].update(name="features.99"), "does not fit"),
-        (lambda d: d["sites"][0]["site"].update(channels=10**15), "do not fit|does not fit"),
-        (lambda d: d["sites"][0]["site"].update(ndim=9), "does not fit"),
+        (lambda d: d["plan"]["sites"][0].update(name="features.99"), "does not fit"),
+        (lambda d: d["plan"]["sites"][0].update(channels=10**15), "do not fit|does not fit"),
+        (lambda d: d["plan"]["sites"][0].update(ndim=9), "does not fit"),
         (lambda d: d["sites"][0].update(norm="features.7"), "names other layers"),
-        (lambda d: d["sites"].pop(), "do not fit|does not fit"),
+        (lambda d: d["sites"].pop(), "record.sites: got .*, expected an object for every site"),
         (lambda d: d.update(sites={}), "record.sites: got"),
     ],
 )
@@ -393,10 +399,11 @@ def test_files_of_the_third_format_know_what_was_frozen_at_the_insertion(images,
     path = tmp_path / "net.safetensors"
     bn_model = insert(half_frozen(), [images(8, 12)])
     save(bn_model, path)
-    rewrite(path, lambda data: data.update(format_version=3) or data.pop("frozen_at_save"))
+    rewrite(path, lambda data: old_format(data, 3))
     loaded = load(path, model=half_frozen().requires_grad_(True))
     flags = [{name: p.requires_grad for name, p in net.named_parameters()} for net in (bn_model, loaded)]
-    assert flags[0] == flags[1] and loaded[1].statistics == "running" and record(loaded) == record(bn_model)
+    assert flags[0] == flags[1] and loaded[1].statistics == "running"
+    assert record(loaded) == in_old_format(record(bn_model))
 
 
 def test_a_torchvision_networks_frozen_layers_come_back_frozen(squeezenet, images, tmp_path):
@@ -414,11 +421,22 @@ def test_files_of_the_second_format_load_trainable(images, tmp_path):
     path = tmp_path / "net.safetensors"
     bn_model = insert(half_frozen().requires_grad_(True), [images(8, 12)])
     save(bn_model, path)
-    rewrite(path, lambda data: data.update(format_version=2) or (data.pop("frozen"), data.pop("frozen_at_save")))
+    rewrite(path, lambda data: old_format(data, 2) or data.pop("frozen"))
     loaded = load(path, model=half_frozen())
-    assert record(loaded) == record(bn_model) and all(p.requires_grad for p in loaded.parameters())
+    assert record(loaded) == in_old_format(record(bn_model)) and all(p.requires_grad for p in loaded.parameters())
     rewrite(path, lambda data: data.pop("frozen", None))
     assert record(load(path, model=half_frozen())).frozen == ()
     rewrite(path, lambda data: data.update(format_version=FORMAT_VERSION))
-    with pytest.raises(CheckpointError, match="missing or unknown: .*frozen"):
+    with pytest.raises(CheckpointError, match=r"record.plan: got None, expected Plan"):
         load(path, model=half_frozen())
+
+
+def test_a_file_that_the_first_format_left():
+    """Written by the code of that time, which printed these outputs; it fused ReLUs by default."""
+    path = Path(__file__).parent / "files" / "format-1.safetensors"
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)]
+    loaded = load(path, model=nn.Sequential(*layers))
+    outputs = loaded(torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8))
+    assert torch.allclose(outputs, torch.tensor([[0.01131286658346653, 0.01205673348158598]]), rtol=1e-5)
+    assert record(loaded).options == Options(fuse_relu=True) and record(loaded).plan.placement == "pre-activation"
+    assert state_digest(bnsurgery.fold(loaded).state_dict()) == record(loaded).weights_digest

@@ -1,5 +1,6 @@
 """From images to inputs: the numbers, sizes and orders that other people's networks want."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from record_files import old_format
 from torch import nn
 from torchvision import models
 
@@ -153,10 +155,12 @@ def test_records_of_older_formats():
     data = record(model).to_dict()
     for mean, channels in (((0.1, 0.2, 0.3), "rgb"), ((0.5,), "grey")):
         old = {"classes": ["a", "b"], "head": "4", "image_size": 8, "resize_size": 9, "mean": mean, "std": mean}
-        found = SurgeryRecord.from_json(json.dumps({**data, "format_version": 2, "task": old}))
+        second = copy.deepcopy(data)
+        old_format(second, 2)
+        found = SurgeryRecord.from_json(json.dumps({**second, "task": old}))
         assert found.task == Task(("a", "b"), "4", Preprocessing(8, 8, 9, mean, mean, channels=channels))
         with pytest.raises(CheckpointError, match="fields missing or unknown"):
             SurgeryRecord.from_json(json.dumps({**data, "task": old}))
         del old["image_size"]
         with pytest.raises(CheckpointError, match="preprocessing: fields missing"):
-            SurgeryRecord.from_json(json.dumps({**data, "format_version": 2, "task": old}))
+            SurgeryRecord.from_json(json.dumps({**second, "task": old}))

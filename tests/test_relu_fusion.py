@@ -6,12 +6,13 @@ import re
 
 import pytest
 import torch
-from record_files import rewrite
+from record_files import in_old_format, old_format, rewrite
 from torch import nn
 from unchanged import assert_same_network, assert_unchanged, snapshot
 
 import bnsurgery
 from bnsurgery import BNSurgeryError, CheckpointError, FoldError, fold, fuse_relu_, insert, record, unfuse_relu_, verify
+from bnsurgery.surgery_record import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
 
@@ -52,7 +53,8 @@ def test_there_and_back(name, custom, network, images, tmp_path):
     assert list(taken) == list(sites) != []
     assert [relu.inplace for relu in taken.values()] == [site.relu_inplace for site in sites.values()]
     fuse_relu_(bn_model)
-    assert not sites.keys() & relus(bn_model).keys() and record(bn_model) == dataclasses.replace(done, fuse_relu=True)
+    fusing = dataclasses.replace(done, options=Options(fuse_relu=True))
+    assert not sites.keys() & relus(bn_model).keys() and record(bn_model) == fusing
     assert activations(bn_model) == ["relu" if site.relu in sites else None for site in done.sites]
     assert all(type(bn_model.get_submodule(name)) is nn.Identity for name in sites)
     assert str(insert(model, [x], fuse_relu=True)) == str(bn_model)
@@ -218,13 +220,13 @@ def test_files_of_the_first_format_load_as_they_were(fused, images, tmp_path):
     bnsurgery.save(bn_model, path)
 
     def first_format(data):
-        data["format_version"] = 1
+        old_format(data, 1)
         for site in data["sites"] if not fused else ():
             site.update(relu=None, relu_inplace=False)
 
     rewrite(path, first_format)
     loaded = bnsurgery.load(path, model=plain())
-    assert str(loaded) == str(bn_model) and record(loaded) == record(bn_model)
+    assert str(loaded) == str(bn_model) and record(loaded) == in_old_format(record(bn_model))
     hooked = plain()
     hooked[1].register_forward_hook(lambda module, args, output: None)  # of what is given to load they are no obstacle
     assert str(bnsurgery.load(path, model=hooked)) == str(bn_model)
@@ -283,7 +285,7 @@ def test_fusing_where_activations_are_recomputed(images):
         assert len(calls) == 3
         for name, arguments in calls:
             exec(f"bnsurgery.{name}{arguments}", {"bnsurgery": bnsurgery, "model": bn_model})
-        assert bnsurgery.record(bn_model).fuse_relu is not fused
+        assert bnsurgery.record(bn_model).options.fuse_relu is not fused
         assert torch.equal(bn_model(x), model(x))
 
 

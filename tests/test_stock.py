@@ -110,7 +110,7 @@ def test_fx_fuse(bn_model, x):
     fused = optimization.fuse(stock)
     report = verify(stock, fused, [x], drift_batch_sizes=())
     assert report.max_rel < 1e-5
-    if bnsurgery.record(bn_model).placement == "pre-activation":
+    if bnsurgery.record(bn_model).plan.placement == "pre-activation":
         assert not norms(fused)
 
 

@@ -133,10 +133,13 @@ def _facts(done: SurgeryRecord, result: EquivalenceReport) -> tuple[tuple[str, s
         if key in noted:
             text = str(noted[key])
             pairs.append((name, f"{noted['images']}: {text}" if key == "data" and "images" in noted else text))
-    absorb = ", biases absorbed" if done.absorb_bias else ""
+    absorb = ", biases absorbed" if done.options.absorb_bias else ""
     pairs += [
-        ("placement", f"{done.placement}, layers={done.layers}{absorb}"),
-        ("eps, momentum", f"{done.eps:g}, {done.momentum if done.momentum is not None else 'cumulative'}"),
+        ("placement", f"{done.plan.placement}, layers={done.plan.layers}{absorb}"),
+        (
+            "eps, momentum",
+            f"{done.options.eps:g}, {done.options.momentum if done.options.momentum is not None else 'cumulative'}",
+        ),
         ("versions", ", ".join(f"{name} {version}" for name, version in done.versions.items())),
     ]
     return tuple(pairs)
@@ -154,7 +157,7 @@ def _network(bn_model: nn.Module, done: SurgeryRecord) -> Section:
 
 def _statistics(views: Sequence[sites.SiteView], done: SurgeryRecord) -> Section:
     rows = [(v.name, v.layer, v.channels, v.median_mean, v.median_std, v.dead, v.near_eps, v.silent) for v in views]
-    note = " Where a bias was absorbed, μ is without it." if done.absorb_bias else ""
+    note = " Where a bias was absorbed, μ is without it." if done.options.absorb_bias else ""
     text = (
         "What BatchNorm normalizes by in eval mode at every site: a mean and a standard deviation a channel. They were "
         f"measured on the calibration images; training goes on from there.{note} The boxes go from quartile to "
@@ -170,7 +173,9 @@ def _statistics(views: Sequence[sites.SiteView], done: SurgeryRecord) -> Section
 
 
 def _preactivations(views: Sequence[sites.SiteView], done: SurgeryRecord, exact: bool, images: int) -> Section:
-    what = "the layers" if done.placement == "pre-activation" else "the activations, behind which BatchNorm stands,"
+    what = (
+        "the layers" if done.plan.placement == "pre-activation" else "the activations, behind which BatchNorm stands,"
+    )
     outside = max(h.outside for view in views for h in (view.before, view.after) if h is not None)
     text = (
         f"What {what} put out on {images} of the images, all channels together: as it is, and normalized "

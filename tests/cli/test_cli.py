@@ -137,11 +137,11 @@ def test_options_reach_the_network(cli, weights, options):
     code, _, err = cli("insert", "squeezenet1_1", "--weights", weights, *FAST, *options)
     assert code == 0, err
     done = bnsurgery.record(bnsurgery.load("squeezenet1_1-bn.safetensors"))
-    assert done.placement == ("post-activation" if "post-activation" in options else "pre-activation")
-    assert done.layers == ("conv" if "conv" in options else "all")
+    assert done.plan.placement == ("post-activation" if "post-activation" in options else "pre-activation")
+    assert done.plan.layers == ("conv" if "conv" in options else "all")
     assert len(done.sites) == 26 if "--head" in options else 25
-    assert done.absorb_bias == ("--absorb-bias" in options)
-    assert done.fuse_relu == ("--fuse-relu" in options)
+    assert done.options.absorb_bias == ("--absorb-bias" in options)
+    assert done.options.fuse_relu == ("--fuse-relu" in options)
     assert done.architecture.num_classes == 7
     code, out, err = cli("verify", "squeezenet1_1-bn.safetensors", "--weights", weights, *FAST)
     assert code == 0, out + err

@@ -212,7 +212,7 @@ def test_a_gpu_trains_with_fused_relus_what_can_be():
         network.fuse_for_training_(each, torch.device("cuda", 1))
     assert [str(each) for each in (plain, made, hooked)] == before
     network.fuse_for_training_(made, torch.device("cuda", 1))
-    assert bnsurgery.record(made).fuse_relu and made[1].activation == "relu"
+    assert bnsurgery.record(made).options.fuse_relu and made[1].activation == "relu"
 
 
 def test_a_checkpoint_is_taken_whole(tmp_path):

@@ -354,7 +354,7 @@ def test_on_a_gpu_it_trains_with_fused_relus_and_saves_without(model, data, conf
             last = torch.load(result.directory / "last" / "state.pt", weights_only=True)["network"]
             kept[fuses, state] = (result.directory / "best.safetensors").read_bytes(), last
             best = bnsurgery.load(result.directory / "best.safetensors", model=model)
-            assert not bnsurgery.record(best).fuse_relu and type(best[2]) is nn.ReLU
+            assert not bnsurgery.record(best).options.fuse_relu and type(best[2]) is nn.ReLU
     assert trained == [{False}, {False}, {True}, {True}]
     expected, state = kept[False, False]
     for best, last in kept.values():
