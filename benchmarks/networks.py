@@ -1,6 +1,6 @@
 """Every network of the zoo, and the real ones where they are: in, checked, out again. Writes docs/networks.md.
 
-What the columns are, the page says. Takes some minutes.
+The page explains the columns. Takes some minutes.
 """
 
 import platform
@@ -39,18 +39,36 @@ def main() -> None:
         notes += [f"- {name}: {note}"] if note else []
     text = f"""# Networks
 
-What was tried, and what came of it. `python -m benchmarks.networks` wrote this page.
+bnsurgery takes any network that `torch.fx` can follow on an example. The shapes are known then, so asserts and branches
+on shapes go the example's way. It handles
+
+- residual sums, concatenations, several inputs and outputs, and shared modules;
+- grouped, depthwise, dilated and transposed convolutions in 1, 2 and 3 dimensions;
+- dense layers, also on (N, T, C), and your own layers that return `F.conv2d`;
+- parametrized layers, and any activation.
+
+Layers that have a norm behind them are left alone. A submodule whose control flow depends on values is left out, and
+`plan` prints the line that stopped the trace. If this is so for the network's `forward` itself, its parts are followed
+one by one. `plan` names every layer that is left out, with the reason. AlexNet's local response normalization stays by
+default. `drop_lrn=True` (`--drop-lrn`) removes it first, which changes the function, and reports by how much.
+
+## Results
+
+The table has every network that was tried: all are bit-identical, and all fold back to the same bits. 2,000 random
+networks of the parts above passed the same checks (`BNSURGERY_EXAMPLES=2000 pytest tests/test_properties.py`).
+`python -m benchmarks.networks` wrote this page.
 
 {markdown(rows)}
 
-- *bit-identical*: the outputs in eval mode, on inputs that were not calibrated on; `torch.equal`.
-- *folds back*: the state dict after `fold`, key by key; `torch.equal`.
-- *ONNX max diff*: of the folded network's outputs in onnxruntime, as a share of the largest output.
-- *calibration ×*: time of `calibrate` by that of a plain forward pass over the same two batches of {BATCH}; medians of
-  {ROUNDS} interleaved rounds. Every activation is read once more: little beside a VGG's arithmetic, more beside that of
-  a network with few operations an activation (SqueezeNet); one that computes for a millisecond pays for the hooks.
-- torchvision's classifiers take 224 × 224 pixels here, the others what `benchmarks/zoo.py` says, with random weights;
-  those called *real* have trained weights.
+- *bit-identical*: the outputs in eval mode are `torch.equal`, on inputs that were not used for calibration.
+- *folds back*: the state dict after `fold` is `torch.equal`, key by key.
+- *ONNX max diff*: the largest difference of the folded network's outputs in onnxruntime, divided by the largest output.
+- *calibration ×*: the time of `calibrate` divided by that of a plain forward pass over the same two batches of {BATCH};
+  medians of {ROUNDS} interleaved rounds. Calibration reads every activation once more. This is little time in a VGG and
+  more in a network with few operations per activation (SqueezeNet). In a network that computes for a millisecond, the
+  hooks dominate.
+- torchvision's classifiers take 224 × 224 pixels here, the others the sizes in `benchmarks/zoo.py`, with random
+  weights. Networks called *real* have trained weights.
 {chr(10).join(notes)}
 
 torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}.

@@ -156,6 +156,20 @@ def test_a_command_has_these_options(page, words):
             command.make_context(name, args)
 
 
+def test_readme_is_short_and_its_links_lead_somewhere():
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= 110
+    assert max(map(len, lines)) <= 120
+    targets = re.findall(r"\]\(([^)]+)\)", PAGES["README.md"])
+    assert len(targets) > 20
+    for target in targets:
+        path, _, heading = target.partition("#")
+        file = ROOT / (path or "README.md")
+        assert file.is_file(), target
+        headings = re.findall(r"^#+ (.+)", file.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
+
+
 def test_every_page_with_commands_was_read():
     """Or the two tests above would pass on nothing."""
     assert {"README.md", "docs/index.md", "docs/howto/multi-gpu.md"} <= {page for page, _ in COMMANDS}
