@@ -61,7 +61,7 @@ def test_the_next_command_looks_at_the_same_images(cli, weights, photos):
     assert json.loads(reported)["equivalence"]["train_drift"]["2"] == drift["2"] > 0
     assert "bit-identical on 5 images of 3x40x56" in plain and f"{100 * drift['2']:.3g} % at 2" in plain
     page = Path("page.html").read_text()
-    assert "on 5 images of 3x40x56" in page and f"{100 * drift['2']:.3g}%" in page
+    assert "on 5 images of 3x40x56" in page and f"{100 * drift['2']:.3g} %" in page
     code, verified, err = cli(*shlex.split(after)[2:], "--batch-size", "5", "--json")
     assert code == 0, err
     assert json.loads(verified)["train_drift"]["2"] == pytest.approx(drift["2"], rel=1e-4)

@@ -678,7 +678,7 @@ def test_fold_a_network_with_its_own_norms(cli):
     own = ["fold", "--model", "net.py:normed", "--weights", "trained.pth", "--image-size", "16"]
     code, out, err = cli(*own)
     assert code == 0, err
-    assert "net.py:normed: 1 BatchNorm layers folded away" in out and "file trained.pth" in out
+    assert "net.py:normed: 1 BatchNorm layer folded away" in out and "file trained.pth" in out
     assert "nn.Identity for BatchNorm, bias=True in 0\n" in out
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Identity())
     plain.load_state_dict(load_file("normed-folded.safetensors"))
