@@ -225,7 +225,7 @@ class Trainer:
             is_best = all((accuracy, -loss) > (earlier.val_accuracy, -earlier.val_loss) for earlier in self.rows)
             self.rows.append(row)
             if self.directory is not None and self.accelerator.is_main_process:
-                self.directory.log(self.rows, self.network if is_best else None)
+                self.directory.log(self.rows, self.network if is_best else None, self.setup.resolved.lr)
         if self.show:
             tqdm.write(str(row))
         self.losses.clear()

@@ -229,8 +229,9 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
         return found.train_drift[size]
 
     statistics, reason = choose_statistics(config, drift)
-    lr = recipe.default_rate(config) if config.lr in (None, "auto") else float(config.lr)
-    return Resolved(lr, statistics, reason)
+    if config.lr in (None, "auto"):
+        return Resolved(recipe.default_rate(config), statistics, reason, f"the default for a batch of {size}")
+    return Resolved(float(config.lr), statistics, reason, "as asked")
 
 
 def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool, left: int) -> list[str]:

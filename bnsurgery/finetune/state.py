@@ -22,7 +22,6 @@ def captured(trainer: "Trainer") -> dict[str, Any]:
     scaler, conditioner = trainer.accelerator.scaler, trainer.setup.conditioner
     return {
         "step": trainer.step,
-        "resolved": asdict(trainer.setup.resolved),
         "started_from": _started_from(trainer),
         "rows": [asdict(row) for row in trainer.rows],
         "losses": trainer.losses,

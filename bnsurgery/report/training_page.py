@@ -52,7 +52,7 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         good=None,
         facts=(
             ("accuracy", f"{_percent(best.val_accuracy)} at best, {_percent(result.final.val_accuracy)} at the end"),
-            ("peak learning rate", f"{resolved.lr:.3g}"),
+            ("peak learning rate", f"{resolved.lr:.3g}: {resolved.lr_reason}"),
             ("statistics", f"{resolved.statistics}: {resolved.reason}"),
             ("steps", f"{result.final.step}"),
         ),
