@@ -182,6 +182,7 @@ def build(
     calibration = plain_loader(prepared, images=config.recalibrate, **share)
     val = plain_loader(Prepared(data.val, task, "none", 0), **share)
 
+    kept, why = keeps_head(source, task.preprocessing.shape, data.classes, config)
     network, head = prepare(source, task, config, calibration, show)
     recipe.set_dropout_(network, config.dropout)
     recipe.choose_parameters_(network, config.train, head)
@@ -209,7 +210,7 @@ def build(
         network=network,
         conditioner=conditioner,
         resolved=resolved,
-        facts=_facts(config, source, data, resolved, keeps_head(source, data.classes, config), batches.left_over),
+        facts=_facts(config, source, data, resolved, f"{'kept' if kept else 'new'}: {why}", batches.left_over),
         prepared=prepared,
         batches=batches,
         train=Loader(prepared, batches, workers, pinned),
@@ -234,12 +235,12 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
     return Resolved(float(config.lr), statistics, reason, "as asked")
 
 
-def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool, left: int) -> list[str]:
+def _facts(config: Config, source: Source, data: Data, resolved: Resolved, head: str, left: int) -> list[str]:
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {len(data.train)} training and {len(data.val)} validation images, "
         f"{len(data.classes)} classes",
-        f"head         {'kept' if kept else 'new'}",
+        f"head         {head}",
     ]
     if left:
         facts.append(
