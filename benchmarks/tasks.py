@@ -17,7 +17,7 @@ from bnsurgery.finetune import Config, Data
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real" / "real.py"
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ARMS = ("plain", "bn", "bn-naive", "bn-half")
-_BASE = Config(data="tensors", output="unused", normalize="none", num_workers=0, device="cpu")
+_BASE = Config(data="tensors", output="unused", normalize="none", head="new", num_workers=0, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ TASKS = {
         "mnist_cnn, to MNIST turned by 90 degrees with a new head",
         _mnist_cnn,
         lambda: _mnist(1000, 2000, 1),
-        replace(_BASE, image_size=28, head="new", epochs=6),
+        replace(_BASE, image_size=28, epochs=6),
         3,
     ),
     "vgg19-quarter": Task(

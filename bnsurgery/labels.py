@@ -7,7 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from .preprocessing import Preprocessing
+from .typed_json import loads
+from .weights import is_safetensors
 
 FORMULA = "y = (pixel * scale / 255 - mean) / std, with mean and std of red, green, blue; then the order of channels"
 
@@ -23,6 +27,18 @@ def labels(preprocessing: Preprocessing | None, classes: Sequence[str]) -> dict[
     if classes:
         known["classes"] = list(classes)
     return {name: json.dumps(value, ensure_ascii=False) for name, value in known.items()}
+
+
+def noted_classes(path: str) -> tuple[str, ...]:
+    """The class names in the metadata of a safetensors file, as `labels` wrote them; empty where there are none."""
+    if not (Path(path).is_file() and is_safetensors(path)):
+        return ()
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = loads((file.metadata() or {}).get("classes", "[]"))
+    except (SafetensorError, ValueError):
+        return ()
+    return tuple(found) if isinstance(found, list) and all(isinstance(name, str) for name in found) else ()
 
 
 def sort_metadata(path: Path) -> None:

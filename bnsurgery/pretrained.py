@@ -210,7 +210,13 @@ def classes_of(record: SurgeryRecord) -> tuple[str, ...]:
     """What the outputs of a checkpoint's network are called: its task's classes, or those of torchvision's weights."""
     if record.task is not None and record.task.classes:
         return record.task.classes
-    member = record.architecture and _member(record.architecture, str(record.provenance.get("weights")))
+    weights = str(record.provenance.get("weights"))
+    return categories(record.architecture, weights) if record.architecture else ()
+
+
+def categories(architecture: Architecture, weights: str) -> tuple[str, ...]:
+    """What the outputs of torchvision's weights called `weights` are called; empty for others."""
+    member = _member(architecture, weights)
     return tuple(member.meta["categories"]) if member else ()
 
 

@@ -63,7 +63,7 @@ def command(
     loud = not (quiet or as_json)
     reporting = _is_main_process() and check_report(page, plot, force, output or resume, source)
     if resume is not None:
-        config, _ = RunDirectory(resume).read_config()
+        config = RunDirectory(resume).read_config()[0]
         named = {"source": source, "data": data, "output": output}
         given = {name: value for name, value in named.items() if value is not None}
         given |= {name: value for name, value in recipe.items() if _was_given(context, name)}

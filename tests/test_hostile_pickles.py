@@ -19,6 +19,7 @@ from bnsurgery.data import load_image
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.finetune import Comparison, Config, Result
 from bnsurgery.finetune.datasets import open_data
+from bnsurgery.finetune.results import Resolved
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.pretrained import recognise
 from bnsurgery.weights import read_tensors
@@ -106,7 +107,7 @@ PLACES = {
         ["FILE", "--data", "photos", "--jobs", "1", *TRAIN],  # processes of their own would take seconds to begin
         ["GOOD", "--data", "photos", "--rates", "0.1", "--arms", "bn", "-o", "evil-compare", *TRAIN],
     ],
-    "report": [["FILE"], ["evil-run"], ["evil-config"], ["evil-compare"], ["GOOD", "--data", "evil-photos", *FEW]],
+    "report": [["FILE"], ["evil-config"], ["evil-compare"], ["GOOD", "--data", "evil-photos", *FEW]],
     "predict": [["FILE", "photos/cats/0.png"], ["GOOD", "FILE"]],
     "fold": [["FILE"]],
     "export": [["FILE", "--to", to] for to in ("state-dict", "onnx", "exported-program")],
@@ -127,7 +128,8 @@ def spread(content, name, checkpoint):
         Path("evil-compare").mkdir(exist_ok=True)
         Path("evil-compare", file).write_bytes(content)
     run = Config(source=checkpoint, data="photos", output="evil-run", image_size=32, batch_size=2, num_workers=0)
-    RunDirectory("evil-run").write_config(run, open_data("photos", **OPEN).fingerprint)  # so that its state is read
+    # So that its state is read:
+    RunDirectory("evil-run").write_config(run, open_data("photos", **OPEN).fingerprint, RESOLVED)
     Path("evil-config", "last").mkdir(exist_ok=True)
     for file, origin in (("metrics.csv", "metrics/rows.csv"), ("last/state.pt", "state/zip")):
         sound = (Path(__file__).parent / "fuzz" / "corpus" / origin).read_bytes()
@@ -178,7 +180,7 @@ def test_no_function_runs_it(container, name, folder, squeezenet_file, sentinel)
         lambda: load_image(name),
         lambda: Comparison.read(name),
         lambda: Comparison.read("evil-compare"),
-        lambda: Result.read("evil-run"),
+        lambda: Result.read("evil-config"),
         lambda: RunDirectory("evil-run").load_state(),
         lambda: RunDirectory("evil-config").read_config(),
     ]
@@ -232,7 +234,7 @@ def test_a_model_named_in_a_file_is_never_imported(folder, sentinel, capfd):
         bnsurgery.record(inserted).provenance.update(model=maker, image_size=32, batch_size=2)
         bnsurgery.save(inserted, "own.safetensors", overwrite=True)
         named = Config(source="own.safetensors", data="photos", output="run", model=maker, image_size=32, batch_size=2)
-        RunDirectory("run").write_config(named, open_data("photos", **OPEN).fingerprint)
+        RunDirectory("run").write_config(named, open_data("photos", **OPEN).fingerprint, RESOLVED)
         for words in (
             ["plan", "own.safetensors"],
             ["verify", "own.safetensors", *FEW],
@@ -255,6 +257,7 @@ def test_a_model_named_in_a_file_is_never_imported(folder, sentinel, capfd):
     sentinel.unlink()
 
 
+RESOLVED = Resolved(0.05, "batch", "as asked", "as asked")
 OPEN = {"root": "data", "download": False, "val_fraction": 0.2, "seed": 0, "skip_bad": False}
 
 

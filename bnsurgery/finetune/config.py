@@ -39,7 +39,8 @@ class Config:
         weights_prefix: what stands there before the network's own names, such as "backbone."; None to search.
         partial: take from a weights file what fits, and leave the rest of the network as it is made.
         layers: which layers get a BatchNorm: "all", "conv" or "dense".
-        head: "new" replaces the output layer, "keep" keeps it; "auto" keeps it where a checkpoint has these classes.
+        head: "new" replaces the output layer, "keep" keeps it; "auto" keeps one that is for these classes: of the same
+            names in the same order, where a file notes them, else of as many.
         dropout: probability that every Dropout module is set to; None lowers those above 0.2 to 0.2.
         arm: "bn"; or, as `compare` sets beside it, "plain" without BatchNorm, or "bn-naive" with a fresh one (weight 1,
             bias 0), which forgets what the network computed.

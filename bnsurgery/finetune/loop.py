@@ -268,7 +268,7 @@ class Trainer:
             is_best = all((accuracy, -loss) > (earlier.val_accuracy, -earlier.val_loss) for earlier in self.rows)
             self.rows.append(row)
             if self.directory is not None and self.accelerator.is_main_process:
-                self.directory.log(self.rows, self.network if is_best else None)
+                self.directory.log(self.rows, self.network if is_best else None, self.setup.resolved.lr)
         if self.show:
             tqdm.write(str(row))
         self.losses.clear()
@@ -344,7 +344,6 @@ class Trainer:
         scaler, conditioner = self.accelerator.scaler, self.setup.conditioner
         return {
             "step": self.step,
-            "resolved": asdict(self.setup.resolved),
             "started_from": self._started_from(),
             "rows": [asdict(row) for row in self.rows],
             "losses": self.losses,

@@ -1,6 +1,6 @@
 """The network to fine-tune: found, given a head for the classes, inserted into, and set up as the recipe says."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +15,12 @@ from bnsurgery.advice import statistics_for
 from bnsurgery.batches import Inputs
 from bnsurgery.checkpoint import load, read_record
 from bnsurgery.copies import independent, sharing_tensors
-from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError
+from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError, shown
 from bnsurgery.fitting import BEST_FIT, Choice
 from bnsurgery.folding import fold, strip_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
 from bnsurgery.insertion import insert
+from bnsurgery.labels import noted_classes
 from bnsurgery.nn import set_statistics_
 from bnsurgery.planning import Plan
 from bnsurgery.preprocessing import Preprocessing
@@ -42,12 +43,14 @@ class Source:
         description: where it came from, in words.
         preprocess: what its images go through, where that is known.
         task: what it was fine-tuned to before, if it was.
+        classes: what its outputs are called, where that is known.
     """
 
     model: nn.Module
     description: str
     preprocess: Preprocessing | None = None
     task: Task | None = None
+    classes: tuple[str, ...] = ()
 
 
 def find(config: Config) -> Source:
@@ -70,19 +73,20 @@ def find(config: Config) -> Source:
         model = load(path, model=custom)
         done = record(model)
         preprocess = pretrained.preprocessing_of(done, model, config.wanted) if of_images else None
-        return Source(model, f"checkpoint {path.name}", preprocess, done.task)
+        return Source(model, f"checkpoint {path.name}", preprocess, done.task, pretrained.classes_of(done))
     own = own_name(config)
     if own:
         weights = config.source if config.model and config.source else config.weights
         model, description = pretrained.own_network(own, weights, config.seed, choice)
         known = pretrained.own_preprocessing(model, config.wanted) if factories.is_timm(own) and of_images else None
-        return Source(model, f"{own}, {description}", known)
+        return Source(model, f"{own}, {description}", known, classes=noted_classes(weights))
     if is_file:
         architecture, weights = pretrained.recognise(path, choice), config.source
     else:
         architecture, weights = models.architecture(config.source), config.weights
     found = pretrained.load(architecture, weights, choice=choice, wanted=config.wanted, seed=config.seed)
-    return Source(found.model, f"{found.name}, {found.weights}", found.preprocess)
+    classes = pretrained.categories(architecture, found.weights) or noted_classes(weights)
+    return Source(found.model, f"{found.name}, {found.weights}", found.preprocess, classes=classes)
 
 
 def own_name(config: Config) -> str | None:
@@ -92,8 +96,11 @@ def own_name(config: Config) -> str | None:
 
 def given(model: nn.Module) -> Source:
     """A network at hand; a copy of it."""
-    task = record(model).task if carries_record(model) else None
-    return Source(independent(model).eval(), type(model).__name__, task.preprocessing if task else None, task)
+    copied, name = independent(model).eval(), type(model).__name__
+    if not carries_record(model):
+        return Source(copied, name)
+    task = record(model).task
+    return Source(copied, name, task.preprocessing if task else None, task, pretrained.classes_of(record(model)))
 
 
 def task_of(source: Source, data: Data, config: Config) -> Task:
@@ -105,9 +112,9 @@ def task_of(source: Source, data: Data, config: Config) -> Task:
     """
     preprocessing = None if data.examples else _preprocessing(source, data, config)
     shape = data.examples[0] if preprocessing is None else preprocessing.shape
-    if not keeps_head(source, data.classes, config):
+    if not keeps_head(source, shape, data.classes, config)[0]:
         return Task(data.classes, find_head(_original(source.model), shape), preprocessing)
-    outputs = outputs_of(source.model.get_submodule(find_head(source.model, shape)))
+    outputs = _outputs(source, shape)
     if outputs != len(data.classes):
         raise BNSurgeryError(
             f"finetune: the head tells {outputs} classes apart and cannot be kept for {len(data.classes)}: "
@@ -123,10 +130,34 @@ def _preprocessing(source: Source, data: Data, config: Config) -> Preprocessing:
     return replace(found, resize=round(side * _RESIZE) if data.photographs else side)
 
 
-def keeps_head(source: Source, classes: tuple[str, ...], config: Config) -> bool:
-    """Whether the network goes on with the output layer that it has: where asked, or where it knows these classes."""
-    known = source.task is not None and source.task.classes == classes
-    return config.head == "keep" or (config.head == "auto" and known)
+def keeps_head(
+    source: Source, shape: Sequence[int] | Inputs | None, classes: tuple[str, ...], config: Config
+) -> tuple[bool, str]:
+    """Whether the network goes on with the output layer that it has, and why.
+
+    By default it does where that layer is for these classes: of the same names in the same order, or, where its names
+    are not known, as many.
+
+    Args:
+        shape: as for `find_head`.
+        classes: of the data.
+    """
+    if config.head != "auto":
+        return config.head == "keep", "as asked"
+    if source.classes == classes:
+        return True, "it is for these classes"
+    if sorted(source.classes) == sorted(classes):
+        return False, "the old one is for these classes in another order"
+    if source.classes:
+        return False, f"the old one is for other classes, such as {shown(source.classes[0])}"
+    outputs = _outputs(source, shape)
+    if outputs != len(classes):
+        return False, f"the old one is for {outputs} classes"
+    return True, f"it is for {outputs} classes, too; their names are not known (--head new: another)"
+
+
+def _outputs(source: Source, shape: Sequence[int] | Inputs | None) -> int:
+    return outputs_of(source.model.get_submodule(find_head(source.model, shape)))
 
 
 def prepare(
@@ -151,10 +182,11 @@ def prepare(
     """
     model, shape = source.model, task.preprocessing.shape if task.preprocessing else example
     head = find_head(model, shape)
+    keeps, _ = keeps_head(source, shape, task.classes, config)
     if carries_record(model) and (config.arm == "plain" or not record(model).sites):
         model = fold(model)
         head = find_head(model, shape)
-    if not keeps_head(source, task.classes, config):
+    if not keeps:
         if config.train == "bn":
             raise BNSurgeryError(
                 "finetune: --train bn would leave the new head as it is, random: use --train bn+head, or --head keep"

@@ -1,10 +1,14 @@
-"""The learning-rate range test: raise the rate step by step on a copy, and see where the loss falls and breaks."""
+"""The learning-rate range test: raise the rate step by step on a copy, and see where the loss is lowest."""
 
 import itertools
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
 from bnsurgery.copies import independent
 from bnsurgery.errors import BNSurgeryError
@@ -16,25 +20,32 @@ from .setup import Setup, forked_random
 from .streams import training
 
 _FROM, _TO, _STEPS = 1e-5, 10.0, 100
-_SMOOTHING = 0.9
-_BROKEN = 3.0  # times the lowest loss: it has diverged
-_MARGIN = 4.0  # below the rate of the lowest loss, where it is about to rise
+_BELL = 3.0  # steps, the deviation of the weights for smoothing: a factor of 1.5 in the rate
+_REACH = 6  # steps, two deviations
+_RISE = 0.3  # of ln(loss): a third
+_CLEAR = 2.0  # deviations of single losses from the curve: more than chance
+_LEAST = 1e-12  # a loss of 0 has no logarithm
 
 
 @dataclass(frozen=True)
 class RateRange:
-    """Smoothed losses by rate, and the peak rate that follows from them."""
+    """Smoothed losses by rate, the peak rate that follows from them, and why."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
     chosen: float
+    reason: str
 
 
-def find_rate(setup: Setup) -> RateRange:
+def find_rate(setup: Setup, show: bool = False) -> RateRange:
     """The test, on process 0 with whole batches; the network, and everything random, are left as they were.
 
-    The rate rises geometrically from 1e-5 to 10 within 100 steps, over batches that training does not see in this
-    order; the test ends where the smoothed loss triples. Chosen: a quarter of the rate at the lowest loss.
+    The rate rises geometrically from 1e-5 to 10 within 100 steps, which are otherwise those of training, over batches
+    that training does not see in this order; the test ends where the loss has risen again, or is no number. For what
+    is chosen see `choose`.
+
+    Args:
+        show: a progress bar on stderr.
 
     Raises:
         BNSurgeryError: the loss is not finite from the start.
@@ -44,13 +55,61 @@ def find_rate(setup: Setup) -> RateRange:
     found: list[RateRange | None] = [None]
     if setup.accelerator.is_main_process:
         with forked_random(setup.accelerator):
-            found = [_test(setup)]
+            rates, losses = _test(setup, show)
+        found = [choose(rates, losses, recipe.default_rate(setup.config))]
     broadcast_object_list(found)
     assert found[0] is not None
     return found[0]
 
 
-def _test(setup: Setup) -> RateRange:
+def choose(rates: Sequence[float], losses: Sequence[float], default: float) -> RateRange:
+    """The peak rate that a test speaks for: the lowest rate at which the loss is as low as anywhere.
+
+    The curve is ln(loss), weighed over the steps on both sides by a bell, so that it lags behind nothing, as a running
+    mean does, and a loss of 10^9 at the end moves nothing. The lowest point is looked for up to where the curve has
+    risen by more than a third, and by twice what single losses scatter about it: what a network that has collapsed does
+    at still higher rates is not of interest. Where the valley is wide, the lowest point may be anywhere in it, and the
+    rate is taken from its lower end: the first point above the lowest by no more than half that scatter.
+
+    Where the lowest point is at the end of what was tried, or the curve falls by less than twice the scatter, the test
+    speaks for no rate.
+
+    Args:
+        rates: of the steps, rising geometrically.
+        losses: of single batches.
+        default: chosen where the test speaks for none.
+
+    References: Smith 2017, as above, for the loss that stops falling as the upper bound of the rate. fastai's finder
+    takes a tenth of the rate of the lowest loss, but of a running mean, which finds it too late.
+    """
+    curve, low, scatter, broke = _read(losses)
+    floor = int((curve <= curve[low] + scatter / 2).argmax())
+    if curve[0] - curve[low] <= _CLEAR * scatter:
+        chosen, why = default, "the loss falls at no rate, so the default"
+    elif not broke and low >= len(curve) - _REACH:
+        chosen, why = default, f"the loss still falls at {rates[-1]:.2g}, where the test ended, so the default"
+    else:
+        chosen, why = rates[floor], f"the loss is lowest from {rates[floor]:.2g} to {rates[low]:.2g}"
+    return RateRange(tuple(rates), tuple(np.exp(curve).tolist()), chosen, f"range test: {why}")
+
+
+def _read(losses: Sequence[float]) -> tuple[NDArray[np.float64], int, float, bool]:
+    """The curve; its lowest point before it broke; the deviation of losses from it up to there; whether it broke."""
+    values, at = np.log(np.maximum(losses, _LEAST)), np.arange(len(losses))
+    weights = np.exp(-0.5 * ((at[:, None] - at) / _BELL) ** 2)
+    curve = weights @ values / weights.sum(1)
+    apart = values - curve
+    low = 0
+    for step in range(_REACH, len(curve) - _REACH):  # of the others the bell sees one side
+        if low == 0 or curve[step] <= curve[low]:
+            low = step
+        elif curve[step] - curve[low] > max(_RISE, _CLEAR * apart[: step + _REACH].std()):
+            return curve, low, float(apart[: low + _REACH].std()), True
+    low = int(curve.argmin())
+    return curve, low, float(apart[: low + _REACH].std()), False
+
+
+def _test(setup: Setup, show: bool) -> tuple[list[float], list[float]]:
     config, accelerator = setup.config, setup.accelerator
     network, conditioner = independent((setup.network, setup.conditioner))  # the copies belong together
     network.train()
@@ -59,6 +118,7 @@ def _test(setup: Setup) -> RateRange:
             module.process_group = ""  # the other processes wait
     objective = Objective(network, config.label_smoothing)
     optimizer = recipe.optimizer(config, network, _FROM)
+    trained = [p for p in network.parameters() if p.requires_grad]
     batches, loader = training(
         setup.prepared, config.batch_size, config.seed, setup.train.workers, pinned=setup.train.pinned
     )
@@ -66,24 +126,29 @@ def _test(setup: Setup) -> RateRange:
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
     rates: list[float] = []
     losses: list[float] = []
-    average = 0.0
-    for step, batch in enumerate(itertools.islice(endless, _STEPS)):
-        rate = _FROM * (_TO / _FROM) ** (step / (_STEPS - 1))
-        recipe.set_rate_(optimizer, rate)
-        with accelerator.autocast():
-            inputs, labels = moved(network, batch, accelerator.device)
-            loss, _ = objective(labels, *inputs.args, **inputs.kwargs)
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss.item()
-        smoothed = average / (1 - _SMOOTHING ** (step + 1))
-        if not math.isfinite(smoothed) or (losses and smoothed > _BROKEN * min(losses)):
-            break
-        rates.append(rate)
-        losses.append(smoothed)
-        loss.backward()
-        if conditioner is not None:
-            conditioner.apply_()
-        optimizer.step()
-        optimizer.zero_grad()
+    disable = None if show else True  # None: where stderr is no terminal
+    with tqdm(total=_STEPS, desc="range test", unit="step", disable=disable, leave=False) as bar:
+        for step, batch in enumerate(itertools.islice(endless, _STEPS)):
+            rate = _FROM * (_TO / _FROM) ** (step / (_STEPS - 1))
+            recipe.set_rate_(optimizer, rate)
+            with accelerator.autocast():
+                inputs, labels = moved(network, batch, accelerator.device)
+                loss, _ = objective(labels, *inputs.args, **inputs.kwargs)
+            if not loss.isfinite():
+                break
+            rates.append(rate)
+            losses.append(loss.item())
+            if _read(losses)[3]:
+                break
+            loss.backward()
+            if conditioner is not None:
+                conditioner.apply_()
+            if config.clip:
+                clip_grad_norm_(trained, config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix(rate=f"{rate:.2g}", loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.update()
     if not losses:
         raise BNSurgeryError("finetune: --lr auto: the loss is no finite number from the start")
-    return RateRange(tuple(rates), tuple(losses), rates[losses.index(min(losses))] / _MARGIN)
+    return rates, losses

@@ -42,3 +42,4 @@ class Resolved:
     lr: float
     statistics: str
     reason: str
+    lr_reason: str

@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,13 @@ from bnsurgery.unpickling import load_pickle
 
 from .config import Config
 from .datasets import Fingerprint
-from .results import Row
+from .results import Resolved, Row
 
 if TYPE_CHECKING:
     from .events import EventFile
 
 _VERSION = 1
+_PEAK = "peak_lr"  # a column of metrics.csv
 _FILES = ("config.json", "metrics.csv", "*.png", "best.safetensors", "last", "last/state.pt", "tensorboard")
 
 
@@ -82,11 +83,12 @@ class RunDirectory:
         """Whether there is a run to go on with."""
         return (self.path / "config.json").exists()
 
-    def write_config(self, config: Config, data: Fingerprint) -> None:
-        """config.json: the configuration, and what the data is known by."""
-        self._write_text("config.json", json.dumps({"config": asdict(config), "data": asdict(data)}, indent=1) + "\n")
+    def write_config(self, config: Config, data: Fingerprint, resolved: Resolved) -> None:
+        """config.json: the configuration, what the data is known by, and what was found for the rest."""
+        content = {"config": asdict(config), "data": asdict(data), "resolved": asdict(resolved)}
+        self._write_text("config.json", json.dumps(content, indent=1) + "\n")
 
-    def read_config(self) -> tuple[Config, Fingerprint]:
+    def read_config(self) -> tuple[Config, Fingerprint, Resolved]:
         """What `write_config` wrote.
 
         Raises:
@@ -99,10 +101,13 @@ class RunDirectory:
             raise CheckpointError(f"run '{self.path}': no config.json: there is no run to resume") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"run '{self.path}': config.json cannot be read: {printable(str(error))}") from error
-        if not isinstance(content, dict) or set(content) != {"config", "data"}:
-            raise CheckpointError(f"run '{self.path}': config.json holds something else than config and data")
+        if not isinstance(content, dict) or set(content) != {"config", "data", "resolved"}:
+            raise CheckpointError(f"run '{self.path}': config.json holds something else than config, data and resolved")
         try:
-            return Config.from_dict(content["config"], "config"), parse(Fingerprint, content["data"], "data")
+            config = Config.from_dict(content["config"], "config")
+            resolved = parse(Resolved, content["resolved"], "resolved")
+            replace(config, lr=resolved.lr)  # which checks it
+            return config, parse(Fingerprint, content["data"], "data"), resolved
         except BNSurgeryError as error:
             raise CheckpointError(f"run '{self.path}': config.json: {error}") from error
 
@@ -136,13 +141,16 @@ class RunDirectory:
             raise CheckpointError(f"'{self.last}': of version {version}, expected {_VERSION}")
         return state
 
-    def log(self, rows: Sequence[Row], best: nn.Module | None) -> None:
-        """Write what a validation found: metrics.csv, curves.png, TensorBoard's events; `best` to best.safetensors."""
+    def log(self, rows: Sequence[Row], best: nn.Module | None, peak: float) -> None:
+        """Write what a validation found: metrics.csv, curves.png, TensorBoard's events; `best` to best.safetensors.
+
+        `peak`, the highest rate of the run, stands in every line of metrics.csv beside the rate of that step.
+        """
         if best is not None:
             kept = sharing_tensors(best)
             unfuse_relu_(kept)  # as other people's tools expect it
             checkpoint.save(kept, self.best, overwrite=True)
-        self._write_metrics(rows)
+        self._write_metrics(rows, peak)
         write_figure(plot_curves(rows), self.path / "curves.png")
         self._write_events(rows[-1])
 
@@ -154,11 +162,11 @@ class RunDirectory:
         scalars = {name.replace("_", "/", 1): value for name, value in asdict(row).items()}
         self._events.add({name: value for name, value in scalars.items() if name not in ("epoch", "step")}, row.step)
 
-    def _write_metrics(self, rows: Sequence[Row]) -> None:
+    def _write_metrics(self, rows: Sequence[Row], peak: float) -> None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
+        writer = csv.DictWriter(text, [*Row.__dataclass_fields__, _PEAK], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows({**asdict(row), _PEAK: peak} for row in rows)
         self._write_text("metrics.csv", text.getvalue())
 
     def read_metrics(self) -> tuple[Row, ...]:
@@ -171,6 +179,7 @@ class RunDirectory:
         try:
             lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
             found = [{name: (int if name == "step" else float)(text) for name, text in line.items()} for line in lines]
+            found = [{name: value for name, value in line.items() if name != _PEAK} for line in found]
         except FileNotFoundError:
             raise CheckpointError(f"run '{self.path}': no metrics.csv: there was no validation yet") from None
         except (OSError, ValueError, TypeError, csv.Error) as error:

@@ -10,11 +10,10 @@ from torch import nn
 
 from bnsurgery import factories
 from bnsurgery.batches import out_of_memory
-from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
+from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.report.style import write as write_figure
 from bnsurgery.report.training_figures import plot_rate_range
 from bnsurgery.system import quote
-from bnsurgery.typed_json import parse
 from bnsurgery.words import counted, percent
 
 from .config import Config
@@ -53,11 +52,7 @@ class Result:
             CheckpointError: there was no validation yet, or a file is damaged.
         """
         place = RunDirectory(directory)
-        rows = place.read_metrics()
-        state = place.load_state()
-        if state is None:
-            raise CheckpointError(f"run '{directory}': no last/state.pt: it was stopped before its first checkpoint")
-        return cls(Path(directory), rows, _resolved(state))
+        return cls(Path(directory), place.read_metrics(), place.read_config()[2])
 
     @property
     def best(self) -> Row:
@@ -127,14 +122,14 @@ def resume(
         BNSurgeryError: as `run`.
     """
     place = RunDirectory(directory)
-    config, fingerprint = place.read_config()
+    config, fingerprint, resolved = place.read_config()
     if config.model and model != config.model and not isinstance(model, nn.Module):
         raise _name_again(directory, "network is made", config.model, "model")
     if factories.names_code(config.data) and data != config.data and not isinstance(data, Data):
         raise _name_again(directory, "data comes", config.data, "data")
     model = None if isinstance(model, str) else model
     data = None if isinstance(data, str) else data
-    return _train(replace(config, output=str(directory)), place, model, data, fingerprint, show)
+    return _train(replace(config, output=str(directory)), place, model, data, (fingerprint, resolved), show)
 
 
 def _name_again(directory: str | Path, what: str, code: str, option: str) -> BNSurgeryError:
@@ -149,7 +144,7 @@ def _train(
     directory: RunDirectory | None,
     model: nn.Module | None,
     data: Data | None,
-    before: Fingerprint | None,
+    before: tuple[Fingerprint, Resolved] | None,
     show: bool,
 ) -> Result:
     accelerator = processes(config)
@@ -207,7 +202,7 @@ def _train_alone(
     directory: RunDirectory | None,
     model: nn.Module | None,
     data: Data | None,
-    before: Fingerprint | None,
+    before: tuple[Fingerprint, Resolved] | None,
     show: bool,
 ) -> Result:
     from .loop import Trainer  # these need accelerate, whose absence has been reported by now
@@ -216,39 +211,37 @@ def _train_alone(
     state = None
     data = data or load_data(config, show)
     config = in_its_batches(config, data)
+    resolved = None
     if before is not None:
-        _refuse_other_data(before, data.fingerprint)
+        fingerprint, resolved = before
+        _refuse_other_data(fingerprint, data.fingerprint)
         assert directory is not None
         state = directory.load_state()
     with forked_random(accelerator):
         torch.manual_seed(config.seed)  # all ranks must build the same network
-        resolved = _resolved(state) if state is not None else None
         setup = build(config, accelerator, model, data, resolved, show)
+        if show:
+            print("\n".join(setup.facts), flush=True)
         if config.lr == "auto" and resolved is None:
-            found = find_rate(setup)
-            setup.resolved = replace(setup.resolved, lr=found.chosen)
+            found = find_rate(setup, show)
+            setup.resolved = replace(setup.resolved, lr=found.chosen, lr_reason=found.reason)
             if directory is not None and accelerator.is_main_process:
                 figure = plot_rate_range(found.rates, found.losses, found.chosen)
                 write_figure(figure, directory.path / "lr_range.png")
         if directory is not None and before is None and accelerator.is_main_process:
-            directory.write_config(config, data.fingerprint)  # not before: a refused start leaves no run behind
+            # Not before: a refused start leaves no run behind.
+            directory.write_config(config, data.fingerprint, setup.resolved)
         torch.manual_seed(config.seed + accelerator.process_index)  # but each draws its own dropout
         trainer = Trainer(setup, directory, show)
         if state is not None:
             trainer.load_state_dict(state)
         if show:
-            how = " (range test)" if config.lr == "auto" else ""
             if before is not None and state is None:
                 print("resume       no checkpoint was saved yet: from the beginning")
-            print("\n".join([*setup.facts, f"peak rate    {setup.resolved.lr:.3g}{how}"]), flush=True)
+            print(f"peak rate    {setup.resolved.lr:.3g}: {setup.resolved.lr_reason}", flush=True)
         with listening() as stop:
             trainer.fit(stop)
     return Result(directory.path if directory else None, tuple(trainer.rows), setup.resolved, trainer.seconds)
-
-
-def _resolved(state: dict[str, Any]) -> Resolved:
-    found: Resolved = parse(Resolved, state.get("resolved"), "last/state.pt: resolved")
-    return found
 
 
 def _refuse_other_data(before: Fingerprint, now: Fingerprint) -> None:

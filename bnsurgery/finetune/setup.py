@@ -188,6 +188,7 @@ def build(
     val = evaluation(as_taken(data.val, task, "none", 0), **share)
 
     shape = data.examples[0] if task.preprocessing is None else task.preprocessing.shape
+    kept, why = keeps_head(source, shape, data.classes, config)
     network, head = prepare(source, task, config, calibration, show, *data.examples[:1])
     recipe.set_dropout_(network, config.dropout)
     recipe.choose_parameters_(network, config.train, head)
@@ -218,7 +219,7 @@ def build(
         network=network,
         conditioner=conditioner,
         resolved=resolved,
-        facts=_facts(config, source, data, resolved, keeps_head(source, data.classes, config), batches.left_over),
+        facts=_facts(config, source, data, resolved, f"{'kept' if kept else 'new'}: {why}", batches.left_over),
         prepared=prepared,
         batches=batches,
         train=train,
@@ -238,16 +239,17 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) ->
         return found.train_drift[size]
 
     statistics, reason = choose_statistics(config, drift)
-    lr = recipe.default_rate(config) if config.lr in (None, "auto") else float(config.lr)
-    return Resolved(lr, statistics, reason)
+    if config.lr in (None, "auto"):
+        return Resolved(recipe.default_rate(config), statistics, reason, f"the default for a batch of {size}")
+    return Resolved(float(config.lr), statistics, reason, "as asked")
 
 
-def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool, left: int) -> list[str]:
+def _facts(config: Config, source: Source, data: Data, resolved: Resolved, head: str, left: int) -> list[str]:
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {thousands(len(data.train))} training and "
         f"{counted(len(data.val), f'validation {data.thing}')}, {len(data.classes)} classes",
-        f"head         {'kept' if kept else 'new'}",
+        f"head         {head}",
     ]
     if left:
         others = "" if isinstance(data.train, Stream) else ", others every time"

@@ -54,7 +54,7 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         good=None,
         facts=(
             ("accuracy", f"{percent(best.val_accuracy)} at best, {percent(result.final.val_accuracy)} at the end"),
-            ("peak learning rate", f"{resolved.lr:.3g}"),
+            ("peak learning rate", f"{resolved.lr:.3g}: {resolved.lr_reason}"),
             ("statistics", f"{resolved.statistics}: {resolved.reason}"),
             ("steps", thousands(result.final.step)),
         ),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_task import patterns, tiny
 from torch import nn
 from torchvision import models
@@ -14,6 +15,7 @@ from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError,
 from bnsurgery.finetune import network
 from bnsurgery.finetune.recipe import choose_parameters_, set_dropout_
 from bnsurgery.heads import find_head, outputs_of, replace_head_
+from bnsurgery.labels import noted_classes
 
 CONFIG = finetune.Config(source="x", data="x", output="x", image_size=8, normalize="none")
 DATA = finetune.from_tensors(patterns(16, 1), patterns(8, 2), ["nw", "ne", "sw", "se"])
@@ -102,7 +104,7 @@ def test_the_plain_arm_of_an_inserted_network_has_no_batchnorm():
 
 
 def test_a_new_head_is_not_left_untrained():
-    config = replace(CONFIG, train="bn")
+    config = replace(CONFIG, train="bn", head="new")
     source = network.given(tiny())
     with pytest.raises(BNSurgeryError, match="--train bn would leave the new head"):
         network.prepare(source, network.task_of(source, DATA, config), config, [patterns(16, 1)[0].float() / 255])
@@ -248,3 +250,85 @@ def test_what_is_trained_goes_before_what_was_frozen(train):
 
 def norms_of(model):
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize("arm", ["bn", "plain"])
+@pytest.mark.parametrize("kind", ["network", "inserted network", "file", "inserted file"])
+def test_a_trained_head_that_fits_is_kept(tmp_path, kind, arm):
+    """To the bit: from a network or a file, inserted into before or not; as many classes, whose names nobody knows."""
+    images = patterns(16, 1)[0].float() / 255
+    inserted = bnsurgery.insert(tiny(), [images])
+    config = replace(CONFIG, source="", model="tiny_task:tiny", arm=arm)
+    if kind == "file":
+        torch.save(tiny(7).state_dict(), tmp_path / "mine.pth")
+        source = network.find(replace(config, source=str(tmp_path / "mine.pth")))
+    elif kind == "inserted file":
+        bnsurgery.save(inserted, tmp_path / "bn.safetensors")
+        source = network.find(replace(config, source=str(tmp_path / "bn.safetensors")))
+    else:
+        source = network.given(tiny() if kind == "network" else inserted)
+    before = tiny(7 if kind == "file" else 0)
+    kept, why = network.keeps_head(source, (1, 8, 8), DATA.classes, config)
+    assert kept and "4 classes" in why and "--head new" in why
+    task = network.task_of(source, DATA, config)
+    assert task.head is None
+    trained, head = network.prepare(source, task, config, [images])
+    assert torch.equal(head.weight, before[-1].weight) and torch.equal(head.bias, before[-1].bias)
+    torch.testing.assert_close(trained.eval()(images), before(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "kept", "why"),
+    [
+        (("nw", "ne", "sw", "se"), True, "for these classes"),
+        (("nw", "ne", "se", "sw"), False, "in another order"),
+        (("a", "b", "c", "d"), False, "for other classes, such as 'nw'"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["run", "folded"])
+def test_a_head_whose_classes_are_known_is_kept_for_those(tmp_path, kind, classes, kept, why):
+    """They are: in what a run saved, and in what it was folded to."""
+    images = patterns(16, 1)[0].float() / 255
+    source = network.given(tiny())
+    trained, _ = network.prepare(source, network.task_of(source, DATA, CONFIG), CONFIG, [images])
+    path = tmp_path / "w.safetensors"
+    if kind == "run":
+        bnsurgery.save(trained, path)
+    else:
+        bnsurgery.export(trained, path, to="state-dict")
+    config = replace(CONFIG, source=str(path), model="tiny_task:tiny")
+    data = replace(DATA, classes=classes)
+    source = network.find(config)
+    found = network.keeps_head(source, (1, 8, 8), classes, config)
+    assert found[0] == kept and why in found[1]
+    _, head = network.prepare(source, network.task_of(source, data, config), config, [images])
+    assert torch.equal(head.weight, tiny()[-1].weight) == kept
+    asked = replace(config, head="keep" if not kept else "new")
+    assert network.keeps_head(source, (1, 8, 8), classes, asked) == (not kept, "as asked")
+
+
+def test_a_head_for_more_classes_is_given_up_in_words():
+    source = network.given(tiny())
+    kept, why = network.keeps_head(source, (1, 8, 8), ("a", "b"), CONFIG)
+    assert not kept and why == "the old one is for 4 classes"
+
+
+def test_torchvisions_weights_know_their_classes(monkeypatch):
+    """A thousand classes of one's own are not ImageNet's."""
+    made = models.squeezenet1_1(weights=None)
+    monkeypatch.setattr(network.pretrained, "load", lambda *_, **__: network.pretrained.Pretrained(
+        "squeezenet1_1", made, None, "SqueezeNet1_1_Weights.IMAGENET1K_V1", None
+    ))  # fmt: skip
+    source = network.find(replace(CONFIG, source="squeezenet1_1"))
+    assert source.classes == tuple(models.SqueezeNet1_1_Weights.DEFAULT.meta["categories"])
+    assert network.keeps_head(source, (3, 32, 32), source.classes, CONFIG)[0]
+    own = tuple(f"n{i}" for i in range(1000))
+    assert not network.keeps_head(source, (3, 32, 32), own, CONFIG)[0]
+
+
+@pytest.mark.parametrize("noted", ["no JSON", "5", "{}", '["a", 1]', "[" * 5000])
+def test_class_names_in_a_file_are_not_believed(tmp_path, noted):
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"classes": noted})
+    assert noted_classes(str(tmp_path / "w.safetensors")) == ()
+    (tmp_path / "text.safetensors").write_text("no weights")
+    assert noted_classes(str(tmp_path / "text.safetensors")) == noted_classes(str(tmp_path)) == ()

@@ -78,7 +78,7 @@ def test_a_run_is_the_loop_that_one_would_write(model, data, config):
 
 
 def test_what_is_kept_is_what_was_measured(model, data, config):
-    result = finetune.run(config(ema=0.8, evaluations=2), model=model, data=data)
+    result = finetune.run(config(ema=0.8, evaluations=2, head="new"), model=model, data=data)
     kept = bnsurgery.load(result.directory / "best.safetensors", model=model)
     images, labels = data.val.read.images.float() / 255, torch.tensor(data.val.labels)
     with torch.inference_mode():

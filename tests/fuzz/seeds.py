@@ -18,7 +18,7 @@ import bnsurgery
 from bnsurgery.finetune import Config
 from bnsurgery.finetune.comparison import Trial
 from bnsurgery.finetune.datasets import Fingerprint
-from bnsurgery.finetune.results import Row
+from bnsurgery.finetune.results import Resolved, Row
 from bnsurgery.models import Architecture
 from bnsurgery.preprocessing import Preprocessing
 from bnsurgery.surgery_record import attach_record, record
@@ -152,12 +152,10 @@ def _arguments() -> dict[str, bytes]:
 
 
 def _state() -> dict[str, object]:
-    resolved = {"lr": 0.05, "statistics": "batch", "reason": "as asked"}
     optimizer = {"state": {}, "param_groups": [{"lr": 0.05, "params": [0]}]}
     state = {
         "version": 1,
         "step": 6,
-        "resolved": resolved,
         "rows": [asdict(_ROW)],
         "losses": [1.0],
         "accuracies": [0.5],
@@ -169,9 +167,10 @@ def main() -> None:
     """Write every file anew."""
     config = asdict(Config(source="squeezenet1_1", data="photos", output="run", lr=0.05))
     fingerprint = asdict(Fingerprint("folder photos", 6, 4, ("a", "b"), "0" * 64, "1" * 64))
+    run = {"config": config, "data": fingerprint, "resolved": asdict(Resolved(0.05, "batch", "as asked", "as asked"))}
     trials = [asdict(Trial(arm, lr, 0, "batch", None, (_ROW,), 1.0)) for arm in ("plain", "bn") for lr in (0.1, 1.0)]
     diverged = asdict(Trial("bn-naive", 1.0, 0, "", "the loss is nan", (), 1.0))
-    rows = asdict(_ROW)
+    rows = {**asdict(_ROW), "peak_lr": 0.05}
     records = {"plain": inserted(), "post": inserted(placement="post-activation")}
     torchvision = replace(record(inserted()), architecture=Architecture("squeezenet1_1", 3, 0.5))
     weights = _weights()
@@ -186,8 +185,8 @@ def main() -> None:
             "deep": b"[" * 2000,
         },
         "config": {
-            "run.json": json.dumps({"config": config, "data": fingerprint}).encode(),
-            "model.json": json.dumps({"config": config | {"model": "os:system"}, "data": fingerprint}).encode(),
+            "run.json": json.dumps(run).encode(),
+            "model.json": json.dumps(run | {"config": config | {"model": "os:system"}}).encode(),
         },
         "state": {
             "zip": to_torch(_state()),
