@@ -3,8 +3,8 @@
 import importlib.util
 import os
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from bnsurgery.verification import verify
 from . import recipe
 from .config import Config
 from .datasets import Data, open_data
+from .head_fit import fit_head_
 from .loading import Loader, Prepared, TrainBatches, default_workers, plain_loader
 from .network import Source, choose_statistics, find, forget_, fuse_for_training_, given, keeps_head, prepare, task_of
 from .run_directory import Resolved
@@ -172,7 +173,7 @@ def build(
     prepared = Prepared(data.train, task, augment, config.seed)
     pinned = accelerator.device.type == "cuda"
     batches = TrainBatches(len(prepared), config.batch_size, config.seed, rank, world)
-    share = {
+    share: dict[str, Any] = {
         "rank": rank,
         "world": world,
         "workers": workers,
@@ -191,6 +192,9 @@ def build(
     if config.arm == "bn-naive":
         forget_(network)
         recalibrate_(network, calibration)  # every layer sees something else now
+    if not resolved.head:
+        made = _head_made_(config, network, head, keeps_head(source, data.classes, config), prepared, share)
+        resolved = replace(resolved, head=made)
     conditioner = None
     if recipe.HeadConditioner.suits(config, head):
         seen = input_moments(network, find_head(network, task.preprocessing.shape), calibration)
@@ -209,7 +213,7 @@ def build(
         network=network,
         conditioner=conditioner,
         resolved=resolved,
-        facts=_facts(config, source, data, resolved, keeps_head(source, data.classes, config), batches.left_over),
+        facts=_facts(config, source, data, resolved, batches.left_over),
         prepared=prepared,
         batches=batches,
         train=Loader(prepared, batches, workers, pinned),
@@ -230,15 +234,29 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared) -> Resolved
 
     statistics, reason = choose_statistics(config, drift)
     lr = recipe.default_rate(config) if config.lr in (None, "auto") else float(config.lr)
-    return Resolved(lr, statistics, reason)
+    return Resolved(lr, statistics, reason, head="")
 
 
-def _facts(config: Config, source: Source, data: Data, resolved: Resolved, kept: bool, left: int) -> list[str]:
+def _head_made_(
+    config: Config, network: nn.Module, head: nn.Module, kept: bool, prepared: Prepared, share: dict[str, Any]
+) -> str:
+    """Give a new head its first weights, and say how. Every process fits the same one, on all training images.
+
+    In every arm the features are those of eval mode, which validation sees: the inserted network's are the original's
+    to the bit, and the naive one's go by the population statistics that it was just given.
+    """
+    if kept or config.head_init == "random":
+        return "kept" if kept else "new, random"
+    found = fit_head_(network, plain_loader(prepared, **{**share, "rank": 0, "world": 1}), head)
+    return f"new, {'' if found.refusal is None else 'random, '}{found}"
+
+
+def _facts(config: Config, source: Source, data: Data, resolved: Resolved, left: int) -> list[str]:
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {len(data.train)} training and {len(data.val)} validation images, "
         f"{len(data.classes)} classes",
-        f"head         {'kept' if kept else 'new'}",
+        f"head         {resolved.head}",
     ]
     if left:
         facts.append(

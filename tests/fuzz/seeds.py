@@ -152,7 +152,7 @@ def _arguments() -> dict[str, bytes]:
 
 
 def _state() -> dict[str, object]:
-    resolved = {"lr": 0.05, "statistics": "batch", "reason": "as asked"}
+    resolved = {"lr": 0.05, "statistics": "batch", "reason": "as asked", "head": "kept"}
     optimizer = {"state": {}, "param_groups": [{"lr": 0.05, "params": [0]}]}
     state = {
         "version": 1,

@@ -29,7 +29,7 @@ def rows(*accuracies):
     )
 
 
-RESULT = finetune.Result(None, rows(0.5, 0.75), Resolved(0.1, "batch", "a batch of 64 is large enough"))
+RESULT = finetune.Result(None, rows(0.5, 0.75), Resolved(0.1, "batch", "a batch of 64 is large enough", "kept"))
 COMPARISON = Comparison(
     "tiny on patterns",
     (
