@@ -62,15 +62,15 @@ def fit_head_(model: nn.Module, loader: Iterable[Any], head: nn.Module | None = 
         mean over the images of cross_entropy(V·z + c, label)  +  (10/N)·½‖V‖²
 
     by L-BFGS in float64, and writes W = V/s and b = c − W·m. A head without a bias gets m = 0 and c = 0. Features are
-    the model's in eval mode, and kept as float32, (N, features). That the logits are W·f + b, but for what softmax does
-    not see, is tried out on the first batch, before and after. Where an activation stands between head and averaging,
-    as SqueezeNet's ReLU does, a second pass finds the constant, the same for all biases, that keeps it open at every
-    position of every image.
+    the model's in eval mode, and kept as float32, (N, features). That the logits then are W·f + b, but for what softmax
+    does not see, is tried out on the first batch. Where an activation stands between head and averaging, such as
+    SqueezeNet's ReLU, a second pass finds the constant, the same for all biases, that keeps it open at every position
+    of every image.
 
     Args:
         model: modes, statistics and random numbers are left as they were.
         loader: the training data without augmentation: tuples of an input, as `bnsurgery.insert` takes it, and labels
-            (N,). It is gone through twice, if need be: a DataLoader or a list, no generator.
+            (N,). It may be gone through twice: a DataLoader or a list, no generator.
         head: dense or a 1×1 convolution; None to find it.
 
     Returns:
@@ -79,7 +79,8 @@ def fit_head_(model: nn.Module, loader: Iterable[Any], head: nn.Module | None = 
 
     Raises:
         NonFiniteError: a feature is NaN or infinite.
-        BNSurgeryError: the loader is empty, has no labels, or is a generator; the model does not take what it gives.
+        BNSurgeryError: the loader is empty, has no labels, or is a generator; the model does not take what it gives; no
+            head is found.
 
     References: Kumar et al. 2022, "Fine-tuning can distort pretrained features", arXiv:2202.10054 (first the head, then
     all); Liu & Nocedal 1989 (L-BFGS).
