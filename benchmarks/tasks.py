@@ -17,7 +17,9 @@ from bnsurgery.finetune import Config, Data
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real" / "real.py"
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ARMS = ("plain", "bn", "bn-naive", "bn-half")
-_BASE = Config(data="tensors", output="unused", normalize="none", head="new", num_workers=0, device="cpu")
+_BASE = Config(
+    data="tensors", output="unused", normalize="none", head="new", head_init="random", num_workers=0, device="cpu"
+)
 
 
 @dataclass(frozen=True)

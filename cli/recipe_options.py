@@ -47,6 +47,7 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
         None,
         "Replace the output layer, or keep it; auto keeps it for its own classes, or as many of unknown names.",
     ),
+    ("head_init", None, "Of a new head: fit it to the network's features on the training images first, or not."),
     ("arm", None, "bn, or what compare sets beside it: plain, without BatchNorm; bn-naive, with weight 1 and bias 0."),
     ("dropout", _SHARE, "Of every Dropout layer.  [default: 0.2 where it is above]"),
     ("root", str, "Where torchvision's datasets are."),

@@ -257,7 +257,7 @@ def test_a_model_named_in_a_file_is_never_imported(folder, sentinel, capfd):
     sentinel.unlink()
 
 
-RESOLVED = Resolved(0.05, "batch", "as asked", "as asked")
+RESOLVED = Resolved(0.05, "batch", "as asked", "as asked", "kept")
 OPEN = {"root": "data", "download": False, "val_fraction": 0.2, "seed": 0, "skip_bad": False}
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .comparison import Comparison
     from .config import Config
     from .datasets import Data, from_tensors
+    from .head_fit import HeadFit, fit_head_
     from .loop import DivergedError
     from .runs import Result, resume, run
     from .stopping import Interrupted
@@ -21,9 +22,11 @@ _HOMES = {
     "Config": "config",
     "Data": "datasets",
     "DivergedError": "loop",
+    "HeadFit": "head_fit",
     "Interrupted": "stopping",
     "Result": "runs",
     "compare": "trials",
+    "fit_head_": "head_fit",
     "from_tensors": "datasets",
     "resume": "runs",
     "run": "runs",
@@ -34,9 +37,11 @@ __all__ = [
     "Config",
     "Data",
     "DivergedError",
+    "HeadFit",
     "Interrupted",
     "Result",
     "compare",
+    "fit_head_",
     "from_tensors",
     "resume",
     "run",

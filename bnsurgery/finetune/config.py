@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "augment": ("auto", "none", "crop", "crop-flip", "resized-crop", "trivial"),
     "layers": ("all", "conv", "dense"),
     "head": ("auto", "new", "keep"),
+    "head_init": ("fit", "random"),
     "optimizer": ("sgd", "adamw"),
     "train": ("all", "bn", "head", "bn+head"),
     "statistics": ("auto", "batch", "running", "renorm"),
@@ -41,6 +42,8 @@ class Config:
         layers: which layers get a BatchNorm: "all", "conv" or "dense".
         head: "new" replaces the output layer, "keep" keeps it; "auto" keeps one that is for these classes: of the same
             names in the same order, where a file notes them, else of as many.
+        head_init: what a new head starts with: "fit" for the weights that suit the network's features best, see
+            `fit_head_`, where that can be; or "random".
         dropout: probability that every Dropout module is set to; None lowers those above 0.2 to 0.2.
         arm: "bn"; or, as `compare` sets beside it, "plain" without BatchNorm, or "bn-naive" with a fresh one (weight 1,
             bias 0), which forgets what the network computed.
@@ -105,6 +108,7 @@ class Config:
     partial: bool = False
     layers: str = "all"
     head: str = "auto"
+    head_init: str = "fit"
     dropout: float | None = None
     arm: str = "bn"
     root: str = "data"

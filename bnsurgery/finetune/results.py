@@ -37,9 +37,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What "auto" and the defaults came to: found once, at the start of a run, and kept when it is resumed."""
+    """What "auto" and the defaults came to: found once, at the start of a run, and kept when it is resumed.
+
+    Attributes:
+        head: what the run began with, in words: "kept" or "new", why, and how a new one was made.
+    """
 
     lr: float
     statistics: str
     reason: str
     lr_reason: str
+    head: str

@@ -56,8 +56,8 @@ class Result:
 
     @property
     def best(self) -> Row:
-        """The first validation with the highest accuracy: what best.safetensors holds."""
-        return max(self.rows, key=lambda row: row.val_accuracy)
+        """The validation with the highest accuracy, of equal ones the lowest loss: what best.safetensors holds."""
+        return max(self.rows, key=lambda row: (row.val_accuracy, -row.val_loss))
 
     @property
     def final(self) -> Row:

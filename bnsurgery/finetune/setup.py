@@ -3,8 +3,8 @@
 import importlib.util
 import os
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from bnsurgery.words import counted, thousands, with_article
 from . import recipe
 from .config import Config
 from .datasets import Data, open_data
+from .head_fit import fit_head_
 from .loading import Loader, Prepared, TrainBatches, default_workers
 from .network import Source, choose_statistics, find, forget_, fuse_for_training_, given, keeps_head, prepare, task_of
 from .own_data import open_own
@@ -177,7 +178,7 @@ def build(
     prepared = as_taken(data.train, task, augment, config.seed)
     pinned = accelerator.device.type == "cuda"
     batches, train = training(prepared, config.batch_size, config.seed, workers, rank=rank, world=world, pinned=pinned)
-    share = {
+    share: dict[str, Any] = {
         "rank": rank,
         "world": world,
         "workers": workers,
@@ -199,6 +200,9 @@ def build(
     if config.arm == "bn-naive":
         forget_(network)
         recalibrate_(network, calibration)  # every layer sees something else now
+    if not resolved.head:
+        made = "" if kept else _fit_head_(config, network, head, prepared, share)
+        resolved = replace(resolved, head=f"{'kept' if kept else 'new'}: {why}{made}")
     conditioner = None
     if recipe.HeadConditioner.suits(config, head):
         seen = input_moments(network, find_head(network, shape), calibration)
@@ -219,7 +223,7 @@ def build(
         network=network,
         conditioner=conditioner,
         resolved=resolved,
-        facts=_facts(config, source, data, resolved, f"{'kept' if kept else 'new'}: {why}", batches.left_over),
+        facts=_facts(config, source, data, resolved, batches.left_over),
         prepared=prepared,
         batches=batches,
         train=train,
@@ -240,16 +244,30 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) ->
 
     statistics, reason = choose_statistics(config, drift)
     if config.lr in (None, "auto"):
-        return Resolved(recipe.default_rate(config), statistics, reason, f"the default for a batch of {size}")
-    return Resolved(float(config.lr), statistics, reason, "as asked")
+        return Resolved(recipe.default_rate(config), statistics, reason, f"the default for a batch of {size}", head="")
+    return Resolved(float(config.lr), statistics, reason, "as asked", head="")
 
 
-def _facts(config: Config, source: Source, data: Data, resolved: Resolved, head: str, left: int) -> list[str]:
+def _fit_head_(
+    config: Config, network: nn.Module, head: nn.Module, prepared: Prepared | Stream, share: dict[str, Any]
+) -> str:
+    """Give a new head its first weights, and say how. Every process fits the same one, on all training images.
+
+    In every arm the features are those of eval mode, which validation sees: the inserted network's are the original's
+    to the bit, and the naive one's go by the population statistics that it was just given.
+    """
+    if config.head_init == "random":
+        return "; random"
+    found = fit_head_(network, evaluation(prepared, **{**share, "rank": 0, "world": 1}), head)
+    return f"; {'' if found.refusal is None else 'random, '}{found}"
+
+
+def _facts(config: Config, source: Source, data: Data, resolved: Resolved, left: int) -> list[str]:
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {thousands(len(data.train))} training and "
         f"{counted(len(data.val), f'validation {data.thing}')}, {len(data.classes)} classes",
-        f"head         {head}",
+        f"head         {resolved.head}",
     ]
     if left:
         others = "" if isinstance(data.train, Stream) else ", others every time"

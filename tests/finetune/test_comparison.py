@@ -123,8 +123,9 @@ def test_trials_in_processes_of_their_own_give_the_same(model, data, config, tmp
     result = finetune.compare(apart, model=model, data=data, arms=("bn", "plain"), rates=(0.1, 0.03), jobs=None)
     assert [t.arm for t in result.trials] == ["bn", "plain"] * 2
     for one, two in zip(alone.trials, result.trials, strict=True):
-        # Other machines give these processes more threads, which sum in another order: a few roundings.
-        assert two.rows[-1].val_loss == pytest.approx(one.rows[-1].val_loss, rel=1e-4)
+        # Other machines give these processes more threads, which sum in another order: a few roundings, by which the
+        # fit of the head ends elsewhere within its tolerance.
+        assert two.rows[-1].val_loss == pytest.approx(one.rows[-1].val_loss, rel=1e-3)
 
 
 def test_another_comparison_is_not_mixed_in(model, data, config):

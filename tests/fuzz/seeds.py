@@ -167,7 +167,11 @@ def main() -> None:
     """Write every file anew."""
     config = asdict(Config(source="squeezenet1_1", data="photos", output="run", lr=0.05))
     fingerprint = asdict(Fingerprint("folder photos", 6, 4, ("a", "b"), "0" * 64, "1" * 64))
-    run = {"config": config, "data": fingerprint, "resolved": asdict(Resolved(0.05, "batch", "as asked", "as asked"))}
+    run = {
+        "config": config,
+        "data": fingerprint,
+        "resolved": asdict(Resolved(0.05, "batch", "as asked", "as asked", "kept")),
+    }
     trials = [asdict(Trial(arm, lr, 0, "batch", None, (_ROW,), 1.0)) for arm in ("plain", "bn") for lr in (0.1, 1.0)]
     diverged = asdict(Trial("bn-naive", 1.0, 0, "", "the loss is nan", (), 1.0))
     rows = {**asdict(_ROW), "peak_lr": 0.05}
