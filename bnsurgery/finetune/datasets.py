@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from tqdm import tqdm
 from bnsurgery.batches import Inputs
 from bnsurgery.data import find_images, load_image
 from bnsurgery.errors import DataError
+
+from .split import Split
 
 if TYPE_CHECKING:
     from .streams import Stream
@@ -46,34 +48,6 @@ _TORCHVISION: dict[str, tuple[tuple[dict[str, Any], dict[str, Any] | None], str]
     "SUN397": (({}, None), "resized-crop"),
     "Caltech101": (({}, None), "resized-crop"),
 }
-
-
-@dataclass(frozen=True)
-class Split:
-    """Labelled images, by number.
-
-    Attributes:
-        read: from a number to a PIL image or a uint8 tensor (C, H, W), or to a user's own inputs.
-        labels: class index of every image.
-        names: what to tell the images apart by: paths and sizes, or a digest; the labels alone where empty.
-    """
-
-    read: Callable[[int], Any]
-    labels: tuple[int, ...]
-    names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: Sequence[int]) -> "Split":
-        """Some of the images, in that order."""
-        names = tuple(self.names[i] for i in indices) if self.names else ()
-        return Split(_Chosen(self.read, tuple(indices)), tuple(self.labels[i] for i in indices), names)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over labels and names: another one means other images."""
-        return hashlib.sha256(repr((self.labels, self.names)).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -207,15 +181,6 @@ class _Pairs:
     def __call__(self, index: int) -> Image.Image:
         image: Image.Image = self.dataset[index][0]
         return image
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    read: Callable[[int], Image.Image | Tensor]
-    indices: tuple[int, ...]
-
-    def __call__(self, index: int) -> Image.Image | Tensor:
-        return self.read(self.indices[index])
 
 
 def _folder(directory: Path, val_fraction: float, seed: int, skip_bad: bool, show: bool) -> Data:

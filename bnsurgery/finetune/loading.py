@@ -18,7 +18,7 @@ from bnsurgery.errors import DataError
 from bnsurgery.system import processors
 from bnsurgery.task import Task
 
-from .datasets import Split
+from .split import Split
 
 Key = tuple[int, int]  # epoch and number of the image
 _CROP_AREA = (0.35, 1.0)  # of the photograph; from-scratch training takes from 0.08, which is harsh on a fine-tune

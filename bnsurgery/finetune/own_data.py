@@ -15,8 +15,9 @@ from bnsurgery.batches import Inputs
 from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
 
 from .config import Config
-from .datasets import Data, Split
+from .datasets import Data
 from .loading import collated
+from .split import Split
 from .streams import Stream, check_classes
 
 # What only images, or only data that this package divides, has a use for.

@@ -15,8 +15,8 @@ from bnsurgery.batches import Inputs
 from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
 from bnsurgery.task import Task
 
-from .datasets import Split
 from .loading import EVALUATED, Loader, Prepared, TrainBatches, plain_loader, started
+from .split import Split
 
 
 class Stream:
