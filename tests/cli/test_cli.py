@@ -182,7 +182,8 @@ def test_strange_names_cannot_steer_the_terminal(cli, weights):
     model = bnsurgery.load("squeezenet1_1-bn.safetensors")
     done = bnsurgery.record(model)
     first = replace(done.sites[0], site=replace(done.sites[0].site, activation="\x1b[31m\ud800"))
-    attach_record(model, replace(done, sites=(first, *done.sites[1:])))
+    plan = replace(done.plan, sites=(first.site, *done.plan.sites[1:]))
+    attach_record(model, replace(done, plan=plan, sites=(first, *done.sites[1:])))
     bnsurgery.save(model, "strange.safetensors")
     code, out, err = cli("plan", "strange.safetensors")
     assert code == 0, err

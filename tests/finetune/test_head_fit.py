@@ -323,11 +323,9 @@ def test_every_arm_fits_its_own_features_and_a_kept_head_stays(model, data, conf
         assert re.match("new: .*; fitted on 96 images in ", made.resolved.head)
     assert torch.equal(heads["plain"].weight, heads["bn"].weight)
     assert not torch.allclose(heads["bn"].weight, heads["bn-naive"].weight, rtol=0.1)
-    for changes, said in (
-        ({"head": "keep"}, "kept: as asked"),
-        ({"head": "new", "head_init": "random"}, "new: as asked; random"),
-    ):
-        made = setup.build(config(**changes), setup.processes(config()), model, data, None, False)
+    kept, random = "kept: as asked", "new: as asked; random"
+    for head, head_init, said in (("keep", "fit", kept), ("new", "random", random)):
+        made = setup.build(config(head=head, head_init=head_init), setup.processes(config()), model, data, None, False)
         assert made.resolved.head == said
         assert torch.equal(head_of(made.network).weight, model[-1].weight) == (said == kept)
     assert head_of(made.network).weight.std().item() == pytest.approx(0.01, rel=0.3)
