@@ -65,7 +65,7 @@ def test_nothing_in_a_file_steers_the_terminal(tmp_path, monkeypatch, capfd):
         assert (code == 0) == ("--json" in words or words == ["plan", "net.safetensors"]), (words, out, err)
         if "--json" in words:
             told = json.loads(out)
-            found = told["record"]["model"] if words[0] == "plan" else told["predictions"][0]["image"]
+            found = told["record"]["plan"]["model"] if words[0] == "plan" else told["predictions"][0]["image"]
             assert found == (f"Net{ESCAPE}" if words[0] == "plan" else f"x{ESCAPE}.png")
         if words == ["plan", "net.safetensors"]:
             assert "--model 'x; rm -rf /" in out  # one word of a shell's

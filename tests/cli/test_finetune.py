@@ -205,7 +205,7 @@ def test_compare_recommends_the_winner_and_finetune_makes_it(winner, cli, folder
         (["finetune", *FAST, "--batch-size", "500"], 1, "pass --batch-size 48 or less"),
         (["finetune", "--resume", "nowhere"], 1, "there is no run to resume"),
         (["compare", *FAST[:-4], "--arms", "plain,best"], 1, "arms: plain, bn, bn-naive, bn-half"),
-        (["compare", *FAST[:-4], "--rates", "0.1,x"], 2, "could not convert"),
+        (["compare", *FAST[:-4], "--rates", "0.1,x"], 2, "expected numbers, separated by commas"),
     ],
 )
 def test_wrong_use_is_explained(cli, folder, args, code, text):
@@ -219,7 +219,7 @@ def test_a_damaged_image_is_named_or_left_out(cli, folder):
     code, _, err = cli("finetune", *FAST)
     assert code == 1 and "images/dark/5.png" in err and "--skip-bad" in err
     code, out, _ = cli("finetune", *FAST, "--skip-bad", "-o", "run2")
-    assert code == 0 and "left out     1 damaged images, the first: images/dark/5.png" in out
+    assert code == 0 and "left out     1 damaged image, the first: images/dark/5.png" in out
 
 
 def test_other_formats_are_trained_on_and_files_passed_over_are_named(cli, folder):
