@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.tasks import TASKS
-from bnsurgery import finetune, models, pretrained, report
+from bnsurgery import finetune, report
+from bnsurgery.networks import pretrained
+from bnsurgery.records import architectures
 
 SEED = 0
 RESULTS = Path("demo-results")
@@ -65,7 +67,7 @@ def round_trip() -> int:
         if bnsurgery(folder, "fold vgg16-bn.safetensors"):
             return 1
         print("\nThe folded file against the weights it started from:")
-        start = pretrained.load(models.architecture("vgg16"), weights, seed=SEED).model.state_dict()
+        start = pretrained.load(architectures.architecture("vgg16"), weights, seed=SEED).model.state_dict()
         folded = load_file(folder / "vgg16-folded.safetensors")
         equal = [name for name, tensor in start.items() if torch.equal(folded[name], tensor)]
         same_keys = set(folded) == set(start)

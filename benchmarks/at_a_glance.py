@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 import bnsurgery
 from bnsurgery import finetune
-from bnsurgery.files import atomic_write
-from bnsurgery.report.style import BN, PLAIN, WRONG, new_figure, write
-from bnsurgery.report.training_figures import draw_rates
-from bnsurgery.words import percent
+from bnsurgery.files.writing import atomic_write
+from bnsurgery.finetune.figures import draw_rates
+from bnsurgery.pages.style import BN, PLAIN, WRONG, new_figure, write
+from bnsurgery.text.words import percent
 
 from .compare_tasks import RESULTS
 from .tasks import real

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from torchvision import models
 
 import bnsurgery
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 from .gpu.job import Job
 from .timing import interleave, median, ratio

@@ -20,7 +20,7 @@ from bnsurgery import finetune
 from bnsurgery.finetune.loop import Trainer
 from bnsurgery.finetune.setup import build, processes
 from bnsurgery.finetune.stopping import StopRequest
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 from .timing import interleave, median, ratio
 

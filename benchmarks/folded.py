@@ -4,7 +4,7 @@ import torch
 from torchvision import models
 
 import bnsurgery
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 from .timing import interleave, median, ratio
 

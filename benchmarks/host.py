@@ -22,7 +22,7 @@ from triton.runtime import driver
 
 import bnsurgery
 from bnsurgery.ops import cuda, functional, kernels, library
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 from .kernel_resources import NAMES, PROCESSORS, NamedDriver
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 from .timing import interleave, median, ratio
 

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bnsurgery.ops import cuda, kernels
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 ARCHITECTURES = (80, 90, 100)
 NAMES = ("reduce", "combine", "stream")

@@ -22,9 +22,9 @@ from torch import nn
 from torchvision import models
 
 import bnsurgery
-from bnsurgery.data import calibration_batches
-from bnsurgery.preprocessing import Preprocessing
-from bnsurgery.tables import table
+from bnsurgery.images.decoding import calibration_batches
+from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.text.tables import table
 
 PLACE = Path("benchmarks/results/load.txt")
 SIZE, BATCH, ALLOWED = 48, 32, 0.05

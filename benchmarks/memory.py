@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision import models
 
 import bnsurgery
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 from .timing import interleave, median, ratio
 

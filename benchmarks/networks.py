@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import bnsurgery
-from bnsurgery.batches import inputs as as_inputs
-from bnsurgery.batches import run
+from bnsurgery.running.batches import inputs as as_inputs
+from bnsurgery.running.batches import run
 
 from .timing import interleave, ratio
 from .zoo import NETWORKS, images

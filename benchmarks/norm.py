@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import bnsurgery
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 from .timing import busy, geomean, interleave, median, ratio
 

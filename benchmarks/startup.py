@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 from .timing import interleave, median
 

@@ -22,7 +22,7 @@ from torch import nn
 from torchvision import models
 
 import bnsurgery
-from bnsurgery.tables import table
+from bnsurgery.text.tables import table
 
 from .gpu.job import Job
 from .timing import busy, interleave, median, ratio

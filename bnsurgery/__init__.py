@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import finetune, nn, ops, report
-    from .calibration import calibrate, recalibrate_
-    from .checkpoint import load, save
-    from .exporting import Export, export
-    from .folding import fold
-    from .insertion import insert
-    from .moments import ChannelMoments
+    from .exports.exporting import Export, export
+    from .files.checkpoint import load, save
+    from .graph.planning import Plan, Site, Skip, plan
+    from .networks.onnx_files import from_onnx
     from .nn import set_process_group_, set_statistics_
-    from .onnx_files import from_onnx
-    from .planning import Plan, Site, Skip, plan
-    from .recomputation import recompute_activations_
-    from .relu_fusion import fuse_relu_, unfuse_relu_
-    from .stock import to_torch
-    from .surgery_record import SurgeryRecord, record
-    from .verification import EquivalenceReport, verify
+    from .records.record import SurgeryRecord, record
+    from .statistics.calibration import calibrate, recalibrate_
+    from .statistics.moments import ChannelMoments
+    from .statistics.verification import EquivalenceReport, verify
+    from .surgery.folding import fold
+    from .surgery.insertion import insert
+    from .surgery.recomputation import recompute_activations_
+    from .surgery.relu_fusion import fuse_relu_, unfuse_relu_
+    from .surgery.stock import to_torch
 
 from ._version import __version__ as __version__
 from .errors import (
@@ -36,33 +36,33 @@ from .errors import (
     NoSitesError,
     UntraceableModelError,
 )
-from .torch_version import require_torch
+from .machine.torch_version import require_torch
 
 _HOMES = {
-    "calibrate": "calibration",
-    "recalibrate_": "calibration",
-    "load": "checkpoint",
-    "save": "checkpoint",
-    "Export": "exporting",
-    "export": "exporting",
-    "fold": "folding",
-    "from_onnx": "onnx_files",
-    "insert": "insertion",
-    "ChannelMoments": "moments",
+    "calibrate": "statistics.calibration",
+    "recalibrate_": "statistics.calibration",
+    "load": "files.checkpoint",
+    "save": "files.checkpoint",
+    "Export": "exports.exporting",
+    "export": "exports.exporting",
+    "fold": "surgery.folding",
+    "from_onnx": "networks.onnx_files",
+    "insert": "surgery.insertion",
+    "ChannelMoments": "statistics.moments",
     "set_process_group_": "nn",
     "set_statistics_": "nn",
-    "Plan": "planning",
-    "Site": "planning",
-    "Skip": "planning",
-    "plan": "planning",
-    "recompute_activations_": "recomputation",
-    "fuse_relu_": "relu_fusion",
-    "unfuse_relu_": "relu_fusion",
-    "to_torch": "stock",
-    "SurgeryRecord": "surgery_record",
-    "record": "surgery_record",
-    "EquivalenceReport": "verification",
-    "verify": "verification",
+    "Plan": "graph.planning",
+    "Site": "graph.planning",
+    "Skip": "graph.planning",
+    "plan": "graph.planning",
+    "recompute_activations_": "surgery.recomputation",
+    "fuse_relu_": "surgery.relu_fusion",
+    "unfuse_relu_": "surgery.relu_fusion",
+    "to_torch": "surgery.stock",
+    "SurgeryRecord": "records.record",
+    "record": "records.record",
+    "EquivalenceReport": "statistics.verification",
+    "verify": "statistics.verification",
 }
 
 __all__ = [

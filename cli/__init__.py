@@ -12,7 +12,7 @@ import click
 
 from bnsurgery._version import __version__
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, printable
-from bnsurgery.torch_version import require_torch
+from bnsurgery.machine.torch_version import require_torch
 
 _COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "report", "predict", "fold", "export", "archs")
 _MAX_LINE, _MAX_LINES = 2000, 200  # characters; of a message

@@ -9,10 +9,10 @@ from .options import print_options, show
 @print_options
 def command(as_json: bool, quiet: bool) -> None:
     """List the architectures that can be named."""
-    from bnsurgery import models
-    from bnsurgery.tables import table
+    from bnsurgery.records import architectures
+    from bnsurgery.text.tables import table
 
-    rows = [models.summary(name) for name in models.names()]
+    rows = [architectures.summary(name) for name in architectures.names()]
     headers = ("ARCH", "conv", "dense", "M params", "min px", "weights")
     text = table(headers, [(r.name, r.conv, r.dense, r.parameters, r.min_size, ", ".join(r.weights)) for r in rows])
     show(

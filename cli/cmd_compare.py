@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from bnsurgery.finetune.config import RATES, Config
-from bnsurgery.system import quote
+from bnsurgery.machine.system import quote
 
 from .options import Values, given, print_options, show
 from .recipe_options import recipe_options, run_name

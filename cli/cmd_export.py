@@ -24,7 +24,7 @@ _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
 
 
 if TYPE_CHECKING:
-    from bnsurgery.preprocessing import Wanted
+    from bnsurgery.images.preprocessing import Wanted
 
 
 @click.command("export")
@@ -72,11 +72,11 @@ def command(
 
     What was written is read back and compared before it gets its name.
     """  # noqa: D301 (the \b is click's: leave the lines as they are)
-    from bnsurgery import pretrained
-    from bnsurgery.exporting import SUFFIXES, export
-    from bnsurgery.preprocessing import NOTHING
-    from bnsurgery.programs import AXES
-    from bnsurgery.surgery_record import record
+    from bnsurgery.exports.exporting import SUFFIXES, export
+    from bnsurgery.exports.programs import AXES
+    from bnsurgery.images.preprocessing import NOTHING
+    from bnsurgery.networks import pretrained
+    from bnsurgery.records.record import record
 
     if not set(dynamic) <= set(AXES):
         raise click.UsageError(f"--dynamic: got {','.join(dynamic)}, expected some of {','.join(AXES)}.")

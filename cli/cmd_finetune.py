@@ -6,7 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from bnsurgery.system import quote
+from bnsurgery.machine.system import quote
 
 from .options import print_options, show
 from .recipe_options import recipe_options, run_name
@@ -51,13 +51,13 @@ def command(
 
     Start it with torchrun or accelerate launch for several GPUs or machines.
     """
-    from bnsurgery.checkpoint import read_record
-    from bnsurgery.factories import names_code
+    from bnsurgery.files.checkpoint import read_record
     from bnsurgery.finetune.config import Config
     from bnsurgery.finetune.network import own_name
     from bnsurgery.finetune.run_directory import RunDirectory
     from bnsurgery.finetune.runs import resume as resume_run
     from bnsurgery.finetune.runs import run
+    from bnsurgery.networks.factories import names_code
     from bnsurgery.report import training
 
     loud = not (quiet or as_json)

@@ -64,11 +64,11 @@ def command(
     With --model and no FILE, a network that came with its BatchNorm, such as vgg16_bn: every norm goes into the layer
     before it, and a norm that has none is refused by name.
     """
-    from bnsurgery import onnx_files
-    from bnsurgery.exporting import SUFFIXES, export, export_folded
-    from bnsurgery.fitting import Choice
-    from bnsurgery.surgery_record import record
-    from bnsurgery.words import counted
+    from bnsurgery.exports.exporting import SUFFIXES, export, export_folded
+    from bnsurgery.networks import onnx_files
+    from bnsurgery.networks.fitting import Choice
+    from bnsurgery.records.record import record
+    from bnsurgery.text.words import counted
 
     example = None if data is None else first_batch(data)
     if file is not None:
@@ -83,9 +83,9 @@ def command(
         result = export(bn_model, output, to=to, example=example, bias=bias, overwrite=force)  # type: ignore[arg-type]
         done = f"{counted(len(record(bn_model).sites), 'BatchNorm layer')} folded away; gives {result.origin}"
     elif model is not None:
-        from bnsurgery.foldable import OWN_NORMS
-        from bnsurgery.preprocessing import Wanted
-        from bnsurgery.pretrained import noise, own_network
+        from bnsurgery.images.preprocessing import Wanted
+        from bnsurgery.networks.pretrained import noise, own_network
+        from bnsurgery.surgery.foldable import OWN_NORMS
 
         output = output or Path(f"{stem(model)}-folded.safetensors")
         taken = Choice(weights_key, weights_prefix, partial)

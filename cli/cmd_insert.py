@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from bnsurgery.system import quote
+from bnsurgery.machine.system import quote
 
 from .options import (
     IMAGES,
@@ -28,7 +28,7 @@ from .reporting import check_report, report_options, write_report, written
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnsurgery.preprocessing import Wanted
+    from bnsurgery.images.preprocessing import Wanted
 
 
 @click.command("insert")
@@ -88,17 +88,21 @@ def command(
     FILE holds its weights then.
     """
     import bnsurgery
-    from bnsurgery import checkpoint, devices, factories, lrn, models, onnx_files, pretrained
-    from bnsurgery.calibration import calibrate
-    from bnsurgery.copies import on_meta
     from bnsurgery.errors import CalibrationError
-    from bnsurgery.fitting import Choice
-    from bnsurgery.planning import plan
-    from bnsurgery.preprocessing import Preprocessing
-    from bnsurgery.summary import summarize
-    from bnsurgery.surgery_record import Options, record
-    from bnsurgery.verification import DRIFT_SAMPLES, verify
-    from bnsurgery.words import counted
+    from bnsurgery.files import checkpoint
+    from bnsurgery.graph.planning import plan
+    from bnsurgery.images.preprocessing import Preprocessing
+    from bnsurgery.machine import devices
+    from bnsurgery.networks import factories, onnx_files, pretrained
+    from bnsurgery.networks.fitting import Choice
+    from bnsurgery.records import architectures
+    from bnsurgery.records.record import Options, record
+    from bnsurgery.report.summary import summarize
+    from bnsurgery.statistics.calibration import calibrate
+    from bnsurgery.statistics.verification import DRIFT_SAMPLES, verify
+    from bnsurgery.surgery import lrn
+    from bnsurgery.surgery.copies import on_meta
+    from bnsurgery.text.words import counted
 
     try:
         Options(absorb_bias).check(choice["placement"])
@@ -117,7 +121,7 @@ def command(
         preprocess = pretrained.own_preprocessing(network, wanted) if of_images else None
     architecture = None
     if not own:
-        architecture = pretrained.recognise(Path(name), taken) if is_file else models.architecture(name)
+        architecture = pretrained.recognise(Path(name), taken) if is_file else architectures.architecture(name)
         name = architecture.name
     claim(output, force)
     reporting = check_report(page, plot, force, output, weights)
@@ -201,7 +205,7 @@ def command(
 
 def _first(batches: Iterable[Any], count: int) -> list[Any]:
     """So many inputs or a few more, in batches as they come: a network may take one size only."""
-    from bnsurgery.batches import Inputs
+    from bnsurgery.running.batches import Inputs
 
     found, seen = [], 0
     for batch in batches:

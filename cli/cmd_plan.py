@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bnsurgery.system import quote
+from bnsurgery.machine.system import quote
 
 from .options import (
     batches_option,
@@ -63,11 +63,14 @@ def command(
     ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is an ONNX file; or one of weights, whose architecture is
     recognised, or that of what --model makes; or a checkpoint of `bnsurgery insert`, of which is shown what was done.
     """
-    from bnsurgery import drawing, factories, files, models, planning, pretrained
-    from bnsurgery.checkpoint import read_record
-    from bnsurgery.copies import on_meta
-    from bnsurgery.fitting import Choice
-    from bnsurgery.preprocessing import Wanted
+    from bnsurgery.files import writing
+    from bnsurgery.files.checkpoint import read_record
+    from bnsurgery.graph import drawing, planning
+    from bnsurgery.images.preprocessing import Wanted
+    from bnsurgery.networks import factories, pretrained
+    from bnsurgery.networks.fitting import Choice
+    from bnsurgery.records import architectures
+    from bnsurgery.surgery.copies import on_meta
 
     name, own, weights, is_file = named(source, model, weights)
     taken = Choice(weights_key, weights_prefix, partial)
@@ -83,7 +86,7 @@ def command(
         timms = name.startswith("timm:") and weights == "DEFAULT"
         network, _ = pretrained.own_network(name, "random" if timms else weights, choice=taken)
     else:
-        architecture = pretrained.recognise(Path(name), taken) if is_file else models.architecture(name)
+        architecture = pretrained.recognise(Path(name), taken) if is_file else architectures.architecture(name)
         if not is_file and weights not in ("DEFAULT", "random", *architecture.weight_names):
             found = pretrained.load(architecture, weights, choice=taken, wanted=Wanted(image_size))
             architecture, network = found.architecture or architecture, on_meta(found.model)
@@ -103,7 +106,7 @@ def command(
     for file, draw in ((dot, drawing.dot), (svg, drawing.svg)):
         if file is not None:
             text = draw(network, example, plan)
-            with files.atomic_write(file, overwrite=force) as temporary:
+            with writing.atomic_write(file, overwrite=force) as temporary:
                 temporary.write_text(text, encoding="utf-8", newline="\n")
             wrote.append(f"Wrote {file}.\n")
     words = ["bnsurgery", "insert", *given(context, leave_out=_OURS)]

@@ -17,7 +17,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from bnsurgery.preprocessing import Wanted
+    from bnsurgery.images.preprocessing import Wanted
 
 
 @click.command("predict")
@@ -46,11 +46,11 @@ def command(
     FILE comes from `bnsurgery finetune` or `bnsurgery insert`. Of a folder, all images in it and below are taken. Exits
     with 1 where an image cannot be read.
     """
-    from bnsurgery import devices
-    from bnsurgery.data import find_images, told_of
     from bnsurgery.errors import DataError
-    from bnsurgery.files import atomic_write
-    from bnsurgery.prediction import Prediction, predict, predictions_csv, predictions_table
+    from bnsurgery.files.writing import atomic_write
+    from bnsurgery.images.decoding import find_images, told_of
+    from bnsurgery.machine import devices
+    from bnsurgery.networks.prediction import Prediction, predict, predictions_csv, predictions_table
 
     place = devices.device(device)
     if output is not None:

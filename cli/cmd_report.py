@@ -11,9 +11,9 @@ from .reporting import check_report, plot_option, write_report, written
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnsurgery.data import ImageBatches
-    from bnsurgery.own_data import OwnBatches
-    from bnsurgery.preprocessing import Wanted
+    from bnsurgery.images.decoding import ImageBatches
+    from bnsurgery.images.preprocessing import Wanted
+    from bnsurgery.networks.own_data import OwnBatches
     from bnsurgery.report import Report
 
 
@@ -45,10 +45,11 @@ def command(
     FILE is a checkpoint of `bnsurgery insert` or `finetune`, which is compared with its own folded network on images;
     or the directory of a run of `finetune` or `compare`, which needs none. The page is one file that needs no network.
     """
-    from bnsurgery import devices, pretrained
-    from bnsurgery.checkpoint import read_record
     from bnsurgery.errors import CheckpointError
-    from bnsurgery.surgery_record import record
+    from bnsurgery.files.checkpoint import read_record
+    from bnsurgery.machine import devices
+    from bnsurgery.networks import pretrained
+    from bnsurgery.records.record import record
 
     if not file.exists():  # nor a link that leads back to itself, which cannot be resolved
         raise CheckpointError(f"report: '{file}': no such file or folder. Check the path.")
@@ -91,9 +92,9 @@ def _of_results(place: Path) -> "Report":
 
 
 def _of_checkpoint(bn_model: "nn.Module", batches: "ImageBatches[Any] | OwnBatches", name: str) -> "Report":
-    from bnsurgery import folding
+    from bnsurgery.records.record import record, state_digest
     from bnsurgery.report import insertion
-    from bnsurgery.surgery_record import record, state_digest
+    from bnsurgery.surgery import folding
 
     folded = folding.fold(bn_model)
     untouched = state_digest(folded.state_dict()) == record(bn_model).weights_digest

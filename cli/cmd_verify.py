@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bnsurgery.system import quote
+from bnsurgery.machine.system import quote
 
 from .options import (
     data_options,
@@ -19,7 +19,7 @@ from .options import (
 from .reporting import check_report, force_option, report_options, write_report, written
 
 if TYPE_CHECKING:
-    from bnsurgery.preprocessing import Wanted
+    from bnsurgery.images.preprocessing import Wanted
 
 
 @click.command("verify")
@@ -62,11 +62,13 @@ def command(
     Exits with 1 where the outputs differ by more than they may: not at all for a fresh insertion on the CPU, 1e-5 of
     the largest output on other devices, and where biases were absorbed or the network was trained since.
     """
-    from bnsurgery import devices, folding, pretrained
     from bnsurgery.errors import BNSurgeryError
-    from bnsurgery.fitting import Choice
-    from bnsurgery.surgery_record import record, state_digest
-    from bnsurgery.verification import TOLERANCE, verify
+    from bnsurgery.machine import devices
+    from bnsurgery.networks import pretrained
+    from bnsurgery.networks.fitting import Choice
+    from bnsurgery.records.record import record, state_digest
+    from bnsurgery.statistics.verification import TOLERANCE, verify
+    from bnsurgery.surgery import folding
 
     place = devices.device(device)
     reporting = check_report(page, plot, force, file, weights)

@@ -13,15 +13,15 @@ import click
 from click.core import ParameterSource
 
 from bnsurgery.errors import CheckpointError, printable
-from bnsurgery.system import quote
-from bnsurgery.words import with_article
+from bnsurgery.machine.system import quote
+from bnsurgery.text.words import with_article
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnsurgery.data import ImageBatches
-    from bnsurgery.own_data import OwnBatches
-    from bnsurgery.preprocessing import Preprocessing
+    from bnsurgery.images.decoding import ImageBatches
+    from bnsurgery.images.preprocessing import Preprocessing
+    from bnsurgery.networks.own_data import OwnBatches
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,7 +67,7 @@ class Values(click.ParamType):
         return found
 
 
-# What images go through: the fields of `bnsurgery.preprocessing.Wanted`, by name.
+# What images go through: the fields of `bnsurgery.images.preprocessing.Wanted`, by name.
 PREPROCESSING: dict[str, dict[str, Any]] = {
     "image_size": {
         "metavar": "SIDE|HxW",
@@ -112,7 +112,7 @@ def preprocess_options(function: F) -> F:
 
     @functools.wraps(function)
     def command(**given: Any) -> Any:
-        from bnsurgery.preprocessing import Wanted
+        from bnsurgery.images.preprocessing import Wanted
 
         return function(wanted=Wanted(**{name: given.pop(name) for name in PREPROCESSING}), **given)
 
@@ -200,7 +200,7 @@ batches_option = click.option(
 
 def first_batch(name: str) -> Any:
     """The first batch of the `batches_option`."""
-    from bnsurgery.own_data import OwnBatches
+    from bnsurgery.networks.own_data import OwnBatches
 
     return next(iter(OwnBatches(name)))
 
@@ -215,9 +215,9 @@ def opened(
     skip_bad: bool,
 ) -> "ImageBatches[Any] | OwnBatches":
     """The images or batches of the `data_options`; `preprocessing` is asked for images alone."""
-    from bnsurgery.data import calibration_batches
-    from bnsurgery.factories import names_code
-    from bnsurgery.own_data import OwnBatches
+    from bnsurgery.images.decoding import calibration_batches
+    from bnsurgery.networks.factories import names_code
+    from bnsurgery.networks.own_data import OwnBatches
 
     if names_code(data):
         for_images = given(click.get_current_context(), "batch_size", "skip_bad", *PREPROCESSING)
@@ -277,7 +277,7 @@ def given(context: click.Context, *names: str, leave_out: Container[str] = ()) -
 
 def claim(output: Path, force: bool) -> None:
     """Make sure that `output` can be written, and keep other processes from it until the command is done."""
-    from bnsurgery.files import claimed
+    from bnsurgery.files.writing import claimed
 
     click.get_current_context().with_resource(claimed(output, overwrite=force))
 
@@ -331,9 +331,10 @@ class Named(NamedTuple):
 
 def named(source: str | None, model: str | None, weights: str) -> Named:
     """What ARCH|FILE, --model and --weights name. FILE holds weights: of what --model makes, if that is given."""
-    from bnsurgery import factories, models
+    from bnsurgery.networks import factories
+    from bnsurgery.records import architectures
 
-    is_file = source is not None and source not in models.names() and Path(source).is_file()
+    is_file = source is not None and source not in architectures.names() and Path(source).is_file()
     if is_file and weights != "DEFAULT":
         raise click.UsageError(f"'{source}' is a file of weights: leave --weights {weights} out.")
     if model is not None:
@@ -366,7 +367,8 @@ def stem(name: str) -> str:
 
 def load_checkpoint(file: Path, model: str | None) -> "nn.Module":
     """The network in FILE, of a class that --model makes where it is not torchvision's."""
-    from bnsurgery import checkpoint, factories, onnx_files
+    from bnsurgery.files import checkpoint
+    from bnsurgery.networks import factories, onnx_files
 
     done = checkpoint.read_record(file)
     if model is None and done is not None and "onnx" in done.provenance:

@@ -81,7 +81,7 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
 
 def run_name(source: str | None, model: str | None, data: str) -> str:
     """What to call a run: by its network and data, of functions of the user's by the data's function."""
-    from bnsurgery.factories import names_code
+    from bnsurgery.networks.factories import names_code
 
     task = data.rpartition(":")[2] if names_code(data) else Path(data).name
     return f"{Path(source or str(model)).stem.replace(':', '-')}-{task}"

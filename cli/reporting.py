@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from bnsurgery.words import counted
+from bnsurgery.text.words import counted
 
 from .options import claim
 
@@ -48,8 +48,8 @@ def check_report(page: Path | None, plot: Path | None, force: bool, *others: str
         BNSurgeryError: matplotlib or Jinja is not installed.
     """
     from bnsurgery.errors import CheckpointError
-    from bnsurgery.files import check_writable, make_folder
-    from bnsurgery.report.page import require_libraries
+    from bnsurgery.files.writing import check_writable, make_folder
+    from bnsurgery.pages.page import require_libraries
 
     if page is None and plot is None:
         return False

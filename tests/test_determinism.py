@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from bnsurgery import calibrate, insert, plan
 from bnsurgery.finetune import from_tensors
 from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches
-from bnsurgery.moments import digest
-from bnsurgery.preprocessing import Preprocessing
-from bnsurgery.task import Task
+from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.records.task import Task
+from bnsurgery.statistics.moments import digest
 
 pytestmark = pytest.mark.slow
 U = 2.0**-53  # the unit roundoff of float64
@@ -26,14 +26,14 @@ U = 2.0**-53  # the unit roundoff of float64
 CHILD = """
 import hashlib, json, sys
 import torch
-from bnsurgery.preprocessing import Preprocessing
+from bnsurgery.images.preprocessing import Preprocessing
 from small_network import Fire
 from bnsurgery import insert
-from bnsurgery.data import sample_crops
-from bnsurgery.moments import digest, ChannelMoments
-from bnsurgery.calibration import calibrate
+from bnsurgery.images.decoding import sample_crops
+from bnsurgery.statistics.moments import digest, ChannelMoments
+from bnsurgery.statistics.calibration import calibrate
 from bnsurgery.ops import channel_moments
-from bnsurgery.planning import plan
+from bnsurgery.graph.planning import plan
 torch.set_num_threads(int(sys.argv[1]))
 torch.manual_seed(0)
 model = Fire().eval()

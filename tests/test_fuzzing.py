@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
 from bnsurgery.finetune import Config
-from bnsurgery.surgery_record import SurgeryRecord
-from bnsurgery.typed_json import loads, parse
+from bnsurgery.records.record import SurgeryRecord
+from bnsurgery.text.typed_json import loads, parse
 from tests.fuzz.networks import CORPUS
 from tests.fuzz.session import TIME, run
 from tests.fuzz.targets import TARGETS, jobs

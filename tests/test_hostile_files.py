@@ -20,17 +20,17 @@ from torch_files import deflated, to_torch
 
 import bnsurgery
 from bnsurgery.errors import BNSurgeryError, CheckpointError, ExportError
-from bnsurgery.exporting import export
+from bnsurgery.exports.exporting import export
+from bnsurgery.files.weights import read_tensors, read_weights
 from bnsurgery.finetune import Comparison, Config
-from bnsurgery.fitting import BEST_FIT, fill_
-from bnsurgery.models import architecture
-from bnsurgery.prediction import predict
-from bnsurgery.preprocessing import Preprocessing
-from bnsurgery.pretrained import load as load_weights
-from bnsurgery.pretrained import preprocessing_of
-from bnsurgery.surgery_record import SurgeryRecord, attach_record, record
-from bnsurgery.task import Task
-from bnsurgery.weights import read_tensors, read_weights
+from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.networks.fitting import BEST_FIT, fill_
+from bnsurgery.networks.prediction import predict
+from bnsurgery.networks.pretrained import load as load_weights
+from bnsurgery.networks.pretrained import preprocessing_of
+from bnsurgery.records.architectures import architecture
+from bnsurgery.records.record import SurgeryRecord, attach_record, record
+from bnsurgery.records.task import Task
 from tests.fuzz.networks import inserted, small
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")
@@ -47,9 +47,9 @@ def peak_growth(code, *words):
         pytest.skip("needs Linux, which tells a process its own peak")
     script = (
         "import pathlib, resource, sys, torch\n"
-        "from bnsurgery.weights import read_tensors\n"
+        "from bnsurgery.files.weights import read_tensors\n"
         "from bnsurgery.errors import CheckpointError\n"
-        "from bnsurgery.checkpoint import read_record\n"
+        "from bnsurgery.files.checkpoint import read_record\n"
         "def peak():\n"
         "    status = pathlib.Path('/proc/self/status').read_text()\n"
         "    return int(status.partition('VmHWM:')[2].split()[0])\n"

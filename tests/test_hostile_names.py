@@ -16,14 +16,14 @@ from torch_files import to_torch
 
 import bnsurgery
 from bnsurgery import cli
-from bnsurgery.checkpoint import read_record
-from bnsurgery.data import find_images, load_image
 from bnsurgery.errors import CheckpointError, DataError
+from bnsurgery.files.checkpoint import read_record
+from bnsurgery.files.weights import read_tensors
 from bnsurgery.finetune.datasets import open_data
-from bnsurgery.preprocessing import Preprocessing
-from bnsurgery.surgery_record import attach_record, record
-from bnsurgery.task import Task
-from bnsurgery.weights import read_tensors
+from bnsurgery.images.decoding import find_images, load_image
+from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.records.record import attach_record, record
+from bnsurgery.records.task import Task
 from tests.fuzz.networks import inserted
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")

@@ -15,14 +15,14 @@ from torchvision import models
 
 import bnsurgery
 from bnsurgery import cli as commands
-from bnsurgery.data import load_image
 from bnsurgery.errors import BNSurgeryError
+from bnsurgery.files.weights import read_tensors
 from bnsurgery.finetune import Comparison, Config, Result
 from bnsurgery.finetune.datasets import open_data
 from bnsurgery.finetune.results import Resolved
 from bnsurgery.finetune.run_directory import RunDirectory
-from bnsurgery.pretrained import recognise
-from bnsurgery.weights import read_tensors
+from bnsurgery.images.decoding import load_image
+from bnsurgery.networks.pretrained import recognise
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")
 

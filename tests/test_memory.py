@@ -10,9 +10,9 @@ from PIL import Image
 from warm_process import script
 
 from bnsurgery import calibrate, fold, insert, plan
-from bnsurgery.batches import out_of_memory
-from bnsurgery.data import ImageBatches
 from bnsurgery.errors import DataError
+from bnsurgery.images.decoding import ImageBatches
+from bnsurgery.running.batches import out_of_memory
 
 pytestmark = pytest.mark.slow
 # The limit is on what comes on top of the libraries, whose address space is larger than their memory.
@@ -20,7 +20,11 @@ LIMITED = """
 import re, resource, sys
 from pathlib import Path
 import torch, torchvision
-from bnsurgery import checkpoint, data, insertion, pretrained, verification
+from bnsurgery.files import checkpoint
+from bnsurgery.images import decoding
+from bnsurgery.networks import pretrained
+from bnsurgery.statistics import verification
+from bnsurgery.surgery import insertion
 from bnsurgery.cli import main
 torch.nn.functional.conv2d(torch.rand(1, 3, 64, 64), torch.rand(4, 3, 3, 3))
 kibibytes = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -31,10 +35,10 @@ COMMAND = LIMITED + "main(sys.argv[2:])"
 READING = (
     LIMITED
     + """
-batches = data.image_batches([Path(sys.argv[2])], lambda image: torch.zeros(3, 4, 4), 1, skip_bad=True)
+batches = decoding.image_batches([Path(sys.argv[2])], lambda image: torch.zeros(3, 4, 4), 1, skip_bad=True)
 try:
     list(batches)
-except data.DataError as error:
+except decoding.DataError as error:
     print(error, batches.skipped)
 """
 )

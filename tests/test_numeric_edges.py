@@ -10,9 +10,9 @@ from torch import distributed, nn
 from unchanged import assert_unchanged, snapshot
 
 from bnsurgery import BNSurgeryWarning, CalibrationError, ChannelMoments, calibrate, insert, plan, recalibrate_
-from bnsurgery.batches import Inputs
 from bnsurgery.errors import NonFiniteError
 from bnsurgery.ops import channel_moments
+from bnsurgery.running.batches import Inputs
 
 U = 2.0**-53  # the unit roundoff of float64
 

@@ -11,7 +11,7 @@ from torchvision import models
 
 import bnsurgery
 from bnsurgery import BNSurgeryError, CheckpointError, FoldError, fold, insert, load, plan, save
-from bnsurgery.copies import independent
+from bnsurgery.surgery.copies import independent
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")
 

@@ -13,8 +13,8 @@ from torch import fx, nn
 from torchvision import models
 
 from bnsurgery import fold, insert, plan, verify
-from bnsurgery.data import load_image, sample_crops
-from bnsurgery.preprocessing import Preprocessing
+from bnsurgery.images.decoding import load_image, sample_crops
+from bnsurgery.images.preprocessing import Preprocessing
 
 ROUNDS = 3
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*variance below eps:bnsurgery.BNSurgeryWarning")]

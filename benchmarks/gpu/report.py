@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from bnsurgery.tables import cell_text
+from bnsurgery.text.tables import cell_text
 
 WIDTH = 150
 LINES, FAILURES = 4, 2  # of a step in the short table, 40 in all; the other key figures are on the page

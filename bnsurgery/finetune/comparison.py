@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bnsurgery.errors import CheckpointError
-from bnsurgery.files import read_text
-from bnsurgery.tables import WIDTH, table
-from bnsurgery.typed_json import loads, parse
-from bnsurgery.words import counted, percent, thousands
+from bnsurgery.files.writing import read_text
+from bnsurgery.text.tables import WIDTH, table
+from bnsurgery.text.typed_json import loads, parse
+from bnsurgery.text.words import counted, percent, thousands
 
 from .results import Row
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bnsurgery.errors import BNSurgeryError, is_utf8, shown
-from bnsurgery.typed_json import parse
+from bnsurgery.text.typed_json import parse
 
 if TYPE_CHECKING:
-    from bnsurgery.preprocessing import Wanted
+    from bnsurgery.images.preprocessing import Wanted
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # what `compare` tries
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -61,7 +61,7 @@ class Config:
         image_size: side of the input in pixels, or height and width as "240x320"; None for the weights' own.
         normalize: "imagenet" for its mean and standard deviation, "none" for values from 0 to 1; "auto" for what the
             checkpoint or the weights say, else ImageNet's for colour and 0 to 1 for grey.
-        mean, std, scale, channels: instead of `normalize`, see `bnsurgery.preprocessing.Preprocessing`.
+        mean, std, scale, channels: instead of `normalize`, see `bnsurgery.images.preprocessing.Preprocessing`.
         augment: "none"; "crop" (shifts), "crop-flip", "resized-crop" (also flips), "trivial" (also TrivialAugment);
             "auto" chooses by the data.
         num_workers: processes that read images; None for one less than the processors, at most 8. On macOS and Windows
@@ -177,7 +177,7 @@ class Config:
     @property
     def wanted(self) -> "Wanted":
         """What it says of the preprocessing."""
-        from bnsurgery.preprocessing import Wanted  # with torchvision, which --help does without
+        from bnsurgery.images.preprocessing import Wanted  # with torchvision, which --help does without
 
         return Wanted(self.image_size, self.normalize, self.mean, self.std, self.scale, self.channels)
 

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bnsurgery.batches import Inputs
-from bnsurgery.data import find_images, load_image
 from bnsurgery.errors import DataError
+from bnsurgery.images.decoding import find_images, load_image
+from bnsurgery.running.batches import Inputs
 
 from .split import Split
 

@@ -10,7 +10,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from bnsurgery.files import make_folder, unwritable
+from bnsurgery.files.writing import make_folder, unwritable
 
 
 class EventFile:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnsurgery.batches import Inputs, outputs, peek, run
-from bnsurgery.devices import CPU, takes_float64
 from bnsurgery.errors import DataError, NonFiniteError
-from bnsurgery.heads import find_head, outputs_of
-from bnsurgery.modes import observing
+from bnsurgery.machine.devices import CPU, takes_float64
+from bnsurgery.running.batches import Inputs, outputs, peek, run
+from bnsurgery.running.modes import observing
+from bnsurgery.surgery.heads import find_head, outputs_of
 
 # Times ½‖V‖², against the sum over the images (scikit-learn's C is 1/10): the best or within its noise of 0.1 to 1000,
 # by cross-validation within the training part, for SqueezeNet and a VGG on 100, 500 and 2,022 photographs.

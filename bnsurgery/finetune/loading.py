@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
 from bnsurgery.errors import DataError
-from bnsurgery.system import processors
-from bnsurgery.task import Task
+from bnsurgery.machine.system import processors
+from bnsurgery.records.task import Task
 
 from .split import Split
 

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bnsurgery import factories
-from bnsurgery.batches import Inputs, out_of_memory
-from bnsurgery.calibration import recalibrate_
-from bnsurgery.devices import CPU, failed, random_state, set_random_state, widest
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError, printable
-from bnsurgery.modes import evaluating
-from bnsurgery.surgery_record import record
-from bnsurgery.system import quote
-from bnsurgery.typed_json import parse
-from bnsurgery.words import percent
+from bnsurgery.machine.devices import CPU, failed, random_state, set_random_state, widest
+from bnsurgery.machine.system import quote
+from bnsurgery.networks import factories
+from bnsurgery.records.record import record
+from bnsurgery.running.batches import Inputs, out_of_memory
+from bnsurgery.running.modes import evaluating
+from bnsurgery.statistics.calibration import recalibrate_
+from bnsurgery.text.typed_json import parse
+from bnsurgery.text.words import percent
 
 from . import recipe
 from .results import Row

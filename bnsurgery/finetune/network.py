@@ -10,23 +10,24 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnsurgery import factories, models, pretrained
-from bnsurgery.advice import statistics_for
-from bnsurgery.batches import Inputs
-from bnsurgery.checkpoint import load, read_record
-from bnsurgery.copies import independent, sharing_tensors
 from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError, shown
-from bnsurgery.fitting import BEST_FIT, Choice
-from bnsurgery.folding import fold, strip_
-from bnsurgery.heads import find_head, outputs_of, replace_head_
-from bnsurgery.insertion import insert
-from bnsurgery.labels import noted_classes
+from bnsurgery.files.checkpoint import load, read_record
+from bnsurgery.files.labels import noted_classes
+from bnsurgery.graph.planning import Plan
+from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.networks import factories, pretrained
+from bnsurgery.networks.fitting import BEST_FIT, Choice
 from bnsurgery.nn import set_statistics_
-from bnsurgery.planning import Plan
-from bnsurgery.preprocessing import Preprocessing
-from bnsurgery.relu_fusion import fuse_relu_, unfuse_relu_
-from bnsurgery.surgery_record import attach_record, carries_record, record
-from bnsurgery.task import Task
+from bnsurgery.records import architectures
+from bnsurgery.records.record import attach_record, carries_record, record
+from bnsurgery.records.task import Task
+from bnsurgery.running.batches import Inputs
+from bnsurgery.statistics.advice import statistics_for
+from bnsurgery.surgery.copies import independent, sharing_tensors
+from bnsurgery.surgery.folding import fold, strip_
+from bnsurgery.surgery.heads import find_head, outputs_of, replace_head_
+from bnsurgery.surgery.insertion import insert
+from bnsurgery.surgery.relu_fusion import fuse_relu_, unfuse_relu_
 
 from .config import Config
 from .datasets import Data
@@ -62,7 +63,7 @@ def find(config: Config) -> Source:
     if not config.source and not config.model:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass --model")
     path, of_images = Path(config.source), not factories.names_code(config.data)
-    is_file = bool(config.source) and path.is_file() and config.source not in models.names()
+    is_file = bool(config.source) and path.is_file() and config.source not in architectures.names()
     if is_file and config.weights != "DEFAULT":
         raise CheckpointError(f"finetune: '{path}' is a file of weights: leave --weights {config.weights} out")
     choice = Choice(config.weights_key, config.weights_prefix, config.partial)
@@ -83,7 +84,7 @@ def find(config: Config) -> Source:
     if is_file:
         architecture, weights = pretrained.recognise(path, choice), config.source
     else:
-        architecture, weights = models.architecture(config.source), config.weights
+        architecture, weights = architectures.architecture(config.source), config.weights
     found = pretrained.load(architecture, weights, choice=choice, wanted=config.wanted, seed=config.seed)
     classes = pretrained.categories(architecture, found.weights) or noted_classes(weights)
     return Source(found.model, f"{found.name}, {found.weights}", found.preprocess, classes=classes)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from bnsurgery import factories
-from bnsurgery.batches import Inputs
 from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
+from bnsurgery.networks import factories
+from bnsurgery.running.batches import Inputs
 
 from .config import Config
 from .datasets import Data

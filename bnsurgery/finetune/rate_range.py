@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bnsurgery.copies import independent
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.nn.batchnorm import Insertable
+from bnsurgery.surgery.copies import independent
 
 from . import recipe
 from .loop import Objective, moved

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bnsurgery.words import percent, thousands
+from bnsurgery.text.words import percent, thousands
 
 
 @dataclass(frozen=True)

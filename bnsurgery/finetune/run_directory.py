@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bnsurgery import checkpoint
-from bnsurgery.copies import sharing_tensors
 from bnsurgery.errors import BNSurgeryError, CheckpointError, printable
-from bnsurgery.files import atomic_write, make_folder, only_process_in, read_text
-from bnsurgery.relu_fusion import unfuse_relu_
-from bnsurgery.report.style import write as write_figure
-from bnsurgery.report.training_figures import plot_curves
-from bnsurgery.system import quote
-from bnsurgery.typed_json import loads, parse
-from bnsurgery.unpickling import load_pickle
+from bnsurgery.files import checkpoint
+from bnsurgery.files.unpickling import load_pickle
+from bnsurgery.files.writing import atomic_write, make_folder, only_process_in, read_text
+from bnsurgery.machine.system import quote
+from bnsurgery.pages.style import write as write_figure
+from bnsurgery.surgery.copies import sharing_tensors
+from bnsurgery.surgery.relu_fusion import unfuse_relu_
+from bnsurgery.text.typed_json import loads, parse
 
 from .config import Config
 from .datasets import Fingerprint
+from .figures import plot_curves
 from .results import Resolved, Row
 
 if TYPE_CHECKING:

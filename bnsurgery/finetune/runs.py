@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bnsurgery import factories
-from bnsurgery.batches import out_of_memory
 from bnsurgery.errors import BNSurgeryError, DataError
-from bnsurgery.report.style import write as write_figure
-from bnsurgery.report.training_figures import plot_rate_range
-from bnsurgery.system import quote
-from bnsurgery.words import counted, percent
+from bnsurgery.machine.system import quote
+from bnsurgery.networks import factories
+from bnsurgery.pages.style import write as write_figure
+from bnsurgery.running.batches import out_of_memory
+from bnsurgery.text.words import counted, percent
 
 from .config import Config
 from .datasets import Data, Fingerprint
+from .figures import plot_rate_range
 from .own_data import in_its_batches
 from .results import Resolved, Row
 from .run_directory import RunDirectory

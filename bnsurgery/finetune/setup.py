@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bnsurgery import devices, factories
-from bnsurgery.batches import Inputs, run
-from bnsurgery.calibration import input_moments, recalibrate_
-from bnsurgery.data import told_of
 from bnsurgery.errors import BNSurgeryError, DataError
-from bnsurgery.heads import find_head
-from bnsurgery.modes import observing
+from bnsurgery.images.decoding import told_of
+from bnsurgery.machine import devices
+from bnsurgery.networks import factories
 from bnsurgery.nn import set_process_group_, set_statistics_
-from bnsurgery.verification import DRIFT_SAMPLES, verify
-from bnsurgery.words import counted, thousands, with_article
+from bnsurgery.running.batches import Inputs, run
+from bnsurgery.running.modes import observing
+from bnsurgery.statistics.calibration import input_moments, recalibrate_
+from bnsurgery.statistics.verification import DRIFT_SAMPLES, verify
+from bnsurgery.surgery.heads import find_head
+from bnsurgery.text.words import counted, thousands, with_article
 
 from . import recipe
 from .config import Config

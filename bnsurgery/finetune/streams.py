@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bnsurgery import factories
-from bnsurgery.batches import Inputs
 from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
-from bnsurgery.task import Task
+from bnsurgery.networks import factories
+from bnsurgery.records.task import Task
+from bnsurgery.running.batches import Inputs
 
 from .loading import EVALUATED, Loader, Prepared, TrainBatches, plain_loader, started
 from .split import Split

@@ -15,16 +15,16 @@ from torch import nn
 from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
-from bnsurgery.files import atomic_write, make_folder, only_process_in, read_text
-from bnsurgery.report.style import write as write_figure
-from bnsurgery.report.training_figures import plot_comparison
-from bnsurgery.system import WINDOWS, peak_memory, processors
-from bnsurgery.typed_json import loads, parse
-from bnsurgery.words import percent
+from bnsurgery.files.writing import atomic_write, make_folder, only_process_in, read_text
+from bnsurgery.machine.system import WINDOWS, peak_memory, processors
+from bnsurgery.pages.style import write as write_figure
+from bnsurgery.text.typed_json import loads, parse
+from bnsurgery.text.words import percent
 
 from .comparison import ARMS, Comparison, Trial
 from .config import RATES, Config
 from .datasets import Data
+from .figures import plot_comparison
 from .own_data import in_its_batches
 from .runs import run
 from .setup import computes_on, load_data, processes

@@ -1,6 +1,6 @@
 """The modules that an inserted network is made of."""
 
-from bnsurgery.torch_version import require_torch
+from bnsurgery.machine.torch_version import require_torch
 
 require_torch()
 

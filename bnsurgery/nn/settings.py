@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.ops.sync import group_name
-from bnsurgery.words import counted
+from bnsurgery.text.words import counted
 
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Insertable, Statistics
 

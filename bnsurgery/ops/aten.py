@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bnsurgery.devices import takes_float64, widest
+from bnsurgery.machine.devices import takes_float64, widest
 
 from . import layout
 from .cpu_moments import channel_moments_cpu

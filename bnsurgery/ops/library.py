@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnsurgery.devices import CPU, takes_float64
+from bnsurgery.machine.devices import CPU, takes_float64
 
 from . import aten
 from .cpu_moments import channel_moments_cpu

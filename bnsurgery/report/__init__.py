@@ -8,25 +8,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnsurgery.finetune.figures import plot_comparison, plot_curves, plot_rate_range
+    from bnsurgery.pages.page import Report
+
     from .insertion_figures import plot_channels, plot_drift, plot_moments, plot_preactivations
     from .insertion_page import insertion
-    from .page import Report
     from .sites import SiteView, view_sites
-    from .training_figures import plot_comparison, plot_curves, plot_rate_range
     from .training_page import comparison, training
 
 _HOMES = {
-    "Report": "report.page",
+    "Report": "pages.page",
     "SiteView": "report.sites",
     "comparison": "report.training_page",
     "insertion": "report.insertion_page",
     "plot_channels": "report.insertion_figures",
-    "plot_comparison": "report.training_figures",
-    "plot_curves": "report.training_figures",
+    "plot_comparison": "finetune.figures",
+    "plot_curves": "finetune.figures",
     "plot_drift": "report.insertion_figures",
     "plot_moments": "report.insertion_figures",
     "plot_preactivations": "report.insertion_figures",
-    "plot_rate_range": "report.training_figures",
+    "plot_rate_range": "finetune.figures",
     "training": "report.training_page",
     "view_sites": "report.sites",
 }

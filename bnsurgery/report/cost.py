@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnsurgery.batches import Inputs, outputs, run
-from bnsurgery.copies import sharing_tensors
-from bnsurgery.devices import keeping_random, synchronize
 from bnsurgery.errors import BNSurgeryError
+from bnsurgery.machine.devices import keeping_random, synchronize
+from bnsurgery.running.batches import Inputs, outputs, run
+from bnsurgery.surgery.copies import sharing_tensors
 
 IMAGES = 4
 _ROUNDS = range(3, 20)  # as many as fit into the time, and at least three

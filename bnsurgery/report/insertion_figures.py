@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from bnsurgery.advice import statistics_for
-from bnsurgery.tables import cell_text
-from bnsurgery.verification import EquivalenceReport
-from bnsurgery.words import counted, percent, thousands
+from bnsurgery.pages.style import BN, INK, NEARLY, NEUTRAL, PLAIN, WRONG, log_axis, new_figure
+from bnsurgery.statistics.advice import statistics_for
+from bnsurgery.statistics.verification import EquivalenceReport
+from bnsurgery.text.tables import cell_text
+from bnsurgery.text.words import counted, percent, thousands
 
 from .sites import Histogram, SiteView, view_sites
-from .style import BN, INK, NEARLY, NEUTRAL, PLAIN, WRONG, log_axis, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

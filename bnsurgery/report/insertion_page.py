@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnsurgery.advice import statistics_for
-from bnsurgery.batches import Inputs, inputs
 from bnsurgery.errors import BNSurgeryError, CalibrationError
 from bnsurgery.nn.identity import kernel_scale_shift
-from bnsurgery.relu_fusion import is_fused
-from bnsurgery.surgery_record import SurgeryRecord, record
-from bnsurgery.verification import EquivalenceReport, verify
-from bnsurgery.words import counted, percent, thousands
+from bnsurgery.pages.page import Report, Section, table
+from bnsurgery.records.record import SurgeryRecord, record
+from bnsurgery.running.batches import Inputs, inputs
+from bnsurgery.statistics.advice import statistics_for
+from bnsurgery.statistics.verification import EquivalenceReport, verify
+from bnsurgery.surgery.relu_fusion import is_fused
+from bnsurgery.text.words import counted, percent, thousands
 
 from . import cost, sites
 from .insertion_figures import plot_channels, plot_drift, plot_moments, plot_preactivations, telling_drift
-from .page import Report, Section, table
 from .strip import boxes
 
 DRIFT_SIZES = (2, 4, 8, 16, 32)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnsurgery.batches import Inputs, inputs, run
 from bnsurgery.errors import CalibrationError
-from bnsurgery.modes import observing
 from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d
-from bnsurgery.surgery_record import InsertedSite, record
+from bnsurgery.records.record import InsertedSite, record
+from bnsurgery.running.batches import Inputs, inputs, run
+from bnsurgery.running.modes import observing
 
 IMAGES = 16  # for the histograms: they settle early, and a histogram takes longer than a convolution
 _BINS = 80

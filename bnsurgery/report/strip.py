@@ -5,12 +5,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from bnsurgery.layer_kinds import LAYERS, is_activation
-from bnsurgery.relu_fusion import is_fused
-from bnsurgery.surgery_record import record
-from bnsurgery.tables import cell_text
-
-from .page import Box
+from bnsurgery.graph.layer_kinds import LAYERS, is_activation
+from bnsurgery.pages.page import Box
+from bnsurgery.records.record import record
+from bnsurgery.surgery.relu_fusion import is_fused
+from bnsurgery.text.tables import cell_text
 
 
 def boxes(bn_model: nn.Module) -> dict[str, list[Box]]:

@@ -3,10 +3,9 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from bnsurgery.words import percent, thousands
-
-from .page import Report, Section, table
-from .training_figures import plot_comparison, plot_curves, seconds_by_arm, telling_panels
+from bnsurgery.finetune.figures import plot_comparison, plot_curves, seconds_by_arm, telling_panels
+from bnsurgery.pages.page import Report, Section, table
+from bnsurgery.text.words import percent, thousands
 
 if TYPE_CHECKING:
     from bnsurgery.finetune import Comparison, Config, Result

@@ -22,7 +22,7 @@ from torchvision import models
 import bnsurgery
 from bnsurgery.cli import cli as group
 from bnsurgery.cli.options import IMAGES
-from bnsurgery.surgery_record import attach_record
+from bnsurgery.records.record import attach_record
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--image-size", "64", "--num-images", "4", "--batch-size", "2"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import bnsurgery
-from bnsurgery import factories
-from bnsurgery.surgery_record import record
+from bnsurgery.networks import factories
+from bnsurgery.records.record import record
 
 NETS = """
     import torch

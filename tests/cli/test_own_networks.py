@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnsurgery
-from bnsurgery import factories
-from bnsurgery.preprocessing import Preprocessing
-from bnsurgery.pretrained import input_channels
-from bnsurgery.surgery_record import attach_record
+from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.networks import factories
+from bnsurgery.networks.pretrained import input_channels
+from bnsurgery.records.record import attach_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporters'
 
@@ -552,7 +552,10 @@ def test_neighbours_can_be_imported(spec, tmp_path, monkeypatch):
     net.write_text("from parts import block\ndef make():\n    import more\n    return block().append(more.block())\n")
     for name, width in (("parts", 5), ("more", 6)):
         (here / f"{name}.py").write_text(PARTS.format(width=width))
-    code = f"from bnsurgery import factories; made = factories.build({spec!r}); print(made[0].out_channels, len(made))"
+    code = (
+        "from bnsurgery.networks import factories; "
+        f"made = factories.build({spec!r}); print(made[0].out_channels, len(made))"
+    )
     assert in_a_process_of_its_own(code) == "5 3\n"
 
 
@@ -567,7 +570,7 @@ def test_neighbours_can_be_imported_when_the_network_runs_and_in_workers(tmp_pat
     )
     code = """
         import multiprocessing, sys
-        from bnsurgery import factories
+        from bnsurgery.networks import factories
         net = factories.build("repo/net.py:Net")
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             print(pool.apply(net, (4,)), "parts" in sys.modules, net(5))
@@ -585,7 +588,8 @@ def test_neighbours_of_one_name_do_not_take_each_others_place(tmp_path, monkeypa
     Path("c/net.py").write_text("def make():\n    from torch import nn\n    return nn.Conv2d(3, 7, 1)\n")
     Path("b/other.py").write_text("import net\ndef make(): return net.make()\n")
     code = """
-        from bnsurgery import ArchitectureError, factories
+        from bnsurgery import ArchitectureError
+        from bnsurgery.networks import factories
         def width(spec):
             try:
                 return next(factories.build(spec).parameters()).shape[0]

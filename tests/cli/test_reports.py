@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bnsurgery.cli.options import show
-from bnsurgery.tables import is_number, table
-from bnsurgery.words import counted, percent, thousands
+from bnsurgery.text.tables import is_number, table
+from bnsurgery.text.words import counted, percent, thousands
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,13 @@ _IMPORTED = (  # once, before any fork; nothing is computed here
         "onnxscript",
         "onnxruntime",
     ),
-    *("bnsurgery.cli", "bnsurgery.finetune.loop", "bnsurgery.finetune.runs", "bnsurgery.exporting", "bnsurgery.report"),
+    *(
+        "bnsurgery.cli",
+        "bnsurgery.finetune.loop",
+        "bnsurgery.finetune.runs",
+        "bnsurgery.exports.exporting",
+        "bnsurgery.report",
+    ),
 )
 
 

@@ -127,7 +127,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
     import bnsurgery
     from bnsurgery.finetune.run_directory import RunDirectory
-    from bnsurgery.surgery_record import state_digest
+    from bnsurgery.records.record import state_digest
 
     run = RunDirectory(folder / "run")
     found: dict[str, Any] = {"step": 0}

@@ -11,8 +11,8 @@ from bnsurgery.errors import DataError
 from bnsurgery.finetune import from_tensors
 from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches, plain_loader
 from bnsurgery.finetune.split import Split
-from bnsurgery.preprocessing import Preprocessing
-from bnsurgery.task import Task
+from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.records.task import Task
 
 TASK = Task(("a", "b", "c", "d"), None, Preprocessing(8, 8, 8, (0.0,), (1.0,), channels="grey"))
 

@@ -10,12 +10,13 @@ from torch import nn
 from torchvision import models
 
 import bnsurgery
-from bnsurgery import factories, finetune
+from bnsurgery import finetune
 from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError, UntraceableModelError
+from bnsurgery.files.labels import noted_classes
 from bnsurgery.finetune import network
 from bnsurgery.finetune.recipe import choose_parameters_, set_dropout_
-from bnsurgery.heads import find_head, outputs_of, replace_head_
-from bnsurgery.labels import noted_classes
+from bnsurgery.networks import factories
+from bnsurgery.surgery.heads import find_head, outputs_of, replace_head_
 
 CONFIG = finetune.Config(source="x", data="x", output="x", image_size=8, normalize="none")
 DATA = finetune.from_tensors(patterns(16, 1), patterns(8, 2), ["nw", "ne", "sw", "se"])

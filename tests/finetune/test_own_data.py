@@ -17,8 +17,8 @@ from bnsurgery.finetune.loading import EVALUATED, Prepared, TrainBatches
 from bnsurgery.finetune.own_data import open_own
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.streams import Share, Stream
-from bnsurgery.surgery_record import record
-from bnsurgery.task import Task
+from bnsurgery.records.record import record
+from bnsurgery.records.task import Task
 
 CODE = """
     import torch
@@ -235,7 +235,7 @@ def _returns(monkeypatch, value):
     def call():
         return value() if callable(value) else value
 
-    monkeypatch.setattr("bnsurgery.factories.function", lambda *_: call)
+    monkeypatch.setattr("bnsurgery.networks.factories.function", lambda *_: call)
 
 
 def _pairs(targets, count=4):

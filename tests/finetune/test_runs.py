@@ -17,8 +17,8 @@ from bnsurgery.finetune import loop, network, recipe, runs
 from bnsurgery.finetune.loading import Prepared, TrainBatches, plain_loader
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import build, processes
-from bnsurgery.preprocessing import Preprocessing
-from bnsurgery.task import Task
+from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.records.task import Task
 
 pytestmark = pytest.mark.slow
 

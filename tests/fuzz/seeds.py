@@ -19,10 +19,10 @@ from bnsurgery.finetune import Config
 from bnsurgery.finetune.comparison import Trial
 from bnsurgery.finetune.datasets import Fingerprint
 from bnsurgery.finetune.results import Resolved, Row
-from bnsurgery.models import Architecture
-from bnsurgery.preprocessing import Preprocessing
-from bnsurgery.surgery_record import attach_record, record
-from bnsurgery.task import Task
+from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.records.architectures import Architecture
+from bnsurgery.records.record import attach_record, record
+from bnsurgery.records.task import Task
 from tests.torch_files import Evil, deflated, to_torch
 
 from .networks import CORPUS, inserted, small

@@ -15,15 +15,17 @@ from pathlib import Path
 from random import Random
 
 import bnsurgery
-from bnsurgery import cli, fitting, pretrained, weights
-from bnsurgery.checkpoint import read_record
-from bnsurgery.data import load_image
+from bnsurgery import cli
 from bnsurgery.errors import BNSurgeryError
+from bnsurgery.files import weights
+from bnsurgery.files.checkpoint import read_record
 from bnsurgery.finetune import Comparison, Result
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.trials import _read as read_trial
-from bnsurgery.prediction import predict
-from bnsurgery.surgery_record import SurgeryRecord
+from bnsurgery.images.decoding import load_image
+from bnsurgery.networks import fitting, pretrained
+from bnsurgery.networks.prediction import predict
+from bnsurgery.records.record import SurgeryRecord
 from tests.torch_files import Evil
 
 from . import mutations, networks

@@ -16,13 +16,13 @@ from torch import nn
 import bnsurgery
 from benchmarks import at_a_glance
 from bnsurgery import finetune, report
-from bnsurgery.advice import statistics_for
 from bnsurgery.finetune.comparison import ARMS, Comparison, Trial
 from bnsurgery.finetune.results import Resolved, Row
-from bnsurgery.report.glossary import TERMS
+from bnsurgery.pages.glossary import TERMS
 from bnsurgery.report.sites import view_sites
 from bnsurgery.report.strip import boxes
-from bnsurgery.tables import is_number
+from bnsurgery.statistics.advice import statistics_for
+from bnsurgery.text.tables import is_number
 
 
 def rows(*accuracies):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bnsurgery.batches import Inputs
 from bnsurgery.report import cost, view_sites
+from bnsurgery.running.batches import Inputs
 
 
 def seen(model, name, batches):

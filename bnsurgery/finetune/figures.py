@@ -1,0 +1,187 @@
+"""The figures of fine-tuning: curves, a learning-rate range test, a comparison."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from bnsurgery.pages.style import BN, BN_HALF, INK, NEUTRAL, PLAIN, WRONG, draw_bars, log_axis, new_figure
+from bnsurgery.text.tables import cell_text
+from bnsurgery.text.words import percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .comparison import Comparison
+    from .results import Row
+
+_ARMS = {"plain": PLAIN, "bn": BN, "bn-naive": WRONG, "bn-half": BN_HALF}
+_KINDS = {"train": ("training", NEUTRAL), "val": ("validation", INK)}
+
+
+def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accuracy")) -> "Figure":
+    """Training and validation by epoch; a single validation as bars, for it makes no curve.
+
+    Args:
+        rows: what a run measured, `finetune.Result.rows`.
+        panels: "loss" and "accuracy", side by side.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    last = rows[-1]
+    epochs = f"{last.epoch:.3g} epoch{'s' if last.epoch != 1 else ''}"
+    alt = (
+        f"{' and '.join(panels)} by epoch, in training and validation. At the end, after {epochs}: "
+        f"validation loss {last.val_loss:.3g}, accuracy {percent(last.val_accuracy)}."
+    )
+    alt = alt[0].upper() + alt[1:]
+    figure, axes = new_figure(alt, columns=len(panels))
+    for axis, panel in zip(axes[0], panels, strict=True):
+        scale = 100 if panel == "accuracy" else 1
+        what = "accuracy (%)" if panel == "accuracy" else "loss (cross entropy, nats)"
+        if len(rows) == 1:
+            ends = {label: scale * getattr(last, f"{kind}_{panel}") for kind, (label, _) in _KINDS.items()}
+            draw_bars(axis, ends, "%" if panel == "accuracy" else "", [c for _, c in _KINDS.values()])
+            axis.set_xlabel(f"{what} after {epochs}")
+            continue
+        for kind, (label, colour) in _KINDS.items():
+            points = [scale * getattr(row, f"{kind}_{panel}") for row in rows]
+            axis.plot([row.epoch for row in rows], points, color=colour, marker="o", markersize=3, label=label)
+        axis.set(xlabel="epoch", ylabel=what)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlim(left=0)
+        axis.legend(frameon=False)
+    return figure
+
+
+def plot_rate_range(rates: Sequence[float], losses: Sequence[float], chosen: float) -> "Figure":
+    """Smoothed training loss by learning rate, with the chosen one marked."""
+    figure, axes = new_figure(
+        f"Training loss by learning rate in a range test, from {rates[0]:.2g} to {rates[-1]:.2g}; chosen: {chosen:.3g}."
+    )
+    axis = axes[0, 0]
+    axis.plot(rates, losses, color=NEUTRAL)
+    axis.axvline(chosen, color=INK, linestyle="--", label=f"chosen: {chosen:.3g}")
+    axis.set(xlabel="learning rate", ylabel="training loss (smoothed)")
+    log_axis(axis)
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_comparison(result: "Comparison", panels: Sequence[str] = ()) -> "Figure":
+    """The arms of a comparison beside each other.
+
+    Args:
+        result: what `finetune.compare` gave.
+        panels: "steps" (accuracy by step, each arm at its best rate, the band between smallest and largest seed),
+            "rates" (accuracy at the end by learning rate, a cross where a seed diverged), "seconds" (of a run); "steps"
+            and, where there is more than one rate, "rates" if none is named. What has a single point is drawn as bars.
+    """
+    panels = panels or telling_panels(result)
+    draw = {"steps": _steps, "rates": draw_rates, "seconds": _seconds}
+    figure, axes = new_figure(" ".join(_in_words(result, panel) for panel in panels), columns=len(panels))
+    for axis, panel in zip(axes[0], panels, strict=True):
+        draw[panel](axis, result)
+    return figure
+
+
+def telling_panels(result: "Comparison") -> tuple[str, ...]:
+    """The panels that say something: "steps" and, where there is more than one rate, "rates"."""
+    return ("steps", "rates") if len({trial.lr for trial in result.trials}) > 1 else ("steps",)
+
+
+def _steps(axis: Any, result: "Comparison") -> None:
+    axis.set_title("each arm at its best rate")
+    if all(s.lr is None or len(result.curve(s.arm, s.lr)) == 1 for s in result.summary()):
+        _ends(axis, {s.arm if s.lr is None else f"{s.arm} at {s.lr:g}": s.accuracy for s in result.summary()}, result)
+        return
+    for summary in result.summary():
+        colour = _ARMS[summary.arm]
+        if summary.lr is None:
+            axis.plot([], [], color=colour, label=f"{summary.arm}: diverged at every rate")
+            continue
+        at, mean, low, high = zip(*result.curve(summary.arm, summary.lr), strict=True)
+        label = f"{summary.arm} at {summary.lr:g}"
+        size = 3 if len(at) > 1 else 7
+        axis.plot(at, [100 * v for v in mean], color=colour, label=label, marker="o", markersize=size)
+        axis.fill_between(at, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, linewidth=0)
+    axis.set(xlabel="training step", ylabel="validation accuracy (%)", xlim=(0, None))
+    _name_arms(axis)
+
+
+def draw_rates(axis: Any, result: "Comparison") -> None:
+    """Accuracy at the end by learning rate, onto an axis of the caller's."""
+    arms = result.summary()
+    axis.set_title("at the end")
+    if len({trial.lr for trial in result.trials}) == 1:
+        _ends(axis, {s.arm: s.accuracy for s in arms}, result)
+        return
+    for number, summary in enumerate(arms):
+        colour = _ARMS[summary.arm]
+        ended = {lr: 100 * value for lr, value in summary.by_rate.items() if value is not None}
+        diverged = [lr for lr, value in summary.by_rate.items() if value is None]
+        label = f"{summary.arm}, × diverged" if diverged else summary.arm
+        axis.plot(list(ended), list(ended.values()), color=colour, marker="o", markersize=4, label=label)
+        if diverged:  # an empty line that is not clipped would throw the layout out
+            # Side by side, or one arm's cross would hide another's.
+            beside = 1.12 ** (number - (len(arms) - 1) / 2)
+            axis.plot(
+                [lr * beside for lr in diverged],
+                [0.0] * len(diverged),
+                color=colour,
+                marker="x",
+                linestyle="none",
+                clip_on=False,
+            )
+    axis.set(xlabel="learning rate", ylabel="validation accuracy (%)", ylim=(0, None))
+    log_axis(axis)
+    if not any(value is not None for summary in arms for value in summary.by_rate.values()):
+        axis.set_ylim(0, 100)
+    _name_arms(axis)
+
+
+def _name_arms(axis: Any) -> None:
+    """The legend below the axes: the curves of four arms leave it no room within."""
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
+def _ends(axis: Any, accuracies: dict[str, float | None], result: "Comparison") -> None:
+    """The arms' accuracies at the end as bars, in the order of the arms."""
+    shares = {label: None if share is None else 100 * share for label, share in accuracies.items()}
+    draw_bars(axis, shares, "%", [_ARMS[arm] for arm in result.arms])
+    axis.set(xlabel="validation accuracy (%)")
+
+
+def _seconds(axis: Any, result: "Comparison") -> None:
+    seconds = seconds_by_arm(result)
+    draw_bars(axis, seconds, "s", [_ARMS[arm] for arm in seconds])
+    axis.set(xlabel="seconds a run, mean over those that did not diverge")
+
+
+def seconds_by_arm(result: "Comparison") -> dict[str, float]:
+    """Mean seconds of the runs that did not diverge; an arm of which none is left is left out."""
+    times = {arm: [trial.seconds for trial in result.of(arm) if not trial.diverged] for arm in result.arms}
+    return {arm: sum(found) / len(found) for arm, found in times.items() if found}
+
+
+def _in_words(result: "Comparison", panel: str) -> str:
+    if panel == "seconds":
+        return (
+            "Seconds a run: "
+            + ", ".join(f"{arm} {cell_text(value)}" for arm, value in seconds_by_arm(result).items())
+            + "."
+        )
+    found = []
+    for s in result.summary():
+        if panel == "steps":
+            end = (
+                f"ends at {percent(s.accuracy, '.1f')} at rate {s.lr:g}"
+                if s.accuracy is not None
+                else "always diverged"
+            )
+            found.append(f"{s.arm} {end}")
+        else:
+            values = [
+                f"{percent(v, '.1f')} at {lr:g}" if v is not None else f"× at {lr:g}" for lr, v in s.by_rate.items()
+            ]
+            found.append(f"{s.arm}: {', '.join(values)}")
+    start = "Validation accuracy by step: " if panel == "steps" else "Accuracy at the end by learning rate: "
+    return start + "; ".join(found) + "."

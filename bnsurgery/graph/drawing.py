@@ -1,0 +1,154 @@
+"""Draw what feeds what in a network, with the sites of a plan marked: as Graphviz's DOT, or as SVG."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+from torch import fx, nn
+
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.running.batches import Inputs
+from bnsurgery.text.words import counted
+
+from .planning import Plan
+from .tracing import Trace, is_layer, is_norm
+
+_COLOURS = {"site": "#b7e4c7", "skipped": "#ffd6a5", "norm": "#cfe2ff", "plain": "#f1f3f5"}
+_LEGEND = {"site": "gets a BatchNorm", "skipped": "layer without one", "norm": "a norm", "plain": "anything else"}
+_CHAR, _LINE, _PAD, _GAP = 7.0, 16.0, 8.0, 26.0  # pixels: width of a letter, height of a line, inside and between boxes
+
+
+@dataclass(frozen=True)
+class _Box:
+    """One call in the forward pass: what its box says, the key of its colour, and the text under the mouse."""
+
+    label: tuple[str, ...]
+    kind: str
+    tip: str
+
+
+def dot(model: nn.Module, example: Any, plan: Plan) -> str:
+    """The graph of `model`'s forward pass in the DOT language.
+
+    Args:
+        model, example: as they were given to `plan`.
+        plan: whose sites and skipped layers are coloured.
+
+    Raises:
+        BNSurgeryError: the graphviz package is not installed.
+    """
+    graphviz = _library("graphviz")
+    boxes, edges = _graph(model, example, plan)
+    graph = graphviz.Digraph(plan.model, node_attr={"shape": "box", "style": "filled", "fontname": "sans-serif"})
+    for index, box in enumerate(boxes):
+        label = graphviz.escape("\n".join(box.label))
+        graph.node(str(index), label, fillcolor=_COLOURS[box.kind], tooltip=graphviz.escape(box.tip))
+    for source, target in edges:
+        graph.edge(str(source), str(target))
+    return str(graph.source)
+
+
+def svg(model: nn.Module, example: Any, plan: Plan) -> str:
+    """The same graph as an SVG picture, from top to bottom; the reasons for leaving layers out are under the mouse.
+
+    Raises:
+        BNSurgeryError: the igraph package is not installed.
+
+    References: Sugiyama, Tagawa & Toda 1981 (the layout).
+    """
+    boxes, edges = _graph(model, example, plan)
+    widths = [max(map(len, box.label)) * _CHAR + 2 * _PAD for box in boxes]
+    places, routes = _layout(len(boxes), edges, max(widths) + _GAP, 2 * _LINE + 2 * _PAD + _GAP)
+    sides = [(x - w / 2, x + w / 2) for (x, _), w in zip(places, widths, strict=True)]
+    sides += [(x, x) for route in routes for x, _ in route]
+    left, right = min(a for a, _ in sides) - _GAP, max(b for _, b in sides) + _GAP
+    bottom = max(y for _, y in places) + 2 * _LINE + 2 * _GAP
+    width, top = max(right - left, 360), -(len(_LEGEND) + 3) * _LINE - _GAP
+    look = {
+        "xmlns": "http://www.w3.org/2000/svg",
+        "viewBox": f"{left:.0f} {top:.0f} {width:.0f} {bottom - top:.0f}",
+        "width": f"{width:.0f}",
+        "height": f"{bottom - top:.0f}",
+        "role": "img",
+        "font-family": "sans-serif",
+        "font-size": "12",
+    }
+    root = ElementTree.Element("svg", look)
+    title = f"{plan.model}: {counted(len(plan.sites), 'site')}, {len(plan.skipped)} skipped"
+    ElementTree.SubElement(root, "title").text = title
+    back = {"x": f"{left:.0f}", "y": f"{top:.0f}", "width": "100%", "height": "100%", "fill": "white"}
+    ElementTree.SubElement(root, "rect", back)
+    _text(root, left + _GAP, top + 1.5 * _LINE, title, weight="bold")
+    for index, (kind, meaning) in enumerate(_LEGEND.items()):
+        y = top + (index + 2.2) * _LINE
+        _rectangle(root, left + _GAP, y, 2 * _LINE, 0.8 * _LINE, kind)
+        _text(root, left + _GAP + 2.5 * _LINE, y + 0.7 * _LINE, meaning)
+    for route in routes:
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in route)
+        ElementTree.SubElement(root, "polyline", points=points, fill="none", stroke="#868e96")
+    for (x, y), w, item in zip(places, widths, boxes, strict=True):
+        group = ElementTree.SubElement(root, "g")
+        ElementTree.SubElement(group, "title").text = item.tip
+        height = len(item.label) * _LINE + _PAD
+        _rectangle(group, x - w / 2, y - height / 2, w, height, item.kind)
+        for line, text in enumerate(item.label):
+            _text(group, x, y - height / 2 + (line + 1) * _LINE - 1, text, anchor="middle")
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _graph(model: nn.Module, example: Any, plan: Plan) -> tuple[list[_Box], list[tuple[int, int]]]:
+    """One box a call, in order, and pairs of their indices; what leads nowhere (shapes) is left out."""
+    trace = Trace(model, Inputs.of(example))
+    nodes = [node for node in trace.nodes if node.op != "get_attr" and (node.users or node.op == "output")]
+    index = {node: number for number, node in enumerate(nodes)}
+    sites = {site.name for site in plan.sites}
+    skipped = {skip.name: skip.reason for skip in plan.skipped}
+    boxes = [_box(trace, node, sites, skipped) for node in nodes]
+    edges = [(index[source], index[node]) for node in nodes for source in node.all_input_nodes if source in index]
+    return boxes, edges
+
+
+def _box(trace: Trace, node: fx.Node, sites: set[str], skipped: dict[str, str]) -> _Box:
+    module = node.meta.get("module")
+    name = trace.names.get(module, node.name) if module is not None else node.name
+    kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+    if node.op in ("placeholder", "output"):
+        return _Box((kind.lstrip("*"),), "plain", "input" if node.op == "placeholder" else "output")
+    if name in sites:
+        return _Box((name, f"{kind} + BatchNorm"), "site", "gets a BatchNorm")
+    if name in skipped or is_layer(node):
+        return _Box((name, kind), "skipped", skipped.get(name, "a layer of another kind"))
+    label = (name, kind) if module is not None else (kind,)
+    return _Box(label, "norm" if is_norm(node) else "plain", name)
+
+
+def _layout(
+    count: int, edges: list[tuple[int, int]], column: float, row: float
+) -> tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]:
+    """Centres of the boxes, and for every edge the points that it runs through, past the rows it crosses."""
+    igraph = _library("igraph")
+    layout = igraph.Graph(count, edges, directed=True).layout_sugiyama(hgap=column, vgap=row)
+    points = [(float(x), float(y)) for x, y in layout]
+    bends = [[(float(x), float(y)) for x, y in bend] for bend in layout.edge_routing]
+    return points, [[points[a], *bend, points[b]] for (a, b), bend in zip(edges, bends, strict=True)]
+
+
+def _rectangle(parent: ElementTree.Element, x: float, y: float, width: float, height: float, kind: str) -> None:
+    place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}", "rx": "3"}
+    ElementTree.SubElement(parent, "rect", {**place, "fill": _COLOURS[kind], "stroke": "#868e96"})
+
+
+def _text(
+    parent: ElementTree.Element, x: float, y: float, text: str, anchor: str = "start", weight: str = "normal"
+) -> None:
+    look = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor, "font-weight": weight}
+    ElementTree.SubElement(parent, "text", look).text = "".join(c if c.isprintable() else "�" for c in text)
+
+
+def _library(name: str) -> Any:
+    if importlib.util.find_spec(name) is None:
+        raise BNSurgeryError(f"plan: drawing needs {name}, which is not installed: pip install 'bnsurgery[plot]'")
+    return importlib.import_module(name)

@@ -1,0 +1,266 @@
+"""torch.fx's symbolic tracing with an example beside it: shapes are known where code wants them, values never."""
+
+import inspect
+import operator
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import Attribute
+
+from bnsurgery.nn import Normed
+from bnsurgery.running.batches import Inputs
+
+from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORMS
+
+# What of a tensor does not depend on the numbers in it. Symbolic at first, like all else; code that cannot do with that
+# (`if x.shape[1] == 3`) gets the example's. What depends on the numbers stays symbolic, and control flow on it fails.
+_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"}
+_METHODS |= {"is_complex", "element_size", "get_device"}
+_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_quantized"}
+_STARS: dict[Any, tuple[str, Any]] = {
+    inspect.Parameter.VAR_POSITIONAL: ("*", ()),
+    inspect.Parameter.VAR_KEYWORD: ("**", {}),
+}
+_UNREGISTERED = "<unregistered>"
+_CONSTANT = "<constant>"
+# While it traces, fx replaces nn.Module's __call__ and __getattr__ for the whole process: one trace at a time.
+_TRACING = threading.RLock()
+
+
+class _Unknown:
+    """Stands for the value of a proxy where no example was given, or where computing it failed."""
+
+
+_UNKNOWN = _Unknown()
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows what it stands for on the example.
+
+    Attributes:
+        value: that, where it could be computed.
+        is_shape: whether it follows from shapes, types and the like alone.
+    """
+
+    value: Any = _UNKNOWN
+    is_shape = False
+    tracer: "Tracer"
+    __getitem__: Callable[[Any, Any], Any]  # fx adds it
+
+    def __getattr__(self, k: str) -> Any:
+        if k in _ATTRIBUTES and isinstance(self.value, Tensor):
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return super().__getattr__(k)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __bool__(self) -> bool:
+        return bool(self.value) if self.is_shape and self.tracer.tells_shapes() else super().__bool__()
+
+    def __index__(self) -> int:
+        if self.is_shape and self.tracer.tells_shapes():
+            return operator.index(self.value)
+        raise TypeError("symbolically traced variables have no value")
+
+    def __len__(self) -> int:
+        if isinstance(self.value, (tuple, list, dict)) or (
+            isinstance(self.value, Tensor) and self.tracer.tells_shapes()
+        ):
+            return len(self.value)
+        return super().__len__()
+
+    def __iter__(self) -> Any:
+        if isinstance(self.value, dict):
+            return iter(self.value)
+        if isinstance(self.value, (Tensor, tuple, list)):
+            return iter([self[i] for i in range(len(self))])
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        """Of a dict."""
+        return self.value.keys() if isinstance(self.value, dict) else super().keys()
+
+    def items(self) -> Any:
+        """Of a dict, with symbolic values."""
+        return [(key, self[key]) for key in self]
+
+    def values(self) -> Any:
+        """Of a dict, symbolic."""
+        return [self[key] for key in self]
+
+
+class Tracer(fx.Tracer):
+    """fx's tracer, noting for every module those whose forward called it, and where it broke.
+
+    It follows the thread that made it: what other threads run meanwhile is computed as ever.
+
+    Attributes:
+        callers: by module, the registered modules whose forward called it.
+        read: the modules of whose parameters the code of another makes use.
+        broke: after a failure, the innermost module whose forward could not be followed.
+    """
+
+    def __init__(self, root: nn.Module, opaque: set[nn.Module], shaped: set[nn.Module]) -> None:
+        super().__init__()
+        self._opaque = opaque
+        self._shaped = shaped
+        self._callers: list[nn.Module] = [root]
+        self._bound: dict[str, Any] = {}
+        self._plain: dict[fx.Node, dict[Any, Any]] = {}
+        self._evaluating = False
+        self._thread = threading.get_ident()
+        self._owners = {parameter: module for module in root.modules() for parameter in module._parameters.values()}
+        self.callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)
+        self.read: set[nn.Module] = set()
+        self.broke: nn.Module | None = None
+
+    def follow(self, model: nn.Module, example: Inputs | None) -> fx.Graph:
+        """The graph of `model`'s forward pass, on the example's way where one is given."""
+        signature = inspect.signature(model.forward)
+        parameters = signature.parameters.values()
+        given = signature.bind(*example.args, **example.kwargs).arguments if example is not None else {}
+        for parameter in parameters:  # fx names a placeholder so
+            stars, nothing = _STARS.get(parameter.kind, ("", _UNKNOWN))
+            if example is not None:
+                self._bound[stars + parameter.name] = given.get(parameter.name, nothing)
+        # Flags and missing arguments steer Python control flow: they are what they are.
+        constants = {p.name: given.get(p.name, p.default) for p in parameters}
+        constants = {
+            name: value
+            for name, value in constants.items()
+            if value is not inspect.Parameter.empty and not _holds_tensors(value)
+        }
+        with _TRACING:
+            return self.trace(model, concrete_args=constants)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name == _UNREGISTERED:
+            return False
+        if m in self._opaque or isinstance(m, (*LAYERS, *NORMS, Normed)):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        # A slice such as `self.features[:5]` is a new Sequential that is registered nowhere: step into it.
+        try:
+            return super().path_of_module(mod)
+        except NameError:
+            return _UNREGISTERED
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._follows():
+            return forward(*args, **kwargs)
+        registered = self.path_of_module(m) != _UNREGISTERED
+        self.callers[m].add(self._callers[-1])
+        if registered:
+            self._callers.append(m)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.broke = self.broke or (m if registered else None)
+            raise
+        finally:
+            if registered:
+                self._callers.pop()
+        if not isinstance(result, fx.Proxy):
+            return result
+        node = result.node
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            node.meta["module"] = m
+            if isinstance(result, ValueProxy):
+                result.value = self._evaluate(forward, args, kwargs)
+        elif node.target in LAYER_FUNCTIONS and node.meta.get("caller") is m:
+            node.meta["module"] = m  # a layer of the user's own: what F.conv2d gives is what it returns
+        return result
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        proxy.node.meta["caller"] = self._callers[-1]
+        if kind == "placeholder":
+            proxy.value = self._bound.get(target, _UNKNOWN)
+            if isinstance(proxy.value, dict):
+                self._plain[proxy.node] = {k: v for k, v in proxy.value.items() if not _holds_tensors(v)}
+        elif kind == "get_attr":
+            proxy.value = self._evaluate(self.root.get_parameter, (target,), {})
+        elif kind == "call_function":
+            proxy.value = self._evaluate(target, args, kwargs)
+            proxy.is_shape = (target is getattr and args[1] in _ATTRIBUTES) or _follow_from_shapes(args, kwargs)
+        elif kind == "call_method":
+            proxy.value = self._evaluate(lambda first, *more, **kw: getattr(first, target)(*more, **kw), args, kwargs)
+            proxy.is_shape = target in _METHODS or _follow_from_shapes(args, kwargs)
+        if self._is_plain(target, args, proxy.value):
+            return proxy.value
+        return proxy.value if proxy.is_shape and proxy.value is not _UNKNOWN and self.tells_shapes() else proxy
+
+    def _is_plain(self, target: Any, args: Any, value: Any) -> bool:
+        """Whether this reads, from a dict that the model was given, a flag or name, or finds that there is no entry."""
+        entries = self._plain.get(args[0].node) if args and isinstance(args[0], ValueProxy) else None
+        if entries is None or target not in (operator.getitem, "get"):
+            return False
+        missing = target == "get" and len(args) == 2 and args[1] not in args[0].value
+        return missing or (args[1] in entries and value is entries[args[1]])
+
+    def tells_shapes(self) -> bool:
+        """Whether the code that runs now gets shapes as they are on the example."""
+        return self._callers[-1] in self._shaped
+
+    def create_arg(self, a: Any) -> Any:
+        # fx would register a tensor that the code made as an attribute of the user's model.
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            return self.create_node("get_attr", _CONSTANT, (), {})
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return ValueProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if not self._follows():
+            return attr_val
+        owner = self._owners.get(attr_val) if isinstance(attr_val, nn.Parameter) else None
+        if owner is not None and owner is not self._callers[-1]:
+            self.read.add(owner)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _follows(self) -> bool:
+        """Whether what runs now is the code that is traced."""
+        return threading.get_ident() == self._thread and not self._evaluating
+
+    def _evaluate(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        values = map_aggregate((args, kwargs), _value)
+        if _is_unknown(values):
+            return _UNKNOWN
+        self._evaluating = True
+        try:
+            return function(*values[0], **values[1])
+        except Exception:  # such as reading a number from an example on the meta device
+            return _UNKNOWN
+        finally:
+            self._evaluating = False
+
+
+def _value(item: Any) -> Any:
+    if isinstance(item, Attribute):
+        root = _value(item.root)
+        return _UNKNOWN if root is _UNKNOWN else getattr(root, item.attr)
+    return item.value if isinstance(item, ValueProxy) else item
+
+
+def _follow_from_shapes(args: Any, kwargs: Any) -> bool:
+    proxies: list[Any] = []
+    map_aggregate((args, kwargs), lambda item: proxies.append(item) if isinstance(item, fx.Proxy) else None)
+    return bool(proxies) and all(isinstance(proxy, ValueProxy) and proxy.is_shape for proxy in proxies)
+
+
+def _is_unknown(values: Any) -> bool:
+    found = []
+    map_aggregate(values, lambda item: found.append(item is _UNKNOWN))
+    return any(found)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return bool(Inputs((value,)).tensors)

@@ -1,0 +1,225 @@
+"""What feeds what in a model's forward pass, and who calls it: as far as the code can be followed."""
+
+import inspect
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bnsurgery.errors import UntraceableModelError
+from bnsurgery.nn import Normed
+from bnsurgery.running.batches import Inputs, placed
+from bnsurgery.running.modes import observing
+
+from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORM_FUNCTIONS, NORMS, is_activation
+from .observation import observe
+from .symbolic import Tracer
+from .unsupported import refuse
+
+
+class Trace:
+    """The calls of a model's forward pass, by module.
+
+    torch.fx follows the code. A submodule that it cannot follow (control flow that depends on the numbers) is taken as
+    a whole, one call of unknown content; where the model's own forward is such, its submodules are followed each by
+    itself. With an example, shapes are the example's, and what really ran is compared with what was followed.
+
+    Attributes:
+        names: first fully qualified name of every module, by module.
+        opaque: the modules whose forward cannot be followed, and why not.
+        shaped: the modules whose forward was followed on the example's shapes alone, and may go other ways on others.
+        uncertain: the modules inside of those two, which other inputs, shapes or flags may use in other ways.
+        read: the modules whose parameters the code of another reads.
+
+    Raises:
+        UntraceableModelError: no layer at all can be followed, or the model is of a kind that cannot be edited.
+        CalibrationError: the model does not take the example.
+    """
+
+    def __init__(self, model: nn.Module, example: Inputs | None = None) -> None:
+        refuse(model)
+        self.names = {module: name for name, module in model.named_modules()}
+        self.opaque: dict[nn.Module, str] = {
+            module: "compiled TorchScript" for module in self.names if isinstance(module, torch.jit.ScriptModule)
+        }
+        self.observed = observe(model, example) if example is not None else None
+        self.nodes: list[fx.Node] = []
+        self.read: set[nn.Module] = set()
+        self.shaped: set[nn.Module] = set()
+        self._followed: set[nn.Module] = set()
+        self._calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
+        self._callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)
+        with observing(model):
+            self._follow(model, placed(model, example.take(0, 1)) if example is not None else None)
+            self._descend()
+        self.uncertain = {inner for outer in [*self.opaque, *self.shaped] for inner in outer.modules()}
+        if not self._has_layers() and self.opaque and any(isinstance(module, LAYERS) for module in self.names):
+            culprit, reason = next(iter(self.opaque.items()))
+            raise UntraceableModelError(
+                f"plan: {type(model).__name__}: cannot follow the forward pass: {self._called(culprit)}: {reason}. "
+                "Control flow that depends on the input's values cannot be traced: move it out of the model that you "
+                "pass, or into a submodule of its own, or pass the submodule that is free of it."
+            )
+
+    def calls(self, module: nn.Module) -> list[fx.Node]:
+        """Every call of `module` that was followed, in order; empty where the forward pass never reaches it."""
+        return self._calls.get(module, [])
+
+    def shapes(self, module: nn.Module) -> set[torch.Size]:
+        """Of the module's outputs on the example."""
+        return self.observed.shapes.get(module, set()) if self.observed is not None else set()
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Conv and dense modules in order of definition: torch's, and those of the user's own that call F.conv2d."""
+        own = {node.meta.get("module") for node in self.nodes if node.target in LAYER_FUNCTIONS}
+        return (module for module in self.names if isinstance(module, LAYERS) or module in own)
+
+    def callers(self, module: nn.Module) -> set[nn.Module]:
+        """The modules whose forward called it: as followed, and on the example."""
+        really = self.observed.callers.get(module, set()) if self.observed is not None else set()
+        return self._callers.get(module, set()) | really
+
+    def only_user(self, module: nn.Module) -> nn.Module | None:
+        """The module that alone consumes every call of `module`, and nothing but those; else None."""
+        users = {user.meta.get("module") for node in self.calls(module) for user in node.users}
+        if len(users) != 1 or any(len(node.users) != 1 for node in self.calls(module)):
+            return None
+        user = users.pop()
+        if user is None or len(self.calls(user)) != len(self.calls(module)):
+            return None
+        return user if self._is_whole(module) and self._is_whole(user) else None
+
+    def activation_function(self, module: nn.Module) -> str | None:
+        """Name of the function or method that alone consumes every call of `module`; None for a module, or several."""
+        users = {user.target for node in self.calls(module) for user in node.users if "module" not in user.meta}
+        if len(users) != 1 or any(len(node.users) != 1 for node in self.calls(module)):
+            return None
+        user = users.pop()
+        return user if isinstance(user, str) else getattr(user, "__name__", None)
+
+    def next_layers(self, module: nn.Module) -> Iterator[fx.Node]:
+        """The first layers and norms that the outputs of `module` run into, looking through everything else."""
+        waiting, seen = [user for node in self.calls(module) for user in node.users], set()
+        while waiting:
+            node = waiting.pop(0)
+            if node in seen:
+                continue
+            seen.add(node)
+            if is_norm(node) or is_layer(node):
+                yield node
+            else:
+                waiting.extend(node.users)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """The module around `module` that was not looked into, in words; None where there is none."""
+        name = self.names[module]
+        outer = [m for m in self.names if m is not module and _is_within(name, self.names[m])]
+        around = [m for m in outer if m in self.opaque or self.calls(m)]
+        if not around:
+            return None
+        innermost = max(around, key=lambda m: len(self.names[m]))
+        why = "whose forward cannot be followed" if innermost in self.opaque else "which is taken as one"
+        return f"inside {self._called(innermost)}, {why}"
+
+    def part(self, module: nn.Module) -> str | None:
+        """The part of an opaque model that `module` was followed in, in words; None where the whole was followed."""
+        name = self.names[module]
+        roots = [root for root in self._followed if _is_within(name, self.names[root])]
+        root = max(roots, key=lambda m: len(self.names[m]), default=None)
+        return f"'{self.names[root]}'" if root is not None and self.names[root] else None
+
+    def _called(self, module: nn.Module) -> str:
+        return f"'{self.names[module]}' ({type(module).__name__})" if self.names[module] else type(module).__name__
+
+    def _is_whole(self, module: nn.Module) -> bool:
+        """Whether the calls that were followed are all that ran on the example."""
+        if self.observed is None:
+            return True
+        return self.observed.callers.get(module, set()) <= self._callers.get(module, set())
+
+    def _has_layers(self) -> bool:
+        return any(isinstance(node.meta.get("module"), LAYERS) or node.target in LAYER_FUNCTIONS for node in self.nodes)
+
+    def _follow(self, root: nn.Module, example: Inputs | None) -> None:
+        """Add the graph of `root`, with what breaks inside it as leaves; or note that it is opaque itself."""
+        if any(isinstance(p.default, bool) for p in inspect.signature(root.forward).parameters.values()):
+            self.shaped.add(root)  # a flag: set otherwise, it may lead another way
+        while root not in self.opaque:
+            tracer = Tracer(root, set(self.opaque), self.shaped)
+            try:
+                graph = tracer.follow(root, example)
+            except Exception as error:  # whatever the user's code makes of a proxy
+                culprit = tracer.broke
+                if culprit is None or culprit in self.opaque:
+                    culprit = root
+                if culprit not in self.shaped and example is not None:
+                    self.shaped.add(culprit)
+                    continue
+                self.opaque[culprit] = f"{_where(error)}: {_first_line(error)}"
+                continue
+            self._followed.add(root)
+            self.nodes += graph.nodes
+            self.read |= tracer.read
+            for node in graph.nodes:
+                if "module" in node.meta:
+                    self._calls[node.meta["module"]].append(node)
+            for module, callers in tracer.callers.items():
+                self._callers[module] |= callers
+            return
+
+    def _descend(self) -> None:
+        """Where no layer was followed, follow the submodules of what is opaque, each by itself."""
+        descended: set[nn.Module] = set()
+        while not self._has_layers():
+            tops = [module for module in self.opaque if module not in descended]
+            if not tops:
+                return
+            for top in tops:
+                descended.add(top)
+                for child in _parts(top):
+                    if self.observed is None or child in self.observed.inputs:
+                        self._follow(child, self.observed.inputs[child] if self.observed is not None else None)
+
+
+def is_norm(node: fx.Node) -> bool:
+    """Whether `node` normalizes: a norm module, a layer that carries one, or a functional norm."""
+    return isinstance(node.meta.get("module"), (*NORMS, Normed)) or node.target in NORM_FUNCTIONS
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether `node` applies weights: a module with parameters, neither norm nor activation, or F.conv2d and kin."""
+    module = node.meta.get("module")
+    if module is None:
+        return node.target in LAYER_FUNCTIONS
+    return not is_norm(node) and not is_activation(module) and any(True for _ in module.parameters())
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The children that have layers in them; for a list or dict of modules, which is never called, its items."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _parts(child)
+        elif not isinstance(child, LAYERS) and any(isinstance(inner, LAYERS) for inner in child.modules()):
+            yield child
+
+
+def _is_within(name: str, around: str) -> bool:
+    return not around or name == around or name.startswith(around + ".")
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the traceback that is the user's: not torch's, not ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    if not frames:
+        return "in its modules"
+    return f"at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})"
+
+
+def _first_line(error: Exception) -> str:
+    text: Any = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__

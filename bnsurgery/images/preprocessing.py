@@ -1,0 +1,222 @@
+"""From an image to what a network takes: one description, kept in checkpoints and said in what is exported."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from bnsurgery.errors import CheckpointError, DataError, shown
+
+MAX_SIDE = 4096  # pixels
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CHANNELS, NORMALIZE = ("rgb", "bgr", "grey"), ("auto", "imagenet", "none")
+_LONGEST = 16  # characters of an image size
+_WHITE = 255
+_SCALES = (0.1, 1e5)  # beyond are factors that others multiply pixels by, such as 1/255
+_FINEST, _COARSEST = 1000, 10  # white by the smallest std, and the largest by white: beyond, scale was forgotten
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The way from an image to the input of a network.
+
+    The image is scaled, with its proportions, until it covers height and width times resize / min(height, width), and
+    its centre is cut out. A pixel p, 0 to 255, of colour c becomes
+
+        y_c = (p · scale / 255 - mean_c) / std_c,
+
+    and then the colours are put in the order of `channels`. Mean and std come as red, green, blue, in whatever order
+    the network wants the colours, and count in units of `scale`: with 255 they are those of pixels from 0 to 255.
+    The VGGs of Caffe have scale 255, mean (123.68, 116.779, 103.939), std (1, 1, 1) and "bgr".
+
+    Attributes:
+        height, width: of the input, in pixels.
+        resize: length that the shorter side of a square image gets before its centre is cut out; of other inputs, see
+            above.
+        mean, std: of red, green and blue, or of the one channel of grey images.
+        scale: what white becomes, before mean and std.
+        channels: "rgb", "bgr" or "grey".
+        interpolation: "bilinear", "bicubic" or another of torchvision's `InterpolationMode`.
+
+    Raises:
+        CheckpointError: a value is out of range: a scale that is not 0.1 to 100,000, a mean that no image can have,
+            below 0 or above `scale`, or a std that none has, below a 1000th or above 10 times `scale`.
+    """
+
+    height: int
+    width: int
+    resize: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    scale: float = 1.0
+    channels: str = "rgb"
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        count = 1 if self.channels == "grey" else 3
+        counted = f"{count}: " + ("of the one channel of grey images" if count == 1 else "of red, green and blue")
+        finest, coarsest = self.scale / _FINEST, self.scale * _COARSEST
+        sizes, modes = (self.height, self.width), [mode.value for mode in InterpolationMode]
+        rules = (
+            ("height and width", sizes, all(0 < side <= MAX_SIDE for side in sizes), f"1 to {MAX_SIDE}"),
+            ("resize", self.resize, min(sizes) <= self.resize <= 2 * MAX_SIDE, f"{min(sizes)} to {2 * MAX_SIDE}"),
+            ("channels", self.channels, self.channels in CHANNELS, " | ".join(CHANNELS)),
+            ("interpolation", self.interpolation, self.interpolation in modes, " | ".join(modes)),
+            (
+                "scale",
+                self.scale,
+                _SCALES[0] <= self.scale <= _SCALES[1],
+                f"{_SCALES[0]:g} to {_SCALES[1]:g}: it is what white becomes, 1, or 255 for pixels from 0 to 255",
+            ),
+            ("number of means", len(self.mean), len(self.mean) == count, counted),
+            ("number of stds", len(self.std), len(self.std) == count, counted),
+            (
+                "mean",
+                self.mean,
+                all(0 <= mean <= self.scale for mean in self.mean),
+                f"0 to {self.scale:g}, which white is; a mean of pixels from 0 to 255 wants scale 255, too",
+            ),
+            (
+                "std",
+                self.std,
+                all(finest <= std <= coarsest for std in self.std),
+                f"{finest:g} to {coarsest:g}, as white is {self.scale:g}; a std of pixels from 0 to 255 wants scale "
+                "255, too",
+            ),
+        )
+        for name, got, fits, expected in rules:
+            if not fits:
+                text = ",".join(f"{value:g}" for value in got) if isinstance(got, tuple) else shown(got)
+                raise CheckpointError(f"preprocessing: {name}: got {text}, expected {expected}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one input: (C, H, W)."""
+        return len(self.mean), self.height, self.width
+
+    def __str__(self) -> str:
+        mean, std = (",".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
+        order = " (of red, green, blue)" if len(self.mean) > 1 else ""
+        return (
+            f"{self.channels}, height {self.height}, width {self.width}, pixels scaled to 0..{self.scale:g}, "
+            f"minus {mean}, divided by {std}{order}"
+        )
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """From a PIL image, or a uint8 tensor (C, H, W), to float32 (C, `height`, `width`)."""
+        return self.numbers(self.fit(self.coloured(image)))
+
+    def transform(self, *geometry: Callable[[Any], Any]) -> v2.Compose:
+        """As calling it, but with `geometry`, such as random crops, in place of the scaling and cutting."""
+        return v2.Compose([self.coloured, *geometry, self.numbers])
+
+    def coloured(self, image: Any) -> Any:
+        """In colour or grey, as the network takes it."""
+        return (_GREY if self.channels == "grey" else _RGB)(image)
+
+    def fit(self, image: Any) -> Any:
+        """Scale, and cut out the centre."""
+        height, width = F.get_size(image)
+        rows, columns = (round(side * self.resize / min(self.shape[1:])) for side in self.shape[1:])
+        if height * columns <= width * rows:  # wider than the input
+            columns = rows * width // height
+        else:
+            rows = columns * height // width
+        return F.center_crop(self.resized(image, rows, columns), [self.height, self.width])
+
+    def resized(self, image: Any, height: int, width: int) -> Any:
+        """Scale, whatever that does to the proportions."""
+        return F.resize(image, [height, width], InterpolationMode(self.interpolation), antialias=True)
+
+    def numbers(self, image: Any) -> Tensor:
+        """From pixels to the network's numbers, size as it is."""
+        pixels = F.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+        values = F.normalize(pixels.float() * self.scale / _WHITE, list(self.mean), list(self.std))
+        return values.flip(0) if self.channels == "bgr" else values
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller says of a network's preprocessing; None, and "auto", where that is for the network to say.
+
+    Attributes:
+        image_size: of the input, in pixels: the side of a square, or height and width as "240x320".
+        normalize: "imagenet" for its mean and standard deviation, "none" for values from 0 to 1.
+        mean, std: see `Preprocessing`; one number stands for all channels. Where one of mean, std and scale is given,
+            the others are 0, 1 and 1 unless given, too.
+        scale: see `Preprocessing`.
+        channels: "rgb" or "bgr".
+
+    Raises:
+        DataError: a value is out of range, or mean, std or scale beside a `normalize` that says something else.
+    """
+
+    image_size: int | str | None = None
+    normalize: str = "auto"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+    channels: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.normalize not in NORMALIZE or self.channels not in (None, "rgb", "bgr"):
+            raise DataError(
+                f"got normalize {shown(self.normalize)} and channels {shown(self.channels)}, expected "
+                f"{' | '.join(NORMALIZE)}, and rgb | bgr"
+            )
+        if () in (self.mean, self.std):
+            raise DataError("mean and std: got no number, expected one for each colour, or one for all")
+        if self.size is not None and not all(0 < side <= MAX_SIDE for side in self.size):
+            raise DataError(f"image_size: got {shown(self.image_size)}, expected 1 to {MAX_SIDE}, or as 240x320 (HxW)")
+        if self.normalize != "auto" and self.numbers:
+            raise DataError(f"normalize '{self.normalize}' says what mean, std and scale are: give one or the other.")
+
+    @property
+    def numbers(self) -> bool:
+        """Whether mean, std or scale are given."""
+        return (self.mean, self.std, self.scale) != (None, None, None)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width; 0 where that is no number."""
+        if self.image_size is None:
+            return None
+        sides = [int(side) if side.isdecimal() else 0 for side in str(self.image_size)[:_LONGEST].lower().split("x")]
+        return (sides[0], sides[-1]) if len(sides) <= 2 else (0, 0)
+
+    def of(self, own: Preprocessing) -> Preprocessing:
+        """The network's own preprocessing, but for what is said here.
+
+        Raises:
+            DataError: the network takes grey images, and this is for colours; or mean or std have another number of
+                values, or cannot be those of images.
+        """
+        grey = own.channels == "grey"
+        if grey and (self.normalize == "imagenet" or self.channels is not None):
+            raise DataError(
+                "the network takes grey images: they have one channel, and ImageNet's are not: pass --normalize none, "
+                "or --mean and --std, one number each"
+            )
+        changes: dict[str, Any] = {} if self.channels is None else {"channels": self.channels}
+        if self.size is not None:
+            resize = round(min(self.size) * own.resize / min(own.height, own.width))
+            changes |= {"height": self.size[0], "width": self.size[1], "resize": resize}
+        if self.normalize == "imagenet":
+            changes |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "scale": 1.0}
+        elif self.normalize == "none" or self.numbers:
+            count = len(own.mean)
+            mean, std = self.mean or (0.0,), self.std or (1.0,)
+            changes |= {"mean": mean * (count if len(mean) == 1 else 1), "std": std * (count if len(std) == 1 else 1)}
+            changes["scale"] = 1.0 if self.scale is None else self.scale
+        try:
+            return replace(own, **changes)
+        except CheckpointError as error:
+            raise DataError(str(error)) from None
+
+
+NOTHING = Wanted()
+_RGB, _GREY = v2.RGB(), v2.Grayscale()

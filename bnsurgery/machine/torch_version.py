@@ -1,0 +1,32 @@
+"""A torch that is too old is refused in words, by the package's names and its commands, before it is imported."""
+
+import functools
+import re
+
+from bnsurgery.errors import BNSurgeryError
+
+OLDEST = "2.6"  # as pyproject.toml has it
+
+
+@functools.cache
+def require_torch() -> None:
+    """Refuse a torch that pip would not have left here.
+
+    Raises:
+        BNSurgeryError: the installed torch is older than `OLDEST`.
+    """
+    from importlib import metadata  # here, since it would add a third to the time of `bnsurgery --help`
+
+    try:
+        installed = metadata.version("torch")
+    except metadata.PackageNotFoundError:  # a build of one's own; or none, of which the import tells
+        return
+    if _release(installed) < _release(OLDEST):
+        raise BNSurgeryError(
+            f"bnsurgery needs torch {OLDEST} or newer, and torch {installed} is installed: "
+            f"pip install 'torch>={OLDEST}' torchvision"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

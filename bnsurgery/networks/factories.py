@@ -1,0 +1,248 @@
+"""What functions that the user names give, whose code runs by design, such as networks; and timm's networks."""
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torchvision import models
+
+from bnsurgery.errors import ArchitectureError, CheckpointError
+from bnsurgery.text.words import with_article
+
+from . import onnx_files
+
+_TIMM = "timm:"
+# From which code of a user's was taken in this process, and which files in them were run: they stay importable.
+_folders: dict[str, set[str]] = {}
+_files: dict[str, ModuleType] = {}  # what was run as a file, by the name that it has in sys.modules
+
+
+def is_timm(name: str) -> bool:
+    """Whether `name` asks for one of timm's networks."""
+    return name.startswith(_TIMM)
+
+
+def is_onnx(name: str) -> bool:
+    """Whether `name` is that of an ONNX file."""
+    return name.endswith(onnx_files.SUFFIX)
+
+
+def is_torchvision(name: str) -> bool:
+    """Whether `name` is one of torchvision's classifiers, as `torchvision.models.list_models` has it."""
+    return name in models.list_models(module=models)
+
+
+def build(name: str, *, pretrained: bool = False) -> nn.Module:
+    """The network that "package.module:factory" or "file.py:factory" makes, or timm's "timm:NAME", in eval mode.
+
+    A name of torchvision's, such as "resnet18", gives that one without weights; "net.onnx" what is in the file.
+
+    The factory is called without arguments. Nothing read from a checkpoint ever gets here.
+
+    What lies beside the file, or in the current folder where a module is named, can be imported as under `python
+    file.py`: by functions that are called later, too, and in processes that are started from here. A process has one
+    module of a name, so what two folders have under the same name is refused.
+
+    Args:
+        name: as above.
+        pretrained: let timm fill it with its weights, downloaded unless cached.
+
+    Raises:
+        ArchitectureError: no such module, function or timm network, or it fails, or what it returns is no network; or
+            it imports what another folder has under the same name.
+        CheckpointError: timm cannot get the weights.
+    """
+    if is_timm(name):
+        return _timm(name, pretrained)
+    if is_onnx(name):
+        return onnx_files.from_onnx(name)
+    if is_torchvision(name):
+        made: nn.Module = models.get_model(name, weights=None)
+        return made.eval()
+    model = function(name)()
+    if not isinstance(model, nn.Module):
+        raise ArchitectureError(
+            f"model '{name}': returned {with_article(type(model).__name__)}, expected a torch.nn.Module"
+        )
+    return model.eval()
+
+
+def names_code(name: str) -> bool:
+    """Whether `name` is "package.module:function" or "file.py:function" and no file's or folder's."""
+    place, _, called = name.rpartition(":")
+    return bool(place) and called.isidentifier() and not Path(name).exists()
+
+
+def function(name: str, what: str = "model", gives: str = "a network") -> Callable[[], Any]:
+    """The function called "package.module:function" or "file.py:function", to be called without arguments.
+
+    What it prints goes to stderr, and what it raises comes as an ArchitectureError; what lies beside its file can be
+    imported, see `build`.
+
+    Args:
+        name: as above.
+        what: how to call it in messages: "model", "data".
+        gives: what it shall return, for messages.
+
+    Raises:
+        ArchitectureError: there is none, it cannot be run, or it imports what another folder has under the same name.
+    """
+    place, _, called = name.rpartition(":")
+    if not place or not called.isidentifier():
+        if name.endswith(".py"):
+            raise ArchitectureError(f"{what} '{name}': name the function in it that gives {gives}: {name}:FUNCTION")
+        also = " or timm:NAME" if what == "model" else ""
+        raise ArchitectureError(f"{what} '{name}': expected package.module:factory, file.py:factory{also}")
+    with _running(place):
+        found = getattr(_module(place, what), called, None)
+    if found is None:
+        raise ArchitectureError(f"{what} '{name}': '{place}' has no '{called}'")
+    if isinstance(found, nn.Module) or not callable(found):
+        raise ArchitectureError(
+            f"{what} '{name}': '{called}' is {with_article(type(found).__name__)}, expected a function that returns "
+            f"{gives}. Write one, such as def make(): return {called}, and pass {place}:make"
+        )
+
+    def call() -> Any:
+        result = running(name, found, what)
+        _refuse_namesakes(name, _folders)
+        return result
+
+    return call
+
+
+def running(name: str, found: Callable[[], Any], what: str) -> Any:
+    """What a user's code gives, with its prints on stderr.
+
+    Raises:
+        ArchitectureError: it fails.
+    """
+    try:
+        with _running(name.rpartition(":")[0]):
+            return found()
+    except StopIteration:
+        raise
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise ArchitectureError(f"{what} '{name}': calling it failed: {_reason(error)}") from error
+
+
+def _timm(name: str, pretrained: bool) -> nn.Module:
+    if importlib.util.find_spec("timm") is None:
+        raise ArchitectureError(f"model '{name}': timm is not installed: pip install timm")
+    import timm
+
+    kind = name.removeprefix(_TIMM)
+    if not timm.is_model(kind):
+        close = difflib.get_close_matches(kind, timm.list_models(), n=3)
+        raise ArchitectureError(f"model '{name}': timm has none of that name. {_did_you_mean(close)}".rstrip())
+    try:
+        model: nn.Module = timm.create_model(kind, pretrained=pretrained)
+    except Exception as error:  # the hub's, of many kinds
+        raise CheckpointError(
+            f"model '{name}': timm cannot load its weights: {str(error).splitlines()[0]} Pass --weights PATH, or "
+            "--weights random to try without."
+        ) from error
+    return model.eval()
+
+
+def _did_you_mean(close: list[str]) -> str:
+    return f"Did you mean {' or '.join(_TIMM + name for name in close)}?" if close else ""
+
+
+@contextmanager
+def _running(place: str) -> Iterator[None]:
+    """What this code prints is no part of a command's output, nor are the command's words meant for it."""
+    words, sys.argv = sys.argv, [place]
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.argv = words
+
+
+def _module(place: str, what: str) -> object:
+    if not place.endswith(".py"):
+        return _package(place, what)
+    path = Path(os.path.realpath(place))  # resolve raises where a link leads back to itself
+    if not path.is_file():
+        raise ArchitectureError(f"{what}: '{place}': no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    _make_importable(str(path.parent), place, path.stem)
+    if sys.modules.get(path.stem) is _files.get(path.stem):  # not one that is installed
+        # Dataclasses and pickle look a class's module up there.
+        sys.modules[path.stem] = _files[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise ArchitectureError(f"{what}: '{place}': cannot be run: {_reason(error)}") from error
+    return module
+
+
+def _package(place: str, what: str) -> object:
+    """Import a module by name, from the current folder too, which an installed command does not look into by itself."""
+    _make_importable(str(Path.cwd()), place)
+    try:
+        return importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise ArchitectureError(f"{what} '{place}': cannot be imported: {_reason(error)}") from error
+
+
+def _make_importable(folder: str, place: str, stem: str = "") -> None:
+    """Put `folder` in front of the search path, where spawned processes get it from; `stem` is to be run as a file."""
+    importlib.invalidate_caches()
+    folders = {**_folders, folder: {*_folders.get(folder, ()), stem}}
+    _refuse_namesakes(place, folders)
+    for name, module in list(_files.items()):
+        if _home(module) != folder and _has(folder, name):
+            del _files[name], sys.modules[name]  # or it would be taken for this folder's
+    sys.path[:] = [folder, *(other for other in sys.path if other != folder)]
+    _folders.update(folders)
+
+
+def _refuse_namesakes(place: str, folders: Mapping[str, set[str]]) -> None:
+    """Refuse to go on where a module was imported from one folder that another has, too: it would get the first's.
+
+    Raises:
+        ArchitectureError: there is one.
+    """
+    for name, module in list(sys.modules.items()):
+        home = _home(module)
+        if "." in name or home not in folders or module is _files.get(name):
+            continue
+        other = next((at for at, run in folders.items() if at != home and name not in run and _has(at, name)), None)
+        if other is not None:
+            raise ArchitectureError(
+                f"model '{place}': '{name}' was imported from '{home}', and '{other}' has one of that name, too. Use a "
+                "process for each, or give them different names."
+            )
+
+
+def _home(module: ModuleType) -> str:
+    """The folder that a top-level module was found in; "." where it is built in."""
+    file = Path(getattr(module, "__file__", None) or "")
+    return str((file.parent if file.name == "__init__.py" else file).parent)
+
+
+def _has(folder: str, name: str) -> bool:
+    spec = PathFinder.find_spec(name, [folder])
+    return spec is not None and spec.origin is not None  # a folder of that name is no module yet
+
+
+def _reason(error: BaseException) -> str:
+    advice = ""
+    if isinstance(error, ModuleNotFoundError):
+        advice = ". Install it, or add the folder that holds it to PYTHONPATH"
+    elif isinstance(error, ImportError) and "relative import" in str(error):
+        advice = ". The file is part of a package: from the folder above that, pass package.module:function"
+    return f"{type(error).__name__}: {error}{advice}"

@@ -1,0 +1,195 @@
+"""Which tensors of a weights file are a network's: told by its keys and shapes, whatever training put around them."""
+
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+
+from bnsurgery.errors import BNSurgeryWarning, CheckpointError, printable, shown
+from bnsurgery.files.weights import WeightsFile, check_finite, check_kinds, check_plain, describe_mismatch
+
+# Modules that torch puts around others: DataParallel, torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_USUAL = ("", "state_dict.", "model.", "model_state_dict.")  # the first of these, where several places fit
+_NAMED = 4  # names in a message
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tensors of a weights file to take; by default those that fit the network.
+
+    Attributes:
+        key: where they are: the keys of the dicts that lead to them, joined by "."; None to search.
+        prefix: what stands there before the network's own names, such as "backbone."; None to search.
+        partial: take what fits, and leave the rest of the network as it is made.
+    """
+
+    key: str | None = None
+    prefix: str | None = None
+    partial: bool = False
+
+
+BEST_FIT = Choice()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The tensors of a file that have a network's names, of whatever shape.
+
+    Attributes:
+        names: what they are called in the file, by the network's keys.
+        left_out: what the file's other tensors would be called in the network, by their names in the file; empty for
+            those that are elsewhere.
+    """
+
+    file: WeightsFile
+    names: dict[str, str]
+    left_out: dict[str, str]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """By the network's keys."""
+        return {key: self.file.tensors[name].shape for key, name in self.names.items()}
+
+    @property
+    def norm(self) -> str | None:
+        """The first BatchNorm that stands among the network's tensors and that the network has no place for."""
+        return next((name for name, key in self.left_out.items() if key.endswith("running_mean")), None)
+
+
+def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) -> Fit:
+    """Look for a network's tensors: where most have its names and shapes.
+
+    Args:
+        file: from `read_weights`.
+        expected: shapes by the network's state-dict keys.
+
+    Raises:
+        CheckpointError: there is nothing where `choice` says, or several places fit equally well.
+    """
+    start = f"{choice.key}." if choice.key else ""
+    ours, theirs = _plain_names(expected), _plain_names(name for name in file.tensors if name.startswith(start))
+    if not theirs:
+        raise CheckpointError(f"weights '{file.path}': nothing under {shown(start[:-1])}. {_contents(file)}")
+    first, longest = len(_plain(start)), max(map(len, ours), default=0)
+    inner = {
+        root: {name[len(root) :]: ours[name] for name in ours if name.startswith(root)} for root in _roots(ours, choice)
+    }
+    scores: dict[tuple[str, str], list[int]] = {}  # of what stands before the names: in the file, in the network
+    for plain, name in theirs.items():
+        for cut in _cuts(plain, longest):
+            for root, keys in inner.items() if cut >= first else ():
+                if plain[cut:] in keys and not _same_end(plain[:cut], root):
+                    score = scores.setdefault((plain[:cut], root), [0, 0])
+                    score[0] += file.tensors[name].shape == expected[keys[plain[cut:]]]
+                    score[1] += 1
+    places = {_plain(place) for place in file.places}
+    if choice.prefix is not None:
+        prefix = _plain(f"{choice.prefix.rstrip('.')}." if choice.prefix else "")
+        scores = {pair: scores[pair] for pair in scores if pair[0] in {place + prefix for place in places}}
+        if not scores:
+            raise CheckpointError(
+                f"weights '{file.path}': no name begins with {shown(choice.prefix)}. {_contents(file)}"
+            )
+    best = max(scores.values(), default=[0, 0])
+    fitting = [pair for pair, score in scores.items() if score == best] or [(_plain(start), "")]
+    usual = [pair for place in _USUAL for pair in fitting if (pair[0][first:], pair[1]) == (place, "")]
+    if len(fitting) > 1 and not usual and (best[0] == len(ours) or choice.partial):
+        raise CheckpointError(
+            f"weights '{file.path}': {len(fitting)} places fit equally well: {_listed([at for at, _ in fitting])}. Say "
+            "which by --weights-key or --weights-prefix"
+        )
+    at, root = (usual or fitting)[0]
+    names = {key: theirs[at + plain] for plain, key in inner[root].items() if at + plain in theirs}
+    taken = set(names.values())
+    left_out = {
+        name: plain[len(at) :] if plain.startswith(at) else "" for plain, name in theirs.items() if name not in taken
+    }
+    return Fit(file, names, left_out)
+
+
+def fill_(model: nn.Module, name: str, file: WeightsFile, choice: Choice) -> None:
+    """Give `model`, which is called `name`, its tensors from `file`; warns where the file has other names, or more.
+
+    Raises:
+        CheckpointError: tensors are missing or of another shape, and `choice` does not allow for that; or one is not
+            plain, not finite or of another type; or `find` finds none.
+    """
+    expected = model.state_dict()
+    shapes = {key: tensor.shape for key, tensor in expected.items()}
+    fit = find(file, shapes, choice)
+    if fit.norm is not None and not choice.partial:
+        raise CheckpointError(
+            f"'{file.path}' holds a network that has BatchNorm already ('{printable(fit.norm)}'), and {name} has none: "
+            "nothing to insert. To leave it out all the same, pass --partial"
+        )
+    tensors = {key: file.tensors[found] for key, found in fit.names.items() if fit.shapes[key] == shapes[key]}
+    absent = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
+    if absent and not (choice.partial and tensors):
+        beside = {key: file.tensors[found].shape for found, key in fit.left_out.items() if key}
+        mismatch = describe_mismatch(shapes, {**beside, **fit.shapes})
+        some = f". {len(tensors)} of {len(expected)} fit: --partial takes these alone" if tensors else ""
+        raise CheckpointError(f"weights '{file.path}' are not those of {name}: {mismatch}{some}")
+    tensors = check_plain(tensors, file.path)
+    check_kinds(tensors, expected, file.path)
+    check_finite(tensors, file.path, masks={key for key, _ in model.named_buffers()})
+    if absent:  # beside what was made in the network's own precision
+        tensors = {key: tensor.to(expected[key].dtype) for key, tensor in tensors.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    _tell(fit, absent)
+
+
+def _tell(fit: Fit, absent: list[str]) -> None:
+    said = [f"its {shown(name)} is taken for '{key}'" for key, name in fit.names.items() if key != name][:1]
+    said += [f"left out: {_listed(fit.left_out)}"] if fit.left_out else []
+    said += [f"not in it, and left as they were made: {_listed(absent)}"] if absent else []
+    if said:
+        warnings.warn(f"weights '{fit.file.path}': {'; '.join(said)}", BNSurgeryWarning, stacklevel=2)
+
+
+def _plain(name: str) -> str:
+    """`name` without the modules that torch puts around others, wherever they are."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _plain_names(names: Iterable[str]) -> dict[str, str]:
+    """The names by `_plain`, or by themselves where two would be the same."""
+    names = list(names)
+    plain = {_plain(name): name for name in names}
+    return plain if len(plain) == len(names) else {name: name for name in names}
+
+
+def _roots(names: Collection[str], choice: Choice) -> list[str]:
+    """What the file may lack in front of the network's names: what all have, or, of a part of it, what some have."""
+    name = next(iter(names), "")
+    starts = [name[: dot + 1] for dot, character in enumerate(name) if character == "."]
+    shared = ["", *(start for start in starts if all(name.startswith(start) for name in names))]
+    parts = {f"{name.partition('.')[0]}." for name in names if "." in name} if choice.partial else set()
+    return shared + sorted(parts - set(shared))
+
+
+def _same_end(at: str, root: str) -> bool:
+    """Whether both end with the same part of a name, so that a shorter pair of them says the same."""
+    return bool(at and root) and at.split(".")[-2] == root.split(".")[-2]
+
+
+def _cuts(name: str, longest: int) -> Iterator[int]:
+    """Where a name of up to `longest` characters can begin in `name`: in front, or behind a dot."""
+    cut = len(name)
+    while cut > 0 and len(name) - cut <= longest:
+        cut = name.rfind(".", 0, cut - 1) + 1
+        if len(name) - cut <= longest:
+            yield cut
+
+
+def _contents(file: WeightsFile) -> str:
+    tops = dict.fromkeys(name.partition(".")[0] for name in file.tensors)
+    return f"The file has names that begin with {_listed(tops)}"
+
+
+def _listed(names: Collection[str]) -> str:
+    first, more = [printable(name) for name in islice(names, _NAMED)], len(names) - _NAMED
+    return f"{', '.join(first)}{f' and {more} more' if more > 0 else ''}"

@@ -1,0 +1,155 @@
+"""One self-contained HTML page from figures, tables and text: no network, no script, light and dark, for any width."""
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bnsurgery._version import __version__
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.files.writing import atomic_write, check_writable, make_folder
+from bnsurgery.text.tables import cell_text, is_number
+
+from .glossary import TERMS
+from .style import inline_svg, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers that are terms of the glossary get their definition; columns of numbers are aligned right."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The rows as text, as in the terminal."""
+        return [[cell_text(cell) for cell in row] for row in self.rows]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """By column: whether it holds numbers only."""
+        return [bool(self.rows) and all(is_number(row[i]) for row in self.cells) for i in range(len(self.headers))]
+
+
+@dataclass(frozen=True)
+class Box:
+    """One layer of a strip.
+
+    Attributes:
+        name: fqn.
+        label: class and channels, short.
+        kind: "inserted", "taken" (a ReLU that the BatchNorm applies), "conv", "dense", "activation" or "other".
+        site: of a layer with a BatchNorm: its name in the original network, as the tables have it.
+    """
+
+    name: str
+    label: str
+    kind: str
+    site: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: a heading, paragraphs, then a table, a strip and figures, by name, where there are any."""
+
+    heading: str
+    paragraphs: tuple[str, ...] = ()
+    table: Table | None = None
+    strip: dict[str, list[Box]] = field(default_factory=dict)
+    figures: dict[str, "Figure"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page, and its figures.
+
+    Attributes:
+        title: what it is about.
+        verdict: the result, in a sentence.
+        good: whether that is what was to be shown; None where it is neither.
+        facts: name and value pairs under the verdict.
+        terms: of the glossary, beside those that stand in headers.
+    """
+
+    title: str
+    verdict: str
+    good: bool | None
+    facts: tuple[tuple[str, str], ...]
+    sections: tuple[Section, ...]
+    terms: tuple[str, ...] = ()
+
+    @property
+    def figures(self) -> dict[str, "Figure"]:
+        """All figures by name, as matplotlib figures."""
+        return {name: figure for section in self.sections for name, figure in section.figures.items()}
+
+    def to_html(self) -> str:
+        """The page as text."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from markupsafe import Markup
+
+        environment = Environment(
+            loader=PackageLoader(__package__, "."),
+            autoescape=True,
+            undefined=StrictUndefined,
+            finalize=lambda value: (
+                value if isinstance(value, Markup) or not isinstance(value, str) else cell_text(value)
+            ),
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        return environment.get_template("page.html.jinja").render(
+            report=self,
+            style=Markup(resources(__package__).joinpath("page.css").read_text(encoding="utf-8")),
+            svg=lambda name, figure: Markup(inline_svg(figure, name)),
+            terms=TERMS,
+            used=list(self._used()),
+            version=__version__,
+        )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the page, whole or not at all.
+
+        Raises:
+            CheckpointError: the file exists and may not be replaced, or cannot be written.
+        """
+        html = self.to_html()
+        with atomic_write(path, overwrite=overwrite) as temporary:
+            temporary.write_text(html, encoding="utf-8", newline="\n")
+
+    def save_figures(self, directory: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write every figure as NAME.svg and NAME.png into `directory`, which is made where it is missing.
+
+        Raises:
+            CheckpointError: one of the files exists and may not be replaced, or cannot be written.
+        """
+        folder = make_folder(directory)
+        paths = [folder / f"{name}.{kind}" for name in self.figures for kind in ("svg", "png")]
+        for path in paths:
+            check_writable(path, overwrite=overwrite)
+        for path in paths:
+            write(self.figures[path.stem], path, overwrite=overwrite)
+        return paths
+
+    def _used(self) -> Iterator[str]:
+        headers = [header for section in self.sections if section.table for header in section.table.headers]
+        names = [name for name, _ in self.facts]
+        return (term for term in TERMS if term in (*headers, *names, *self.terms))
+
+
+def require_libraries() -> None:
+    """Raise BNSurgeryError where matplotlib or Jinja, the extra `report`, is not installed."""
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BNSurgeryError(f"report: needs {' and '.join(missing)}: pip install 'bnsurgery[report]'")
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A `Table` from any sequences."""
+    return Table(tuple(headers), tuple(tuple(row) for row in rows))

@@ -1,0 +1,105 @@
+"""How figures look, and how they are written: files of their own, or SVG inside a page in the page's own colours."""
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnsurgery.files.writing import atomic_write
+from bnsurgery.text.tables import cell_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# One meaning a colour, in all figures. After Okabe and Ito's palette, which the colour-blind can tell apart; the blue
+# lighter, to stand out from black too.
+PLAIN = "#1f83c4"  # blue: the network without BatchNorm, and what its layers put out
+BN = "#009e73"  # green: BatchNorm inserted so that nothing changes, and what it makes of its input
+BN_HALF = "#cc79a7"  # pink: the same, trained for half the epochs
+WRONG = "#d55e00"  # orange: what goes wrong: BatchNorm that changes the function, dead channels
+NEARLY = "#f2a766"  # light orange: what nearly does
+NEUTRAL = "#888888"  # grey: training, and what is neither good nor bad
+INK = "#000000"  # in a page: the page's text colour; validation, what is expected, medians
+
+_WIDTH = 4.6  # inches: about a phone's width, so that a page never has to shrink a panel
+_DPI = 144
+
+
+def new_figure(alt: str, *, rows: int = 1, columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
+    """A figure and its axes, in an array of shape (rows, columns); no window system, no global state is involved.
+
+    Args:
+        alt: what it shows, in words, for those who cannot see it; kept as the figure's label.
+        height: inches of one panel.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH * columns, height * rows), layout="constrained", dpi=_DPI)
+    figure.set_label(alt)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.4, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def log_axis(axis: Any) -> None:
+    """Logarithmic, with ticks that are written out and have room: at the powers of ten, and 2 and 5 if they are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_bars(axis: Any, values: Mapping[str, float | None], unit: str, colours: Sequence[str]) -> None:
+    """A bar a name, the first on top, each with its value and unit; "diverged" where there is none."""
+    axis.barh(list(values), [value or 0 for value in values.values()], min(0.8, 0.2 * len(values)), color=colours)
+    for row, value in enumerate(values.values()):
+        text = "diverged" if value is None else f"{cell_text(value)} {unit}".rstrip()
+        axis.annotate(text, (value or 0, row), xytext=(6, 0), textcoords="offset points", va="center")
+    axis.set_ylim(len(values) - 0.5, -0.5)
+    axis.grid(False)
+    axis.set_xticks([])  # the values are written
+    axis.spines["bottom"].set_visible(False)
+    axis.set_xlim(0, 1.3 * max(value or 0 for value in values.values()) or 1)  # room for the longest value
+
+
+def write(figure: "Figure", path: Path, *, overwrite: bool = True) -> None:
+    """Write a figure as PNG or SVG, as the name says, atomically; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    kind = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else {}
+    _settle(figure)
+    with atomic_write(path, overwrite=overwrite) as temporary, rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(temporary, format=kind, metadata=metadata)
+
+
+def _settle(figure: "Figure") -> None:
+    """Lay the panels out once: constrained layout goes on improving by fractions of a pixel at every drawing."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
+def inline_svg(figure: "Figure", name: str) -> str:
+    """The figure as an `<svg>` element: black becomes the page's colour, text stays text, `name` keeps ids apart."""
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    _settle(figure)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Ids that matplotlib counts up (figure_1, text_1, ...) would be the same in every figure of a page.
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    label = html.escape(cell_text(figure.get_label()))
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

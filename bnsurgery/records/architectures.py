@@ -1,0 +1,170 @@
+"""torchvision's BN-free classifiers: build them without allocating, and recognise them."""
+
+import difflib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+from torchvision.models import WeightsEnum
+
+from bnsurgery.errors import ArchitectureError
+from bnsurgery.graph.layer_kinds import NORMS
+
+_NAMES = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A torchvision classifier and the arguments that shape it.
+
+    Attributes:
+        name: torchvision's builder, such as "vgg16".
+        num_classes: outputs of the head.
+        dropout: probability in the classifier's dropout layers.
+    """
+
+    name: str
+    num_classes: int = 1000
+    dropout: float = 0.5
+
+    def build(self, device: torch.device | str = "meta") -> nn.Module:
+        """The network in eval mode; on "meta" nothing is allocated or initialized."""
+        with torch.device(device):
+            return models.get_model(self.name, weights=None, num_classes=self.num_classes, dropout=self.dropout).eval()
+
+    @property
+    def weights(self) -> type[WeightsEnum]:
+        """Torchvision's enum of pretrained weights."""
+        return models.get_model_weights(self.name)
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The enum's members that hold the whole network; *_FEATURES have NaN for a classifier, by design."""
+        return tuple(member.name for member in self.weights if not member.name.endswith("_FEATURES"))
+
+    @property
+    def min_size(self) -> int:
+        """Smallest image side in pixels that the network takes."""
+        return max(self.weights.DEFAULT.meta["min_size"])
+
+
+def names() -> tuple[str, ...]:
+    """The architectures that can be named, in alphabetical order."""
+    return _NAMES
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture called `name`, with torchvision's defaults.
+
+    Raises:
+        ArchitectureError: torchvision has none of that name, or it is normalized already, or is no plain CNN.
+    """
+    if name in _NAMES:
+        return Architecture(name)
+    if name not in models.list_models():
+        close = difflib.get_close_matches(name, _NAMES, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(_NAMES)}."
+        raise ArchitectureError(f"'{name}': no such architecture or file. {hint}")
+    norm = _first_norm(name)
+    if norm is None:
+        raise ArchitectureError(f"'{name}': not one of the networks this command handles: {', '.join(_NAMES)}.")
+    free = name.removesuffix("_bn")
+    hint = f" Its BN-free twin is {free}." if free in _NAMES else ""
+    raise ArchitectureError(f"'{name}' has normalization layers already, the first: {norm}.{hint}")
+
+
+def _first_norm(name: str) -> str | None:
+    """Where torchvision's classifier `name` normalizes first; None where it does not, or cannot be told."""
+    if name not in models.list_models(module=models):
+        return None
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # two builders announce a change of their initialization
+        try:
+            model = models.get_model(name, weights=None)
+        except NotImplementedError:  # RegNet computes its widths with tensors
+            return None
+    found = ((fqn, module) for fqn, module in model.named_modules() if isinstance(module, NORMS))
+    return next((f"'{fqn}' ({type(module).__name__})" for fqn, module in found), None)
+
+
+def identify(
+    shapes: Mapping[str, torch.Size], candidates: Sequence[Architecture] | None = None, dropout: float | None = None
+) -> Architecture | None:
+    """The architecture whose state dict has these keys and shapes, whatever the number of classes; None if none has.
+
+    Args:
+        shapes: by state-dict key.
+        candidates: which to try; all where None.
+        dropout: what to put down as the architecture's dropout; the candidate's where None.
+    """
+    for candidate in candidates or [Architecture(name) for name in _NAMES]:
+        expected = state_shapes(candidate.build())
+        head = list(expected)[-1]
+        if head not in shapes or len(shapes[head]) != 1 or not shapes[head][0]:
+            continue
+        found = replace(
+            candidate, num_classes=shapes[head][0], dropout=candidate.dropout if dropout is None else dropout
+        )
+        if state_shapes(found.build()) == dict(shapes):
+            return found
+    return None
+
+
+def identify_model(model: nn.Module) -> Architecture | None:
+    """The architecture that `model` is, layer by layer; None for a subclass, or where a layer was changed."""
+    if type(model) not in (models.VGG, models.AlexNet, models.SqueezeNet):
+        return None
+    dropout = next((module.p for module in model.modules() if isinstance(module, nn.Dropout)), None)
+    found = identify(state_shapes(model), dropout=dropout)
+    return found if found is not None and _layers(found.build()) == _layers(model) else None
+
+
+def _layers(model: nn.Module) -> str:
+    """Every layer with its settings, as printed; whether it works in place changes nothing."""
+    return str(model).replace("inplace=True", "inplace=False")
+
+
+def state_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Shape of every entry of the state dict."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class ArchitectureSummary:
+    """One line of `bnsurgery archs`.
+
+    Attributes:
+        conv, dense: how many layers of each kind.
+        parameters: their number, in millions, with 1000 classes.
+        min_size: smallest image side in pixels.
+        weights: names of torchvision's pretrained weights.
+    """
+
+    name: str
+    conv: int
+    dense: int
+    parameters: float
+    min_size: int
+    weights: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def summary(name: str) -> ArchitectureSummary:
+    """What `bnsurgery archs` says of an architecture."""
+    chosen = architecture(name)
+    model = chosen.build()
+    return ArchitectureSummary(
+        name=name,
+        conv=sum(isinstance(module, nn.Conv2d) for module in model.modules()),
+        dense=sum(isinstance(module, nn.Linear) for module in model.modules()),
+        parameters=round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
+        min_size=chosen.min_size,
+        weights=chosen.weight_names,
+    )

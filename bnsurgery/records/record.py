@@ -1,0 +1,267 @@
+"""What a surgery did, kept with the model and in its checkpoint; JSON both ways."""
+
+import hashlib
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnsurgery._version import __version__
+from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
+from bnsurgery.graph.planning import Plan, Site
+from bnsurgery.text.tables import table
+from bnsurgery.text.typed_json import loads, parse
+from bnsurgery.text.words import counted
+
+from .architectures import Architecture, identify_model, names
+from .task import Task
+
+# 1 named a ReLU only where it was fused; 1 and 2 named no frozen parameters, and preprocessing only of what was
+# fine-tuned; 3 named what was frozen at the insertion only. All three had the fields of plan and options in the record.
+FORMAT_VERSION = 4
+_ATTRIBUTE = "_bnsurgery_record"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the norms are made: see `insert`. `fuse_relu` says in a record whether they apply their ReLUs now."""
+
+    absorb_bias: bool = False
+    fuse_relu: bool = False
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.eps, float) and 0 < self.eps <= 1):
+            raise ValueError(f"insert: eps must be a number above 0 and at most 1, got {self.eps!r}")
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise ValueError(f"insert: momentum must be None or between 0 and 1, got {self.momentum!r}")
+
+    def check(self, placement: str) -> None:
+        """Raise ValueError where these options do not go with `placement`."""
+        if self.absorb_bias and placement != "pre-activation":
+            raise ValueError("insert: absorbing biases needs placement 'pre-activation': no shift passes an activation")
+
+
+@dataclass(frozen=True)
+class InsertedSite:
+    """A site and the names that its parts have in the BN model.
+
+    Attributes:
+        site: the site as planned, named as in the original model.
+        layer: fqn of the conv or dense layer now.
+        norm: fqn of its BatchNorm.
+        relu: fqn of the ReLU that the norm can apply, if any; an Identity stands there while it is fused.
+        relu_inplace: whether that ReLU worked in place.
+        next_layer: fqn of the layer that a post-activation norm folds into now.
+        absorbed_bias: whether the layer's bias was dropped.
+    """
+
+    site: Site
+    layer: str
+    norm: str
+    relu: str | None
+    relu_inplace: bool
+    next_layer: str | None
+    absorbed_bias: bool
+
+
+@dataclass(frozen=True)
+class SurgeryRecord:
+    """How a BN model came about, in the terms of `insert`.
+
+    Attributes:
+        plan: where BatchNorm went, and why not elsewhere, by the original's names.
+        options: how the norms were made.
+        architecture: the torchvision architecture, where it is one.
+        weights_digest: `state_digest` of the original's state dict.
+        sites: those of the plan, in its order, by the BN model's names.
+        calibration_digest: SHA-256 of the calibration's moments, see `moments.digest`.
+        provenance: where weights and images came from, as far as the caller said.
+        versions: of the libraries that did it.
+        task: what images go through, where it takes any, and what it was fine-tuned to, if it was.
+        dropped_lrn: fqns of the LocalResponseNorm layers that were taken out first.
+        input_shape: of one sample on calibration, where the input is one tensor of real numbers.
+        frozen: the original's parameters that took no gradient: what `insert` goes by.
+        frozen_at_save: in a file, what was frozen when it was saved, and is again after `load`, by its name in the BN
+            model: parameters that took no gradient, and norms that kept their running statistics besides.
+    """
+
+    plan: Plan
+    options: Options
+    architecture: Architecture | None
+    weights_digest: str
+    sites: tuple[InsertedSite, ...]
+    calibration_digest: str
+    provenance: dict[str, str | int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    task: Task | None = None
+    dropped_lrn: tuple[str, ...] = ()
+    input_shape: tuple[int, ...] | None = None
+    frozen: tuple[str, ...] = ()
+    frozen_at_save: tuple[str, ...] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __str__(self) -> str:
+        rows = [(s.site.name, s.norm, s.site.channels, s.site.activation) for s in self.sites]
+        text = table(("site", "BatchNorm", "channels", "activation"), rows)
+        frozen = f", {counted(len(self.frozen), 'parameter')} frozen" if self.frozen else ""
+        return (
+            f"{text}\n\n{self.model}: {counted(len(self.sites), 'BatchNorm layer')}, {self.plan.placement}, "
+            f"layers={self.plan.layers}{frozen}"
+        )
+
+    @property
+    def model(self) -> str:
+        """Class name of the original model."""
+        return self.plan.model
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready. What is planned of a site stands in the plan alone, in the same order."""
+        found = asdict(self)
+        for inserted in found["sites"]:
+            del inserted["site"]
+        return found
+
+    def to_json(self) -> str:
+        """One line, keys sorted: equal records give equal text."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "SurgeryRecord":
+        """Read what `to_json` wrote, believing nothing.
+
+        Raises:
+            CheckpointError: not JSON, of a newer format, or a field is missing, unknown, of the wrong type or out of
+                range.
+        """
+        try:
+            data = loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"record: not JSON: {error}") from None
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise CheckpointError(f"record: got format version {shown(version)}, expected {FORMAT_VERSION}")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"record: written in format version {shown(version)}; this bnsurgery reads up to {FORMAT_VERSION}: "
+                "upgrade it"
+            )
+        if version < 3:
+            data = {**data, "task": _newer(data.get("task")), "frozen": []}
+        if version < 4:
+            data = _with_plan_and_options({**data, "frozen_at_save": None})
+        plan = parse(Plan, data.get("plan"), "record.plan")
+        sites = data.get("sites")
+        if not isinstance(sites, list) or len(sites) != len(plan.sites) or not all(isinstance(s, dict) for s in sites):
+            raise CheckpointError(f"record.sites: got {shown(sites)}, expected an object for every site of the plan")
+        planned = data["plan"]["sites"]
+        data = {**data, "sites": [{**now, "site": site} for now, site in zip(sites, planned, strict=True)]}
+        found = typing.cast(SurgeryRecord, parse(cls, data, "record"))
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Refuse what no insertion writes; what is left has to fit the network and its tensors."""
+        sizes, architecture = self.input_shape, self.architecture
+        _expect(sizes is None or min(sizes, default=1) >= 1, "input_shape", sizes, "sizes of 1 or more")
+        if architecture is not None:
+            name, classes, dropout = architecture.name, architecture.num_classes, architecture.dropout
+            _expect(name in names(), "architecture.name", name, f"one of {', '.join(names())}")
+            _expect(classes >= 1, "architecture.num_classes", classes, "1 or more")
+            _expect(0 <= dropout <= 1, "architecture.dropout", dropout, "0 to 1")
+
+
+def _with_plan_and_options(data: dict[str, Any]) -> dict[str, Any]:
+    """A record of formats 1 to 3, in which their fields stood by themselves and each site in full."""
+    old = dict(data)
+    sites = old.get("sites")
+    sites = (
+        [dict(site) for site in sites] if isinstance(sites, list) and all(isinstance(s, dict) for s in sites) else []
+    )
+    where = {name: old.pop(name, None) for name in ("model", "placement", "layers", "head")}
+    planned = [site.pop("site", None) for site in sites]
+    how = {field.name: old.pop(field.name, None) for field in fields(Options)}
+    return {**old, "plan": {**where, "sites": planned, "skipped": [], "lrn": []}, "options": how, "sites": sites}
+
+
+def _newer(task: Any) -> Any:
+    """A task of format 1 or 2, which had height and width in one and all images in 0 to 1 and RGB, as it is now."""
+    if not isinstance(task, dict):
+        return task
+    names = {"image_size": "height", "resize_size": "resize", "mean": "mean", "std": "std"}
+    found = {new: task[old] for old, new in names.items() if old in task}
+    found |= {"width": found.get("height"), "scale": 1.0, "interpolation": "bilinear"}
+    found["channels"] = "grey" if isinstance(task.get("mean"), list) and len(task["mean"]) == 1 else "rgb"
+    return {**{name: value for name, value in task.items() if name not in names}, "preprocessing": found}
+
+
+def _expect(sound: bool, name: str, got: object, expected: str) -> None:
+    if not sound:
+        raise CheckpointError(f"record.{name}: got {shown(got)}, expected {expected}. The file is damaged or forged.")
+
+
+def record(bn_model: nn.Module) -> SurgeryRecord:
+    """What `insert` did to this model.
+
+    Raises:
+        BNSurgeryError: the model was not made by `insert` or `load`.
+    """
+    found = vars(bn_model).get(_ATTRIBUTE)  # not getattr: a wrapper passes that on, but has other names for its layers
+    if not isinstance(found, SurgeryRecord):
+        norms = {name: type(norm) for name, norm in bn_model.named_modules() if isinstance(norm, _BatchNorm)}
+        if norms and all(kind.__module__.startswith("torch.") for kind in norms.values()):
+            raise BNSurgeryError(
+                f"{type(bn_model).__name__} carries no record of bnsurgery.insert: its norm '{next(iter(norms))}' is "
+                "its own. bnsurgery.fold(model) folds it into the layers; the rest is for what was inserted"
+            )
+        raise BNSurgeryError(
+            f"record: {type(bn_model).__name__} carries no record: it was not made by bnsurgery.insert or .load "
+            "(a wrapped model carries it inside: pass model.module, or model._orig_mod)"
+        )
+    return found
+
+
+def carries_record(model: nn.Module) -> bool:
+    """Whether `model` was made by `insert` or `load`."""
+    return isinstance(getattr(model, _ATTRIBUTE, None), SurgeryRecord)
+
+
+def attach_record(model: nn.Module, record: SurgeryRecord) -> None:
+    """Make `record(model)` return this."""
+    setattr(model, _ATTRIBUTE, record)
+
+
+def detach_record(model: nn.Module) -> None:
+    """Undo `attach_record`, where it is not undone already: a copy of a `torch.fx.GraphModule` leaves it behind."""
+    vars(model).pop(_ATTRIBUTE, None)
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """The record's fields that speak of the original model, taken before any edit."""
+    return {
+        "architecture": identify_model(model),
+        "weights_digest": state_digest(model.state_dict()),
+        "frozen": tuple(name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad),
+    }
+
+
+def state_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over every entry's key, dtype, shape and bytes, in key order: equal where the weights are, to the bit."""
+    sha = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what takes part in the result."""
+    return {"bnsurgery": __version__, **{module.__name__: str(module.__version__) for module in (torch, torchvision)}}

@@ -1,0 +1,289 @@
+"""Prove that two networks compute the same, and say what train mode will do to the inserted one."""
+
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnsurgery.errors import BNSurgeryWarning, CalibrationError
+from bnsurgery.running.batches import Inputs, equal, inputs, join, outputs, run
+from bnsurgery.running.modes import evaluate, observing, training_norms
+from bnsurgery.text.tables import WIDTH
+from bnsurgery.text.words import counted, percent, thousands
+
+# The first inputs, on which drift is measured at every batch size: 32 pairs, and the memory and time stay bounded.
+DRIFT_SAMPLES = 64
+TOLERANCE = 1e-5  # of the largest output: what rounding comes to where the bits cannot be the same
+_TOGETHER = "\0"  # a space at which no line is broken
+
+
+@dataclass(frozen=True)
+class EquivalenceReport:
+    """How a candidate network's outputs differ from the reference's.
+
+    Attributes:
+        samples: how many inputs were compared, both networks in eval mode.
+        bit_identical: whether every output of every batch is equal, NaN to NaN. A fresh insertion is, on the CPU and by
+            the CUDA kernels; on other devices, such as MPS, that is not claimed.
+        max_abs: largest |candidate − reference|, in output units, where the reference is finite.
+        max_rel: `max_abs` divided by the largest |reference|.
+        top1_agreement: share of samples with the same argmax, 0 to 1; None where outputs are not of shape (N, classes).
+        train_drift: by batch size, ‖train − reference‖₂/‖reference‖₂ over the outputs when the candidate's BatchNorm
+            layers are in train mode, by this process's batch or as `set_statistics_` has it (dropout off); sizes beyond
+            the number of samples are left out. Empty where it could not be measured: `no_drift` says why.
+        drift_samples: how many inputs the drift was measured on, at every batch size the same: the first ones.
+        worst: where `max_abs` is: number of the output tensor, sample over all batches, then the index in that sample;
+            None where there is no difference. Of an output without one row a sample, the first sample of the batch and
+            the index in the whole output.
+        no_drift: why the drift of some or all sizes is missing, such as outputs without one row a sample, or a network
+            that takes batches of one only; None where it is not, or was not asked for.
+        shape: of one input, where it is one tensor of real numbers and all were alike; else None.
+    """
+
+    samples: int
+    bit_identical: bool
+    max_abs: float
+    max_rel: float
+    top1_agreement: float | None
+    train_drift: dict[int, float]
+    worst: tuple[int, ...] | None = None
+    no_drift: str | None = None
+    shape: tuple[int, ...] | None = None
+    drift_samples: int = 0
+
+    def __str__(self) -> str:
+        return self.text("not to the bit")
+
+    def text(self, remark: str) -> str:
+        """In words, with `remark` where the outputs are equal up to rounding only: "as after training"."""
+        near = f"equal within 1e-5, {remark}," if self.max_rel <= TOLERANCE else "different"
+        same = "bit-identical" if self.bit_identical else near
+        lines = [
+            f"eval mode    {same} on {self.inputs}",
+            f"             largest difference {self.max_abs:.3g}, relative {self.max_rel:.3g}",
+        ]
+        if self.worst is not None:
+            lines.append(f"             at {self.place()}")
+        if self.top1_agreement is not None:
+            lines.append(f"             top-1 agreement {percent(self.top1_agreement, '.4g')}")
+        if self.train_drift:
+            pairs = [f"{percent(drift, '.3g')} at {size}" for size, drift in self.train_drift.items()]
+            drifts = ", ".join(pair.replace(" ", _TOGETHER) for pair in pairs)
+            of = f" on the first {self.drift_samples}" if self.drift_samples < self.samples else ""
+            lines += _wrapped("train mode   ", f"drift by batch size{of}: {drifts}")
+        if self.no_drift is not None:
+            start = " " * 13 if self.train_drift else "train mode   "
+            lines += _wrapped(start, f"drift not measured: {self.no_drift}")
+        return "\n".join(lines).replace(_TOGETHER, " ")
+
+    @property
+    def inputs(self) -> str:
+        """How many were compared, and of what size: "32 images of 3x224x224"."""
+        return self._of_size(self.samples)
+
+    @property
+    def drift_inputs(self) -> str:
+        """How many the drift was measured on, and of what size: "the first 64 images of 3x224x224"."""
+        return ("the first " if self.drift_samples < self.samples else "") + self._of_size(self.drift_samples)
+
+    def _of_size(self, count: int) -> str:
+        what = "input" if self.shape is not None and len(self.shape) != 3 else "image"
+        return counted(count, what) + (f" of {'x'.join(map(str, self.shape))}" if self.shape is not None else "")
+
+    def place(self) -> str:
+        """`worst` in words: "image 3, index [281], counted from 0"; empty where there is no difference."""
+        if self.worst is None:
+            return ""
+        output, image, *index = self.worst
+        which = f" of output tensor {output}" if output else ""
+        return f"image {image}, index {list(index)}{which}, counted from 0"
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the outputs differ by at most `tolerance` of the largest; 0 asks for the same bits."""
+        return self.bit_identical or (tolerance > 0 and self.max_rel <= tolerance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def verify(
+    reference: nn.Module | Callable[..., Any],
+    candidate: nn.Module,
+    batches: Iterable[Any],
+    *,
+    drift_batch_sizes: Sequence[int] = (2, 8, 32),
+) -> EquivalenceReport:
+    """Compare `candidate` with `reference` on `batches`, in eval mode, and measure the candidate's train-mode drift.
+
+    Neither network is changed, nor its mode, statistics or torch's random state.
+
+    Args:
+        reference: the original network, or any function that gives its outputs.
+        batches: as for `insert`.
+        drift_batch_sizes: each at least 2. The drift is measured on all inputs, or the first 64 of more (as many as
+            the largest size, where that is above 64), in as many groups as it takes, the last one full, too: the figure
+            does not depend on how `batches` are cut, nor on the other sizes up to 64.
+
+    Raises:
+        CalibrationError: no data, outputs of other shapes or without tensors, NaN or Inf in one network's where the
+            other has a number, or in all of them, or a batch that one of the networks does not take.
+        ValueError: a drift batch size below 2.
+    """
+    sizes = sorted(set(drift_batch_sizes))
+    if sizes and sizes[0] < 2:
+        raise ValueError(f"verify: drift batch sizes must be at least 2 (a batch of 1 has no variance), got {sizes[0]}")
+    compared = _Comparison(keep=max(DRIFT_SAMPLES, *sizes) if sizes else 0)
+    with observing(candidate):
+        for batch in inputs(batches):
+            compared.add(batch, _outputs(reference, batch), _outputs(candidate, batch))
+    if not compared.samples:
+        raise CalibrationError("verify: no data. Pass at least one batch.")
+    return compared.report(*_drift(candidate, compared, sizes))
+
+
+def _wrapped(start: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * 13)
+
+
+def _outputs(model: nn.Module | Callable[..., Any], batch: Inputs) -> list[Tensor]:
+    if isinstance(model, nn.Module):
+        found = evaluate("verify", model, batch)
+    else:
+        batch = batch.of_signature(model)
+        found = outputs(model(*batch.args, **batch.kwargs))
+    return [tensor.detach().cpu() for tensor in found]
+
+
+class _Comparison:
+    """Running extremes over the batches, and the first samples with their reference outputs."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.kept: list[tuple[Inputs, list[Tensor]]] = []
+        self.samples = 0
+        self._shapes: set[tuple[int, ...] | None] = set()
+        self._equal = True
+        self._max_abs = self._scale = 0.0
+        self._numbers = self._finite = 0
+        self._agreeing: int | None = 0
+        self._worst: tuple[int, ...] | None = None
+        self.obstacle: str | None = None
+
+    def add(self, batch: Inputs, expected: list[Tensor], got: list[Tensor]) -> None:
+        shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
+        if shapes[0] != shapes[1]:
+            raise CalibrationError(f"verify: the outputs' shapes differ: got {shapes[1]}, expected {shapes[0]}")
+        if not expected:
+            raise CalibrationError("verify: the networks return no tensors, so there is nothing to compare")
+        count = batch.samples
+        for number, (want, have) in enumerate(zip(expected, got, strict=True)):
+            finite, same = want.isfinite(), equal(want, have)
+            for whose, odd in (("reference", ~finite & ~same), ("candidate", finite & ~have.isfinite())):
+                if odd.any():
+                    raise CalibrationError(
+                        f"verify: NaN or Inf in the {whose}'s outputs, not in the other's: look at weights and inputs"
+                    )
+            self._equal = self._equal and bool(same.all())
+            self._numbers += want.numel()
+            self._finite += int(finite.sum())
+            if finite.any():
+                expected64 = want.double()
+                self._scale = max(self._scale, expected64[finite].abs().max().item())
+                difference = (have.double() - expected64).abs().masked_fill(~finite, 0)
+                largest = difference.max().item()
+                if largest > self._max_abs:
+                    self._max_abs = largest
+                    index = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
+                    first = index.pop(0) if want.shape[:1] == (count,) else 0
+                    self._worst = (number, self.samples + first, *index)
+        if self._agreeing is not None and len(expected) == 1 and expected[0].ndim == 2 and len(expected[0]) == count:
+            self._agreeing += int((expected[0].argmax(1) == got[0].argmax(1)).sum())
+        else:
+            self._agreeing = None
+        self.samples += count
+        self._shapes.add(batch.shape)
+        room = self.keep - sum(kept.samples for kept, _ in self.kept)
+        if room > 0:
+            self._keep(batch, expected, room)
+
+    def _keep(self, batch: Inputs, expected: list[Tensor], room: int) -> None:
+        odd = next((tensor for tensor in expected if tensor.shape[:1] != (batch.samples,)), None)
+        kept = batch.take(0, room)
+        if odd is not None:
+            self.obstacle = (
+                f"an output of shape {tuple(odd.shape)} does not have one row for each of {batch.samples} inputs"
+            )
+        elif join([*(inputs for inputs, _ in self.kept), kept]) is None:
+            self.obstacle = "the inputs of the batches have other shapes, or are no tensors, and cannot be put together"
+        else:
+            self.kept.append((kept, [t[:room] for t in expected]))
+
+    def report(self, drift: dict[int, float], no_drift: str | None) -> EquivalenceReport:
+        if odd := self._numbers - self._finite:
+            if not self._finite:
+                raise CalibrationError(
+                    "verify: NaN or Inf is all that the networks put out: look at weights and inputs"
+                )
+            warnings.warn(
+                f"verify: {thousands(odd)} of {thousands(self._numbers)} numbers in the outputs are NaN or Inf in "
+                "both networks: they were compared, but say little",
+                BNSurgeryWarning,
+                stacklevel=3,
+            )
+        agreement = None if self._agreeing is None else self._agreeing / self.samples
+        relative = self._max_abs / self._scale if self._scale else self._max_abs
+        return EquivalenceReport(
+            self.samples,
+            self._equal,
+            self._max_abs,
+            relative,
+            agreement,
+            drift,
+            self._worst,
+            no_drift,
+            self._shapes.pop() if len(self._shapes) == 1 else None,
+            sum(batch.samples for batch, _ in self.kept) if drift else 0,
+        )
+
+
+def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> tuple[dict[int, float], str | None]:
+    """By batch size; and why some are missing that the samples would allow, or all."""
+    drift: dict[int, float] = {}
+    if not sizes:
+        return drift, None
+    samples = join([batch for batch, _ in compared.kept])
+    if samples is None:
+        return drift, compared.obstacle
+    if samples.samples < sizes[0]:
+        return drift, f"it takes {counted(sizes[0], 'input')}, got {samples.samples}"
+    expected = [torch.cat(parts) for parts in zip(*(outputs for _, outputs in compared.kept), strict=True)]
+    with training_norms(candidate, by_batch=False) as restore:
+        if restore is None:
+            return drift, "the network has no BatchNorm"
+        for size in (size for size in sizes if size <= samples.samples):
+            squares = [0.0, 0.0]
+            last = samples.samples - size
+            for start in (*range(0, last, size), last):  # the last group shares samples with the one before
+                restore()  # every group as the first step
+                group, part = slice(start, start + size), samples.take(start, start + size)
+                wanted = [tensor[group].double() for tensor in expected]
+                try:
+                    got = [tensor.cpu().double() for tensor in outputs(run("verify", candidate, part))]
+                except CalibrationError as error:  # a batch of one may be all that a network takes
+                    return drift, str(error)
+                if [t.shape for t in got] != [t.shape for t in wanted]:
+                    shapes = ", ".join(str(tuple(t.shape)) for t in got)
+                    return drift, f"an output of shape {shapes} does not have one row for each of {size} inputs"
+                for want, have in zip(wanted, got, strict=True):
+                    finite = want.isfinite()
+                    squares[0] += (have - want)[finite].square().sum().item()
+                    squares[1] += want[finite].square().sum().item()
+            if not squares[1]:
+                return drift, "the reference's outputs are zero"
+            drift[size] = (squares[0] / squares[1]) ** 0.5
+    return drift, None

@@ -1,0 +1,77 @@
+"""Copies of a model: of everything, or without its weights."""
+
+import copy
+import gc
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bnsurgery.errors import BNSurgeryError
+
+T = TypeVar("T")
+_ATOMS = (type, ModuleType, FunctionType, BuiltinFunctionType)  # what deepcopy gives back as it is
+
+
+def independent(model: T) -> T:
+    """A copy that shares nothing, of a model or several; what it keeps of a forward pass has no history there.
+
+    Raises:
+        BNSurgeryError: it cannot be copied.
+    """
+    return _copy(model, {})
+
+
+def sharing_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the module tree whose parameters and buffers are the model's own: editing the tree costs no memory.
+
+    Raises:
+        BNSurgeryError: as `independent`.
+    """
+    return _copy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy whose state dict is on the meta device. Buffers outside the state dict are copied for real.
+
+    Raises:
+        BNSurgeryError: as `independent`.
+    """
+    memo = {}
+    for tensor in model.state_dict(keep_vars=True).values():
+        meta = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
+    return _copy(model, memo)
+
+
+def _copy(model: T, memo: dict[int, Any]) -> T:
+    try:
+        with torch.inference_mode(False):  # tensors made under inference mode could never be trained
+            return copy.deepcopy(model, {**_computed(model), **memo})
+    except (RuntimeError, TypeError) as error:
+        raise BNSurgeryError(
+            f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}. Does it hold what "
+            "belongs to the process, such as a lock or a file? Take that out first."
+        ) from error
+
+
+def _computed(model: object) -> dict[int, Tensor]:
+    """For deepcopy, which refuses tensors with a gradient history: what pruning leaves, or code that keeps outputs.
+
+    Anywhere in the model: in lists and dicts, in other objects, and in those whose methods are its hooks.
+    """
+    found: dict[int, Tensor] = {}
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [model]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, _ATOMS):
+            continue
+        seen[id(item)] = item  # kept, or another could get its id
+        if isinstance(item, Tensor) and not item.is_leaf:
+            found[id(item)] = item.detach().clone()
+        elif not isinstance(item, Tensor):
+            waiting += gc.get_referents(item)
+    return found

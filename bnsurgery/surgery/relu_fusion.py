@@ -1,0 +1,144 @@
+"""Let the norms apply the ReLUs behind them, and give them back: two states of one network."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import cast
+
+from torch import nn
+
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.graph.planning import is_hooked
+from bnsurgery.nn import Normed
+from bnsurgery.nn.batchnorm import Insertable
+from bnsurgery.records.record import InsertedSite, attach_record, record
+from bnsurgery.text.words import with_article
+
+from .recomputation import recomputes
+
+
+def fuse_relu_(bn_model: nn.Module) -> None:
+    """Let the BatchNorm layers of `bn_model` apply the ReLUs behind them; an `nn.Identity` stands in the place of each.
+
+    y = max(BN(x), 0) in one pass over the tensor, which a GPU is quicker at. The outputs, all names and the state dict
+    stay as they are, and `unfuse_relu_` undoes it. It takes the ReLUs that `record(bn_model)` names, each used once,
+    right behind its norm; where they are fused already, nothing happens. This package's functions work in both states.
+
+    Tools that build norms anew by their type do not know of such a ReLU and would drop it: call `unfuse_relu_` first.
+
+    Args:
+        bn_model: from `insert` or `load`, trained since or not.
+
+    Raises:
+        BNSurgeryError: the model carries no record, or a norm or its ReLU was changed since the insertion or has hooks,
+            which would see something else; nothing is changed then.
+    """
+    take_over_(bn_model, _checked(bn_model, "fuse_relu_", fused=False))
+    _note(bn_model, fused=True)
+
+
+def unfuse_relu_(bn_model: nn.Module) -> None:
+    """Undo `fuse_relu_`, or `insert(..., fuse_relu=True)`: every `nn.ReLU` is in its place again, as it was.
+
+    For what looks at a network's layers: converters that freeze or replace norms, taps on pre-activations. Where
+    nothing is fused, nothing happens.
+
+    Args:
+        bn_model: from `insert` or `load`, trained since or not.
+
+    Raises:
+        BNSurgeryError: as `fuse_relu_`.
+    """
+    give_back_(bn_model, _checked(bn_model, "unfuse_relu_", fused=True))
+    _note(bn_model, fused=False)
+
+
+def _note(bn_model: nn.Module, *, fused: bool) -> None:
+    done = record(bn_model)
+    attach_record(bn_model, replace(done, options=replace(done.options, fuse_relu=fused)))
+
+
+def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
+    """`fuse_relu_` at those of `sites` that are not fused; hooks and the record stay as they are.
+
+    Raises:
+        BNSurgeryError: as `is_fused`, or a norm is not ours or a ReLU none; nothing is changed then.
+    """
+    sites = [site for site in sites if site.relu is not None and not is_fused(model, site)]
+    for site in sites:
+        norm, relu = model.get_submodule(site.norm), _relu(model, site)
+        if not isinstance(norm, Insertable):
+            raise BNSurgeryError(
+                f"fuse_relu_: '{site.norm}' is {with_article(type(norm).__name__)} now, expected our BatchNorm"
+            )
+        if type(relu) is not nn.ReLU:
+            raise BNSurgeryError(
+                f"fuse_relu_: '{site.relu}' is {with_article(type(relu).__name__)} now, expected an nn.ReLU"
+            )
+    for site in sites:
+        _norm(model, site).activation = "relu"
+        _relu(model, site).__class__ = nn.Identity  # the same object: with its settings, names, mode and hooks
+
+
+def give_back_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
+    """`unfuse_relu_` at those of `sites` that are fused; hooks and the record stay as they are.
+
+    Raises:
+        BNSurgeryError: as `is_fused`; nothing is changed then.
+    """
+    for site in [site for site in sites if is_fused(model, site)]:
+        _norm(model, site).activation = None
+        _relu(model, site).__class__ = nn.ReLU
+
+
+def is_fused(model: nn.Module, site: InsertedSite) -> bool:
+    """Whether the norm of `site` applies its ReLU now.
+
+    Raises:
+        BNSurgeryError: the norm and the ReLU's place do not go together: another tool changed one of them.
+    """
+    if site.relu is None:
+        return False
+    try:
+        norm, place = model.get_submodule(site.norm), _relu(model, site)
+    except AttributeError as error:
+        raise BNSurgeryError(f"the model was changed since the insertion: {error}") from None
+    applied, gone = getattr(norm, "activation", None) == "relu", type(place) is nn.Identity
+    if gone and not applied:
+        raise BNSurgeryError(
+            f"'{site.norm}' ({type(norm).__name__}) does not apply the ReLU that '{site.relu}' stands for: did another "
+            "tool convert it? Put an nn.ReLU there; the next time call bnsurgery.unfuse_relu_ first"
+        )
+    if applied and not gone:
+        raise BNSurgeryError(
+            f"'{site.norm}' applies a ReLU, and {with_article(type(place).__name__)} was put into its place "
+            f"'{site.relu}': set the norm's activation to None"
+        )
+    return applied
+
+
+def _checked(model: nn.Module, caller: str, fused: bool) -> list[InsertedSite]:
+    """The sites with a ReLU that is `fused` or not, none of whose parts anybody looks at."""
+    try:
+        sites = [site for site in record(model).sites if site.relu is not None and is_fused(model, site) == fused]
+    except BNSurgeryError as error:
+        raise BNSurgeryError(f"{caller}: {error}") from None
+    if sites and recomputes(model):
+        raise BNSurgeryError(
+            f"{caller}: recompute_activations_ is at work in this network, which looks at norms and ReLUs. Call "
+            f"recompute_activations_(model, False), then {caller}(model), then recompute_activations_(model)"
+        )
+    for site in sites:
+        carrier = site.norm.rpartition(".")[0]
+        names = [site.norm, str(site.relu), *([carrier] if isinstance(model.get_submodule(carrier), Normed) else [])]
+        hooked = next((name for name in names if is_hooked(model.get_submodule(name))), None)
+        if hooked is not None:
+            raise BNSurgeryError(f"{caller}: '{hooked}' has hooks, which would see something else: remove them first")
+    return sites
+
+
+def _norm(model: nn.Module, site: InsertedSite) -> Insertable:
+    return cast(Insertable, model.get_submodule(site.norm))
+
+
+def _relu(model: nn.Module, site: InsertedSite) -> nn.Module:
+    return model.get_submodule(str(site.relu))

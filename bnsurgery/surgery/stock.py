@@ -1,0 +1,91 @@
+"""The same network in torch.nn's own layers, for tools that look at types."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.graph.layer_kinds import device_and_dtype
+from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d, Normed
+from bnsurgery.nn.normed import detach_
+from bnsurgery.records.record import InsertedSite, detach_record, record
+
+from .copies import independent
+from .folding import fold_
+from .module_tree import replace
+from .recomputation import keep_activations_
+from .relu_fusion import give_back_
+
+_TORCH: dict[type, type[nn.modules.batchnorm._BatchNorm]] = {
+    BatchNorm1d: nn.BatchNorm1d,
+    BatchNorm2d: nn.BatchNorm2d,
+    BatchNorm3d: nn.BatchNorm3d,
+}
+
+
+def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lambda site: True) -> nn.Module:
+    """A copy of `bn_model` whose BatchNorm and ReLU layers are torch.nn's own classes, with the same parameters.
+
+    For what recognises layers by their exact type: quantization-aware training with torch.ao, `torch.fx`'s fusion,
+    `SyncBatchNorm.convert_sync_batchnorm`. A ReLU that a norm applies is an `nn.ReLU` in its place again; a layer that
+    carries its norm (outside of a `nn.Sequential`) becomes `nn.Sequential(layer, norm)`, so there its keys gain a
+    `0.`, its norm's a `1.` in place of `norm.`. Norms over the last dimension, for which torch has no class, are
+    folded into their layer. Statistics modes and process groups are left behind, and so is the record.
+
+    Args:
+        bn_model: from `insert` or `load`, trained since or not; not changed.
+        keep: of each site, whether its norm stays; else it is folded.
+
+    Raises:
+        FoldError: a norm that has to be folded cannot be.
+        BNSurgeryError: the model carries no record, a fused ReLU is lost, or a layer with its norm inside has forward
+            hooks.
+    """
+    done, model = record(bn_model), independent(bn_model)
+    keep_activations_(model)
+    give_back_(model, done.sites)
+    kept: list[InsertedSite] = []
+    folded: list[InsertedSite] = []
+    for site in done.sites:
+        last_dim = isinstance(model.get_submodule(site.norm), LastDimBatchNorm1d)
+        (kept if keep(site) and not last_dim else folded).append(site)
+    found = [  # before any edit: what is folded renumbers what is behind it
+        (
+            model.get_submodule(site.norm),
+            model.get_submodule(site.norm.rpartition(".")[0]),
+            model.get_submodule(site.layer),
+            site,
+        )
+        for site in kept
+    ]
+    fold_(model, folded)
+    for norm in [module for module in model.modules() if type(module) in _TORCH]:
+        if all(norm is not inserted for inserted, *_ in found):  # the network's own
+            replace(model, norm, _stock(norm, int(vars(norm)["num_features"])))
+    for norm, parent, layer, site in found:
+        stock = _stock(norm, site.site.channels)
+        if isinstance(parent, Normed):
+            if parent._forward_hooks:
+                raise BNSurgeryError(
+                    f"to_torch: '{site.layer}' has forward hooks, which run behind its norm: remove them first"
+                )
+            detach_(parent)
+            replace(model, parent, nn.Sequential(parent, stock).train(parent.training))
+        else:
+            replace(model, norm, stock)
+        if site.absorbed_bias and layer.bias is None:  # torch's own networks have one
+            device, dtype = device_and_dtype(layer)
+            layer.bias = nn.Parameter(torch.zeros(site.site.channels, device=device, dtype=dtype))
+    detach_record(model)
+    return model
+
+
+def _stock(norm: nn.Module, channels: int) -> nn.modules.batchnorm._BatchNorm:
+    assert isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
+    cls = next(stock for ours, stock in _TORCH.items() if isinstance(norm, ours))
+    with torch.device("meta"):
+        new = cls(channels, norm.eps, norm.momentum)
+    new._parameters.update(norm._parameters)
+    new._buffers.update({name: norm._buffers[name] for name in new._buffers})
+    return new.train(norm.training)

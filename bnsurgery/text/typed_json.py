@@ -1,0 +1,75 @@
+"""Read JSON into frozen dataclasses, believing nothing."""
+
+import json
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from bnsurgery.errors import CheckpointError, printable, shown
+
+
+def loads(text: str) -> Any:
+    """`json.loads`, but for what a reader could take in two ways: names given twice, and numbers that are none.
+
+    Raises:
+        ValueError: not JSON, NaN or infinite, a name twice, or nested or written too long to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def parse(expected: Any, value: Any, where: str) -> Any:
+    """`value`, checked against the type `expected` and built into dataclasses and tuples.
+
+    Args:
+        expected: a dataclass, str, int, float, bool, None, a union, or a tuple or dict of these.
+        value: what `json.loads` gave.
+        where: how to call it in messages.
+
+    Raises:
+        CheckpointError: a field is missing, unknown, of the wrong type or refused by its dataclass.
+    """
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            if (value is None) == (option is type(None)):
+                try:
+                    return parse(option, value, where)
+                except CheckpointError:
+                    if option is arguments[-1] or (type(None) in arguments and len(arguments) == 2):
+                        raise
+    elif isinstance(expected, type) and is_dataclass(expected) and isinstance(value, dict):
+        hints = typing.get_type_hints(expected)
+        names = {f.name for f in fields(expected)}
+        if set(value) != names:
+            raise CheckpointError(f"{where}: fields missing or unknown: {shown(sorted(set(value) ^ names)[:5])}")
+        values = {name: parse(hints[name], value[name], f"{where}.{name}") for name in names}
+        try:
+            return expected(**values)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}. The file is damaged or forged.") from None
+    elif origin is tuple and isinstance(value, list):
+        return tuple(parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict):
+        return {key: parse(arguments[1], item, f"{where}.{printable(key)}") for key, item in value.items()}
+    elif expected is type(None) and value is None:
+        return None
+    elif expected in (str, int, float, bool) and type(value) is expected:
+        return value
+    elif expected is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    raise CheckpointError(f"{where}: got {shown(value)}, expected {getattr(expected, '__name__', expected)}")
