@@ -32,7 +32,6 @@ from bnsurgery.surgery.relu_fusion import fuse_relu_, unfuse_relu_
 from .config import Config
 from .datasets import Data
 
-_NOWHERE = Plan("", (), (), "pre-activation", "all", head=False)
 _RESIZE = 256 / 224  # of a photograph's shorter side to the input, as torchvision evaluates
 
 
@@ -194,19 +193,24 @@ def prepare(
             )
         replace_head_(model, head, len(task.classes), config.seed)
     if config.arm == "plain":
-        model = insert(model, batches, plan=_NOWHERE, moments={}, share_weights=True)
+        model = insert(model, batches, plan=_nowhere(model), moments={}, share_weights=True)
     elif not carries_record(model):
         model = insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
     unfuse_relu_(model)  # one state, whatever the file's: see `fuse_for_training_`
     provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
     own = own_name(config)
     provenance |= {"model": own} if own else {}
-    attach_record(model, replace(record(model), task=task, provenance=provenance, frozen=()))
+    attach_record(model, replace(record(model), task=task, provenance=provenance))
     if example is not None:
         attach_record(model, replace(record(model), input_shape=example.shape))
     if config.arm != "plain":
         set_statistics_(model, "batch", where=lambda name, norm: True)  # `Config.train` says what is frozen
     return model, model.get_submodule(find_head(model, shape))
+
+
+def _nowhere(model: nn.Module) -> Plan:
+    """A plan of no sites."""
+    return Plan(type(model).__name__, (), (), "pre-activation", "all", head=False)
 
 
 def fuse_for_training_(network: nn.Module, device: torch.device) -> None:

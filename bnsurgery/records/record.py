@@ -5,6 +5,7 @@ import json
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -38,10 +39,13 @@ class Options:
     momentum: float | None = 0.1
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.eps, float) and 0 < self.eps <= 1):
+        if not (isinstance(self.eps, Real) and 0 < self.eps <= 1):
             raise ValueError(f"insert: eps must be a number above 0 and at most 1, got {self.eps!r}")
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
+        if self.momentum is not None and not (isinstance(self.momentum, Real) and 0 <= self.momentum <= 1):
             raise ValueError(f"insert: momentum must be None or between 0 and 1, got {self.momentum!r}")
+        for name in ("eps", "momentum"):  # NumPy's numbers have no place in a file
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
 
     def check(self, placement: str) -> None:
         """Raise ValueError where these options do not go with `placement`."""
@@ -213,7 +217,8 @@ def record(bn_model: nn.Module) -> SurgeryRecord:
     Raises:
         BNSurgeryError: the model was not made by `insert` or `load`.
     """
-    found = vars(bn_model).get(_ATTRIBUTE)  # not getattr: a wrapper passes that on, but has other names for its layers
+    # Not getattr: a wrapper passes that on, but has other names for its layers.
+    found = vars(bn_model).get(_ATTRIBUTE) or _meta(bn_model).get(_ATTRIBUTE)
     if not isinstance(found, SurgeryRecord):
         norms = {name: type(norm) for name, norm in bn_model.named_modules() if isinstance(norm, _BatchNorm)}
         if norms and all(kind.__module__.startswith("torch.") for kind in norms.values()):
@@ -230,17 +235,24 @@ def record(bn_model: nn.Module) -> SurgeryRecord:
 
 def carries_record(model: nn.Module) -> bool:
     """Whether `model` was made by `insert` or `load`."""
-    return isinstance(getattr(model, _ATTRIBUTE, None), SurgeryRecord)
+    return isinstance(getattr(model, _ATTRIBUTE, None) or _meta(model).get(_ATTRIBUTE), SurgeryRecord)
 
 
 def attach_record(model: nn.Module, record: SurgeryRecord) -> None:
     """Make `record(model)` return this."""
     setattr(model, _ATTRIBUTE, record)
+    _meta(model)[_ATTRIBUTE] = record
 
 
 def detach_record(model: nn.Module) -> None:
-    """Undo `attach_record`, where it is not undone already: a copy of a `torch.fx.GraphModule` leaves it behind."""
+    """Undo `attach_record`."""
     vars(model).pop(_ATTRIBUTE, None)
+    _meta(model).pop(_ATTRIBUTE, None)
+
+
+def _meta(model: nn.Module) -> dict[str, Any]:
+    """The part of a `torch.fx.GraphModule` that copies of it keep; its other attributes are kept by pickling alone."""
+    return model.meta if isinstance(model, torch.fx.GraphModule) else {}
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -208,7 +208,7 @@ class _Comparison:
         self.samples += count
         self._shapes.add(batch.shape)
         room = self.keep - sum(kept.samples for kept, _ in self.kept)
-        if room > 0:
+        if room > 0 and self.obstacle is None:
             self._keep(batch, expected, room)
 
     def _keep(self, batch: Inputs, expected: list[Tensor], room: int) -> None:
@@ -260,7 +260,7 @@ def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> tup
     if samples is None:
         return drift, compared.obstacle
     if samples.samples < sizes[0]:
-        return drift, f"it takes {counted(sizes[0], 'input')}, got {samples.samples}"
+        return drift, compared.obstacle or f"it takes {counted(sizes[0], 'input')}, got {samples.samples}"
     expected = [torch.cat(parts) for parts in zip(*(outputs for _, outputs in compared.kept), strict=True)]
     with training_norms(candidate, by_batch=False) as restore:
         if restore is None:
@@ -286,4 +286,4 @@ def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> tup
             if not squares[1]:
                 return drift, "the reference's outputs are zero"
             drift[size] = (squares[0] / squares[1]) ** 0.5
-    return drift, None
+    return drift, compared.obstacle if any(samples.samples < size <= compared.samples for size in sizes) else None

@@ -111,6 +111,8 @@ def _layer_before(trace: Trace, norm: nn.Module) -> tuple[nn.Module | None, str 
         return None, f"the code of another module reads the parameters of '{name}'"
     if is_hooked(before):
         return None, f"'{name}' has hooks, which may change what reaches the norm: remove them first"
+    if isinstance(before, nn.Linear) and not isinstance(norm, LastDimBatchNorm1d) and not trace.shapes(before):
+        return None, f"may normalize another dimension than the features of '{name}': pass example=, a batch"
     if not _same_channels(trace, before, norm):
         return None, f"normalizes another dimension than the channels of '{name}'"
     return before, None

@@ -33,6 +33,7 @@ from bnsurgery.running.batches import Inputs, equal, peek
 from bnsurgery.running.modes import evaluate
 from bnsurgery.statistics.calibration import calibrate, warn_of_dead_channels
 from bnsurgery.statistics.moments import ChannelMoments, digest
+from bnsurgery.text.words import counted
 
 from .copies import independent, sharing_tensors
 from .lrn import warn_of_change, without_lrn
@@ -124,6 +125,11 @@ def insert(
         raise ValueError("insert: placement, layers and head are the plan's: leave them out beside plan=")
     if moments is not None and plan is None:
         raise ValueError("insert: moments are those of a plan's sites: pass plan=, too")
+    odd = next((name for name, value in (provenance or {}).items() if type(value) not in (str, int)), None)
+    if provenance is not None and odd is not None:
+        raise ValueError(f"insert: provenance: expected text or a whole number for {odd!r}, got {provenance[odd]!r}")
+    if not isinstance(preprocessing, Preprocessing | None):
+        raise ValueError(f"insert: preprocessing must be a Preprocessing, got {type(preprocessing).__name__}")
     options = Options(absorb_bias, fuse_relu, eps, momentum)
     options.check(placement if plan is None else plan.placement)
     if isinstance(batches, Iterator):  # its random numbers go on from here
@@ -199,11 +205,16 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMoments] | None) -> None:
     modules = dict(model.named_modules())
+    if len({site.name for site in plan.sites}) < len(plan.sites):
+        raise BNSurgeryError("insert: the plan has a layer twice")
     for site in plan.sites:
         layer = modules.get(site.name)
-        if type(layer).__name__ != site.layer or site.anchor not in modules:
+        named = {site.anchor, site.relu, site.next_layer} - {None}
+        channels = getattr(layer, "out_features", getattr(layer, "out_channels", site.channels))
+        if type(layer).__name__ != site.layer or not named <= modules.keys() or channels != site.channels:
             raise BNSurgeryError(
-                f"insert: the plan is of another network: {type(model).__name__} has no {site.layer} '{site.name}'"
+                f"insert: the plan is of another network: {type(model).__name__} has no {site.layer} '{site.name}' of "
+                f"{counted(site.channels, 'channel')} as planned"
             )
         if moments is not None and (site.name not in moments or len(moments[site.name].mean) != site.channels):
             raise BNSurgeryError(

@@ -16,6 +16,7 @@ from bnsurgery.files.labels import noted_classes
 from bnsurgery.finetune import network
 from bnsurgery.finetune.recipe import choose_parameters_, set_dropout_
 from bnsurgery.networks import factories
+from bnsurgery.records.record import record
 from bnsurgery.surgery.heads import find_head, outputs_of, replace_head_
 
 CONFIG = finetune.Config(source="x", data="x", output="x", image_size=8, normalize="none")
@@ -333,3 +334,24 @@ def test_class_names_in_a_file_are_not_believed(tmp_path, noted):
     assert noted_classes(str(tmp_path / "w.safetensors")) == ()
     (tmp_path / "text.safetensors").write_text("no weights")
     assert noted_classes(str(tmp_path / "text.safetensors")) == noted_classes(str(tmp_path)) == ()
+
+
+def test_absorbed_biases_beside_frozen_layers_load_after_a_run(config, data):
+    """Which biases were dropped follows from what was frozen at the insertion: a run keeps that in the record."""
+    model = tiny()
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first.requires_grad_(False)
+    bn_model = bnsurgery.insert(model, [torch.rand(8, 1, 8, 8)], absorb_bias=True)
+    result = finetune.run(config(epochs=1), model=bn_model, data=data)
+    loaded = bnsurgery.load(f"{result.directory}/best.safetensors", model=tiny())
+    absorbed = [[site.absorbed_bias for site in record(network).sites] for network in (bn_model, loaded)]
+    assert absorbed[0] == absorbed[1] and len(set(absorbed[0])) == 2
+
+
+def test_a_traced_network_is_trained_and_kept(config, data):
+    model = torch.fx.symbolic_trace(tiny())
+    result = finetune.run(config(epochs=1), model=model, data=data)
+    loaded = bnsurgery.load(f"{result.directory}/best.safetensors", model=model)
+    assert record(loaded).sites
+    plain = finetune.run(config(epochs=1, arm="plain", output=f"{result.directory}-plain"), model=model, data=data)
+    assert record(bnsurgery.load(f"{plain.directory}/best.safetensors", model=model)).model == "GraphModule"

@@ -277,3 +277,19 @@ def test_numbers_that_are_not_finite_by_construction(images):
         verify(lambda x: torch.full((4, 2), torch.nan), Detector(lambda y: y.flatten(1)[:, :2] * torch.nan), [x])
     with pytest.warns(BNSurgeryWarning):
         assert 0 < verify(lambda x: (model(x)[0], model(x)[1] + 1e-6), model, [x]).max_abs < 1e-5
+
+
+def test_batches_of_several_sizes_are_measured_up_to_the_first_change():
+    """The first 8 images, and the reason why 32 of 40 could not be put together; what comes later is not mixed in."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    small, large = torch.randn(8, 3, 16, 16), torch.randn(8, 3, 20, 20)
+    bn_model = insert(model, [small])
+    result = verify(model, bn_model, [small, large, small, small, small])
+    assert result.samples == 40 and list(result.train_drift) == [2, 8] and result.drift_samples == 8
+    assert "have other shapes" in result.no_drift
+    alone = verify(model, bn_model, [small])
+    assert alone.train_drift == pytest.approx(result.train_drift) and alone.no_drift is None
+    apart = verify(model, bn_model, [small[:1], large], drift_batch_sizes=(2,))
+    assert not apart.train_drift and "have other shapes" in apart.no_drift

@@ -1,11 +1,14 @@
 import copy
 import itertools
+import pickle
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torchvision import models
@@ -23,7 +26,7 @@ from bnsurgery import (
     insert,
     plan,
 )
-from bnsurgery.records.record import record
+from bnsurgery.records.record import carries_record, record
 from bnsurgery.statistics.moments import ChannelMoments
 
 ARCHS = ("vgg11", "vgg13", "vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1")
@@ -291,13 +294,40 @@ def test_from_a_plan_and_moments_at_hand(custom, images):
     assert not {parameter.data_ptr() for parameter in expected.parameters()} & shared
 
 
+def test_numpys_numbers_are_saved_as_numbers(custom, images, tmp_path):
+    bn_model = insert(custom, [images(4, 32)], eps=np.float32(1e-3), momentum=np.float64(0.2))
+    bnsurgery.save(bn_model, tmp_path / "net")
+    loaded = bnsurgery.load(tmp_path / "net", model=custom)
+    assert record(loaded).options == record(bn_model).options and record(loaded).options.momentum == 0.2
+
+
+def test_the_record_goes_with_copies_of_traced_networks(images, tmp_path):
+    """torch.fx copies a GraphModule without its attributes, and pickles it without its meta."""
+    model = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval())
+    bn_model = insert(model, [images(4, 8)])
+    average = torch.optim.swa_utils.AveragedModel(bn_model)
+    again = pickle.loads(pickle.dumps(bn_model))
+    for copied in (copy.deepcopy(bn_model), average.module, again):
+        assert record(copied) == record(bn_model)
+        bnsurgery.save(copied, tmp_path / "net", overwrite=True)
+        assert torch.equal(bnsurgery.fold(copied)(images(2, 8)), model(images(2, 8)))
+    assert not carries_record(bnsurgery.fold(bn_model))
+
+
 def test_a_plan_or_moments_of_another_network_are_refused(custom, images):
     x = images(4, 32)
     other = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 3)).eval()
+    wider = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3)).eval()
+    bare = nn.Sequential(nn.Conv2d(3, 5, 3)).eval()
     found = plan(other, x)
     before = snapshot(custom)
     with pytest.raises(BNSurgeryError, match="the plan is of another network: .* has no Conv2d '0'"):
         insert(custom, [x], plan=found)
+    for another in (wider, bare):
+        with pytest.raises(BNSurgeryError, match="the plan is of another network: Sequential has no Conv2d '0' of 5"):
+            insert(another, [x], plan=found)
+    with pytest.raises(BNSurgeryError, match="the plan has a layer twice"):
+        insert(other, [x], plan=replace(found, sites=found.sites * 2))
     for moments in ({}, {"0": ChannelMoments(9, torch.zeros(3), torch.ones(3))}):
         with pytest.raises(BNSurgeryError, match="the moments are of another plan: they have none of 5 channels"):
             insert(other, [x], plan=found, moments=moments)
@@ -333,6 +363,10 @@ def test_bad_data_is_refused_and_changes_nothing(batches, error, message, custom
         ({"momentum": 2.0}, "momentum must be None or between 0 and 1"),
         ({"absorb_bias": True, "placement": "post-activation"}, "needs placement 'pre-activation'"),
         ({"layers": "head"}, "layers must be one of"),
+        ({"momentum": "a"}, "momentum must be None or between 0 and 1"),
+        ({"provenance": {"data": Path("a")}}, "provenance: expected text or a whole number for 'data', got PosixPath"),
+        ({"provenance": {"lr": 0.1}}, "provenance: expected text or a whole number for 'lr', got 0.1"),
+        ({"preprocessing": {"height": 8}}, "preprocessing must be a Preprocessing, got dict"),
         ({"moments": {}}, "moments are those of a plan's sites"),
         ({"head": True, "plan": Plan("", (), (), "pre-activation", "all", head=False)}, "are the plan's"),
     ],

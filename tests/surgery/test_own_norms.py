@@ -81,8 +81,9 @@ LAYERS = {
 def test_every_kind_of_layer(kind):
     layer, norm, shape = LAYERS[kind]
     model = trained(nn.Sequential(layer, nn.Dropout(), norm, nn.Tanh()))
+    example = torch.randn(shape) if kind == "dense" else None
     before = snapshot(model)
-    folded = fold(model)
+    folded = fold(model, example=example)
     assert_unchanged(model, before)
     assert not norms(folded) and list(folded.state_dict()) == ["0.weight", "0.bias"]
     assert type(folded[2]) is (nn.ReLU if kind == "ours" else nn.Identity)
@@ -235,6 +236,7 @@ def test_a_dense_layer_on_sequences():
     """(N, T, C): BatchNorm1d normalizes T, which with T = C only an example tells from C."""
     model = trained(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)))
     assert_refused(model, "'1': normalizes another dimension than the channels of '0'", example=torch.randn(2, 4, 5))
+    assert_refused(model, "'1': may normalize another dimension than the features of '0': pass example=")
     assert_refused(trained(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(3))), "another dimension")
     assert_refused(trained(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm2d(4))), "another dimension")
 
@@ -339,6 +341,6 @@ def test_scale_is_what_the_formula_says():
     model = trained(nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1)))
     norm = model[1]
     scale = norm.weight.item() / math.sqrt(norm.running_var.item() + norm.eps)
-    folded = fold(model)
+    folded = fold(model, example=torch.randn(3, 2))
     torch.testing.assert_close(folded[0].weight, model[0].weight * scale)
     torch.testing.assert_close(folded[0].bias, (model[0].bias - norm.running_mean) * scale + norm.bias)
