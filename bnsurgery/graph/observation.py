@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnsurgery.running.batches import Inputs, run
+from bnsurgery.running.batches import Inputs
+from bnsurgery.running.calls import run
 from bnsurgery.running.modes import observing
 
 

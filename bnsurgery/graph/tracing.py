@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from bnsurgery.errors import UntraceableModelError
 from bnsurgery.nn import Normed
-from bnsurgery.running.batches import Inputs, placed
+from bnsurgery.running.batches import Inputs
+from bnsurgery.running.calls import placed
 from bnsurgery.running.modes import observing
 
 from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORM_FUNCTIONS, NORMS, is_activation

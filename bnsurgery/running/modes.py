@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnsurgery.machine.devices import keeping_random
 from bnsurgery.nn.batchnorm import Insertable
 
-from .batches import Inputs, outputs, run
+from .batches import Inputs
+from .calls import outputs, run
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from bnsurgery.graph.planning import Plan
 from bnsurgery.nn import LastDimBatchNorm1d
 from bnsurgery.nn.settings import is_frozen, listed
 from bnsurgery.ops import channel_moments
-from bnsurgery.running.batches import Inputs, inputs, join, placed, run
+from bnsurgery.running.batches import Inputs, inputs, join
+from bnsurgery.running.calls import placed, run
 from bnsurgery.running.modes import observing, training_norms
 from bnsurgery.text.words import counted
 

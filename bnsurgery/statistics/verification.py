@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bnsurgery.errors import BNSurgeryWarning, CalibrationError
-from bnsurgery.running.batches import Inputs, equal, inputs, join, outputs, run
+from bnsurgery.running.batches import Inputs, inputs, join
+from bnsurgery.running.calls import equal, outputs, run
 from bnsurgery.running.modes import evaluate, observing, training_norms
 from bnsurgery.text.tables import WIDTH
 from bnsurgery.text.words import counted, percent, thousands

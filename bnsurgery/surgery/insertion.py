@@ -28,7 +28,8 @@ from bnsurgery.records.record import (
     record,
 )
 from bnsurgery.records.task import Task
-from bnsurgery.running.batches import Inputs, equal, peek
+from bnsurgery.running.batches import Inputs, peek
+from bnsurgery.running.calls import equal
 from bnsurgery.running.modes import evaluate
 from bnsurgery.statistics.calibration import calibrate, warn_of_dead_channels
 from bnsurgery.statistics.moments import ChannelMoments, digest
