@@ -1,4 +1,4 @@
-"""Draw what feeds what in a network, with the sites of a plan marked: as Graphviz's DOT, or as SVG."""
+"""Draw the graph of a network with the sites of a plan marked, as Graphviz's DOT or as SVG."""
 
 import importlib
 import importlib.util
@@ -17,12 +17,12 @@ from .tracing import Trace, is_layer, is_norm
 
 _COLOURS = {"site": "#b7e4c7", "skipped": "#ffd6a5", "norm": "#cfe2ff", "plain": "#f1f3f5"}
 _LEGEND = {"site": "gets a BatchNorm", "skipped": "layer without one", "norm": "a norm", "plain": "anything else"}
-_CHAR, _LINE, _PAD, _GAP = 7.0, 16.0, 8.0, 26.0  # pixels: width of a letter, height of a line, inside and between boxes
+_CHAR, _LINE, _PAD, _GAP = 7.0, 16.0, 8.0, 26.0  # pixels: letter width, line height, space inside and between boxes
 
 
 @dataclass(frozen=True)
 class _Box:
-    """One call in the forward pass: what its box says, the key of its colour, and the text under the mouse."""
+    """One call in the forward pass: the lines of its label, the key of its colour, and its tooltip."""
 
     label: tuple[str, ...]
     kind: str
@@ -33,8 +33,8 @@ def dot(model: nn.Module, example: Any, plan: Plan) -> str:
     """The graph of `model`'s forward pass in the DOT language.
 
     Args:
-        model, example: as they were given to `plan`.
-        plan: whose sites and skipped layers are coloured.
+        model, example: the arguments of `plan`.
+        plan: its sites and skipped layers are coloured.
 
     Raises:
         BNSurgeryError: the graphviz package is not installed.
@@ -43,15 +43,15 @@ def dot(model: nn.Module, example: Any, plan: Plan) -> str:
     boxes, edges = _graph(model, example, plan)
     graph = graphviz.Digraph(plan.model, node_attr={"shape": "box", "style": "filled", "fontname": "sans-serif"})
     for index, box in enumerate(boxes):
-        label = graphviz.escape("\n".join(box.label))
-        graph.node(str(index), label, fillcolor=_COLOURS[box.kind], tooltip=graphviz.escape(box.tip))
+        label, tip = graphviz.escape("\n".join(box.label)), graphviz.escape(box.tip)
+        graph.node(str(index), label, fillcolor=_COLOURS[box.kind], tooltip=tip)
     for source, target in edges:
         graph.edge(str(source), str(target))
     return str(graph.source)
 
 
 def svg(model: nn.Module, example: Any, plan: Plan) -> str:
-    """The same graph as an SVG picture, from top to bottom; the reasons for leaving layers out are under the mouse.
+    """The same graph as an SVG picture, from top to bottom; tooltips give the reasons for skipped layers.
 
     Raises:
         BNSurgeryError: the igraph package is not installed.
@@ -66,16 +66,10 @@ def svg(model: nn.Module, example: Any, plan: Plan) -> str:
     left, right = min(a for a, _ in sides) - _GAP, max(b for _, b in sides) + _GAP
     bottom = max(y for _, y in places) + 2 * _LINE + 2 * _GAP
     width, top = max(right - left, 360), -(len(_LEGEND) + 3) * _LINE - _GAP
-    look = {
-        "xmlns": "http://www.w3.org/2000/svg",
-        "viewBox": f"{left:.0f} {top:.0f} {width:.0f} {bottom - top:.0f}",
-        "width": f"{width:.0f}",
-        "height": f"{bottom - top:.0f}",
-        "role": "img",
-        "font-family": "sans-serif",
-        "font-size": "12",
-    }
-    root = ElementTree.Element("svg", look)
+    size = {"width": f"{width:.0f}", "height": f"{bottom - top:.0f}"}
+    view = {"viewBox": f"{left:.0f} {top:.0f} {width:.0f} {bottom - top:.0f}", **size}
+    look = {"role": "img", "font-family": "sans-serif", "font-size": "12"}
+    root = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **view, **look})
     title = f"{plan.model}: {counted(len(plan.sites), 'site')}, {len(plan.skipped)} skipped"
     ElementTree.SubElement(root, "title").text = title
     back = {"x": f"{left:.0f}", "y": f"{top:.0f}", "width": "100%", "height": "100%", "fill": "white"}
@@ -100,7 +94,7 @@ def svg(model: nn.Module, example: Any, plan: Plan) -> str:
 
 
 def _graph(model: nn.Module, example: Any, plan: Plan) -> tuple[list[_Box], list[tuple[int, int]]]:
-    """One box a call, in order, and pairs of their indices; what leads nowhere (shapes) is left out."""
+    """A box for each call, in order, and pairs of their indices; unused results (shapes) are left out."""
     trace = Trace(model, Inputs.of(example))
     nodes = [node for node in trace.nodes if node.op != "get_attr" and (node.users or node.op == "output")]
     index = {node: number for number, node in enumerate(nodes)}
@@ -128,7 +122,7 @@ def _box(trace: Trace, node: fx.Node, sites: set[str], skipped: dict[str, str]) 
 def _layout(
     count: int, edges: list[tuple[int, int]], column: float, row: float
 ) -> tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]:
-    """Centres of the boxes, and for every edge the points that it runs through, past the rows it crosses."""
+    """The centres of the boxes, and for every edge the points of its line."""
     igraph = _library("igraph")
     layout = igraph.Graph(count, edges, directed=True).layout_sugiyama(hgap=column, vgap=row)
     points = [(float(x), float(y)) for x, y in layout]

@@ -288,3 +288,21 @@ def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> tup
                 return drift, "the reference's outputs are zero"
             drift[size] = (squares[0] / squares[1]) ** 0.5
     return drift, None
+
+
+def statistics_for(batch_size: int, drift: Callable[[], float]) -> tuple[str, str]:
+    """The mode for `set_statistics_` and the reason: "running" below 4 images, "batch" from 32, else by the drift.
+
+    Args:
+        batch_size: images a step, over all processes that share their statistics.
+        drift: measures ‖train − eval‖₂/‖eval‖₂ of the outputs at that batch size; only called if it decides.
+
+    References: Ioffe 2017, arXiv:1702.03275 (renorm for small batches); Wu & Johnson 2021, arXiv:2105.07576.
+    """
+    if batch_size < 4:
+        return "running", f"a batch of {batch_size} is too small for statistics"
+    if batch_size >= 32:
+        return "batch", f"a batch of {batch_size} is large enough"
+    measured, limit = drift(), 0.2  # above it, a small batch's statistics change the function too much
+    text = f"batches of {batch_size} drift by {percent(measured, '.3g')}"
+    return ("renorm", f"{text}, above {percent(limit, 'g')}") if measured > limit else ("batch", text)
