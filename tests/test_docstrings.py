@@ -56,7 +56,6 @@ MISSING = {
     "bnsurgery.fold",
     "bnsurgery.fuse_relu_",
     "bnsurgery.insert",
-    "bnsurgery.plan",
     "bnsurgery.recalibrate_",
     "bnsurgery.recompute_activations_",
     "bnsurgery.record",

@@ -112,7 +112,7 @@ def test_functions_in_the_middle_of_code_are_left_out_with_advice():
     assert sites(model, X) == ["conv"]
     for name in ("conv2d", "linear"):
         assert "in the middle of Net's forward" in reasons(model, X)[name]
-        assert "make this call one of its own" in reasons(model, X)[name]
+        assert "make this call a module" in reasons(model, X)[name]
 
 
 @pytest.mark.parametrize(
