@@ -52,16 +52,13 @@ MISSING = {
     "bnsurgery.report.plot_rate_range",
     "bnsurgery.report.training",
     "bnsurgery.report.view_sites",
-    "bnsurgery.calibrate",
     "bnsurgery.fold",
     "bnsurgery.fuse_relu_",
     "bnsurgery.insert",
-    "bnsurgery.recalibrate_",
     "bnsurgery.recompute_activations_",
     "bnsurgery.record",
     "bnsurgery.to_torch",
     "bnsurgery.unfuse_relu_",
-    "bnsurgery.verify",
 }
 
 
