@@ -52,13 +52,6 @@ MISSING = {
     "bnsurgery.report.plot_rate_range",
     "bnsurgery.report.training",
     "bnsurgery.report.view_sites",
-    "bnsurgery.fold",
-    "bnsurgery.fuse_relu_",
-    "bnsurgery.insert",
-    "bnsurgery.recompute_activations_",
-    "bnsurgery.record",
-    "bnsurgery.to_torch",
-    "bnsurgery.unfuse_relu_",
 }
 
 

@@ -203,7 +203,7 @@ def test_layers_with_a_forward_of_their_own_are_not_folded(x):
 
     model = convs(Standardized(4, 4, 3), nn.ReLU())
     assert_round_trip(model, x)
-    with pytest.raises(FoldError, match=r"Standardized '3', whose class has a forward of its own"):
+    with pytest.raises(FoldError, match=r"Standardized '3', whose class has a custom forward"):
         fold(trained(model, x))
 
 

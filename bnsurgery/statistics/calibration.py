@@ -143,7 +143,7 @@ def warn_of_dead_channels(moments: Mapping[str, ChannelMoments], eps: float) -> 
             f"channels with a variance below eps ({eps:g}) on this data, dead or nearly: {sum(dead.values())} in "
             f"{counted(len(dead), 'layer')}, most in {listed}. They stay exact; training may amplify them.",
             BNSurgeryWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -86,7 +86,7 @@ def test_layers_of_the_users_own_get_a_norm(in_sequential):
     torch.testing.assert_close(norms[0].running_mean.double(), first.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         norms[0].weight.mul_(2)
-    with pytest.raises(bnsurgery.FoldError, match="Standardized '.*', whose class has a forward of its own"):
+    with pytest.raises(bnsurgery.FoldError, match="Standardized '.*', whose class has a custom forward"):
         fold(bn_model)
 
 

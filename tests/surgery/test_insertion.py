@@ -331,7 +331,7 @@ def test_bad_data_is_refused_and_changes_nothing(batches, error, message, custom
         ({"eps": 0.0}, "eps must be a number above 0"),
         ({"eps": 1e39}, "eps must be a number above 0"),
         ({"momentum": 2.0}, "momentum must be None or between 0 and 1"),
-        ({"absorb_bias": True, "placement": "post-activation"}, "needs placement 'pre-activation'"),
+        ({"absorb_bias": True, "placement": "post-activation"}, "needs `placement='pre-activation'`"),
         ({"layers": "head"}, "layers must be one of"),
         ({"moments": {}}, "moments are those of a plan's sites"),
         ({"head": True, "plan": Plan("", (), (), "pre-activation", "all", head=False)}, "are the plan's"),
