@@ -257,7 +257,7 @@ def state_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of every entry's key, dtype, shape and bytes, in key order."""
     sha = hashlib.sha256()
     for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().contiguous()
+        tensor = state_dict[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
         sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         sha.update(tensor.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -87,15 +87,15 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
         >>> round(model.eval()(5 + torch.randn(64, 3, 16, 16)).std().item(), 1)
         1.0
     """
-    norms: dict[str, nn.Module] = {
-        name: module
-        for name, module in bn_model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
-    if not norms:
+    norms: dict[str, nn.Module] = {}
+    kept = []
+    for name, module in bn_model.named_modules():
+        if isinstance(module, _BatchNorm) and getattr(module, "statistics", None) == "running":
+            kept.append(name)
+        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+            norms[name] = module
+    if not norms and not kept:
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
-    kept = [name for name, norm in norms.items() if getattr(norm, "statistics", None) == "running"]
-    norms = {name: norm for name, norm in norms.items() if name not in kept}
     if kept:
         if all(is_frozen(bn_model.get_submodule(name)) for name in kept):
             reason = "these are frozen with their layers (requires_grad=False), which others would change"

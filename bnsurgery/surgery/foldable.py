@@ -51,7 +51,8 @@ def own_norms(model: nn.Module, example: Inputs | None = None) -> list[OwnNorm]:
         CalibrationError: the model does not take the example.
     """
     trace = Trace(model, example)
-    found = [_considered(trace, norm) for norm in trace.names if isinstance(norm, OWN_NORMS)]
+    norms = [norm for norm in trace.names if isinstance(norm, OWN_NORMS)]
+    found = [OwnNorm(trace.names[norm], *_layer_before(trace, norm)) for norm in norms]
     for node in trace.nodes:
         if node.target is F.batch_norm:
             where = f"in the middle of {trace.called(node.meta['caller'])}'s forward"
@@ -70,37 +71,28 @@ def _is_timms(norm: nn.Module) -> bool:
     return isinstance(norm, nn.BatchNorm2d) and type(norm).forward.__module__ == _TIMM
 
 
-def _considered(trace: Trace, norm: nn.Module) -> OwnNorm:
-    name = trace.names[norm]
+def _layer_before(trace: Trace, norm: nn.Module) -> tuple[str | None, str | None]:
+    """The fqn of the layer all of whose outputs go into `norm` and nowhere else; or None, and the reason."""
     if (type(norm).forward not in _NORM_FORWARDS and not _is_timms(norm)) or "forward" in vars(norm):
-        return OwnNorm(name, obstacle=f"is {with_article(type(norm).__name__)}, which has a custom forward")
+        return None, f"is {with_article(type(norm).__name__)}, which has a custom forward"
     if norm.running_mean is None or norm.running_var is None:
-        return OwnNorm(name, obstacle="has no running statistics: it normalizes by the batch in eval mode, too")
+        return None, "has no running statistics: it normalizes by the batch in eval mode, too"
     if is_hooked(norm):
-        return OwnNorm(name, obstacle="has hooks, which would be lost: remove them first")
+        return None, "has hooks, which would be lost: remove them first"
     if norm in trace.read:
-        return OwnNorm(name, obstacle="the code of another module reads its parameters")
+        return None, "the code of another module reads its parameters"
     if not trace.calls(norm):
         reason = trace.obstacle(norm)
-        if reason is None:
-            reason = "is never called in eval mode, so that its layer is not known"
-        elif trace.observed is None:
+        if reason is not None and trace.observed is None:
             reason += ": pass a batch as `example` if its code asks for shapes"
-        return OwnNorm(name, obstacle=reason)
-    layer, reason = _layer_before(trace, norm)
-    return OwnNorm(name, trace.names[layer] if layer is not None else None, reason)
-
-
-def _layer_before(trace: Trace, norm: nn.Module) -> tuple[nn.Module | None, str | None]:
-    """The layer all of whose outputs go into `norm` and nowhere else; or None, and the reason."""
+        return None, reason or "is never called in eval mode, so that its layer is not known"
     after, before = norm, _source(trace, norm)
     while isinstance(before, _NOTHING_IN_EVAL) and trace.only_user(before) is after and not is_hooked(before):
         after, before = before, _source(trace, before)
     if not isinstance(before, LAYERS):
-        what = "different things" if before is None else f"{type(before).__name__} '{trace.names[before]}'"
         nodes = {str(source) for node in trace.calls(after) for source in node.all_input_nodes}
-        if before is None and len(nodes) == 1:
-            what = f"'{nodes.pop()}', which is no module"
+        what = f"'{nodes.pop()}', which is no module" if len(nodes) == 1 else "different things"
+        what = what if before is None else f"{type(before).__name__} '{trace.names[before]}'"
         return None, f"does not stand behind a conv or dense layer, but behind {what}"
     name = trace.names[before]
     if trace.only_user(before) is not after:
@@ -113,7 +105,7 @@ def _layer_before(trace: Trace, norm: nn.Module) -> tuple[nn.Module | None, str 
         return None, f"'{name}' has hooks, which may change the norm's input: remove them first"
     if not _same_channels(trace, before, norm):
         return None, f"normalizes another dimension than the channels of '{name}'"
-    return before, None
+    return name, None
 
 
 def _source(trace: Trace, module: nn.Module) -> nn.Module | None:

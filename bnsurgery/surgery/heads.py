@@ -1,13 +1,13 @@
 """The output layer of a classifier: find it, and replace it for another number of classes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.graph.layer_kinds import LAYERS, Layer
+from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.graph.tracing import Trace
 from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import with_article
@@ -56,7 +56,13 @@ def replace_head_(model: nn.Module, name: str, classes: int, seed: int = 0) -> N
         raise BNSurgeryError(
             f"head: '{name}' of {type(model).__name__} is {with_article(type(old).__name__)}, not the layer expected"
         )
-    new = _like(old, classes)
+    kind: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+    with torch.random.fork_rng(devices=[]):  # torch initializes the weights, which are overwritten
+        if isinstance(old, nn.Linear):
+            new: Any = nn.Linear(old.in_features, classes, **kind)
+        else:
+            shape = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
+            new = cast(Any, type(old))(old.in_channels, classes, *shape, padding_mode=old.padding_mode, **kind)
     if not old.weight.is_meta:
         with torch.no_grad():
             generator = torch.Generator().manual_seed(seed)
@@ -64,13 +70,3 @@ def replace_head_(model: nn.Module, name: str, classes: int, seed: int = 0) -> N
             if new.bias is not None:
                 new.bias.zero_()
     replace(model, old, new.train(old.training))
-
-
-def _like(old: Layer, classes: int) -> Layer:
-    kind: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-    with torch.random.fork_rng(devices=[]):  # torch initializes the weights, which are overwritten
-        if isinstance(old, nn.Linear):
-            return nn.Linear(old.in_features, classes, **kind)
-        conv: Any = type(old)
-        shape = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
-        return conv(old.in_channels, classes, *shape, padding_mode=old.padding_mode, **kind)

@@ -112,7 +112,10 @@ class _Output:
     def __init__(self, norm: Any, input: Tensor, source: _Kept, output: Tensor) -> None:
         self.norm, self.source, self.input_layout = norm, weakref.ref(source), _layout(input)
         self.parameters = [_Kept(parameter) for parameter in norm._parameters.values() if parameter is not None]
-        self.autocast = _autocast(output.device.type)
+        device = output.device.type
+        self.autocast: AbstractContextManager[Any] = nullcontext()
+        if torch.amp.is_autocast_available(device):  # as it is set now
+            self.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self.layout, self.storage = _layout(output), StorageWeakRef(output.untyped_storage())
 
     def with_relu(self, output: Tensor) -> "_Output":
@@ -252,10 +255,3 @@ def _as_it_is(norm: Any) -> Any:
     ghost._parameters = dict(norm._parameters)
     ghost._buffers = {k: None if by_batch or v is None else v.clone() for k, v in norm._buffers.items()}
     return ghost
-
-
-def _autocast(device: str) -> AbstractContextManager[Any]:
-    """The current setting of autocast, as a context."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
