@@ -3,9 +3,8 @@
 import inspect
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -116,21 +115,23 @@ class Trace:
 
     def obstacle(self, module: nn.Module) -> str | None:
         """The module around `module` that was not traced, in words, or None."""
-        name = self.names[module]
-        outer = [m for m in self.names if m is not module and _is_within(name, self.names[m])]
-        around = [m for m in outer if m in self.opaque or self.calls(m)]
-        if not around:
+        untraced = (m for m in self.names if m is not module and (m in self.opaque or self.calls(m)))
+        innermost = self._innermost(module, untraced)
+        if innermost is None:
             return None
-        innermost = max(around, key=lambda m: len(self.names[m]))
         why = "whose forward cannot be followed" if innermost in self.opaque else "which is taken as one"
         return f"inside {self.called(innermost)}, {why}"
 
     def part(self, module: nn.Module) -> str | None:
         """The part of an opaque model in which `module` was followed; None if the whole was followed."""
-        name = self.names[module]
-        roots = [root for root in self._followed if _is_within(name, self.names[root])]
-        root = max(roots, key=lambda m: len(self.names[m]), default=None)
+        root = self._innermost(module, self._followed)
         return f"'{self.names[root]}'" if root is not None and self.names[root] else None
+
+    def _innermost(self, module: nn.Module, among: Iterable[nn.Module]) -> nn.Module | None:
+        """The innermost of these modules that is or contains `module`."""
+        name = f"{self.names[module]}."
+        around = [m for m in among if not self.names[m] or name.startswith(f"{self.names[m]}.")]
+        return max(around, key=lambda m: len(self.names[m]), default=None)
 
     def called(self, module: nn.Module) -> str:
         """The module's name and class for messages."""
@@ -160,7 +161,8 @@ class Trace:
                 if culprit not in self.shaped and example is not None:
                     self.shaped.add(culprit)
                     continue
-                self.opaque[culprit] = f"{_where(error)}: {_first_line(error)}"
+                text = str(error).strip() or type(error).__name__
+                self.opaque[culprit] = f"{_where(error)}: {text.splitlines()[0].rstrip('.')}"
                 continue
             self._followed.add(root)
             self.nodes += graph.nodes
@@ -205,10 +207,6 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _is_within(name: str, around: str) -> bool:
-    return not around or name == around or name.startswith(around + ".")
-
-
 def _where(error: Exception) -> str:
     """The innermost line of the traceback in the user's code, neither torch's nor this package's."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -216,8 +214,3 @@ def _where(error: Exception) -> str:
     if not frames:
         return "in its modules"
     return f"at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})"
-
-
-def _first_line(error: Exception) -> str:
-    text: Any = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 from torch import nn
 
@@ -78,7 +78,7 @@ def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
     """
     sites = [site for site in sites if site.relu is not None and not is_fused(model, site)]
     for site in sites:
-        norm, relu = model.get_submodule(site.norm), _relu(model, site)
+        norm, relu = _norm_and_relu(model, site)
         for name, module, expected, sound in (
             (site.norm, norm, "a BatchNorm of bnsurgery.nn", isinstance(norm, Insertable)),
             (site.relu, relu, "an nn.ReLU", type(relu) is nn.ReLU),
@@ -87,8 +87,9 @@ def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
                 got = with_article(type(module).__name__)
                 raise BNSurgeryError(f"fuse_relu_: '{name}' is {got} now, expected {expected}")
     for site in sites:
-        _norm(model, site).activation = "relu"
-        _relu(model, site).__class__ = nn.Identity  # the same object: with its settings, names, mode and hooks
+        norm, relu = _norm_and_relu(model, site)
+        norm.activation = "relu"
+        relu.__class__ = nn.Identity  # the same object keeps its settings, names, mode and hooks
 
 
 def give_back_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
@@ -98,8 +99,9 @@ def give_back_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
         BNSurgeryError: as `is_fused`; nothing is changed then.
     """
     for site in [site for site in sites if is_fused(model, site)]:
-        _norm(model, site).activation = None
-        _relu(model, site).__class__ = nn.ReLU
+        norm, relu = _norm_and_relu(model, site)
+        norm.activation = None
+        relu.__class__ = nn.ReLU
 
 
 def is_fused(model: nn.Module, site: InsertedSite) -> bool:
@@ -111,7 +113,7 @@ def is_fused(model: nn.Module, site: InsertedSite) -> bool:
     if site.relu is None:
         return False
     try:
-        norm, place = model.get_submodule(site.norm), _relu(model, site)
+        norm, place = _norm_and_relu(model, site)
     except AttributeError as error:
         raise BNSurgeryError(f"the model was changed since the insertion: {error}") from None
     applied, gone = getattr(norm, "activation", None) == "relu", type(place) is nn.Identity
@@ -148,9 +150,5 @@ def _checked(model: nn.Module, caller: str, fused: bool) -> list[InsertedSite]:
     return sites
 
 
-def _norm(model: nn.Module, site: InsertedSite) -> Insertable:
-    return cast(Insertable, model.get_submodule(site.norm))
-
-
-def _relu(model: nn.Module, site: InsertedSite) -> nn.Module:
-    return model.get_submodule(str(site.relu))
+def _norm_and_relu(model: nn.Module, site: InsertedSite) -> tuple[Any, Any]:
+    return model.get_submodule(site.norm), model.get_submodule(str(site.relu))
