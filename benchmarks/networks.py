@@ -16,7 +16,7 @@ from torch import nn
 
 import bnsurgery
 from bnsurgery.running.batches import inputs as as_inputs
-from bnsurgery.running.batches import run
+from bnsurgery.running.calls import run
 
 from .timing import interleave, ratio
 from .zoo import NETWORKS, images

@@ -1,14 +1,12 @@
-"""Every error that bnsurgery raises for a caller's mistake or a bad input, and its one warning category."""
-
-_LONGEST = 100  # characters of a value in a message
+"""The errors that bnsurgery raises for mistakes of the caller and for bad inputs, and its one warning category."""
 
 
 class BNSurgeryError(Exception):
-    """Base of all errors below: catch it to catch whatever this package refuses."""
+    """Base of the errors below: `except BNSurgeryError` catches them all."""
 
 
 class UntraceableModelError(BNSurgeryError):
-    """The forward pass cannot be followed symbolically; the message names the construct and the line."""
+    """The forward pass cannot be followed symbolically; the message names the line and what stops it."""
 
 
 class NoSitesError(BNSurgeryError):
@@ -16,7 +14,7 @@ class NoSitesError(BNSurgeryError):
 
 
 class CalibrationError(BNSurgeryError):
-    """The calibration data, or what the network makes of it, cannot give statistics."""
+    """Statistics cannot be measured: there is no data, or the network fails on it."""
 
 
 class FoldError(BNSurgeryError):
@@ -24,15 +22,15 @@ class FoldError(BNSurgeryError):
 
 
 class ExportError(BNSurgeryError):
-    """A format has no place for the network, or what was written computes something else."""
+    """A format cannot hold the network, or the written file computes something else."""
 
 
 class NonFiniteError(CalibrationError):
-    """NaN or infinity where statistics were measured."""
+    """The measured activations contain NaN or infinity."""
 
 
 class CheckpointError(BNSurgeryError):
-    """A checkpoint or weights file is damaged, hostile, of another model, or cannot be written."""
+    """A checkpoint or weights file is damaged, hostile or of another model, or cannot be written."""
 
 
 class ArchitectureError(BNSurgeryError):
@@ -44,26 +42,22 @@ class DataError(BNSurgeryError):
 
 
 class BNSurgeryWarning(UserWarning):
-    """Something worth knowing that does not stop the work, such as dead channels."""
+    """A finding that does not stop the work, such as dead channels."""
 
 
-def printable(text: str, longest: int = _LONGEST) -> str:
-    """`text` from a file or its name, for people: nothing in it steers a terminal, and no more than `longest` of it."""
+def printable(text: str, longest: int = 100) -> str:
+    """Untrusted text for a message: control characters are escaped, and at most `longest` characters are kept."""
     short = text if len(text) <= longest else f"{text[:longest]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file's name is UTF-8: safetensors opens no other."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Whether a file's name is UTF-8, as safetensors requires. Python decodes other bytes to lone surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def shown(value: object) -> str:
-    """Any value from a file, for a message: text quoted, printable and short."""
+    """An untrusted value for a message: text is quoted, and all is printable and short."""
     if isinstance(value, str):
         return f"'{printable(value)}'"
     try:

@@ -28,7 +28,7 @@ PACKAGES = [  # bottom to top
     "report",
 ]
 # cli/ is another package, which stands at the top of the repository and is installed as bnsurgery.cli.
-TOP = {"__init__.py", "_version.py", "errors.py", "py.typed", "__pycache__", "cli"}
+TOP = {"__init__.py", "__init__.pyi", "_version.py", "errors.py", "py.typed", "__pycache__", "cli"}
 MODULES = {
     ".".join([ROOT.name, *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")

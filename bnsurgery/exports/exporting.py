@@ -27,7 +27,8 @@ from bnsurgery.files.writing import atomic_write
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.networks import onnx_files, pretrained
 from bnsurgery.records.record import SurgeryRecord, state_digest
-from bnsurgery.running.batches import Inputs, join, placed
+from bnsurgery.running.batches import Inputs, join
+from bnsurgery.running.calls import placed
 from bnsurgery.running.modes import evaluate, evaluating
 from bnsurgery.statistics.verification import EquivalenceReport, verify
 from bnsurgery.surgery.copies import on_meta

@@ -15,7 +15,8 @@ from bnsurgery.errors import ExportError
 from bnsurgery.files.labels import label_onnx
 from bnsurgery.networks import onnx_files
 from bnsurgery.records.record import SurgeryRecord
-from bnsurgery.running.batches import Inputs, outputs
+from bnsurgery.running.batches import Inputs
+from bnsurgery.running.calls import outputs
 from bnsurgery.running.modes import evaluate
 from bnsurgery.statistics.verification import EquivalenceReport, verify
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from bnsurgery.errors import DataError, NonFiniteError
 from bnsurgery.machine.devices import CPU, takes_float64
-from bnsurgery.running.batches import Inputs, outputs, peek, run
+from bnsurgery.running.batches import Inputs, peek
+from bnsurgery.running.calls import outputs, run
 from bnsurgery.running.modes import observing
 from bnsurgery.surgery.heads import find_head, outputs_of
 

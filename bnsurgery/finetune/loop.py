@@ -20,7 +20,8 @@ from bnsurgery.machine.devices import CPU, failed, random_state, set_random_stat
 from bnsurgery.machine.system import quote
 from bnsurgery.networks import factories
 from bnsurgery.records.record import record
-from bnsurgery.running.batches import Inputs, out_of_memory
+from bnsurgery.running.batches import Inputs
+from bnsurgery.running.calls import out_of_memory
 from bnsurgery.running.modes import evaluating
 from bnsurgery.statistics.calibration import recalibrate_
 from bnsurgery.text.typed_json import parse

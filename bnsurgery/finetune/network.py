@@ -22,7 +22,7 @@ from bnsurgery.records import architectures
 from bnsurgery.records.record import attach_record, carries_record, record
 from bnsurgery.records.task import Task
 from bnsurgery.running.batches import Inputs
-from bnsurgery.statistics.advice import statistics_for
+from bnsurgery.statistics.verification import statistics_for
 from bnsurgery.surgery.copies import independent, sharing_tensors
 from bnsurgery.surgery.folding import fold, strip_
 from bnsurgery.surgery.heads import find_head, outputs_of, replace_head_

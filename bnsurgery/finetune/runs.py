@@ -12,7 +12,7 @@ from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.machine.system import quote
 from bnsurgery.networks import factories
 from bnsurgery.pages.style import write as write_figure
-from bnsurgery.running.batches import out_of_memory
+from bnsurgery.running.calls import out_of_memory
 from bnsurgery.text.words import counted, percent
 
 from .config import Config

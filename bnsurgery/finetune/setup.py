@@ -14,7 +14,8 @@ from bnsurgery.images.decoding import told_of
 from bnsurgery.machine import devices
 from bnsurgery.networks import factories
 from bnsurgery.nn import set_process_group_, set_statistics_
-from bnsurgery.running.batches import Inputs, run
+from bnsurgery.running.batches import Inputs
+from bnsurgery.running.calls import run
 from bnsurgery.running.modes import observing
 from bnsurgery.statistics.calibration import input_moments, recalibrate_
 from bnsurgery.statistics.verification import DRIFT_SAMPLES, verify

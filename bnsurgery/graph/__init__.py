@@ -1,4 +1,4 @@
-"""What a network is made of, and what in it may get a BatchNorm; nothing in here changes a network.
+"""The structure of a network and the plan for BatchNorm in it; nothing here changes a network.
 
-Kinds of layers, its code followed, what really ran, what is refused; the plan that comes of it, and its picture.
+Kinds of layers, tracing the code, observing a run, refusing unsupported models, the plan and its picture.
 """

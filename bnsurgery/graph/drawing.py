@@ -1,4 +1,4 @@
-"""Draw what feeds what in a network, with the sites of a plan marked: as Graphviz's DOT, or as SVG."""
+"""Draw the graph of a network with the sites of a plan marked, as Graphviz's DOT or as SVG."""
 
 import importlib
 import importlib.util
@@ -17,12 +17,13 @@ from .tracing import Trace, is_layer, is_norm
 
 _COLOURS = {"site": "#b7e4c7", "skipped": "#ffd6a5", "norm": "#cfe2ff", "plain": "#f1f3f5"}
 _LEGEND = {"site": "gets a BatchNorm", "skipped": "layer without one", "norm": "a norm", "plain": "anything else"}
-_CHAR, _LINE, _PAD, _GAP = 7.0, 16.0, 8.0, 26.0  # pixels: width of a letter, height of a line, inside and between boxes
+_BOX = {"rx": "3", "stroke": "#868e96"}
+_CHAR, _LINE, _PAD, _GAP = 7.0, 16.0, 8.0, 26.0  # pixels: letter width, line height, space inside and between boxes
 
 
 @dataclass(frozen=True)
 class _Box:
-    """One call in the forward pass: what its box says, the key of its colour, and the text under the mouse."""
+    """One call in the forward pass: the lines of its label, the key of its colour, and its tooltip."""
 
     label: tuple[str, ...]
     kind: str
@@ -33,8 +34,8 @@ def dot(model: nn.Module, example: Any, plan: Plan) -> str:
     """The graph of `model`'s forward pass in the DOT language.
 
     Args:
-        model, example: as they were given to `plan`.
-        plan: whose sites and skipped layers are coloured.
+        model, example: the arguments of `plan`.
+        plan: its sites and skipped layers are coloured.
 
     Raises:
         BNSurgeryError: the graphviz package is not installed.
@@ -43,15 +44,15 @@ def dot(model: nn.Module, example: Any, plan: Plan) -> str:
     boxes, edges = _graph(model, example, plan)
     graph = graphviz.Digraph(plan.model, node_attr={"shape": "box", "style": "filled", "fontname": "sans-serif"})
     for index, box in enumerate(boxes):
-        label = graphviz.escape("\n".join(box.label))
-        graph.node(str(index), label, fillcolor=_COLOURS[box.kind], tooltip=graphviz.escape(box.tip))
+        label, tip = graphviz.escape("\n".join(box.label)), graphviz.escape(box.tip)
+        graph.node(str(index), label, fillcolor=_COLOURS[box.kind], tooltip=tip)
     for source, target in edges:
         graph.edge(str(source), str(target))
     return str(graph.source)
 
 
 def svg(model: nn.Module, example: Any, plan: Plan) -> str:
-    """The same graph as an SVG picture, from top to bottom; the reasons for leaving layers out are under the mouse.
+    """The same graph as an SVG picture, from top to bottom; tooltips give the reasons for skipped layers.
 
     Raises:
         BNSurgeryError: the igraph package is not installed.
@@ -64,43 +65,34 @@ def svg(model: nn.Module, example: Any, plan: Plan) -> str:
     sides = [(x - w / 2, x + w / 2) for (x, _), w in zip(places, widths, strict=True)]
     sides += [(x, x) for route in routes for x, _ in route]
     left, right = min(a for a, _ in sides) - _GAP, max(b for _, b in sides) + _GAP
-    bottom = max(y for _, y in places) + 2 * _LINE + 2 * _GAP
-    width, top = max(right - left, 360), -(len(_LEGEND) + 3) * _LINE - _GAP
-    look = {
-        "xmlns": "http://www.w3.org/2000/svg",
-        "viewBox": f"{left:.0f} {top:.0f} {width:.0f} {bottom - top:.0f}",
-        "width": f"{width:.0f}",
-        "height": f"{bottom - top:.0f}",
-        "role": "img",
-        "font-family": "sans-serif",
-        "font-size": "12",
-    }
-    root = ElementTree.Element("svg", look)
+    width, top = max(right - left, 360.0), -(len(_LEGEND) + 3) * _LINE - _GAP
+    height = max(y for _, y in places) + 2 * _LINE + 2 * _GAP - top
+    view, look = f"{left:.0f} {top:.0f} {width:.0f} {height:.0f}", {"font-family": "sans-serif", "font-size": "12"}
+    size = {"viewBox": view, "width": f"{width:.0f}", "height": f"{height:.0f}"}
+    root = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "role": "img", **size, **look})
     title = f"{plan.model}: {counted(len(plan.sites), 'site')}, {len(plan.skipped)} skipped"
-    ElementTree.SubElement(root, "title").text = title
-    back = {"x": f"{left:.0f}", "y": f"{top:.0f}", "width": "100%", "height": "100%", "fill": "white"}
-    ElementTree.SubElement(root, "rect", back)
-    _text(root, left + _GAP, top + 1.5 * _LINE, title, weight="bold")
+    _add(root, "title", title)
+    _add(root, "rect", x=left, y=top, width=width, height=height, fill="white")
+    _add(root, "text", title, {"font-weight": "bold"}, x=left + _GAP, y=top + 1.5 * _LINE)
     for index, (kind, meaning) in enumerate(_LEGEND.items()):
-        y = top + (index + 2.2) * _LINE
-        _rectangle(root, left + _GAP, y, 2 * _LINE, 0.8 * _LINE, kind)
-        _text(root, left + _GAP + 2.5 * _LINE, y + 0.7 * _LINE, meaning)
+        x, y = left + _GAP, top + (index + 2.2) * _LINE
+        _add(root, "rect", None, _BOX, x=x, y=y, width=2 * _LINE, height=0.8 * _LINE, fill=_COLOURS[kind])
+        _add(root, "text", meaning, x=x + 2.5 * _LINE, y=y + 0.7 * _LINE)
     for route in routes:
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in route)
-        ElementTree.SubElement(root, "polyline", points=points, fill="none", stroke="#868e96")
+        _add(root, "polyline", points=points, fill="none", stroke="#868e96")
     for (x, y), w, item in zip(places, widths, boxes, strict=True):
-        group = ElementTree.SubElement(root, "g")
-        ElementTree.SubElement(group, "title").text = item.tip
-        height = len(item.label) * _LINE + _PAD
-        _rectangle(group, x - w / 2, y - height / 2, w, height, item.kind)
-        for line, text in enumerate(item.label):
-            _text(group, x, y - height / 2 + (line + 1) * _LINE - 1, text, anchor="middle")
+        group, h = _add(root, "g"), len(item.label) * _LINE + _PAD
+        _add(group, "title", item.tip)
+        _add(group, "rect", None, _BOX, x=x - w / 2, y=y - h / 2, width=w, height=h, fill=_COLOURS[item.kind])
+        for line, text in enumerate(item.label, 1):
+            _add(group, "text", text, {"text-anchor": "middle"}, x=x, y=y - h / 2 + line * _LINE - 1)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
 def _graph(model: nn.Module, example: Any, plan: Plan) -> tuple[list[_Box], list[tuple[int, int]]]:
-    """One box a call, in order, and pairs of their indices; what leads nowhere (shapes) is left out."""
+    """A box for each call, in order, and pairs of their indices; unused results (shapes) are left out."""
     trace = Trace(model, Inputs.of(example))
     nodes = [node for node in trace.nodes if node.op != "get_attr" and (node.users or node.op == "output")]
     index = {node: number for number, node in enumerate(nodes)}
@@ -128,7 +120,7 @@ def _box(trace: Trace, node: fx.Node, sites: set[str], skipped: dict[str, str]) 
 def _layout(
     count: int, edges: list[tuple[int, int]], column: float, row: float
 ) -> tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]:
-    """Centres of the boxes, and for every edge the points that it runs through, past the rows it crosses."""
+    """The centres of the boxes, and for every edge the points of its line."""
     igraph = _library("igraph")
     layout = igraph.Graph(count, edges, directed=True).layout_sugiyama(hgap=column, vgap=row)
     points = [(float(x), float(y)) for x, y in layout]
@@ -136,16 +128,13 @@ def _layout(
     return points, [[points[a], *bend, points[b]] for (a, b), bend in zip(edges, bends, strict=True)]
 
 
-def _rectangle(parent: ElementTree.Element, x: float, y: float, width: float, height: float, kind: str) -> None:
-    place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}", "rx": "3"}
-    ElementTree.SubElement(parent, "rect", {**place, "fill": _COLOURS[kind], "stroke": "#868e96"})
-
-
-def _text(
-    parent: ElementTree.Element, x: float, y: float, text: str, anchor: str = "start", weight: str = "normal"
-) -> None:
-    look = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor, "font-weight": weight}
-    ElementTree.SubElement(parent, "text", look).text = "".join(c if c.isprintable() else "�" for c in text)
+def _add(
+    parent: ElementTree.Element, tag: str, text: str | None = None, look: dict[str, str] | None = None, **more: Any
+) -> ElementTree.Element:
+    numbers = {name: f"{value:.1f}" if isinstance(value, float) else value for name, value in more.items()}
+    element = ElementTree.SubElement(parent, tag, {**numbers, **(look or {})})
+    element.text = text and "".join(c if c.isprintable() else "�" for c in text)
+    return element
 
 
 def _library(name: str) -> Any:

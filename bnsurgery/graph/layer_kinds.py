@@ -1,4 +1,4 @@
-"""What counts as a conv or dense layer, as a norm, as an activation and as LRN: modules and functions."""
+"""Which modules and functions are conv or dense layers, norms, activations and LRN."""
 
 import torch
 from torch import Tensor, nn
@@ -9,34 +9,14 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose
 Layer = Conv | nn.Linear
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    FrozenBatchNorm2d,
-)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, FrozenBatchNorm2d)
 NORM_FUNCTIONS = {F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm, F.rms_norm}
 
-# Dimensions of the output for a batch; the channels are the second, but the last of a dense layer's.
-_NDIM = {
-    nn.Linear: 2,
-    nn.Conv1d: 3,
-    nn.Conv2d: 4,
-    nn.Conv3d: 5,
-    nn.ConvTranspose1d: 3,
-    nn.ConvTranspose2d: 4,
-    nn.ConvTranspose3d: 5,
-}
-LAYER_FUNCTIONS = {
-    F.linear: 2,
-    F.conv1d: 3,
-    F.conv2d: 4,
-    F.conv3d: 5,
-    F.conv_transpose1d: 3,
-    F.conv_transpose2d: 4,
-    F.conv_transpose3d: 5,
-}
+# Dimensions of the output for a batch. The channels are dimension 1, or the last one behind a dense layer.
+_NDIM: dict[type, int] = {nn.Linear: 2}
+_NDIM |= {getattr(nn, f"Conv{kind}{d}d"): 2 + d for kind in ("", "Transpose") for d in (1, 2, 3)}
+LAYER_FUNCTIONS = {F.linear: 2}
+LAYER_FUNCTIONS |= {getattr(F, f"conv{kind}{d}d"): 2 + d for kind in ("", "_transpose") for d in (1, 2, 3)}
 ACTIVATION_FUNCTIONS = {
     getattr(place, name)
     for place in (F, torch, Tensor)
@@ -60,7 +40,7 @@ def is_activation(module: nn.Module | None) -> bool:
 
 
 def device_and_dtype(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a layer computes, by its first parameter."""
+    """The device and dtype of a layer's first parameter."""
     first = next(layer.parameters())
     return first.device, first.dtype
 

@@ -1,4 +1,4 @@
-"""Run a network once on an example, and note who called what with which shapes."""
+"""Run a network once on an example and record calls and shapes."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnsurgery.running.batches import Inputs, run
+from bnsurgery.running.batches import Inputs
+from bnsurgery.running.calls import run
 from bnsurgery.running.modes import observing
 
 
@@ -16,9 +17,9 @@ class Observation:
     """One forward pass, by module.
 
     Attributes:
-        shapes: of its outputs, where they are tensors.
+        shapes: the shapes of its outputs that are tensors.
         callers: the modules whose forward called it.
-        inputs: what it was first called with, but for modules without children.
+        inputs: the arguments of its first call, for modules with children.
     """
 
     shapes: dict[nn.Module, set[torch.Size]] = field(default_factory=lambda: defaultdict(set))
@@ -30,7 +31,7 @@ def observe(model: nn.Module, example: Inputs) -> Observation:
     """Run `model` on the first sample of `example` in eval mode.
 
     Raises:
-        CalibrationError: the model does not take it.
+        CalibrationError: the model does not take the example.
     """
     seen, stack = Observation(), [model]
 
@@ -50,7 +51,7 @@ def observe(model: nn.Module, example: Inputs) -> Observation:
     handles = []
     try:
         for module in model.modules():
-            if not isinstance(module, torch.jit.ScriptModule):  # takes no such hooks
+            if not isinstance(module, torch.jit.ScriptModule):  # does not support these hooks
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(leave, with_kwargs=True))
         with observing(model):

@@ -1,11 +1,11 @@
-"""Decide where BatchNorm goes: the sites of a model, and for every other layer the reason why not."""
+"""Decide where BatchNorm goes: the sites of a model, and for every other layer the reason why it has none."""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
-from torch import fx, nn
+from torch import nn
 
 from bnsurgery.errors import NoSitesError
 from bnsurgery.nn import Normed
@@ -50,12 +50,12 @@ class Site:
         kind: "conv" or "dense".
         channels: output channels or features, C.
         ndim: dimensions of the layer's output: 2 for (N, C), 4 for (N, C, H, W).
-        channel_dim: where C stands in it: 1, or -1 behind a dense layer on (N, *, C).
+        channel_dim: the dimension of C: 1, or -1 behind a dense layer on (N, *, C).
         anchor: fqn of the module behind which the norm goes: the layer, or its activation (post-activation).
-        in_sequential: whether the norm becomes the anchor's next sibling, or else its child `norm`.
-        activation: class name of the activation module that alone consumes the layer, or name of the function.
-        relu: fqn of the `nn.ReLU` that the norm can take over (pre-activation only).
-        next_layer: fqn of the layer that a post-activation norm folds into; None where it cannot.
+        in_sequential: whether the norm becomes the anchor's next sibling; else it becomes its child `norm`.
+        activation: class of the activation module that alone consumes the layer's output, or name of the function.
+        relu: fqn of the `nn.ReLU` that the norm can apply (pre-activation only).
+        next_layer: fqn of the layer that a post-activation norm folds into; None if there is none.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Skip:
-    """A layer that gets no BatchNorm: its fqn, its class name, and why."""
+    """A layer that gets no BatchNorm: its fqn, its class name, and the reason."""
 
     name: str
     layer: str
@@ -89,7 +89,7 @@ class Plan:
     """Where BatchNorm goes (`sites`, in order of definition) and where not (`skipped`).
 
     Attributes:
-        lrn: fqns of the LocalResponseNorm layers, which stay unless `insert` is told to drop them.
+        lrn: fqns of the LocalResponseNorm layers, which stay unless `insert` has `drop_lrn=True`.
     """
 
     model: str
@@ -109,12 +109,10 @@ class Plan:
         if self.skipped:
             text += "\n\n" + table(("skipped", "layer", "reason"), [(s.name, s.layer, s.reason) for s in self.skipped])
         if self.lrn:
-            text += (
-                f"\n\nLocalResponseNorm stays: {', '.join(self.lrn)}. drop_lrn takes it out and changes the function."
-            )
-        return (
-            f"{text}\n\n{self.model}: {counted(len(self.sites), 'site')}, {len(self.skipped)} skipped, {self.placement}"
-        )
+            names = ", ".join(self.lrn)
+            text += f"\n\nLocalResponseNorm stays: {names}. drop_lrn takes it out and changes the function."
+        counts = f"{counted(len(self.sites), 'site')}, {len(self.skipped)} skipped"
+        return f"{text}\n\n{self.model}: {counts}, {self.placement}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -131,8 +129,8 @@ def plan(
 ) -> Plan:
     """Find the sites of `model` without changing it.
 
-    The forward pass is traced with torch.fx to see what follows each layer, and run once on `example` for the number
-    of dimensions of each output.
+    torch.fx traces the forward pass to find what follows each layer, and one run on `example` gives the number of
+    dimensions of each output.
 
     Args:
         model: any network of conv, dense, activation, pooling, reshaping and arithmetic.
@@ -140,15 +138,23 @@ def plan(
         placement: "pre-activation" puts the norm between layer and activation, as in the BN paper; "post-activation"
             puts it behind the activation, from where it folds back only into a dense layer or a conv without padding.
         layers: "all", "conv", "dense", or a predicate (fqn, module) -> bool.
-        head: also take the layers with no other layer between them and the output (the logits).
+        head: include the layers with no other layer between them and the output (the logits).
 
     Raises:
         UntraceableModelError: the forward pass cannot be followed.
-        NoSitesError: nothing to insert; the message says why, by layer.
-        CalibrationError: `example` is no batch that the model takes.
+        NoSitesError: there is no site; the message gives the reasons.
+        CalibrationError: the model does not take `example`.
         ValueError: `placement` or `layers` is not one of the above.
 
     References: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.2 (placement).
+
+    Examples:
+        >>> model = torchvision.models.vgg11(weights=None)
+        >>> plan = bnsurgery.plan(model, torch.zeros(1, 3, 64, 64), layers="conv")
+        >>> len(plan.sites), plan.sites[0].name, plan.sites[0].relu
+        (8, 'features.0', 'features.1')
+        >>> plan.skipped[0].name, plan.skipped[0].reason
+        ('classifier.0', "left out by layers='conv'")
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"plan: placement must be one of {PLACEMENTS}, got {placement!r}")
@@ -167,7 +173,11 @@ def plan(
             skipped.append(Skip(trace.names[module], type(module).__name__, found))
         else:
             sites.append(found)
-    skipped += [_function(trace, node) for node in trace.nodes if node.target in LAYER_FUNCTIONS and not _module(node)]
+    for node in trace.nodes:
+        if node.target in LAYER_FUNCTIONS and "module" not in node.meta:
+            where = f"called in the middle of {trace.called(node.meta['caller'])}'s forward"
+            reason = f"{where}: BatchNorm goes behind a module; make this call a module"
+            skipped.append(Skip(node.name, cast(Any, node.target).__name__, reason))
     chosen = layers if isinstance(layers, str) else getattr(layers, "__name__", "custom")
     result = Plan(type(model).__name__, tuple(sites), tuple(skipped), placement, chosen, head, find_lrn(model))
     _check(result)
@@ -175,7 +185,7 @@ def plan(
 
 
 def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, head: bool) -> Site | str:
-    """The site at `module`, or the reason why there is none."""
+    """The site at `module`, or the reason why it is none."""
     name = trace.names[module]
     if isinstance(module, Normed):
         return f"{_NORMALIZED} by '{name}.norm' ({type(module.norm).__name__})"
@@ -184,10 +194,11 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
     following = list(trace.next_layers(module))
     for node in following:
         if is_norm(node):
-            norm = _module(node)
+            norm = node.meta.get("module")
             by, kind = (trace.names[norm], type(norm).__name__) if norm else (node.name, "function")
             return f"{_NORMALIZED} by '{by}' ({kind})"
-    expected = _expected_ndim(trace, module)
+    function: Any = trace.calls(module)[0].target  # of a custom layer: F.conv2d or the like
+    expected = batched_ndim(module) if isinstance(module, LAYERS) else LAYER_FUNCTIONS[function]
     kind = "dense" if expected == _DENSE else "conv"
     if not (layers(name, module) if callable(layers) else layers in ("all", kind)):
         return f"left out by layers={layers!r}" if isinstance(layers, str) else "left out by the layers predicate"
@@ -201,24 +212,20 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
         seen = " or ".join(map(str, sorted(ndims))) or "unknown"
         return f"its output has {seen} dimensions; BatchNorm needs {expected}, with the channels second"
     channel_dim = 1 if ndims == {expected} else -1
-    activation = trace.only_user(module)
-    activation = activation if is_activation(activation) else None
+    user, post = trace.only_user(module), placement == "post-activation"
+    if post and user is None:
+        return "no activation module of its own to put the norm behind (a function, or shared with other layers)"
+    activation = user if is_activation(user) else None
     function = trace.activation_function(module)
-    anchor: nn.Module = module
-    if placement == "post-activation":
-        if activation is not None:
-            anchor = activation
-        elif trace.only_user(module) is None:
-            return "no activation module of its own to put the norm behind (a function, or shared with other layers)"
+    anchor = activation if post and activation is not None else module
     in_sequential = _in_sequential(trace, anchor)
     if not in_sequential and hasattr(anchor, "norm"):
-        return "has an attribute 'norm' of its own, where the BatchNorm would go"
+        return "has an attribute 'norm' already, where the BatchNorm would go"
     if not in_sequential and "forward" in vars(anchor):
-        return "its forward was replaced on the object (a wrapper, an adapter), which would pass its BatchNorm by"
-    # The hooks of a layer that carries its norm run behind the norm: they must not see the ReLU's output.
-    fusible = placement == "pre-activation" and (in_sequential or not is_hooked(anchor))
+        return "its forward was replaced on the object (a wrapper, an adapter), which would bypass its BatchNorm"
+    # The hooks of a layer with its norm inside run behind the norm: they must not see the ReLU's output.
+    fusible = not post and (in_sequential or not is_hooked(anchor))
     relu = activation if fusible and _can_take_over(trace, activation) else None
-    post = placement == "post-activation"
     next_layer = _folds_into(trace, anchor, flat=kind == "dense", channel_dim=channel_dim) if post else None
     return Site(
         name=name,
@@ -236,9 +243,9 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
 
 
 def _can_take_over(trace: Trace, activation: nn.Module | None) -> bool:
-    """Whether the norm may apply this ReLU itself and leave an Identity in its place: nobody else must look at it.
+    """Whether the norm may apply this ReLU and leave an Identity in its place: no other code may see it.
 
-    Code that branches could apply it to something else on other inputs.
+    Code that branches could call it on something else for other inputs.
     """
     if type(activation) is not nn.ReLU or is_hooked(activation) or activation in trace.uncertain:
         return False
@@ -246,16 +253,15 @@ def _can_take_over(trace: Trace, activation: nn.Module | None) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at its inputs, outputs or gradients."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    """Whether `module` has hooks on its inputs, outputs or gradients."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _folds_into(trace: Trace, anchor: nn.Module, flat: bool, channel_dim: int) -> nn.Module | None:
-    """The one layer that consumes `anchor` with nothing between that treats a constant shift otherwise.
+    """The one layer that consumes `anchor`, if all between them passes a constant shift on.
 
-    Zero padding does: a shifted input would need its border shifted too. A dense layer has to see the channels: `flat`
-    says whether they are the last dim already.
+    Zero padding does not: a shifted input would need a shifted border. A dense layer needs the channels in the last
+    dimension; `flat` says whether they are there already.
     """
     user = trace.only_user(anchor)
     while isinstance(user, _SHIFT_TRANSPARENT):
@@ -264,7 +270,7 @@ def _folds_into(trace: Trace, anchor: nn.Module, flat: bool, channel_dim: int) -
                 return None
             flat = True
         user = trace.only_user(user)
-    if not isinstance(user, LAYERS) or isinstance(user, TRANSPOSED):  # of a transposed conv's taps, borders see fewer
+    if not isinstance(user, LAYERS) or isinstance(user, TRANSPOSED):  # a transposed conv has fewer taps at the border
         return None
     if isinstance(user, nn.Linear):
         return user if flat else None
@@ -274,10 +280,10 @@ def _folds_into(trace: Trace, anchor: nn.Module, flat: bool, channel_dim: int) -
 
 
 def _in_sequential(trace: Trace, anchor: nn.Module) -> bool:
-    """Whether the norm can be the anchor's next sibling in a `nn.Sequential`, renumbering those behind it.
+    """Whether the norm can be the anchor's next sibling in a `nn.Sequential`, which renumbers those behind it.
 
-    Only where the Sequential's own forward makes every call: code that picks children or weights by index would be
-    misled, on other inputs too. And only where the anchor stands in one place: the other would run without its norm.
+    The Sequential's own forward must make every call: code that picks children or weights by index would get others.
+    The anchor must be registered once: elsewhere it would run without its norm.
     """
     parents = [parent for parent in trace.names for child in parent._modules.values() if child is anchor]
     if len(parents) != 1 or type(parents[0]).forward is not nn.Sequential.forward:
@@ -287,30 +293,8 @@ def _in_sequential(trace: Trace, anchor: nn.Module) -> bool:
     return callers == {parents[0]} and not (trace.read | trace.uncertain).intersection(children)
 
 
-def _module(node: fx.Node) -> nn.Module | None:
-    return node.meta.get("module")
-
-
-def _expected_ndim(trace: Trace, module: nn.Module) -> int:
-    """Dimensions of the output for a batch: by the class, or by the function that a layer of the user's own calls."""
-    if isinstance(module, LAYERS):
-        return batched_ndim(module)
-    return LAYER_FUNCTIONS[cast(Any, trace.calls(module)[0].target)]
-
-
-def _function(trace: Trace, node: fx.Node) -> Skip:
-    """A conv or dense layer that is a function called in the middle of some module's code."""
-    caller = node.meta["caller"]
-    where = f"'{trace.names[caller]}'" if trace.names.get(caller) else type(caller).__name__
-    return Skip(
-        node.name,
-        cast(Any, node.target).__name__,
-        f"called in the middle of {where}'s forward: BatchNorm goes behind a module; make this call one of its own",
-    )
-
-
 def _check(result: Plan) -> None:
-    """Raise NoSitesError where there is no site, or where a BN network is taken for a BN-free one."""
+    """Raise NoSitesError if there is no site, or if the network has BatchNorm already."""
     normalized = [skip for skip in result.skipped if skip.reason.startswith(_NORMALIZED)]
     conv_sites = [site for site in result.sites if site.kind == "conv"]
     if normalized and (not result.sites or (result.layers == "all" and not conv_sites)):

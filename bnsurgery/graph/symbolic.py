@@ -1,4 +1,4 @@
-"""torch.fx's symbolic tracing with an example beside it: shapes are known where code wants them, values never."""
+"""torch.fx's symbolic tracing with an example: code that asks for shapes gets them, but never values."""
 
 import inspect
 import operator
@@ -16,8 +16,8 @@ from bnsurgery.running.batches import Inputs
 
 from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORMS
 
-# What of a tensor does not depend on the numbers in it. Symbolic at first, like all else; code that cannot do with that
-# (`if x.shape[1] == 3`) gets the example's. What depends on the numbers stays symbolic, and control flow on it fails.
+# Properties of a tensor that do not depend on its numbers. They are symbolic at first; code that needs a value, such as
+# `if x.shape[1] == 3`, gets the example's. Numbers stay symbolic, and control flow that depends on them fails.
 _METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"}
 _METHODS |= {"is_complex", "element_size", "get_device"}
 _ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_quantized"}
@@ -29,21 +29,15 @@ _UNREGISTERED = "<unregistered>"
 _CONSTANT = "<constant>"
 # While it traces, fx replaces nn.Module's __call__ and __getattr__ for the whole process: one trace at a time.
 _TRACING = threading.RLock()
-
-
-class _Unknown:
-    """Stands for the value of a proxy where no example was given, or where computing it failed."""
-
-
-_UNKNOWN = _Unknown()
+_UNKNOWN: Any = object()  # the value of a proxy without an example, or whose computation failed
 
 
 class ValueProxy(fx.Proxy):
-    """A proxy that knows what it stands for on the example.
+    """A proxy that knows its value on the example.
 
     Attributes:
-        value: that, where it could be computed.
-        is_shape: whether it follows from shapes, types and the like alone.
+        value: that value, or `_UNKNOWN`.
+        is_shape: whether it depends on nothing but shapes, types and the like.
     """
 
     value: Any = _UNKNOWN
@@ -82,26 +76,26 @@ class ValueProxy(fx.Proxy):
         return super().__iter__()
 
     def keys(self) -> Any:
-        """Of a dict."""
+        """The keys of a dict."""
         return self.value.keys() if isinstance(self.value, dict) else super().keys()
 
     def items(self) -> Any:
-        """Of a dict, with symbolic values."""
+        """The items of a dict, with symbolic values."""
         return [(key, self[key]) for key in self]
 
     def values(self) -> Any:
-        """Of a dict, symbolic."""
+        """The values of a dict, symbolic."""
         return [self[key] for key in self]
 
 
 class Tracer(fx.Tracer):
-    """fx's tracer, noting for every module those whose forward called it, and where it broke.
+    """fx's tracer that also records who called each module, and where tracing failed.
 
-    It follows the thread that made it: what other threads run meanwhile is computed as ever.
+    It traces the thread that made it: code in other threads runs as usual.
 
     Attributes:
         callers: by module, the registered modules whose forward called it.
-        read: the modules of whose parameters the code of another makes use.
+        read: the modules whose parameters are read by the code of another.
         broke: after a failure, the innermost module whose forward could not be followed.
     """
 
@@ -120,21 +114,17 @@ class Tracer(fx.Tracer):
         self.broke: nn.Module | None = None
 
     def follow(self, model: nn.Module, example: Inputs | None) -> fx.Graph:
-        """The graph of `model`'s forward pass, on the example's way where one is given."""
+        """The graph of `model`'s forward pass; with an example, of the branches that it takes."""
         signature = inspect.signature(model.forward)
-        parameters = signature.parameters.values()
         given = signature.bind(*example.args, **example.kwargs).arguments if example is not None else {}
-        for parameter in parameters:  # fx names a placeholder so
-            stars, nothing = _STARS.get(parameter.kind, ("", _UNKNOWN))
+        constants = {}  # flags and missing arguments: Python control flow depends on them
+        for name, parameter in signature.parameters.items():
             if example is not None:
-                self._bound[stars + parameter.name] = given.get(parameter.name, nothing)
-        # Flags and missing arguments steer Python control flow: they are what they are.
-        constants = {p.name: given.get(p.name, p.default) for p in parameters}
-        constants = {
-            name: value
-            for name, value in constants.items()
-            if value is not inspect.Parameter.empty and not _holds_tensors(value)
-        }
+                stars, nothing = _STARS.get(parameter.kind, ("", _UNKNOWN))
+                self._bound[stars + name] = given.get(name, nothing)  # fx names a placeholder so
+            value = given.get(name, parameter.default)
+            if value is not inspect.Parameter.empty and not _holds_tensors(value):
+                constants[name] = value
         with _TRACING:
             return self.trace(model, concrete_args=constants)
 
@@ -146,7 +136,7 @@ class Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def path_of_module(self, mod: nn.Module) -> str:
-        # A slice such as `self.features[:5]` is a new Sequential that is registered nowhere: step into it.
+        # A slice such as `self.features[:5]` is a new, unregistered Sequential: step into it.
         try:
             return super().path_of_module(mod)
         except NameError:
@@ -198,7 +188,7 @@ class Tracer(fx.Tracer):
         return proxy.value if proxy.is_shape and proxy.value is not _UNKNOWN and self.tells_shapes() else proxy
 
     def _is_plain(self, target: Any, args: Any, value: Any) -> bool:
-        """Whether this reads, from a dict that the model was given, a flag or name, or finds that there is no entry."""
+        """Whether this reads a flag or name from a dict that was passed to the model, or finds no entry there."""
         entries = self._plain.get(args[0].node) if args and isinstance(args[0], ValueProxy) else None
         if entries is None or target not in (operator.getitem, "get"):
             return False
@@ -206,7 +196,7 @@ class Tracer(fx.Tracer):
         return missing or (args[1] in entries and value is entries[args[1]])
 
     def tells_shapes(self) -> bool:
-        """Whether the code that runs now gets shapes as they are on the example."""
+        """Whether the running code gets the example's shapes."""
         return self._callers[-1] in self._shaped
 
     def create_arg(self, a: Any) -> Any:
@@ -227,17 +217,15 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _follows(self) -> bool:
-        """Whether what runs now is the code that is traced."""
+        """Whether the running code is being traced."""
         return threading.get_ident() == self._thread and not self._evaluating
 
     def _evaluate(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        values = map_aggregate((args, kwargs), _value)
-        if _is_unknown(values):
-            return _UNKNOWN
         self._evaluating = True
         try:
+            values: Any = map_aggregate((args, kwargs), _value)
             return function(*values[0], **values[1])
-        except Exception:  # such as reading a number from an example on the meta device
+        except Exception:  # an unknown value, or such as reading a number from an example on the meta device
             return _UNKNOWN
         finally:
             self._evaluating = False
@@ -245,21 +233,17 @@ class Tracer(fx.Tracer):
 
 def _value(item: Any) -> Any:
     if isinstance(item, Attribute):
-        root = _value(item.root)
-        return _UNKNOWN if root is _UNKNOWN else getattr(root, item.attr)
-    return item.value if isinstance(item, ValueProxy) else item
+        return getattr(_value(item.root), item.attr)
+    value = item.value if isinstance(item, ValueProxy) else item
+    if value is _UNKNOWN:
+        raise LookupError
+    return value
 
 
 def _follow_from_shapes(args: Any, kwargs: Any) -> bool:
     proxies: list[Any] = []
     map_aggregate((args, kwargs), lambda item: proxies.append(item) if isinstance(item, fx.Proxy) else None)
     return bool(proxies) and all(isinstance(proxy, ValueProxy) and proxy.is_shape for proxy in proxies)
-
-
-def _is_unknown(values: Any) -> bool:
-    found = []
-    map_aggregate(values, lambda item: found.append(item is _UNKNOWN))
-    return any(found)
 
 
 def _holds_tensors(value: Any) -> bool:

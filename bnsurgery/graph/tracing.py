@@ -1,18 +1,18 @@
-"""What feeds what in a model's forward pass, and who calls it: as far as the code can be followed."""
+"""Trace a model's forward pass: the graph of its calls, as far as the code can be followed."""
 
 import inspect
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from bnsurgery.errors import UntraceableModelError
 from bnsurgery.nn import Normed
-from bnsurgery.running.batches import Inputs, placed
+from bnsurgery.running.batches import Inputs
+from bnsurgery.running.calls import placed
 from bnsurgery.running.modes import observing
 
 from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORM_FUNCTIONS, NORMS, is_activation
@@ -24,16 +24,16 @@ from .unsupported import refuse
 class Trace:
     """The calls of a model's forward pass, by module.
 
-    torch.fx follows the code. A submodule that it cannot follow (control flow that depends on the numbers) is taken as
-    a whole, one call of unknown content; where the model's own forward is such, its submodules are followed each by
-    itself. With an example, shapes are the example's, and what really ran is compared with what was followed.
+    torch.fx follows the code. A submodule that it cannot follow (control flow that depends on the numbers) is one call
+    of unknown content; if that is the model itself, its submodules are followed separately. With an example, shapes are
+    the example's, and the calls that ran are compared with those that were followed.
 
     Attributes:
         names: first fully qualified name of every module, by module.
-        opaque: the modules whose forward cannot be followed, and why not.
-        shaped: the modules whose forward was followed on the example's shapes alone, and may go other ways on others.
-        uncertain: the modules inside of those two, which other inputs, shapes or flags may use in other ways.
-        read: the modules whose parameters the code of another reads.
+        opaque: the modules whose forward cannot be followed, and the reasons.
+        shaped: the modules whose forward was followed with the example's shapes, and may branch differently on others.
+        uncertain: the modules inside those two, which may be used differently on other inputs, shapes or flags.
+        read: the modules whose parameters are read by the code of another.
 
     Raises:
         UntraceableModelError: no layer at all can be followed, or the model is of a kind that cannot be edited.
@@ -43,9 +43,8 @@ class Trace:
     def __init__(self, model: nn.Module, example: Inputs | None = None) -> None:
         refuse(model)
         self.names = {module: name for name, module in model.named_modules()}
-        self.opaque: dict[nn.Module, str] = {
-            module: "compiled TorchScript" for module in self.names if isinstance(module, torch.jit.ScriptModule)
-        }
+        scripts = (module for module in self.names if isinstance(module, torch.jit.ScriptModule))
+        self.opaque: dict[nn.Module, str] = dict.fromkeys(scripts, "compiled TorchScript")
         self.observed = observe(model, example) if example is not None else None
         self.nodes: list[fx.Node] = []
         self.read: set[nn.Module] = set()
@@ -60,31 +59,31 @@ class Trace:
         if not self._has_layers() and self.opaque and any(isinstance(module, LAYERS) for module in self.names):
             culprit, reason = next(iter(self.opaque.items()))
             raise UntraceableModelError(
-                f"plan: {type(model).__name__}: cannot follow the forward pass: {self._called(culprit)}: {reason}. "
+                f"plan: {type(model).__name__}: cannot follow the forward pass: {self.called(culprit)}: {reason}. "
                 "Control flow that depends on the input's values cannot be traced: move it out of the model that you "
-                "pass, or into a submodule of its own, or pass the submodule that is free of it."
+                "pass, or into a separate submodule, or pass a submodule without it."
             )
 
     def calls(self, module: nn.Module) -> list[fx.Node]:
-        """Every call of `module` that was followed, in order; empty where the forward pass never reaches it."""
+        """Every call of `module` that was followed, in order."""
         return self._calls.get(module, [])
 
     def shapes(self, module: nn.Module) -> set[torch.Size]:
-        """Of the module's outputs on the example."""
+        """The shapes of the module's outputs on the example."""
         return self.observed.shapes.get(module, set()) if self.observed is not None else set()
 
     def layers(self) -> Iterator[nn.Module]:
-        """Conv and dense modules in order of definition: torch's, and those of the user's own that call F.conv2d."""
+        """Conv and dense modules in order of definition: torch's, and custom ones that call F.conv2d or the like."""
         own = {node.meta.get("module") for node in self.nodes if node.target in LAYER_FUNCTIONS}
         return (module for module in self.names if isinstance(module, LAYERS) or module in own)
 
     def callers(self, module: nn.Module) -> set[nn.Module]:
-        """The modules whose forward called it: as followed, and on the example."""
+        """The modules whose forward called `module`, as followed and on the example."""
         really = self.observed.callers.get(module, set()) if self.observed is not None else set()
         return self._callers.get(module, set()) | really
 
     def only_user(self, module: nn.Module) -> nn.Module | None:
-        """The module that alone consumes every call of `module`, and nothing but those; else None."""
+        """The one module that consumes every call of `module` and nothing else, or None."""
         users = {user.meta.get("module") for node in self.calls(module) for user in node.users}
         if len(users) != 1 or any(len(node.users) != 1 for node in self.calls(module)):
             return None
@@ -94,7 +93,7 @@ class Trace:
         return user if self._is_whole(module) and self._is_whole(user) else None
 
     def activation_function(self, module: nn.Module) -> str | None:
-        """Name of the function or method that alone consumes every call of `module`; None for a module, or several."""
+        """The name of the one function or method that consumes every call of `module`, or None."""
         users = {user.target for node in self.calls(module) for user in node.users if "module" not in user.meta}
         if len(users) != 1 or any(len(node.users) != 1 for node in self.calls(module)):
             return None
@@ -102,7 +101,7 @@ class Trace:
         return user if isinstance(user, str) else getattr(user, "__name__", None)
 
     def next_layers(self, module: nn.Module) -> Iterator[fx.Node]:
-        """The first layers and norms that the outputs of `module` run into, looking through everything else."""
+        """The first layers and norms behind `module`, looking through everything else."""
         waiting, seen = [user for node in self.calls(module) for user in node.users], set()
         while waiting:
             node = waiting.pop(0)
@@ -115,28 +114,31 @@ class Trace:
                 waiting.extend(node.users)
 
     def obstacle(self, module: nn.Module) -> str | None:
-        """The module around `module` that was not looked into, in words; None where there is none."""
-        name = self.names[module]
-        outer = [m for m in self.names if m is not module and _is_within(name, self.names[m])]
-        around = [m for m in outer if m in self.opaque or self.calls(m)]
-        if not around:
+        """The module around `module` that was not traced, in words, or None."""
+        untraced = (m for m in self.names if m is not module and (m in self.opaque or self.calls(m)))
+        innermost = self._innermost(module, untraced)
+        if innermost is None:
             return None
-        innermost = max(around, key=lambda m: len(self.names[m]))
         why = "whose forward cannot be followed" if innermost in self.opaque else "which is taken as one"
-        return f"inside {self._called(innermost)}, {why}"
+        return f"inside {self.called(innermost)}, {why}"
 
     def part(self, module: nn.Module) -> str | None:
-        """The part of an opaque model that `module` was followed in, in words; None where the whole was followed."""
-        name = self.names[module]
-        roots = [root for root in self._followed if _is_within(name, self.names[root])]
-        root = max(roots, key=lambda m: len(self.names[m]), default=None)
+        """The part of an opaque model in which `module` was followed; None if the whole was followed."""
+        root = self._innermost(module, self._followed)
         return f"'{self.names[root]}'" if root is not None and self.names[root] else None
 
-    def _called(self, module: nn.Module) -> str:
+    def _innermost(self, module: nn.Module, among: Iterable[nn.Module]) -> nn.Module | None:
+        """The innermost of these modules that is or contains `module`."""
+        name = f"{self.names[module]}."
+        around = [m for m in among if not self.names[m] or name.startswith(f"{self.names[m]}.")]
+        return max(around, key=lambda m: len(self.names[m]), default=None)
+
+    def called(self, module: nn.Module) -> str:
+        """The module's name and class for messages."""
         return f"'{self.names[module]}' ({type(module).__name__})" if self.names[module] else type(module).__name__
 
     def _is_whole(self, module: nn.Module) -> bool:
-        """Whether the calls that were followed are all that ran on the example."""
+        """Whether all calls that ran on the example were followed."""
         if self.observed is None:
             return True
         return self.observed.callers.get(module, set()) <= self._callers.get(module, set())
@@ -145,21 +147,22 @@ class Trace:
         return any(isinstance(node.meta.get("module"), LAYERS) or node.target in LAYER_FUNCTIONS for node in self.nodes)
 
     def _follow(self, root: nn.Module, example: Inputs | None) -> None:
-        """Add the graph of `root`, with what breaks inside it as leaves; or note that it is opaque itself."""
+        """Add the graph of `root`, with submodules that cannot be followed as leaves, or record `root` as opaque."""
         if any(isinstance(p.default, bool) for p in inspect.signature(root.forward).parameters.values()):
-            self.shaped.add(root)  # a flag: set otherwise, it may lead another way
+            self.shaped.add(root)  # another value of the flag may lead to other calls
         while root not in self.opaque:
             tracer = Tracer(root, set(self.opaque), self.shaped)
             try:
                 graph = tracer.follow(root, example)
-            except Exception as error:  # whatever the user's code makes of a proxy
+            except Exception as error:  # the user's code can fail in any way on a proxy
                 culprit = tracer.broke
                 if culprit is None or culprit in self.opaque:
                     culprit = root
                 if culprit not in self.shaped and example is not None:
                     self.shaped.add(culprit)
                     continue
-                self.opaque[culprit] = f"{_where(error)}: {_first_line(error)}"
+                text = str(error).strip() or type(error).__name__
+                self.opaque[culprit] = f"{_where(error)}: {text.splitlines()[0].rstrip('.')}"
                 continue
             self._followed.add(root)
             self.nodes += graph.nodes
@@ -172,26 +175,23 @@ class Trace:
             return
 
     def _descend(self) -> None:
-        """Where no layer was followed, follow the submodules of what is opaque, each by itself."""
+        """If no layer was followed, follow the submodules of the opaque modules separately."""
         descended: set[nn.Module] = set()
-        while not self._has_layers():
-            tops = [module for module in self.opaque if module not in descended]
-            if not tops:
-                return
+        while not self._has_layers() and (tops := [module for module in self.opaque if module not in descended]):
+            descended.update(tops)
             for top in tops:
-                descended.add(top)
                 for child in _parts(top):
                     if self.observed is None or child in self.observed.inputs:
                         self._follow(child, self.observed.inputs[child] if self.observed is not None else None)
 
 
 def is_norm(node: fx.Node) -> bool:
-    """Whether `node` normalizes: a norm module, a layer that carries one, or a functional norm."""
+    """Whether `node` normalizes: a norm module, a layer with one inside, or a functional norm."""
     return isinstance(node.meta.get("module"), (*NORMS, Normed)) or node.target in NORM_FUNCTIONS
 
 
 def is_layer(node: fx.Node) -> bool:
-    """Whether `node` applies weights: a module with parameters, neither norm nor activation, or F.conv2d and kin."""
+    """Whether `node` applies weights: a module with parameters, not a norm or activation, or F.conv2d or the like."""
     module = node.meta.get("module")
     if module is None:
         return node.target in LAYER_FUNCTIONS
@@ -199,7 +199,7 @@ def is_layer(node: fx.Node) -> bool:
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The children that have layers in them; for a list or dict of modules, which is never called, its items."""
+    """The children that contain layers; of a list or dict of modules, which is never called, the items that do."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _parts(child)
@@ -207,19 +207,10 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _is_within(name: str, around: str) -> bool:
-    return not around or name == around or name.startswith(around + ".")
-
-
 def _where(error: Exception) -> str:
-    """The innermost line of the traceback that is the user's: not torch's, not ours."""
+    """The innermost line of the traceback in the user's code, neither torch's nor this package's."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     if not frames:
         return "in its modules"
     return f"at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})"
-
-
-def _first_line(error: Exception) -> str:
-    text: Any = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Models that cannot be edited, whatever their layers: refused by name, with what to pass instead."""
+"""Refuse models that cannot be edited, and name what to pass instead."""
 
 import torch
 from torch import fx, nn
@@ -13,11 +13,7 @@ _QUANTIZED_PACKAGES = ("torch.ao.nn.", "torchao.", "bitsandbytes.")
 
 
 def refuse(model: nn.Module) -> None:
-    """Raise for what is no network of ordinary layers.
-
-    Raises:
-        UntraceableModelError: a wrapper, compiled, exported or quantized, or not initialized yet.
-    """
+    """Raise UntraceableModelError if `model` is a wrapper, compiled, exported, quantized or not initialized yet."""
     name = type(model).__name__
     advice = _obstacle(model)
     if advice:
@@ -44,14 +40,14 @@ def refuse(model: nn.Module) -> None:
 
 
 def _inside(module: nn.Module) -> str | None:
-    """The attribute in which a wrapper keeps the module itself; None for what is no wrapper."""
+    """The attribute in which a wrapper keeps the module itself; None if `module` is no wrapper."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return "module"
     return "_orig_mod" if "_orig_mod" in module._modules else None
 
 
 def _expression(fqn: str) -> str:
-    """Python that names a submodule of `model`."""
+    """A Python expression for a submodule of `model`."""
     return "model" + "".join(f".{part}" if part.isidentifier() else f"[{part}]" for part in fqn.split("."))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bnsurgery.errors import DataError, printable
 from bnsurgery.machine.system import at_fork
-from bnsurgery.running.batches import out_of_memory, use_less
+from bnsurgery.running.calls import out_of_memory, use_less
 from bnsurgery.text.words import counted, thousands
 
 from .preprocessing import Preprocessing

@@ -1,1 +1,1 @@
-"""What differs between machines and installations: devices, operating systems, torch's version."""
+"""Differences between machines and installations: devices, operating systems, torch's version."""

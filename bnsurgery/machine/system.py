@@ -1,6 +1,6 @@
-"""What operating systems do differently: each difference is asked for here, and nowhere else imports what one lacks.
+"""Differences between operating systems. No other module imports what one of them lacks.
 
-Linux is where all of this is run by the tests; macOS and Windows are prepared for.
+The tests run on Linux; macOS and Windows are prepared for.
 """
 
 import os
@@ -13,18 +13,18 @@ WINDOWS = sys.platform == "win32"
 
 
 def at_fork(before: Callable[[], object], in_parent: Callable[[], object], in_child: Callable[[], object]) -> None:
-    """Call these around every fork of this process; on Windows there is none."""
+    """Call these around every fork of this process. Windows has no fork."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)
 
 
 def processors() -> int:
-    """How many this process may use; macOS and Windows know only how many there are."""
+    """The number of processors that this process may use; on macOS and Windows, of all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory() -> int:
-    """The most memory in bytes that this process has held so far; needs psutil where there is no `getrusage`."""
+    """The peak memory of this process in bytes. Without `getrusage` it needs psutil."""
     try:
         import resource
     except ImportError:
@@ -37,9 +37,9 @@ def peak_memory() -> int:
 
 
 def quote(word: str) -> str:
-    """The word as one of a command line that people paste into their shell.
+    """Quote `word` for a command line that people paste into their shell.
 
-    Within double quotes cmd.exe and PowerShell still read some characters, each its own way: those become "?".
+    cmd.exe and PowerShell interpret some characters even within double quotes; these become "?".
     """
     if not WINDOWS:
         return shlex.quote(word)

@@ -1,4 +1,4 @@
-"""A torch that is too old is refused in words, by the package's names and its commands, before it is imported."""
+"""Refuse a torch that is too old with a message, before it is imported."""
 
 import functools
 import re
@@ -10,16 +10,12 @@ OLDEST = "2.6"  # as pyproject.toml has it
 
 @functools.cache
 def require_torch() -> None:
-    """Refuse a torch that pip would not have left here.
-
-    Raises:
-        BNSurgeryError: the installed torch is older than `OLDEST`.
-    """
-    from importlib import metadata  # here, since it would add a third to the time of `bnsurgery --help`
+    """Raise BNSurgeryError if the installed torch is older than `OLDEST`."""
+    from importlib import metadata  # here: it would add a third to the time of `bnsurgery --help`
 
     try:
         installed = metadata.version("torch")
-    except metadata.PackageNotFoundError:  # a build of one's own; or none, of which the import tells
+    except metadata.PackageNotFoundError:  # a user's build, or none: then importing torch fails
         return
     if _release(installed) < _release(OLDEST):
         raise BNSurgeryError(

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from bnsurgery.errors import BNSurgeryWarning, CheckpointError, ExportError
 from bnsurgery.files.labels import add_metadata
 from bnsurgery.graph.layer_kinds import LAYERS
-from bnsurgery.running.batches import outputs
+from bnsurgery.running.calls import outputs
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto

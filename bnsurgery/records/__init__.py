@@ -1,4 +1,1 @@
-"""What is written down of an insertion and kept with the network.
-
-The record, which of torchvision's architectures the network is, and its task.
-"""
+"""The record of an insertion, kept with the network: plan, options, torchvision architecture and task."""

@@ -1,4 +1,4 @@
-"""torchvision's BN-free classifiers: build them without allocating, and recognise them."""
+"""torchvision's BN-free classifiers: build and recognise them."""
 
 import difflib
 import warnings
@@ -32,7 +32,7 @@ class Architecture:
     dropout: float = 0.5
 
     def build(self, device: torch.device | str = "meta") -> nn.Module:
-        """The network in eval mode; on "meta" nothing is allocated or initialized."""
+        """The network in eval mode; on "meta", without memory or initialization."""
         with torch.device(device):
             return models.get_model(self.name, weights=None, num_classes=self.num_classes, dropout=self.dropout).eval()
 
@@ -43,17 +43,17 @@ class Architecture:
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """The enum's members that hold the whole network; *_FEATURES have NaN for a classifier, by design."""
+        """The members of the enum for the whole network; *_FEATURES have NaN for the classifier."""
         return tuple(member.name for member in self.weights if not member.name.endswith("_FEATURES"))
 
     @property
     def min_size(self) -> int:
-        """Smallest image side in pixels that the network takes."""
+        """The smallest image side in pixels that the network takes."""
         return max(self.weights.DEFAULT.meta["min_size"])
 
 
 def names() -> tuple[str, ...]:
-    """The architectures that can be named, in alphabetical order."""
+    """The names of the architectures, in alphabetical order."""
     return _NAMES
 
 
@@ -61,24 +61,25 @@ def architecture(name: str) -> Architecture:
     """The architecture called `name`, with torchvision's defaults.
 
     Raises:
-        ArchitectureError: torchvision has none of that name, or it is normalized already, or is no plain CNN.
+        ArchitectureError: torchvision has none of that name, or it is normalized already or not a plain CNN.
     """
     if name in _NAMES:
         return Architecture(name)
+    known = ", ".join(_NAMES)
     if name not in models.list_models():
         close = difflib.get_close_matches(name, _NAMES, n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(_NAMES)}."
+        hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {known}."
         raise ArchitectureError(f"'{name}': no such architecture or file. {hint}")
     norm = _first_norm(name)
     if norm is None:
-        raise ArchitectureError(f"'{name}': not one of the networks this command handles: {', '.join(_NAMES)}.")
+        raise ArchitectureError(f"'{name}': not one of the networks this command handles: {known}.")
     free = name.removesuffix("_bn")
     hint = f" Its BN-free twin is {free}." if free in _NAMES else ""
     raise ArchitectureError(f"'{name}' has normalization layers already, the first: {norm}.{hint}")
 
 
 def _first_norm(name: str) -> str | None:
-    """Where torchvision's classifier `name` normalizes first; None where it does not, or cannot be told."""
+    """The first norm of torchvision's classifier `name`; None if there is none, or it is unknown."""
     if name not in models.list_models(module=models):
         return None
     with torch.device("meta"), warnings.catch_warnings():
@@ -94,42 +95,40 @@ def _first_norm(name: str) -> str | None:
 def identify(
     shapes: Mapping[str, torch.Size], candidates: Sequence[Architecture] | None = None, dropout: float | None = None
 ) -> Architecture | None:
-    """The architecture whose state dict has these keys and shapes, whatever the number of classes; None if none has.
+    """The architecture with a state dict of these keys and shapes, with any number of classes, or None.
 
     Args:
         shapes: by state-dict key.
-        candidates: which to try; all where None.
-        dropout: what to put down as the architecture's dropout; the candidate's where None.
+        candidates: the architectures to try; None for all.
+        dropout: of the returned architecture; None for the candidate's.
     """
     for candidate in candidates or [Architecture(name) for name in _NAMES]:
         expected = state_shapes(candidate.build())
         head = list(expected)[-1]
         if head not in shapes or len(shapes[head]) != 1 or not shapes[head][0]:
             continue
-        found = replace(
-            candidate, num_classes=shapes[head][0], dropout=candidate.dropout if dropout is None else dropout
-        )
+        found = replace(candidate, num_classes=shapes[head][0])
+        if dropout is not None:
+            found = replace(found, dropout=dropout)
         if state_shapes(found.build()) == dict(shapes):
             return found
     return None
 
 
 def identify_model(model: nn.Module) -> Architecture | None:
-    """The architecture that `model` is, layer by layer; None for a subclass, or where a layer was changed."""
+    """The architecture of `model`, compared layer by layer; None for a subclass, or if a layer was changed."""
     if type(model) not in (models.VGG, models.AlexNet, models.SqueezeNet):
         return None
     dropout = next((module.p for module in model.modules() if isinstance(module, nn.Dropout)), None)
     found = identify(state_shapes(model), dropout=dropout)
-    return found if found is not None and _layers(found.build()) == _layers(model) else None
-
-
-def _layers(model: nn.Module) -> str:
-    """Every layer with its settings, as printed; whether it works in place changes nothing."""
-    return str(model).replace("inplace=True", "inplace=False")
+    if found is None:
+        return None
+    built, given = (str(network).replace("inplace=True", "inplace=False") for network in (found.build(), model))
+    return found if built == given else None
 
 
 def state_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Shape of every entry of the state dict."""
+    """The shape of every entry of the state dict."""
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
@@ -138,8 +137,8 @@ class ArchitectureSummary:
     """One line of `bnsurgery archs`.
 
     Attributes:
-        conv, dense: how many layers of each kind.
-        parameters: their number, in millions, with 1000 classes.
+        conv, dense: number of layers of each kind.
+        parameters: their number in millions, with 1000 classes.
         min_size: smallest image side in pixels.
         weights: names of torchvision's pretrained weights.
     """
@@ -157,7 +156,7 @@ class ArchitectureSummary:
 
 
 def summary(name: str) -> ArchitectureSummary:
-    """What `bnsurgery archs` says of an architecture."""
+    """The line of `bnsurgery archs` for an architecture."""
     chosen = architecture(name)
     model = chosen.build()
     return ArchitectureSummary(

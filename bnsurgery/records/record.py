@@ -1,4 +1,4 @@
-"""What a surgery did, kept with the model and in its checkpoint; JSON both ways."""
+"""The record of an insertion, kept with the model and as JSON in its checkpoint."""
 
 import hashlib
 import json
@@ -20,18 +20,18 @@ from bnsurgery.text.tables import table
 from bnsurgery.text.typed_json import loads, parse
 from bnsurgery.text.words import counted
 
-from .architectures import Architecture, identify_model, names
+from .architectures import Architecture, names
 from .task import Task
 
-# 1 named a ReLU only where it was fused; 1 and 2 named no frozen parameters, and preprocessing only of what was
-# fine-tuned; 3 named what was frozen at the insertion only. All three had the fields of plan and options in the record.
+# 1 named a ReLU only if it was fused; 1 and 2 had no frozen parameters, and preprocessing only of fine-tuned networks;
+# 3 had those frozen at the insertion. All three had the fields of plan and options in the record itself.
 FORMAT_VERSION = 4
 _ATTRIBUTE = "_bnsurgery_record"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the norms are made: see `insert`. `fuse_relu` says in a record whether they apply their ReLUs now."""
+    """The options of the norms, see `insert`. In a record, `fuse_relu` says whether they apply their ReLUs now."""
 
     absorb_bias: bool = False
     fuse_relu: bool = False
@@ -48,20 +48,22 @@ class Options:
             object.__setattr__(self, name, None if value is None else float(value))
 
     def check(self, placement: str) -> None:
-        """Raise ValueError where these options do not go with `placement`."""
+        """Raise ValueError if these options do not go with `placement`."""
         if self.absorb_bias and placement != "pre-activation":
-            raise ValueError("insert: absorbing biases needs placement 'pre-activation': no shift passes an activation")
+            raise ValueError(
+                "insert: absorbing biases needs `placement='pre-activation'`: no shift passes an activation"
+            )
 
 
 @dataclass(frozen=True)
 class InsertedSite:
-    """A site and the names that its parts have in the BN model.
+    """A site and the names of its modules in the BN model.
 
     Attributes:
         site: the site as planned, named as in the original model.
         layer: fqn of the conv or dense layer now.
         norm: fqn of its BatchNorm.
-        relu: fqn of the ReLU that the norm can apply, if any; an Identity stands there while it is fused.
+        relu: fqn of the ReLU that the norm can apply, if any; an Identity takes its place while it is fused.
         relu_inplace: whether that ReLU worked in place.
         next_layer: fqn of the layer that a post-activation norm folds into now.
         absorbed_bias: whether the layer's bias was dropped.
@@ -78,23 +80,23 @@ class InsertedSite:
 
 @dataclass(frozen=True)
 class SurgeryRecord:
-    """How a BN model came about, in the terms of `insert`.
+    """How a BN model was made.
 
     Attributes:
         plan: where BatchNorm went, and why not elsewhere, by the original's names.
-        options: how the norms were made.
-        architecture: the torchvision architecture, where it is one.
+        options: the options of the norms.
+        architecture: the torchvision architecture, if it is one.
         weights_digest: `state_digest` of the original's state dict.
         sites: those of the plan, in its order, by the BN model's names.
         calibration_digest: SHA-256 of the calibration's moments, see `moments.digest`.
-        provenance: where weights and images came from, as far as the caller said.
-        versions: of the libraries that did it.
-        task: what images go through, where it takes any, and what it was fine-tuned to, if it was.
-        dropped_lrn: fqns of the LocalResponseNorm layers that were taken out first.
-        input_shape: of one sample on calibration, where the input is one tensor of real numbers.
-        frozen: the original's parameters that took no gradient: what `insert` goes by.
-        frozen_at_save: in a file, what was frozen when it was saved, and is again after `load`, by its name in the BN
-            model: parameters that took no gradient, and norms that kept their running statistics besides.
+        provenance: the sources of weights and images, as given by the caller.
+        versions: the versions of the libraries.
+        task: preprocessing and classes, if known.
+        dropped_lrn: fqns of the LocalResponseNorm layers that were removed first.
+        input_shape: of one calibration sample, if the input is one tensor of real numbers.
+        frozen: the original's parameters without gradient at the insertion.
+        frozen_at_save: in a file, the names in the BN model of the parameters without gradient and of the norms that
+            also kept their running statistics; `load` freezes them again.
     """
 
     plan: Plan
@@ -104,7 +106,13 @@ class SurgeryRecord:
     sites: tuple[InsertedSite, ...]
     calibration_digest: str
     provenance: dict[str, str | int] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            "bnsurgery": __version__,
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
+        }
+    )
     task: Task | None = None
     dropped_lrn: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
@@ -116,10 +124,8 @@ class SurgeryRecord:
         rows = [(s.site.name, s.norm, s.site.channels, s.site.activation) for s in self.sites]
         text = table(("site", "BatchNorm", "channels", "activation"), rows)
         frozen = f", {counted(len(self.frozen), 'parameter')} frozen" if self.frozen else ""
-        return (
-            f"{text}\n\n{self.model}: {counted(len(self.sites), 'BatchNorm layer')}, {self.plan.placement}, "
-            f"layers={self.plan.layers}{frozen}"
-        )
+        layers = f"{counted(len(self.sites), 'BatchNorm layer')}, {self.plan.placement}, layers={self.plan.layers}"
+        return f"{text}\n\n{self.model}: {layers}{frozen}"
 
     @property
     def model(self) -> str:
@@ -127,7 +133,7 @@ class SurgeryRecord:
         return self.plan.model
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. What is planned of a site stands in the plan alone, in the same order."""
+        """JSON-ready. The planned sites are only in the plan, in the same order."""
         found = asdict(self)
         for inserted in found["sites"]:
             del inserted["site"]
@@ -139,11 +145,11 @@ class SurgeryRecord:
 
     @classmethod
     def from_json(cls, text: str) -> "SurgeryRecord":
-        """Read what `to_json` wrote, believing nothing.
+        """Read the text of `to_json`, which is not trusted.
 
         Raises:
-            CheckpointError: not JSON, of a newer format, or a field is missing, unknown, of the wrong type or out of
-                range.
+            CheckpointError: the text is not JSON or of a newer format, or a field is missing, unknown, of the wrong
+                type or out of range.
         """
         try:
             data = loads(text)
@@ -153,10 +159,8 @@ class SurgeryRecord:
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise CheckpointError(f"record: got format version {shown(version)}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"record: written in format version {shown(version)}; this bnsurgery reads up to {FORMAT_VERSION}: "
-                "upgrade it"
-            )
+            known = f"this bnsurgery reads up to {FORMAT_VERSION}: upgrade it"
+            raise CheckpointError(f"record: written in format version {shown(version)}; {known}")
         if version < 3:
             data = {**data, "task": _newer(data.get("task")), "frozen": []}
         if version < 4:
@@ -172,7 +176,7 @@ class SurgeryRecord:
         return found
 
     def _check(self) -> None:
-        """Refuse what no insertion writes; what is left has to fit the network and its tensors."""
+        """Refuse values that no insertion writes. `load` compares the rest with the network and its tensors."""
         sizes, architecture = self.input_shape, self.architecture
         _expect(sizes is None or min(sizes, default=1) >= 1, "input_shape", sizes, "sizes of 1 or more")
         if architecture is not None:
@@ -183,12 +187,11 @@ class SurgeryRecord:
 
 
 def _with_plan_and_options(data: dict[str, Any]) -> dict[str, Any]:
-    """A record of formats 1 to 3, in which their fields stood by themselves and each site in full."""
+    """Convert a record of formats 1 to 3, which had these fields in itself and each site in full."""
     old = dict(data)
-    sites = old.get("sites")
-    sites = (
-        [dict(site) for site in sites] if isinstance(sites, list) and all(isinstance(s, dict) for s in sites) else []
-    )
+    sites: Any = old.get("sites")
+    sound = isinstance(sites, list) and all(isinstance(site, dict) for site in sites)
+    sites = [dict(site) for site in sites] if sound else []
     where = {name: old.pop(name, None) for name in ("model", "placement", "layers", "head")}
     planned = [site.pop("site", None) for site in sites]
     how = {field.name: old.pop(field.name, None) for field in fields(Options)}
@@ -196,7 +199,7 @@ def _with_plan_and_options(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _newer(task: Any) -> Any:
-    """A task of format 1 or 2, which had height and width in one and all images in 0 to 1 and RGB, as it is now."""
+    """Convert a task of format 1 or 2, in which images were square, scaled to 0 to 1, and RGB or grey."""
     if not isinstance(task, dict):
         return task
     names = {"image_size": "height", "resize_size": "resize", "mean": "mean", "std": "std"}
@@ -212,25 +215,32 @@ def _expect(sound: bool, name: str, got: object, expected: str) -> None:
 
 
 def record(bn_model: nn.Module) -> SurgeryRecord:
-    """What `insert` did to this model.
+    """The record of the insertion into this model.
 
     Raises:
         BNSurgeryError: the model was not made by `insert` or `load`.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)).eval()
+        >>> record = bnsurgery.record(bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)]))
+        >>> record.plan.placement, record.options.eps, [site.norm for site in record.sites]
+        ('pre-activation', 1e-05, ['1'])
     """
-    # Not getattr: a wrapper passes that on, but has other names for its layers.
+    # Not getattr: a wrapper may delegate it, but names its layers differently.
     found = vars(bn_model).get(_ATTRIBUTE) or _meta(bn_model).get(_ATTRIBUTE)
-    if not isinstance(found, SurgeryRecord):
-        norms = {name: type(norm) for name, norm in bn_model.named_modules() if isinstance(norm, _BatchNorm)}
-        if norms and all(kind.__module__.startswith("torch.") for kind in norms.values()):
-            raise BNSurgeryError(
-                f"{type(bn_model).__name__} carries no record of bnsurgery.insert: its norm '{next(iter(norms))}' is "
-                "its own. bnsurgery.fold(model) folds it into the layers; the rest is for what was inserted"
-            )
+    if isinstance(found, SurgeryRecord):
+        return found
+    name = type(bn_model).__name__
+    norms = {fqn: type(norm) for fqn, norm in bn_model.named_modules() if isinstance(norm, _BatchNorm)}
+    if norms and all(kind.__module__.startswith("torch.") for kind in norms.values()):
         raise BNSurgeryError(
-            f"record: {type(bn_model).__name__} carries no record: it was not made by bnsurgery.insert or .load "
-            "(a wrapped model carries it inside: pass model.module, or model._orig_mod)"
+            f"{name} carries no record of bnsurgery.insert: its norm '{next(iter(norms))}' is its own. "
+            "bnsurgery.fold(model) folds it into the layers; the other functions need an inserted network"
         )
-    return found
+    raise BNSurgeryError(
+        f"record: {name} carries no record: it was not made by bnsurgery.insert or .load "
+        "(a wrapped model carries it inside: pass model.module, or model._orig_mod)"
+    )
 
 
 def carries_record(model: nn.Module) -> bool:
@@ -255,25 +265,11 @@ def _meta(model: nn.Module) -> dict[str, Any]:
     return model.meta if isinstance(model, torch.fx.GraphModule) else {}
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """The record's fields that speak of the original model, taken before any edit."""
-    return {
-        "architecture": identify_model(model),
-        "weights_digest": state_digest(model.state_dict()),
-        "frozen": tuple(name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad),
-    }
-
-
 def state_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over every entry's key, dtype, shape and bytes, in key order: equal where the weights are, to the bit."""
+    """SHA-256 of every entry's key, dtype, shape and bytes, in key order."""
     sha = hashlib.sha256()
     for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().contiguous()
+        tensor = state_dict[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
         sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         sha.update(tensor.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what takes part in the result."""
-    return {"bnsurgery": __version__, **{module.__name__: str(module.__version__) for module in (torch, torchvision)}}

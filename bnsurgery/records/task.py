@@ -1,4 +1,4 @@
-"""What goes into a network and what its outputs are called: kept in its checkpoint."""
+"""The task of a network: its preprocessing and its classes, kept in its checkpoint."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from bnsurgery.images.preprocessing import Preprocessing
 
 @dataclass(frozen=True)
 class Task:
-    """How images become the network's input, and what it was fine-tuned to tell apart.
+    """The preprocessing of images for a network, and the classes it was fine-tuned to.
 
     Attributes:
-        classes: names, in the order of the outputs; empty where it was not fine-tuned.
-        head: fqn of the output layer in the original network, made anew for these classes; None where it was kept.
-        preprocessing: from an image to the input; None where it takes other things than images.
+        classes: their names, in the order of the outputs; empty if it was not fine-tuned.
+        head: fqn of the output layer in the original network if it was replaced for these classes, else None.
+        preprocessing: from an image to the input; None if the inputs are not images.
     """
 
     classes: tuple[str, ...]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.machine.devices import keeping_random, synchronize
-from bnsurgery.running.batches import Inputs, outputs, run
+from bnsurgery.running.batches import Inputs
+from bnsurgery.running.calls import outputs, run
 from bnsurgery.surgery.copies import sharing_tensors
 
 IMAGES = 4

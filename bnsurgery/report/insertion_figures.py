@@ -7,8 +7,7 @@ import numpy as np
 from torch import nn
 
 from bnsurgery.pages.style import BN, INK, NEARLY, NEUTRAL, PLAIN, WRONG, log_axis, new_figure
-from bnsurgery.statistics.advice import statistics_for
-from bnsurgery.statistics.verification import EquivalenceReport
+from bnsurgery.statistics.verification import EquivalenceReport, statistics_for
 from bnsurgery.text.tables import cell_text
 from bnsurgery.text.words import counted, percent, thousands
 

@@ -12,8 +12,7 @@ from bnsurgery.nn.identity import kernel_scale_shift
 from bnsurgery.pages.page import Report, Section, table
 from bnsurgery.records.record import SurgeryRecord, record
 from bnsurgery.running.batches import Inputs, inputs
-from bnsurgery.statistics.advice import statistics_for
-from bnsurgery.statistics.verification import EquivalenceReport, verify
+from bnsurgery.statistics.verification import EquivalenceReport, statistics_for, verify
 from bnsurgery.surgery.relu_fusion import is_fused
 from bnsurgery.text.words import counted, percent, thousands
 

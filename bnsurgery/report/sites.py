@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from bnsurgery.errors import CalibrationError
 from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d
 from bnsurgery.records.record import InsertedSite, record
-from bnsurgery.running.batches import Inputs, inputs, run
+from bnsurgery.running.batches import Inputs, inputs
+from bnsurgery.running.calls import run
 from bnsurgery.running.modes import observing
 
 IMAGES = 16  # for the histograms: they settle early, and a histogram takes longer than a convolution

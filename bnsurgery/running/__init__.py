@@ -1,1 +1,1 @@
-"""What a network is called with, the call, and the modes and states that it has again afterwards."""
+"""Run a network on whatever a caller passes as a batch, and leave the network as it was."""

@@ -1,4 +1,4 @@
-"""Run a network for a look at it and leave its modes, statistics and the random state as they were."""
+"""Run a network and restore its modes, attributes, statistics and torch's random state afterwards."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,12 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnsurgery.machine.devices import keeping_random
 from bnsurgery.nn.batchnorm import Insertable
 
-from .batches import Inputs, outputs, run
+from .batches import Inputs
+from .calls import outputs, run
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is back in the mode it was in, also on an exception."""
+    """Eval mode inside; on exit every module is back in its mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -29,9 +30,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeping_attributes(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module has the attributes and buffers it had: code may keep what it computed, or count calls.
+    """Restore the attributes and buffers of every module on exit: code may store results or count calls.
 
-    Lists, dicts and sets get their items back; what changes inside of other objects is not seen.
+    The items of lists, dicts and sets are restored; changes inside other objects are not.
     """
     before = []
     for module in model.modules():
@@ -47,33 +48,25 @@ def keeping_attributes(model: nn.Module) -> Iterator[None]:
                 vars(module).clear()
                 vars(module).update(attributes)
                 for name, items in contents.items():
-                    _refill(attributes[name], items)
+                    container: Any = attributes[name]
+                    container.clear()
+                    (container.extend if isinstance(container, list) else container.update)(items)
                 for name, values in buffers.items():
                     module._buffers[name].copy_(values)  # type: ignore[union-attr]
 
 
-def _refill(container: Any, items: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, list) else container.update)(items)
-
-
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """`evaluating` and `keeping_attributes`, without autograd; torch's random state is put back, too."""
-    with (
-        keeping_random(),
-        keeping_attributes(model),
-        evaluating(model),
-        torch.inference_mode(),
-    ):
+    """Eval mode without autograd; on exit the model and torch's random state are as before."""
+    with keeping_random(), keeping_attributes(model), evaluating(model), torch.inference_mode():
         yield
 
 
 def evaluate(operation: str, model: nn.Module, batch: Inputs) -> list[Tensor]:
-    """All tensors that `model` returns for `batch` in eval mode, inside `observing`.
+    """All tensors that `model` returns for `batch`, inside `observing`.
 
     Args:
-        operation: what it is for: how a message begins.
+        operation: the name of the caller, with which messages begin.
 
     Raises:
         CalibrationError: as `run`.
@@ -84,36 +77,29 @@ def evaluate(operation: str, model: nn.Module, batch: Inputs) -> list[Tensor]:
 
 @contextmanager
 def training_norms(model: nn.Module, *, by_batch: bool) -> Iterator[Callable[[], None] | None]:
-    """`observing`, but the BatchNorm layers alone are in train mode, so that what changes is BN and nothing else.
+    """`observing` with only the BatchNorm layers in train mode: nothing but BN changes the outputs.
 
-    They normalize as their statistics mode says, or, with `by_batch` and but for "running", by the batch; by this
-    process's in any case, for
-    the others may be elsewhere. Yields a function that puts the running statistics back, or None if there is no
-    BatchNorm; at the end everything is as it was.
+    The norms keep their statistics mode, but with `by_batch` "renorm" becomes "batch". No statistics are exchanged with
+    other processes, which may not run the model now. Yields a function that restores the running statistics, or None
+    if there is no BatchNorm; on exit the model is as before.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    ours = [norm for norm in norms if isinstance(norm, Insertable)]
-    settings = [(norm.statistics, norm.process_group) for norm in ours]
-    seen = [norm.renorm_weights for norm in ours]
     saved = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    seen = [getattr(norm, "renorm_weights", None) for norm in norms]
 
     @torch.no_grad()
     def restore() -> None:
-        for norm, buffers in zip(norms, saved, strict=True):
+        for norm, buffers, weights in zip(norms, saved, seen, strict=True):
             for name, value in buffers.items():
                 getattr(norm, name).copy_(value)
-        for norm, weights in zip(ours, seen, strict=True):
-            norm.renorm_weights = weights
+            if isinstance(norm, Insertable):
+                norm.renorm_weights = weights
 
-    try:
-        with observing(model):
-            for norm in norms:
-                norm.train()
-            for norm in ours:
+    with observing(model):
+        for norm in norms:
+            norm.train()
+            if isinstance(norm, Insertable):
                 norm.process_group = ""
-                norm.statistics = "batch" if by_batch and norm.statistics != "running" else norm.statistics
-            yield restore if norms else None
-    finally:
-        for norm, (statistics, process_group) in zip(ours, settings, strict=True):
-            norm.statistics, norm.process_group = statistics, process_group
-        restore()
+                if by_batch and norm.statistics != "running":
+                    norm.statistics = "batch"
+        yield restore if norms else None

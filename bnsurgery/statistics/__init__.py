@@ -1,4 +1,1 @@
-"""What is measured on data: moments of activations, and by how much two networks differ.
-
-Also what follows from it: which statistics mode goes with which batch.
-"""
+"""Measurements on data: moments of activations, the difference of two networks, and which statistics mode follows."""

@@ -1,8 +1,9 @@
 """Measure the population moments at every site in one pass over the original network."""
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
+from collections.abc import Container, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from bnsurgery.graph.planning import Plan
 from bnsurgery.nn import LastDimBatchNorm1d
 from bnsurgery.nn.settings import is_frozen, listed
 from bnsurgery.ops import channel_moments
-from bnsurgery.running.batches import Inputs, inputs, join, placed, run
+from bnsurgery.running.batches import Inputs, inputs, join
+from bnsurgery.running.calls import placed, run
 from bnsurgery.running.modes import observing, training_norms
 from bnsurgery.text.words import counted
 
@@ -25,31 +27,38 @@ from .moments import ChannelMoments
 def calibrate(
     model: nn.Module, plan: Plan, batches: Iterable[Any], *, progress: bool = False
 ) -> dict[str, ChannelMoments]:
-    """Measure μ and σ² of what a BatchNorm at every site of `plan` would see.
+    """Measure mean μ and variance σ² of the input that a BatchNorm at every site of `plan` would get.
 
-    One pass in eval mode under `torch.inference_mode`, all sites at once: inserting changes nothing, so no
-    layer-by-layer order is needed. Population moments over all N·H·W samples (and over all calls of a module that is
-    called more than once), merged across batches in float64; how the data is split does not matter. With
-    `torch.distributed` initialized every rank passes its own shard and all get the moments of the whole.
+    One pass in eval mode under `torch.inference_mode` measures all sites at once: inserting changes no activation, so
+    the order of the layers does not matter. The moments are those of the population of all N·H·W samples, over all
+    batches and all calls of a module, merged in float64; the split into batches does not matter. With
+    `torch.distributed` initialized, every rank passes its shard and gets the moments of all shards.
 
     Args:
         model: the original network; its modes, hooks, gradients and torch's random state are left as they were.
-        batches: iterable of inputs, or of tuples whose first item is the input; images of different sizes are fine.
+        batches: as for `insert`; images may differ in size.
         progress: show a bar on stderr.
 
     Returns:
-        By site name, in the plan's order, on the CPU.
+        The moments by site name, in the plan's order, on the CPU.
 
     Raises:
-        CalibrationError: no data, a batch that the model does not take or memory does not hold, a site that is not
-            reached or has fewer than 2 samples; on every rank, where it is raised on one.
-        NonFiniteError: a site has non-finite values; the message names it, the first batch that gave them, and the
-            samples of that batch whose input has them already, both counted from 0.
+        CalibrationError: there is no data, the model does not take a batch, memory runs out, or a site is not reached
+            or has fewer than 2 samples. If it is raised on one rank, it is raised on all.
+        NonFiniteError: a site has non-finite values. The message names the site, the first batch that caused them, and
+            the samples of that batch with a non-finite input, both counted from 0.
 
     References: Wu & Johnson 2021, arXiv:2105.07576, section 3 (population statistics instead of moving averages).
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10))
+        >>> batches = torch.randn(32, 3, 16, 16).split(8)
+        >>> moments = bnsurgery.calibrate(model, bnsurgery.plan(model, batches[0]), batches)
+        >>> moments["0"].count == 32 * 14 * 14, moments["0"].mean.shape
+        (True, torch.Size([8]))
     """
     anchors = {site.name: model.get_submodule(site.anchor) for site in plan.sites}
-    # A norm that its layer carries comes before the layer's own hooks, a sibling behind them.
+    # A norm inside its layer comes before the layer's hooks, a sibling after them.
     first = {site.name for site in plan.sites if not site.in_sequential}
     last_dim = {site.name for site in plan.sites if site.channel_dim == -1}
     with _watching(anchors, output=True, first=first, last_dim=last_dim) as measured, observing(model):
@@ -58,37 +67,42 @@ def calibrate(
 
 
 def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> None:
-    """Replace the running statistics of every BatchNorm by the population's, in place, after training.
+    """Replace the running statistics of every BatchNorm by those of the population, in place, after training.
 
-    While the data passes, each BatchNorm normalizes by the batch; its input's mean and (population) variance over all
-    samples become running_mean and running_var. Weight and bias stay. Dropout is off. A BatchNorm in the statistics
-    mode "running", as those of frozen layers are, was trained with the statistics that it has: it keeps and uses them,
-    and a warning says so.
-    A batch of one input, as a loader may give last, is joined to its larger neighbour: alone it has no variance where
-    a dense layer sees it. As `calibrate`, it merges over the ranks of `torch.distributed`.
+    On one pass over the data each BatchNorm normalizes by the batch; the mean and (population) variance of its input
+    over all samples become running_mean and running_var. Weight and bias stay. Dropout is off. A BatchNorm in the
+    statistics mode "running", such as that of a frozen layer, was trained with its statistics: it keeps and uses them,
+    and a warning names it. A batch of one input, such as the last of a loader, is joined to a larger neighbour: alone
+    it has no variance behind a dense layer. As in `calibrate`, the ranks of `torch.distributed` are merged.
 
     Raises:
-        CalibrationError: as `calibrate`; then the model is unchanged.
+        CalibrationError: as `calibrate`; the model is then unchanged.
         BNSurgeryError: the model has no BatchNorm with running statistics, or all of them are in the mode "running".
 
     References: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; Wu & Johnson 2021, arXiv:2105.07576, section 3.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> bnsurgery.recalibrate_(model, (5 + torch.randn(64, 3, 16, 16)).split(16))
+        >>> round(model.eval()(5 + torch.randn(64, 3, 16, 16)).std().item(), 1)
+        1.0
     """
-    norms: dict[str, nn.Module] = {
-        name: module
-        for name, module in bn_model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
-    if not norms:
+    norms: dict[str, nn.Module] = {}
+    kept = []
+    for name, module in bn_model.named_modules():
+        if isinstance(module, _BatchNorm) and getattr(module, "statistics", None) == "running":
+            kept.append(name)
+        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+            norms[name] = module
+    if not norms and not kept:
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
-    kept = [name for name, norm in norms.items() if getattr(norm, "statistics", None) == "running"]
-    norms = {name: norm for name, norm in norms.items() if name not in kept}
     if kept:
         if all(is_frozen(bn_model.get_submodule(name)) for name in kept):
             reason = "these are frozen with their layers (requires_grad=False), which others would change"
-        else:  # frozen ones stay out of it, here, too
+        else:
             reason = (
-                "what was trained was trained with the statistics there, and others would change what it computes. To "
-                "measure them all the same, first call bnsurgery.set_statistics_(model, 'batch')"
+                "the network was trained with these statistics, and others would change its outputs. To measure them "
+                "nevertheless, first call bnsurgery.set_statistics_(model, 'batch')"
             )
         if not norms:
             raise BNSurgeryError(f"recalibrate_: every BatchNorm is in the statistics mode 'running': {reason}")
@@ -108,7 +122,7 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
 
 
 def input_moments(model: nn.Module, name: str, batches: Iterable[Any]) -> ChannelMoments:
-    """Measure what reaches the submodule `name` in eval mode; as `calibrate`, it merges over the ranks.
+    """Measure the input of the submodule `name` in eval mode; as in `calibrate`, the ranks are merged.
 
     Raises:
         CalibrationError: as `calibrate`.
@@ -120,23 +134,21 @@ def input_moments(model: nn.Module, name: str, batches: Iterable[Any]) -> Channe
 
 
 def warn_of_dead_channels(moments: Mapping[str, ChannelMoments], eps: float) -> None:
-    """Warn of channels whose variance is below `eps`: BN would blow up whatever little they say in training."""
-    dead = {name: int((site.variance < eps).sum()) for name, site in moments.items()}
-    dead = {name: count for name, count in dead.items() if count}
+    """Warn of channels whose variance is below `eps`: train-mode BN amplifies their small differences."""
+    dead = {name: count for name, site in moments.items() if (count := int((site.variance < eps).sum()))}
     if dead:
         worst = sorted(dead, key=lambda name: -dead[name])[:3]
         listed = ", ".join(f"'{name}' {dead[name]} of {len(moments[name].mean)}" for name in worst)
         warnings.warn(
             f"channels with a variance below eps ({eps:g}) on this data, dead or nearly: {sum(dead.values())} in "
-            f"{counted(len(dead), 'layer')}, most in {listed}. They stay exact; training may "
-            "amplify them.",
+            f"{counted(len(dead), 'layer')}, most in {listed}. They stay exact; training may amplify them.",
             BNSurgeryWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
 class _Measured(dict[str, ChannelMoments]):
-    """The moments by name, and the dtype of what they are of."""
+    """The moments by name, and the dtypes of the tensors that they describe."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,30 +158,26 @@ class _Measured(dict[str, ChannelMoments]):
 @contextmanager
 def _watching(
     modules: dict[str, nn.Module], *, output: bool, first: Container[str] = (), last_dim: Container[str] = ()
-) -> Iterator["_Measured"]:
-    """Collect the moments of each module's output (or else first input) while inside.
+) -> Iterator[_Measured]:
+    """Collect the moments of each module's output, or else of its first input.
 
     Args:
-        first: names of those watched before their own hooks run.
-        last_dim: names of those whose channels are the last dimension, not the second.
+        first: names of the modules that are watched before their own hooks run.
+        last_dim: names of the modules whose channels are the last dimension, not the second.
     """
     measured = _Measured()
 
-    def add(name: str, tensor: Tensor) -> None:
+    def add(name: str, module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
+        tensor = (output or args)[0]
         moments = ChannelMoments(*channel_moments(tensor.flatten(0, -2) if name in last_dim else tensor))
         measured[name] = measured[name].merge(moments) if name in measured else moments
         measured.dtypes[name] = tensor.dtype
-
-    def watcher(name: str) -> Callable[..., None]:
-        if output:
-            return lambda module, args, result: add(name, result)
-        return lambda module, args: add(name, args[0])
 
     handles = []
     try:
         for name, module in modules.items():
             register = module.register_forward_hook if output else module.register_forward_pre_hook
-            handles.append(register(watcher(name), prepend=name in first))
+            handles.append(register(partial(add, name), prepend=name in first))
         yield measured
     finally:
         for handle in handles:
@@ -177,68 +185,51 @@ def _watching(
 
 
 def _feed(
-    operation: str,
-    model: nn.Module,
-    batches: Iterable[Any],
-    measured: _Measured,
-    progress: bool,
-    *,
-    joining: bool = False,
+    operation: str, model: nn.Module, batches: Iterable[Any], measured: _Measured, progress: bool, joining: bool = False
 ) -> Exception | None:
-    """Run the batches until one fails. The error is given back: a rank that raised would leave the others waiting."""
+    """Run the batches until one fails, and return the error: a rank that raised it would leave the others waiting."""
     total = len(batches) if isinstance(batches, Sized) else None
     given = _joining(inputs(batches)) if joining else inputs(batches)
     bar = tqdm(given, desc=operation, total=total, unit="batch", disable=None if progress else True, leave=False)
     try:
         for number, batch in enumerate(bar):
             run(operation, model, batch)
-            if not _are_finite(measured):
+            tensors = [tensor for site in measured.values() for tensor in (site.mean, site.m2)]
+            # One check of all sites together, so that a GPU is waited for once a batch.
+            if tensors and not torch.cat([t.to(tensors[0].device) for t in tensors]).isfinite().all():
                 return _non_finite(operation, model, measured, number, batch)
-    except Exception as error:  # a loader's own, too
+    except Exception as error:  # also a loader's
         return error
     return None
 
 
 def _joining(batches: Iterator[Inputs]) -> Iterator[Inputs]:
-    """The same, but a batch of one sample goes with a larger one beside it, where the two can be joined."""
+    """Join a batch of one sample to a larger neighbour, if the two can be joined."""
     held: Inputs | None = None
     for batch in batches:
-        both = None
-        if held is not None and min(held.samples, batch.samples) == 1 < max(held.samples, batch.samples):
-            both = join([held, batch])
-        if both is not None:
-            yield both
-            held = None
+        if held is None:
+            held = batch
             continue
-        if held is not None:
-            yield held
-        held = batch
+        sizes = held.samples, batch.samples
+        both = join([held, batch]) if min(sizes) == 1 < max(sizes) else None
+        yield both or held
+        held = None if both else batch
     if held is not None:
         yield held
 
 
-def _are_finite(measured: dict[str, ChannelMoments]) -> bool:
-    """One look at all sites together, so that a GPU is waited for once a batch."""
-    tensors = [tensor for site in measured.values() for tensor in (site.mean, site.m2)]
-    return not tensors or bool(torch.cat([tensor.to(tensors[0].device) for tensor in tensors]).isfinite().all())
-
-
 def _non_finite(operation: str, model: nn.Module, measured: _Measured, number: int, batch: Inputs) -> NonFiniteError:
-    """Says where it came from, after the first batch that did it."""
+    """The error for the first batch with non-finite activations, with their origin."""
     bad = {name: int((~(site.mean.isfinite() & site.m2.isfinite())).sum()) for name, site in measured.items()}
     name = next(name for name, channels in bad.items() if channels)  # the first that ran
-    taken = placed(model, batch)
     dtype = measured.dtypes[name]
-    samples = taken.non_finite()
-    if samples:
-        listed = ", ".join(map(str, samples[:8])) + (" and others" if len(samples) > 8 else "")
-        cause = (
-            f", whose input is NaN or Inf in {dtype} in sample {listed} (counted from 0). Leave that out or repair it."
-        )
+    if samples := placed(model, batch).non_finite():
+        which = ", ".join(map(str, samples[:8])) + (" and others" if len(samples) > 8 else "")
+        cause = f", whose input is NaN or Inf in {dtype} in sample {which} (counted from 0). Repair it or leave it out."
     else:
         cause = (
             " (counted from 0), whose input is finite. Look for non-finite weights, or activations beyond "
-            f"{torch.finfo(dtype).max:.3g}, the largest {dtype}: a wider one may do, and a cast afterwards."
+            f"{torch.finfo(dtype).max:.3g}, the largest {dtype}: a wider dtype may help, with a cast afterwards."
         )
     return NonFiniteError(
         f"{operation}: '{name}' ({type(model.get_submodule(name)).__name__}): NaN or Inf in {bad[name]} of "
@@ -247,16 +238,13 @@ def _non_finite(operation: str, model: nn.Module, measured: _Measured, number: i
 
 
 def _gather(
-    operation: str,
-    measured: _Measured,
-    sites: dict[str, nn.Module],
-    failure: Exception | None,
+    operation: str, measured: _Measured, sites: dict[str, nn.Module], failure: Exception | None
 ) -> dict[str, ChannelMoments]:
-    """Move to the CPU, and merge over the ranks in rank order, so that all get the same bits; or all the same error."""
+    """Merge the moments over the ranks, in rank order on the CPU: all get the same bits, or all raise the error."""
     local = {name: (m.count, m.mean.cpu(), m.m2.cpu()) for name, m in measured.items()}
-    told = failure if failure is None or isinstance(failure, BNSurgeryError) else CalibrationError(repr(failure))
-    shards: list[tuple[BNSurgeryError | None, dict[str, tuple[int, Tensor, Tensor]]]] = [(told, local)]
+    shards: list[Any] = [(None, local)]
     if distributed.is_available() and distributed.is_initialized():
+        told = failure if failure is None or isinstance(failure, BNSurgeryError) else CalibrationError(repr(failure))
         shards *= distributed.get_world_size()
         distributed.all_gather_object(shards, (told, local))
     if failure is not None:
@@ -266,16 +254,12 @@ def _gather(
             raise type(error)(f"rank {rank}: {error}")
     result: dict[str, ChannelMoments] = {}
     for name, module in sites.items():
-        for _, shard in shards:
-            if name in shard:
-                moments = ChannelMoments(*shard[name])
-                result[name] = result[name].merge(moments) if name in result else moments
+        parts = [ChannelMoments(*shard[name]) for _, shard in shards if name in shard]
         where = f"{operation}: '{name}' ({type(module).__name__})"
-        if name not in result:
+        if not parts:
             raise CalibrationError(f"{where}: saw no data. Pass at least one batch that reaches it.")
-        count = result[name].count
-        if count < 2:
-            raise CalibrationError(
-                f"{where}: saw {counted(count, 'sample')} per channel, expected 2 or more. Pass more data."
-            )
+        result[name] = reduce(ChannelMoments.merge, parts)
+        seen = counted(result[name].count, "sample")
+        if result[name].count < 2:
+            raise CalibrationError(f"{where}: saw {seen} per channel, expected 2 or more. Pass more data.")
     return result

@@ -30,25 +30,22 @@ class ChannelMoments:
     def merge(self, other: "ChannelMoments") -> "ChannelMoments":
         """The moments of both samples together.
 
-        m2 = m2ₐ + m2_b + δ²·nₐ·n_b/n with δ = μ_b − μₐ, which never subtracts large sums.
+        m2 = m2ₐ + m2_b + δ²·nₐ·n_b/n with δ = μ_b − μₐ. No large sums are subtracted.
 
         References: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1.
         """
         if not other.count:
             return self
-        count = self.count + other.count
-        delta = other.mean - self.mean
+        count, delta = self.count + other.count, other.mean - self.mean
         share = other.count / count
-        return ChannelMoments(
-            count, self.mean + delta * share, self.m2 + other.m2 + delta * delta * (self.count * share)
-        )
+        m2 = self.m2 + other.m2 + delta * delta * (self.count * share)
+        return ChannelMoments(count, self.mean + delta * share, m2)
 
 
 def digest(moments: Mapping[str, ChannelMoments]) -> str:
-    """SHA-256 of all moments, by site name and to the bit: two calibrations are the same where this is."""
+    """SHA-256 of all moments by site name: equal for two calibrations if all their bits are."""
     sha = hashlib.sha256()
     for name, site in moments.items():
         sha.update(f"{name}\0{site.count}\0".encode())
-        for tensor in (site.mean, site.m2):
-            sha.update(tensor.to(torch.float64).numpy().tobytes())
+        sha.update(torch.stack([site.mean, site.m2]).to(torch.float64).numpy().tobytes())
     return sha.hexdigest()

@@ -1,4 +1,4 @@
-"""Prove that two networks compute the same, and say what train mode will do to the inserted one."""
+"""Compare the outputs of two networks, measure the train-mode drift, and choose a statistics mode by it."""
 
 import textwrap
 import warnings
@@ -10,38 +10,38 @@ import torch
 from torch import Tensor, nn
 
 from bnsurgery.errors import BNSurgeryWarning, CalibrationError
-from bnsurgery.running.batches import Inputs, equal, inputs, join, outputs, run
+from bnsurgery.running.batches import Inputs, inputs, join
+from bnsurgery.running.calls import equal, outputs, run
 from bnsurgery.running.modes import evaluate, observing, training_norms
 from bnsurgery.text.tables import WIDTH
 from bnsurgery.text.words import counted, percent, thousands
 
-# The first inputs, on which drift is measured at every batch size: 32 pairs, and the memory and time stay bounded.
-DRIFT_SAMPLES = 64
-TOLERANCE = 1e-5  # of the largest output: what rounding comes to where the bits cannot be the same
+DRIFT_SAMPLES = 64  # drift is measured on the first inputs: 32 pairs, in bounded memory and time
+TOLERANCE = 1e-5  # of the largest output: the size of rounding where bit identity is impossible
 _TOGETHER = "\0"  # a space at which no line is broken
 
 
 @dataclass(frozen=True)
 class EquivalenceReport:
-    """How a candidate network's outputs differ from the reference's.
+    """The differences between a candidate network's outputs and the reference's.
 
     Attributes:
-        samples: how many inputs were compared, both networks in eval mode.
-        bit_identical: whether every output of every batch is equal, NaN to NaN. A fresh insertion is, on the CPU and by
-            the CUDA kernels; on other devices, such as MPS, that is not claimed.
+        samples: number of compared inputs, both networks in eval mode.
+        bit_identical: whether all outputs are equal, NaN to NaN. A fresh insertion is bit-identical on the CPU and with
+            the CUDA kernels; other devices, such as MPS, are not tested.
         max_abs: largest |candidate − reference|, in output units, where the reference is finite.
         max_rel: `max_abs` divided by the largest |reference|.
-        top1_agreement: share of samples with the same argmax, 0 to 1; None where outputs are not of shape (N, classes).
-        train_drift: by batch size, ‖train − reference‖₂/‖reference‖₂ over the outputs when the candidate's BatchNorm
-            layers are in train mode, by this process's batch or as `set_statistics_` has it (dropout off); sizes beyond
-            the number of samples are left out. Empty where it could not be measured: `no_drift` says why.
-        drift_samples: how many inputs the drift was measured on, at every batch size the same: the first ones.
-        worst: where `max_abs` is: number of the output tensor, sample over all batches, then the index in that sample;
-            None where there is no difference. Of an output without one row a sample, the first sample of the batch and
-            the index in the whole output.
-        no_drift: why the drift of some or all sizes is missing, such as outputs without one row a sample, or a network
-            that takes batches of one only; None where it is not, or was not asked for.
-        shape: of one input, where it is one tensor of real numbers and all were alike; else None.
+        top1_agreement: share of samples with the same argmax, 0 to 1; None if outputs are not of shape (N, classes).
+        train_drift: by batch size, ‖train − reference‖₂/‖reference‖₂ over the outputs with the candidate's BatchNorm
+            layers in train mode and dropout off, by this process's batch or as `set_statistics_` has it. Sizes above
+            the number of samples are left out; empty if it could not be measured, see `no_drift`.
+        drift_samples: number of inputs on which the drift was measured, the first ones, the same at every batch size.
+        worst: the place of `max_abs`: number of the output tensor, sample over all batches, then the index in that
+            sample; None without a difference. If an output does not have one row for each sample, the first sample of
+            the batch and the index in the whole output.
+        no_drift: the reason why the drift of some or all sizes is missing, such as outputs without one row for each
+            sample, or a network that only takes batches of one; None if none is missing or none was requested.
+        shape: the shape of one input if all are single tensors of real numbers and of one shape, else None.
     """
 
     samples: int
@@ -59,35 +59,35 @@ class EquivalenceReport:
         return self.text("not to the bit")
 
     def text(self, remark: str) -> str:
-        """In words, with `remark` where the outputs are equal up to rounding only: "as after training"."""
+        """The report in words; `remark`, such as "as after training", qualifies outputs equal only up to rounding."""
         near = f"equal within 1e-5, {remark}," if self.max_rel <= TOLERANCE else "different"
         same = "bit-identical" if self.bit_identical else near
-        lines = [
-            f"eval mode    {same} on {self.inputs}",
-            f"             largest difference {self.max_abs:.3g}, relative {self.max_rel:.3g}",
-        ]
+        evaluated = [f"{same} on {self.inputs}"]
+        evaluated.append(f"largest difference {self.max_abs:.3g}, relative {self.max_rel:.3g}")
         if self.worst is not None:
-            lines.append(f"             at {self.place()}")
+            evaluated.append(f"at {self.place()}")
         if self.top1_agreement is not None:
-            lines.append(f"             top-1 agreement {percent(self.top1_agreement, '.4g')}")
+            evaluated.append(f"top-1 agreement {percent(self.top1_agreement, '.4g')}")
+        trained = []
         if self.train_drift:
             pairs = [f"{percent(drift, '.3g')} at {size}" for size, drift in self.train_drift.items()]
             drifts = ", ".join(pair.replace(" ", _TOGETHER) for pair in pairs)
             of = f" on the first {self.drift_samples}" if self.drift_samples < self.samples else ""
-            lines += _wrapped("train mode   ", f"drift by batch size{of}: {drifts}")
+            trained += textwrap.wrap(f"drift by batch size{of}: {drifts}", WIDTH - 13)
         if self.no_drift is not None:
-            start = " " * 13 if self.train_drift else "train mode   "
-            lines += _wrapped(start, f"drift not measured: {self.no_drift}")
+            trained += textwrap.wrap(f"drift not measured: {self.no_drift}", WIDTH - 13)
+        starts = ["eval mode", *[""] * (len(evaluated) - 1), "train mode", *[""] * len(trained)]
+        lines = [f"{start:13}{line}" for start, line in zip(starts, evaluated + trained, strict=False)]
         return "\n".join(lines).replace(_TOGETHER, " ")
 
     @property
     def inputs(self) -> str:
-        """How many were compared, and of what size: "32 images of 3x224x224"."""
+        """The number and size of the compared inputs: "32 images of 3x224x224"."""
         return self._of_size(self.samples)
 
     @property
     def drift_inputs(self) -> str:
-        """How many the drift was measured on, and of what size: "the first 64 images of 3x224x224"."""
+        """The inputs on which the drift was measured: "the first 64 images of 3x224x224"."""
         return ("the first " if self.drift_samples < self.samples else "") + self._of_size(self.drift_samples)
 
     def _of_size(self, count: int) -> str:
@@ -95,7 +95,7 @@ class EquivalenceReport:
         return counted(count, what) + (f" of {'x'.join(map(str, self.shape))}" if self.shape is not None else "")
 
     def place(self) -> str:
-        """`worst` in words: "image 3, index [281], counted from 0"; empty where there is no difference."""
+        """`worst` in words: "image 3, index [281], counted from 0"; empty without a difference."""
         if self.worst is None:
             return ""
         output, image, *index = self.worst
@@ -103,7 +103,7 @@ class EquivalenceReport:
         return f"image {image}, index {list(index)}{which}, counted from 0"
 
     def within(self, tolerance: float) -> bool:
-        """Whether the outputs differ by at most `tolerance` of the largest; 0 asks for the same bits."""
+        """Whether the outputs differ by at most `tolerance` of the largest; 0 requires the same bits."""
         return self.bit_identical or (tolerance > 0 and self.max_rel <= tolerance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,19 +120,26 @@ def verify(
 ) -> EquivalenceReport:
     """Compare `candidate` with `reference` on `batches`, in eval mode, and measure the candidate's train-mode drift.
 
-    Neither network is changed, nor its mode, statistics or torch's random state.
+    Networks, modes, statistics and torch's random state are left as they were.
 
     Args:
-        reference: the original network, or any function that gives its outputs.
+        reference: the original network, or any function with the same outputs.
         batches: as for `insert`.
-        drift_batch_sizes: each at least 2. The drift is measured on all inputs, or the first 64 of more (as many as
-            the largest size, where that is above 64), in as many groups as it takes, the last one full, too: the figure
+        drift_batch_sizes: each at least 2. The drift is measured on all inputs, or on the first 64 if there are more
+            (or as many as the largest size above 64), in groups of that size, of which the last two may overlap. It
             does not depend on how `batches` are cut, nor on the other sizes up to 64.
 
     Raises:
-        CalibrationError: no data, outputs of other shapes or without tensors, NaN or Inf in one network's where the
-            other has a number, or in all of them, or a batch that one of the networks does not take.
-        ValueError: a drift batch size below 2.
+        CalibrationError: there is no data; a network does not take a batch; the outputs differ in shape or hold no
+            tensors; NaN or Inf is in one network's outputs where the other has a number, or everywhere.
+        ValueError: a drift batch size is below 2.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)).eval()
+        >>> batches = torch.randn(32, 3, 16, 16).split(8)
+        >>> report = bnsurgery.verify(model, bnsurgery.insert(model, batches), batches)
+        >>> report.bit_identical, report.max_abs, report.train_drift[2] > report.train_drift[32]
+        (True, 0.0, True)
     """
     sizes = sorted(set(drift_batch_sizes))
     if sizes and sizes[0] < 2:
@@ -146,10 +153,6 @@ def verify(
     return compared.report(*_drift(candidate, compared, sizes))
 
 
-def _wrapped(start: str, text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * 13)
-
-
 def _outputs(model: nn.Module | Callable[..., Any], batch: Inputs) -> list[Tensor]:
     if isinstance(model, nn.Module):
         found = evaluate("verify", model, batch)
@@ -160,7 +163,7 @@ def _outputs(model: nn.Module | Callable[..., Any], batch: Inputs) -> list[Tenso
 
 
 class _Comparison:
-    """Running extremes over the batches, and the first samples with their reference outputs."""
+    """Extremes over the batches so far, and the first samples with their reference outputs."""
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
@@ -192,12 +195,10 @@ class _Comparison:
             self._numbers += want.numel()
             self._finite += int(finite.sum())
             if finite.any():
-                expected64 = want.double()
-                self._scale = max(self._scale, expected64[finite].abs().max().item())
-                difference = (have.double() - expected64).abs().masked_fill(~finite, 0)
-                largest = difference.max().item()
-                if largest > self._max_abs:
-                    self._max_abs = largest
+                self._scale = max(self._scale, want[finite].double().abs().max().item())
+                difference = (have.double() - want.double()).abs().masked_fill(~finite, 0)
+                if difference.max() > self._max_abs:
+                    self._max_abs = difference.max().item()
                     index = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
                     first = index.pop(0) if want.shape[:1] == (count,) else 0
                     self._worst = (number, self.samples + first, *index)
@@ -226,12 +227,10 @@ class _Comparison:
     def report(self, drift: dict[int, float], no_drift: str | None) -> EquivalenceReport:
         if odd := self._numbers - self._finite:
             if not self._finite:
-                raise CalibrationError(
-                    "verify: NaN or Inf is all that the networks put out: look at weights and inputs"
-                )
+                raise CalibrationError("verify: all outputs of the networks are NaN or Inf: look at weights and inputs")
             warnings.warn(
                 f"verify: {thousands(odd)} of {thousands(self._numbers)} numbers in the outputs are NaN or Inf in "
-                "both networks: they were compared, but say little",
+                "both networks: that they are equal says little",
                 BNSurgeryWarning,
                 stacklevel=3,
             )
@@ -252,7 +251,7 @@ class _Comparison:
 
 
 def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> tuple[dict[int, float], str | None]:
-    """By batch size; and why some are missing that the samples would allow, or all."""
+    """The drift by batch size, and the reason why some or all are missing although there are enough samples."""
     drift: dict[int, float] = {}
     if not sizes:
         return drift, None
@@ -268,13 +267,13 @@ def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> tup
         for size in (size for size in sizes if size <= samples.samples):
             squares = [0.0, 0.0]
             last = samples.samples - size
-            for start in (*range(0, last, size), last):  # the last group shares samples with the one before
-                restore()  # every group as the first step
+            for start in (*range(0, last, size), last):  # the last group overlaps the one before
+                restore()  # every group is a first step
                 group, part = slice(start, start + size), samples.take(start, start + size)
                 wanted = [tensor[group].double() for tensor in expected]
                 try:
                     got = [tensor.cpu().double() for tensor in outputs(run("verify", candidate, part))]
-                except CalibrationError as error:  # a batch of one may be all that a network takes
+                except CalibrationError as error:  # some networks only take batches of one
                     return drift, str(error)
                 if [t.shape for t in got] != [t.shape for t in wanted]:
                     shapes = ", ".join(str(tuple(t.shape)) for t in got)
@@ -287,3 +286,21 @@ def _drift(candidate: nn.Module, compared: _Comparison, sizes: list[int]) -> tup
                 return drift, "the reference's outputs are zero"
             drift[size] = (squares[0] / squares[1]) ** 0.5
     return drift, compared.obstacle if any(samples.samples < size <= compared.samples for size in sizes) else None
+
+
+def statistics_for(batch_size: int, drift: Callable[[], float]) -> tuple[str, str]:
+    """The mode for `set_statistics_` and the reason: "running" below 4 images, "batch" from 32, else by the drift.
+
+    Args:
+        batch_size: images a step, over all processes that share their statistics.
+        drift: measures ‖train − eval‖₂/‖eval‖₂ of the outputs at that batch size; only called if it decides.
+
+    References: Ioffe 2017, arXiv:1702.03275 (renorm for small batches); Wu & Johnson 2021, arXiv:2105.07576.
+    """
+    if batch_size < 4:
+        return "running", f"a batch of {batch_size} is too small for statistics"
+    if batch_size >= 32:
+        return "batch", f"a batch of {batch_size} is large enough"
+    measured, limit = drift(), 0.2  # above it, a small batch's statistics change the function too much
+    text = f"batches of {batch_size} drift by {percent(measured, '.3g')}"
+    return ("renorm", f"{text}, above {percent(limit, 'g')}") if measured > limit else ("batch", text)

@@ -1,5 +1,4 @@
-"""Edits of a network, most of which keep what it computes: BatchNorm goes in, and comes out again.
+"""Edits of a network: BatchNorm in and out, ReLUs into the norms and back, torch's layers, another head.
 
-ReLUs go into the norms, and back; torch's own layers or another head take a layer's place. The copies and the module
-tree that edits are made on are here, too.
+The copies that are edited and the edits of the module tree are here, too.
 """

@@ -1,4 +1,4 @@
-"""Copies of a model: of everything, or without its weights."""
+"""Copies of a model, with or without its weights."""
 
 import copy
 import gc
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from bnsurgery.errors import BNSurgeryError
 
 T = TypeVar("T")
-_ATOMS = (type, ModuleType, FunctionType, BuiltinFunctionType)  # what deepcopy gives back as it is
+_ATOMS = (type, ModuleType, FunctionType, BuiltinFunctionType)  # deepcopy does not copy these
 
 
 def independent(model: T) -> T:
-    """A copy that shares nothing, of a model or several; what it keeps of a forward pass has no history there.
+    """A copy of a model, or of several, that shares nothing; tensors stored by a forward pass lose their history.
 
     Raises:
-        BNSurgeryError: it cannot be copied.
+        BNSurgeryError: the model cannot be copied.
     """
     return _copy(model, {})
 
 
 def sharing_tensors(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are the model's own: editing the tree costs no memory.
+    """A copy of the module tree with the model's own parameters and buffers, which costs no memory.
 
     Raises:
         BNSurgeryError: as `independent`.
@@ -33,7 +33,7 @@ def sharing_tensors(model: nn.Module) -> nn.Module:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy whose state dict is on the meta device. Buffers outside the state dict are copied for real.
+    """A copy with its state dict on the meta device. Buffers outside the state dict are real copies.
 
     Raises:
         BNSurgeryError: as `independent`.
@@ -52,15 +52,16 @@ def _copy(model: T, memo: dict[int, Any]) -> T:
             return copy.deepcopy(model, {**_computed(model), **memo})
     except (RuntimeError, TypeError) as error:
         raise BNSurgeryError(
-            f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}. Does it hold what "
-            "belongs to the process, such as a lock or a file? Take that out first."
+            f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}. Does it hold "
+            "something of the process, such as a lock or a file? Remove that first."
         ) from error
 
 
 def _computed(model: object) -> dict[int, Tensor]:
-    """For deepcopy, which refuses tensors with a gradient history: what pruning leaves, or code that keeps outputs.
+    """Detached copies of all tensors with a gradient history, which deepcopy refuses, by id.
 
-    Anywhere in the model: in lists and dicts, in other objects, and in those whose methods are its hooks.
+    Pruning leaves such tensors, and so does code that stores outputs: in lists, dicts and other objects, also those
+    whose methods are hooks.
     """
     found: dict[int, Tensor] = {}
     seen: dict[int, Any] = {}
@@ -69,7 +70,7 @@ def _computed(model: object) -> dict[int, Tensor]:
         item = waiting.pop()
         if id(item) in seen or isinstance(item, _ATOMS):
             continue
-        seen[id(item)] = item  # kept, or another could get its id
+        seen[id(item)] = item  # kept alive, or another object could get its id
         if isinstance(item, Tensor) and not item.is_leaf:
             found[id(item)] = item.detach().clone()
         elif not isinstance(item, Tensor):

@@ -1,13 +1,13 @@
-"""The output layer of a classifier: find it, and put a new one there for another number of classes."""
+"""The output layer of a classifier: find it, and replace it for another number of classes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.graph.layer_kinds import LAYERS, Layer
+from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.graph.tracing import Trace
 from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import with_article
@@ -21,11 +21,11 @@ def find_head(model: nn.Module, shape: Sequence[int] | Inputs | None = None) -> 
     """The fqn of the one conv or dense layer with no other between it and the output.
 
     Args:
-        shape: of one input, (C, H, W), or an input; code that looks at its input's shape cannot be followed without.
+        shape: the shape of one input, (C, H, W), or an input, for code that looks at its input's shape.
 
     Raises:
         UntraceableModelError: the forward pass cannot be followed.
-        BNSurgeryError: there is none, or more than one, or a norm stands behind it.
+        BNSurgeryError: there is none, or more than one, or it is followed by a norm.
     """
     example = shape if shape is None or isinstance(shape, Inputs) else Inputs((torch.zeros(1, *shape),))
     trace = Trace(model, example)
@@ -38,13 +38,13 @@ def find_head(model: nn.Module, shape: Sequence[int] | Inputs | None = None) -> 
         got = ", ".join(f"'{name}'" for name in heads[:4]) or "none that is not normalized"
         raise BNSurgeryError(
             f"head: {type(model).__name__}: got {got}, expected one output layer. A classifier ends in one conv or "
-            "dense layer without a BatchNorm: fold one away that stands there (bnsurgery fold)."
+            "dense layer without a BatchNorm: fold a BatchNorm behind it first."
         )
     return heads[0]
 
 
 def outputs_of(layer: nn.Module) -> int:
-    """How many classes a head tells apart."""
+    """The number of output channels of a conv or dense layer: of a head, its classes."""
     assert isinstance(layer, LAYERS)
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
@@ -56,7 +56,13 @@ def replace_head_(model: nn.Module, name: str, classes: int, seed: int = 0) -> N
         raise BNSurgeryError(
             f"head: '{name}' of {type(model).__name__} is {with_article(type(old).__name__)}, not the layer expected"
         )
-    new = _like(old, classes)
+    kind: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+    with torch.random.fork_rng(devices=[]):  # torch initializes the weights, which are overwritten
+        if isinstance(old, nn.Linear):
+            new: Any = nn.Linear(old.in_features, classes, **kind)
+        else:
+            shape = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
+            new = cast(Any, type(old))(old.in_channels, classes, *shape, padding_mode=old.padding_mode, **kind)
     if not old.weight.is_meta:
         with torch.no_grad():
             generator = torch.Generator().manual_seed(seed)
@@ -64,13 +70,3 @@ def replace_head_(model: nn.Module, name: str, classes: int, seed: int = 0) -> N
             if new.bias is not None:
                 new.bias.zero_()
     replace(model, old, new.train(old.training))
-
-
-def _like(old: Layer, classes: int) -> Layer:
-    kind: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-    with torch.random.fork_rng(devices=[]):  # torch initializes what is overwritten at once
-        if isinstance(old, nn.Linear):
-            return nn.Linear(old.in_features, classes, **kind)
-        conv: Any = type(old)
-        shape = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
-        return conv(old.in_channels, classes, *shape, padding_mode=old.padding_mode, **kind)

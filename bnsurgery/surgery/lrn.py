@@ -1,4 +1,4 @@
-"""Local response normalization (AlexNet 2012): take it out for BatchNorm to replace it. This changes the function."""
+"""Local response normalization (AlexNet 2012): remove it, which changes the function, for BatchNorm to replace it."""
 
 import warnings
 from collections.abc import Iterable
@@ -17,10 +17,10 @@ from .module_tree import replace
 
 
 def without_lrn(model: nn.Module) -> nn.Module:
-    """A copy without its LRN layers that has the model's own parameters and buffers.
+    """A copy without the LRN layers that has the model's own parameters and buffers.
 
     Raises:
-        BNSurgeryError: it has no such layer.
+        BNSurgeryError: the model has no such layer.
     """
     without = sharing_tensors(model)
     drop_lrn_(without, find_lrn(model))
@@ -28,20 +28,20 @@ def without_lrn(model: nn.Module) -> nn.Module:
 
 
 def drop_lrn_(model: nn.Module, names: Iterable[str]) -> None:
-    """Put an `nn.Identity` in the place of each named layer, so that all keys and numbers stay.
+    """Replace each named layer by an `nn.Identity`, which keeps all keys.
 
     Raises:
-        BNSurgeryError: there is none.
+        BNSurgeryError: `names` is empty.
     """
     layers = [model.get_submodule(name) for name in names]
     if not layers:
-        raise BNSurgeryError(f"insert: drop_lrn: {type(model).__name__} has no LocalResponseNorm layer: leave it out")
+        raise BNSurgeryError(f"insert: {type(model).__name__} has no LocalResponseNorm layer: leave `drop_lrn` out")
     for layer in layers:
         replace(model, layer, nn.Identity().train(layer.training))
 
 
 def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, dropped: int) -> None:
-    """Say by how much the outputs change without the LRN layers, as ‖without − with‖₂/‖with‖₂ on `example`."""
+    """Warn of the change of the outputs without the LRN layers, ‖without − with‖₂/‖with‖₂ on `example`."""
     before, after = (evaluate("insert", network, example) for network in (model, without))
     change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
     size = sum(a.cpu().double().square().sum().item() for a in before)
@@ -49,7 +49,7 @@ def warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, droppe
     warnings.warn(
         f"{counted(dropped, 'LocalResponseNorm layer')} dropped, which changes the function: the "
         f"outputs move by {percent(moved, '.3g')} on the first calibration batch. "
-        "What is inserted keeps the function of the network without them; fine-tune it.",
+        "The insertion keeps the function of the network without them; fine-tune it.",
         BNSurgeryWarning,
         stacklevel=3,
     )

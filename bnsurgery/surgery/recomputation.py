@@ -1,8 +1,8 @@
-"""Less memory in training: what a BatchNorm puts out is computed again in the backward, not kept until then.
+"""Train with less memory: the outputs of the BatchNorm layers are not kept but recomputed in the backward.
 
 Autograd keeps a norm's input x for the norm, and y = relu(norm(x)) for the layers behind: as many numbers twice. Hooks
-for saved tensors see all that is kept while a network runs; a y, known by its storage and version, is replaced by x,
-which is kept anyway, and the norm as it was. Of a norm that takes its input, its output and its `forward`.
+for saved tensors see everything that autograd keeps; a y, recognised by its storage and version, is replaced by x,
+which is kept anyway, and a copy of the norm. A norm needs no more than an input, an output and `forward` for that.
 """
 
 import copy
@@ -22,21 +22,21 @@ from bnsurgery.nn.batchnorm import Insertable
 
 
 def recompute_activations_(bn_model: nn.Module, enabled: bool = True) -> None:
-    """Let `bn_model` train in about the memory of the network without BatchNorm, for one more forward of the norms.
+    """Let `bn_model` train in about the memory of the network without BatchNorm, for a second forward of the norms.
 
-    In train mode autograd then keeps the input of each BatchNorm of `bnsurgery.nn` but not its output, nor that of an
-    `nn.ReLU` behind it: the backward computes them again, by the statistics of that forward, and frees them. Outputs,
+    In train mode autograd keeps the input of each BatchNorm of `bnsurgery.nn`, but not its output, nor that of an
+    `nn.ReLU` behind it: the backward recomputes them with the statistics of that forward, and frees them. Outputs,
     gradients (of any order) and running statistics are the same bits.
 
-    It works in calls of `bn_model`, or of what wraps it. Kept as ever is what functions such as `F.relu` put out, and
-    everything in eval mode, under `torch.no_grad`, `torch.compile` (which has a choice of its own), `torch.func` and
-    inside a gradient checkpoint. Other hooks for saved tensors around the whole network, such as a non-reentrant
-    checkpoint's, have no effect. Norms with a process group exchange their statistics once more in the backward. Copies
-    and pickles keep the setting; `save`, `fold` and `to_torch` do not. Not run on a GPU yet.
+    It works in calls of `bn_model` or its wrapper. Outputs of functions such as `F.relu` are kept as usual, and so is
+    everything in eval mode, under `torch.no_grad`, `torch.compile` (which chooses itself), `torch.func` and inside a
+    gradient checkpoint. Other hooks for saved tensors around the whole network, such as those of a non-reentrant
+    checkpoint, have no effect. Norms with a process group exchange their statistics again in the backward. Copies and
+    pickles keep the setting; `save`, `fold` and `to_torch` do not. Not run on a GPU yet.
 
     Args:
-        bn_model: a network with layers of `bnsurgery.nn`. Layers that come in later need another call,
-            and `fuse_relu_` comes before this, for it does not touch ReLUs with hooks.
+        bn_model: a network with layers of `bnsurgery.nn`. Layers that are added later need another call. Call
+            `fuse_relu_` before this: it refuses ReLUs with hooks.
         enabled: False ends it.
 
     Raises:
@@ -44,6 +44,12 @@ def recompute_activations_(bn_model: nn.Module, enabled: bool = True) -> None:
             changed in place after the forward.
 
     References: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174, section 4.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)).eval()
+        >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)]).train()
+        >>> bnsurgery.recompute_activations_(bn_model)
+        >>> bn_model(torch.randn(8, 3, 16, 16)).sum().backward()
     """
     norms = [module for module in bn_model.modules() if isinstance(module, Insertable)]
     if not norms:
@@ -73,12 +79,12 @@ def keep_activations_(model: nn.Module) -> None:
 
 
 def recomputes(model: nn.Module) -> bool:
-    """Whether `recompute_activations_` is at work in `model`."""
+    """Whether `recompute_activations_` is active in `model`."""
     return any(hook in _HOOKS for module in model.modules() for hook in module._forward_hooks.values())
 
 
 class _Kept:
-    """What autograd keeps of one tensor: the tensor, or how to compute it again."""
+    """A tensor that autograd keeps, or a function that recomputes it."""
 
     again: Callable[[], Tensor] | None = None
 
@@ -89,7 +95,7 @@ class _Kept:
     def unpack(self) -> Tensor:
         if self.again:
             return self.again()
-        if self.tensor._version != self.version:  # torch itself looks only where there are no hooks
+        if self.tensor._version != self.version:  # torch checks it only without hooks
             raise BNSurgeryError(
                 f"backward: a tensor of shape {tuple(self.tensor.shape)}, which the gradient needs, was changed in "
                 "place after the forward: change it after the backward, or change a copy"
@@ -98,7 +104,7 @@ class _Kept:
 
 
 class _Output:
-    """An output of `norm`, and how to compute it again from its input, which autograd keeps in `source`."""
+    """An output of `norm`, which is recomputed from its input, which autograd keeps in `source`."""
 
     value: Tensor | None = None
     uses = left = 0
@@ -106,18 +112,21 @@ class _Output:
     def __init__(self, norm: Any, input: Tensor, source: _Kept, output: Tensor) -> None:
         self.norm, self.source, self.input_layout = norm, weakref.ref(source), _layout(input)
         self.parameters = [_Kept(parameter) for parameter in norm._parameters.values() if parameter is not None]
-        self.autocast = _autocast(output.device.type)
+        device = output.device.type
+        self.autocast: AbstractContextManager[Any] = nullcontext()
+        if torch.amp.is_autocast_available(device):  # as it is set now
+            self.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self.layout, self.storage = _layout(output), StorageWeakRef(output.untyped_storage())
 
     def with_relu(self, output: Tensor) -> "_Output":
-        """The same of `output`, which a ReLU made of this one."""
+        """The `_Output` of a ReLU on this one."""
         new = copy.copy(self)
         new.norm, new.uses, new.storage = copy.copy(self.norm), 0, StorageWeakRef(output.untyped_storage())
         new.norm.activation = "relu"
         return new
 
     def stand_in(self, kept: _Kept) -> bool:
-        """Let `kept`, this output or a view of it, be computed again; False if autograd no longer keeps the input."""
+        """Recompute `kept`, this output or a view of it, on use; False if autograd no longer keeps the input."""
         source, layout = self.source(), _layout(kept.tensor)
         if source is None:
             return False
@@ -127,7 +136,7 @@ class _Output:
 
     @torch.no_grad()
     def _compute(self, source: _Kept) -> Tensor:
-        """Once for all uses: from the first of them to the last."""
+        """The recomputed output, which is kept from its first use to its last."""
         if self.value is None:
             for parameter in self.parameters:
                 parameter.unpack()
@@ -141,12 +150,12 @@ class _Output:
 
 
 class _Forward(saved_tensors_hooks):
-    """One call of a network: the outputs that can be computed again, and what was kept since the last of them."""
+    """One call of a network: the outputs that can be recomputed, and the tensors kept since the last of them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(self._pack, _Kept.unpack)
         self.model = model
-        self.module: nn.Module | None = None  # the norm that is being called, and as it was before
+        self.module: nn.Module | None = None  # the norm that is being called, and its copy from before
         self.norm: nn.Module | None = None
         self.outputs: dict[Any, _Output] = {}
         self.kept: list[_Kept] = []
@@ -163,7 +172,7 @@ class _Forward(saved_tensors_hooks):
         return kept
 
     def add(self, tensor: Tensor, output: _Output) -> None:
-        """From now on `tensor` is computed again, and so is what its own layer kept of it."""
+        """Recompute `tensor` from now on, also where its own layer kept it."""
         key = _key(tensor)
         self.outputs[key] = output
         for kept in self.kept:
@@ -181,7 +190,7 @@ def _enter(model: nn.Module, args: Any) -> None:
 
 
 def _exit(model: nn.Module, *args: Any) -> None:
-    while _current() and any(forward.model is model for forward in _threads.forwards):  # and what Ctrl-C left behind
+    while _current() and any(forward.model is model for forward in _threads.forwards):  # also after Ctrl-C
         _threads.forwards.pop().__exit__()
 
 
@@ -215,21 +224,21 @@ _threads = threading.local()
 
 
 def _current() -> _Forward | None:
-    """The call that this thread is in, if any."""
+    """The innermost call of a network in this thread, if any."""
     forwards = None if _elsewhere() else vars(_threads).get("forwards")
     return forwards[-1] if forwards else None
 
 
 def _elsewhere() -> bool:
-    """Whether a compiler, a tracer or a torch.func transform is at work, which take no such hooks."""
+    """Whether a compiler, a tracer or a torch.func transform is active: they do not support these hooks."""
     compiling = torch.compiler.is_compiling() or torch._C._is_tracing()
     return compiling or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _key(tensor: Any) -> tuple[int, int, torch.dtype] | None:
-    """Where a tensor's values are, or a view's, and which: the same only for the same. None where there is no storage.
+    """A key that is equal only for the same values in the same storage; None for a tensor without storage.
 
-    Addresses are used again; but not while somebody has a `StorageWeakRef`.
+    Addresses are reused, but not while a `StorageWeakRef` exists.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_inference():
         return None
@@ -241,15 +250,8 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _as_it_is(norm: Any) -> Any:
-    """A copy to compute the same output with: of its buffers it has copies, and those alone that the output needs."""
+    """A copy that computes the same output, with copies of those buffers that the output needs."""
     ghost, by_batch = copy.copy(norm), norm.training and norm.statistics == "batch"
     ghost._parameters = dict(norm._parameters)
     ghost._buffers = {k: None if by_batch or v is None else v.clone() for k, v in norm._buffers.items()}
     return ghost
-
-
-def _autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast as it is set now."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))

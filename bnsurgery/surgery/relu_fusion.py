@@ -1,8 +1,8 @@
-"""Let the norms apply the ReLUs behind them, and give them back: two states of one network."""
+"""Let the norms apply the ReLUs behind them, and undo it."""
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 from torch import nn
 
@@ -17,20 +17,26 @@ from .recomputation import recomputes
 
 
 def fuse_relu_(bn_model: nn.Module) -> None:
-    """Let the BatchNorm layers of `bn_model` apply the ReLUs behind them; an `nn.Identity` stands in the place of each.
+    """Let the BatchNorm layers of `bn_model` apply the ReLUs behind them, which become `nn.Identity`.
 
-    y = max(BN(x), 0) in one pass over the tensor, which a GPU is quicker at. The outputs, all names and the state dict
-    stay as they are, and `unfuse_relu_` undoes it. It takes the ReLUs that `record(bn_model)` names, each used once,
-    right behind its norm; where they are fused already, nothing happens. This package's functions work in both states.
-
-    Tools that build norms anew by their type do not know of such a ReLU and would drop it: call `unfuse_relu_` first.
+    y = max(BN(x), 0) takes one pass over the tensor, which is faster on a GPU. The outputs, all names and the state
+    dict stay as they are, and `unfuse_relu_` undoes it. Fused are the ReLUs that `record(bn_model)` names, each used
+    once, right behind its norm; where they are fused already, nothing happens. All functions of this package work in
+    both states. Tools that rebuild norms by their type would drop such a ReLU: call `unfuse_relu_` first.
 
     Args:
         bn_model: from `insert` or `load`, trained since or not.
 
     Raises:
         BNSurgeryError: the model carries no record, or a norm or its ReLU was changed since the insertion or has hooks,
-            which would see something else; nothing is changed then.
+            which would see other tensors; nothing is changed then.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)).eval()
+        >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)])
+        >>> bnsurgery.fuse_relu_(bn_model)
+        >>> bn_model[1].activation, bn_model[2]
+        ('relu', Identity())
     """
     take_over_(bn_model, _checked(bn_model, "fuse_relu_", fused=False))
     _note(bn_model, fused=True)
@@ -39,44 +45,51 @@ def fuse_relu_(bn_model: nn.Module) -> None:
 def unfuse_relu_(bn_model: nn.Module) -> None:
     """Undo `fuse_relu_`, or `insert(..., fuse_relu=True)`: every `nn.ReLU` is in its place again, as it was.
 
-    For what looks at a network's layers: converters that freeze or replace norms, taps on pre-activations. Where
-    nothing is fused, nothing happens.
+    For tools that look at layers: converters that freeze or replace norms, hooks on pre-activations. Without fused
+    ReLUs nothing happens.
 
     Args:
         bn_model: from `insert` or `load`, trained since or not.
 
     Raises:
         BNSurgeryError: as `fuse_relu_`.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)).eval()
+        >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)], fuse_relu=True)
+        >>> bnsurgery.unfuse_relu_(bn_model)
+        >>> bn_model[1].activation, bn_model[2]
+        (None, ReLU())
     """
     give_back_(bn_model, _checked(bn_model, "unfuse_relu_", fused=True))
     _note(bn_model, fused=False)
 
 
 def _note(bn_model: nn.Module, *, fused: bool) -> None:
-    done = record(bn_model)
-    attach_record(bn_model, replace(done, options=replace(done.options, fuse_relu=fused)))
+    old = record(bn_model)
+    attach_record(bn_model, replace(old, options=replace(old.options, fuse_relu=fused)))
 
 
 def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
     """`fuse_relu_` at those of `sites` that are not fused; hooks and the record stay as they are.
 
     Raises:
-        BNSurgeryError: as `is_fused`, or a norm is not ours or a ReLU none; nothing is changed then.
+        BNSurgeryError: as `is_fused`, or a norm or ReLU was replaced; nothing is changed then.
     """
     sites = [site for site in sites if site.relu is not None and not is_fused(model, site)]
     for site in sites:
-        norm, relu = model.get_submodule(site.norm), _relu(model, site)
-        if not isinstance(norm, Insertable):
-            raise BNSurgeryError(
-                f"fuse_relu_: '{site.norm}' is {with_article(type(norm).__name__)} now, expected our BatchNorm"
-            )
-        if type(relu) is not nn.ReLU:
-            raise BNSurgeryError(
-                f"fuse_relu_: '{site.relu}' is {with_article(type(relu).__name__)} now, expected an nn.ReLU"
-            )
+        norm, relu = _norm_and_relu(model, site)
+        for name, module, expected, sound in (
+            (site.norm, norm, "a BatchNorm of bnsurgery.nn", isinstance(norm, Insertable)),
+            (site.relu, relu, "an nn.ReLU", type(relu) is nn.ReLU),
+        ):
+            if not sound:
+                got = with_article(type(module).__name__)
+                raise BNSurgeryError(f"fuse_relu_: '{name}' is {got} now, expected {expected}")
     for site in sites:
-        _norm(model, site).activation = "relu"
-        _relu(model, site).__class__ = nn.Identity  # the same object: with its settings, names, mode and hooks
+        norm, relu = _norm_and_relu(model, site)
+        norm.activation = "relu"
+        relu.__class__ = nn.Identity  # the same object keeps its settings, names, mode and hooks
 
 
 def give_back_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
@@ -86,20 +99,21 @@ def give_back_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
         BNSurgeryError: as `is_fused`; nothing is changed then.
     """
     for site in [site for site in sites if is_fused(model, site)]:
-        _norm(model, site).activation = None
-        _relu(model, site).__class__ = nn.ReLU
+        norm, relu = _norm_and_relu(model, site)
+        norm.activation = None
+        relu.__class__ = nn.ReLU
 
 
 def is_fused(model: nn.Module, site: InsertedSite) -> bool:
     """Whether the norm of `site` applies its ReLU now.
 
     Raises:
-        BNSurgeryError: the norm and the ReLU's place do not go together: another tool changed one of them.
+        BNSurgeryError: the norm and the ReLU's place do not match: another tool changed one of them.
     """
     if site.relu is None:
         return False
     try:
-        norm, place = model.get_submodule(site.norm), _relu(model, site)
+        norm, place = _norm_and_relu(model, site)
     except AttributeError as error:
         raise BNSurgeryError(f"the model was changed since the insertion: {error}") from None
     applied, gone = getattr(norm, "activation", None) == "relu", type(place) is nn.Identity
@@ -117,14 +131,14 @@ def is_fused(model: nn.Module, site: InsertedSite) -> bool:
 
 
 def _checked(model: nn.Module, caller: str, fused: bool) -> list[InsertedSite]:
-    """The sites with a ReLU that is `fused` or not, none of whose parts anybody looks at."""
+    """The sites whose ReLU is `fused` or not, after a check that none of their modules has hooks."""
     try:
         sites = [site for site in record(model).sites if site.relu is not None and is_fused(model, site) == fused]
     except BNSurgeryError as error:
         raise BNSurgeryError(f"{caller}: {error}") from None
     if sites and recomputes(model):
         raise BNSurgeryError(
-            f"{caller}: recompute_activations_ is at work in this network, which looks at norms and ReLUs. Call "
+            f"{caller}: recompute_activations_ is active in this network, with hooks on norms and ReLUs. Call "
             f"recompute_activations_(model, False), then {caller}(model), then recompute_activations_(model)"
         )
     for site in sites:
@@ -132,13 +146,9 @@ def _checked(model: nn.Module, caller: str, fused: bool) -> list[InsertedSite]:
         names = [site.norm, str(site.relu), *([carrier] if isinstance(model.get_submodule(carrier), Normed) else [])]
         hooked = next((name for name in names if is_hooked(model.get_submodule(name))), None)
         if hooked is not None:
-            raise BNSurgeryError(f"{caller}: '{hooked}' has hooks, which would see something else: remove them first")
+            raise BNSurgeryError(f"{caller}: '{hooked}' has hooks, which would see other tensors: remove them first")
     return sites
 
 
-def _norm(model: nn.Module, site: InsertedSite) -> Insertable:
-    return cast(Insertable, model.get_submodule(site.norm))
-
-
-def _relu(model: nn.Module, site: InsertedSite) -> nn.Module:
-    return model.get_submodule(str(site.relu))
+def _norm_and_relu(model: nn.Module, site: InsertedSite) -> tuple[Any, Any]:
+    return model.get_submodule(site.norm), model.get_submodule(str(site.relu))

@@ -1,4 +1,4 @@
-"""The same network in torch.nn's own layers, for tools that look at types."""
+"""An inserted network in torch.nn's own layers, for tools that look at types."""
 
 from collections.abc import Callable
 
@@ -27,49 +27,48 @@ _TORCH: dict[type, type[nn.modules.batchnorm._BatchNorm]] = {
 def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lambda site: True) -> nn.Module:
     """A copy of `bn_model` whose BatchNorm and ReLU layers are torch.nn's own classes, with the same parameters.
 
-    For what recognises layers by their exact type: quantization-aware training with torch.ao, `torch.fx`'s fusion,
-    `SyncBatchNorm.convert_sync_batchnorm`. A ReLU that a norm applies is an `nn.ReLU` in its place again; a layer that
-    carries its norm (outside of a `nn.Sequential`) becomes `nn.Sequential(layer, norm)`, so there its keys gain a
-    `0.`, its norm's a `1.` in place of `norm.`. Norms over the last dimension, for which torch has no class, are
-    folded into their layer. Statistics modes and process groups are left behind, and so is the record.
+    For tools that recognise layers by their exact type: quantization-aware training with torch.ao, `torch.fx`'s fusion,
+    `SyncBatchNorm.convert_sync_batchnorm`. A ReLU that a norm applies becomes an `nn.ReLU` again; a layer with its norm
+    inside (outside a `nn.Sequential`) becomes `nn.Sequential(layer, norm)`, where its keys gain a `0.` and its norm's
+    have `1.` instead of `norm.`. Norms over the last dimension, for which torch has no class, are folded. Statistics
+    modes, process groups and the record are dropped.
 
     Args:
         bn_model: from `insert` or `load`, trained since or not; not changed.
-        keep: of each site, whether its norm stays; else it is folded.
+        keep: whether the norm of a site stays; else it is folded.
 
     Raises:
         FoldError: a norm that has to be folded cannot be.
         BNSurgeryError: the model carries no record, a fused ReLU is lost, or a layer with its norm inside has forward
             hooks.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)).eval()
+        >>> stock = bnsurgery.to_torch(bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)]))
+        >>> type(stock[1]) is nn.BatchNorm2d
+        True
     """
-    done, model = record(bn_model), independent(bn_model)
+    sites, model = record(bn_model).sites, independent(bn_model)
     keep_activations_(model)
-    give_back_(model, done.sites)
-    kept: list[InsertedSite] = []
-    folded: list[InsertedSite] = []
-    for site in done.sites:
-        last_dim = isinstance(model.get_submodule(site.norm), LastDimBatchNorm1d)
-        (kept if keep(site) and not last_dim else folded).append(site)
-    found = [  # before any edit: what is folded renumbers what is behind it
-        (
-            model.get_submodule(site.norm),
-            model.get_submodule(site.norm.rpartition(".")[0]),
-            model.get_submodule(site.layer),
-            site,
-        )
-        for site in kept
-    ]
+    give_back_(model, sites)
+    found, folded = [], []
+    for site in sites:
+        norm = model.get_submodule(site.norm)
+        if keep(site) and not isinstance(norm, LastDimBatchNorm1d):  # modules: folding renumbers those behind
+            parent = model.get_submodule(site.norm.rpartition(".")[0])
+            found.append((norm, parent, model.get_submodule(site.layer), site))
+        else:
+            folded.append(site)
     fold_(model, folded)
-    for norm in [module for module in model.modules() if type(module) in _TORCH]:
-        if all(norm is not inserted for inserted, *_ in found):  # the network's own
-            replace(model, norm, _stock(norm, int(vars(norm)["num_features"])))
+    inserted = {norm for norm, *_ in found}
+    for norm in [module for module in model.modules() if type(module) in _TORCH and module not in inserted]:
+        replace(model, norm, _stock(norm, int(vars(norm)["num_features"])))  # the network came with it
     for norm, parent, layer, site in found:
         stock = _stock(norm, site.site.channels)
         if isinstance(parent, Normed):
             if parent._forward_hooks:
-                raise BNSurgeryError(
-                    f"to_torch: '{site.layer}' has forward hooks, which run behind its norm: remove them first"
-                )
+                hooked = f"'{site.layer}' has forward hooks, which run behind its norm"
+                raise BNSurgeryError(f"to_torch: {hooked}: remove them first")
             detach_(parent)
             replace(model, parent, nn.Sequential(parent, stock).train(parent.training))
         else:

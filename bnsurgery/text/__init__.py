@@ -1,1 +1,1 @@
-"""Values as text, and back: tables for the terminal, and JSON, of which nothing is believed."""
+"""Values to text and back: numbers, tables for the terminal, and untrusted JSON."""

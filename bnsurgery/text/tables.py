@@ -1,20 +1,20 @@
 """Plain-text tables for the terminal."""
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 from .words import thousands
 
-WIDTH = 80  # columns of a terminal that nobody has widened
-_FULL = 1e6  # below, a number is written out
-_NO_NUMBER = ("–", "diverges")  # what may stand in a column of numbers
-_LONGEST = 400  # characters of a text: names can come from a stranger's file
-_SHORTEST = 12  # columns that even a crowded table leaves to a text
+WIDTH = 80  # columns of a terminal
+_NO_NUMBER = ("–", "diverges")  # allowed in a column of numbers
+_LONGEST = 400  # characters of a text: names can come from an untrusted file
+_SHORTEST = 12  # columns: no text is wrapped to fewer
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns two spaces apart; those that hold only numbers, but for the first, are aligned right.
+    """Columns two spaces apart. All but the first are aligned right if they hold only numbers.
 
-    What is wider than 80 columns has its longest texts wrapped.
+    The longest texts of a table wider than 80 columns are wrapped.
     """
     cells = [[cell_text(cell) for cell in row] for row in rows]
     numeric = [i > 0 and bool(cells) and all(is_number(row[i]) for row in cells) for i in range(len(headers))]
@@ -23,10 +23,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         widths[widths.index(max(widths))] -= 1
 
     def lines(values: Sequence[str]) -> list[str]:
-        parts = [_wrap(value, width) for value, width in zip(values, widths, strict=True)]
         found = []
-        for i in range(max(len(part) for part in parts)):
-            row = [part[i] if i < len(part) else "" for part in parts]
+        for row in zip_longest(*map(_wrap, values, widths), fillvalue=""):
             pads = (v.rjust(w) if right else v.ljust(w) for v, w, right in zip(row, widths, numeric, strict=True))
             found.append("  ".join(pads).rstrip())
         return found
@@ -36,17 +34,19 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def cell_text(cell: object) -> str:
-    """A value as it stands in a table: three significant digits of a number, a dash for None."""
+    """A value as shown in a table: a dash for None, three significant digits of a float, all of one in 100 to 1e6."""
     if cell is None:
         return "–"
-    text = _digits(cell) if isinstance(cell, float) else thousands(cell) if isinstance(cell, int) else str(cell)
-    # Names can come from a stranger's file: nothing in them may steer the terminal.
+    if isinstance(cell, float) and not 100 <= abs(cell) < 1e6:
+        return f"{cell:#.3g}"
+    text = thousands(cell) if isinstance(cell, (int, float)) else str(cell)
+    # Names can come from an untrusted file: nothing in them may control the terminal.
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell's text is a number, with or without a percent sign, or stands for a missing one."""
+    """Whether a cell's text is a number, with or without a percent sign, or marks a missing one."""
     try:
         float(text.rstrip("% ").replace(",", ""))
     except ValueError:
@@ -54,13 +54,8 @@ def is_number(text: str) -> bool:
     return True
 
 
-def _digits(value: float) -> str:
-    """Three significant digits, in full up to a million."""
-    return thousands(value) if 100 <= abs(value) < _FULL else f"{value:#.3g}"
-
-
 def _wrap(text: str, width: int) -> list[str]:
-    """The text in lines of at most `width`: broken at spaces, behind a dot or underscore, or else anywhere."""
+    """The text in lines of at most `width`, broken at spaces, after one of `._/`, or else anywhere."""
     found = []
     while len(text) > width:
         ends = [text.rfind(" ", 0, width + 1), *(text.rfind(c, 0, width) + 1 for c in "._/")]

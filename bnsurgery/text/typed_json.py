@@ -1,4 +1,4 @@
-"""Read JSON into frozen dataclasses, believing nothing."""
+"""Read untrusted JSON into frozen dataclasses."""
 
 import json
 import types
@@ -10,10 +10,10 @@ from bnsurgery.errors import CheckpointError, printable, shown
 
 
 def loads(text: str) -> Any:
-    """`json.loads`, but for what a reader could take in two ways: names given twice, and numbers that are none.
+    """Like `json.loads`, but without what readers could understand differently: repeated names, NaN and infinity.
 
     Raises:
-        ValueError: not JSON, NaN or infinite, a name twice, or nested or written too long to be read.
+        ValueError: the text is not JSON, repeats a name, holds NaN or infinity, or is nested or written too long.
     """
     try:
         return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
@@ -24,7 +24,7 @@ def loads(text: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name occurs twice in an object")
     return found
 
 
@@ -33,12 +33,12 @@ def _refuse_constant(name: str) -> None:
 
 
 def parse(expected: Any, value: Any, where: str) -> Any:
-    """`value`, checked against the type `expected` and built into dataclasses and tuples.
+    """Check `value` against the type `expected` and build dataclasses and tuples from it.
 
     Args:
         expected: a dataclass, str, int, float, bool, None, a union, or a tuple or dict of these.
-        value: what `json.loads` gave.
-        where: how to call it in messages.
+        value: the result of `loads`.
+        where: its name in messages.
 
     Raises:
         CheckpointError: a field is missing, unknown, of the wrong type or refused by its dataclass.

@@ -1,23 +1,23 @@
-"""Numbers and nouns as people read them."""
+"""Numbers and nouns in messages and tables."""
 
 _SEPARATED = 10_000  # from here on, thousands are separated
 
 
 def percent(share: float | None, form: str = ".2f") -> str:
-    """A share of 1 in percent, "46.70 %"; `form` is the number's. A dash for None."""
+    """A share of 1 in percent, such as "46.70 %", or a dash for None; `form` formats the number."""
     return "–" if share is None else f"{100 * share:{form}} %"
 
 
 def thousands(number: float) -> str:
-    """A whole number, rounded if it is none: "9999", "10,000"."""
+    """A number rounded to a whole one: "9999", "10,000"."""
     return f"{number:,.0f}" if abs(number) >= _SEPARATED else f"{number:.0f}"
 
 
 def counted(count: int, noun: str) -> str:
-    """As "1 image", "2 images", "0 images", "10,000 images"."""
+    """Such as "1 image", "0 images" or "10,000 images"."""
     return f"{thousands(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def with_article(noun: str) -> str:
-    """As "a Tensor", "an int"; "a UNet", since a name's U is mostly spoken as in "unit"."""
+    """Such as "a Tensor", "an int" or "a UNet": the U of a name is mostly spoken as in "unit"."""
     return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"

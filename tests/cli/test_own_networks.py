@@ -400,7 +400,7 @@ def test_a_bias_that_folding_adds(cli):
     bnsurgery.save(trained, "net.safetensors")
     for command in (["fold", "net.safetensors"], ["export", "net.safetensors", "--to", "onnx"]):
         code, out, err = cli(*command, *own, "--bias", "refuse")
-        assert code == 1 and "'0' has no bias that could take the shift: bias='add' (--bias add)" in err
+        assert code == 1 and "'0' has no bias that could take the shift" in err
     assert not list(Path().glob("net-*"))
     code, out, err = cli("fold", "net.safetensors", *own)
     assert code == 0 and "layer '0' had no bias and got one" in err and "with bias=True in 0" in out, (out, err)

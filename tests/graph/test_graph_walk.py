@@ -86,7 +86,7 @@ def test_layers_of_the_users_own_get_a_norm(in_sequential):
     torch.testing.assert_close(norms[0].running_mean.double(), first.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         norms[0].weight.mul_(2)
-    with pytest.raises(bnsurgery.FoldError, match="Standardized '.*', whose class has a forward of its own"):
+    with pytest.raises(bnsurgery.FoldError, match="Standardized '.*', whose class has a custom forward"):
         fold(bn_model)
 
 
@@ -112,7 +112,7 @@ def test_functions_in_the_middle_of_code_are_left_out_with_advice():
     assert sites(model, X) == ["conv"]
     for name in ("conv2d", "linear"):
         assert "in the middle of Net's forward" in reasons(model, X)[name]
-        assert "make this call one of its own" in reasons(model, X)[name]
+        assert "make this call a module" in reasons(model, X)[name]
 
 
 @pytest.mark.parametrize(

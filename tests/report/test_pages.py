@@ -21,7 +21,7 @@ from bnsurgery.finetune.results import Resolved, Row
 from bnsurgery.pages.glossary import TERMS
 from bnsurgery.report.sites import view_sites
 from bnsurgery.report.strip import boxes
-from bnsurgery.statistics.advice import statistics_for
+from bnsurgery.statistics.verification import statistics_for
 from bnsurgery.text.tables import is_number
 
 
@@ -67,7 +67,7 @@ def test_insertion(insertion_page):
     for heading in ("The network", "Statistics by site", "Pre-activations", "Train-mode drift", "What it costs"):
         assert heading in text
     assert re.search(r"\d+ dead, \d+ near eps, \d+ silent", text)
-    assert "a batch of 2 has no statistics worth the name" in text
+    assert "a batch of 2 is too small for statistics" in text
     assert "activation units" in text and "σ² = eps" in text
 
 

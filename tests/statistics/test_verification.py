@@ -273,7 +273,7 @@ def test_numbers_that_are_not_finite_by_construction(images):
         verify(model, Detector(lambda y: (y - y, odd(y)[1])), [x])
     with pytest.raises(CalibrationError, match="NaN or Inf in the reference's"):
         verify(lambda x: torch.full((4, 2), torch.inf), Detector(lambda y: y.flatten(1)[:, :2] * torch.nan), [x])
-    with pytest.raises(CalibrationError, match="is all that the networks put out"):
+    with pytest.raises(CalibrationError, match="all outputs of the networks are NaN or Inf"):
         verify(lambda x: torch.full((4, 2), torch.nan), Detector(lambda y: y.flatten(1)[:, :2] * torch.nan), [x])
     with pytest.warns(BNSurgeryWarning):
         assert 0 < verify(lambda x: (model(x)[0], model(x)[1] + 1e-6), model, [x]).max_abs < 1e-5

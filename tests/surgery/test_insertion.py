@@ -361,7 +361,7 @@ def test_bad_data_is_refused_and_changes_nothing(batches, error, message, custom
         ({"eps": 0.0}, "eps must be a number above 0"),
         ({"eps": 1e39}, "eps must be a number above 0"),
         ({"momentum": 2.0}, "momentum must be None or between 0 and 1"),
-        ({"absorb_bias": True, "placement": "post-activation"}, "needs placement 'pre-activation'"),
+        ({"absorb_bias": True, "placement": "post-activation"}, "needs `placement='pre-activation'`"),
         ({"layers": "head"}, "layers must be one of"),
         ({"momentum": "a"}, "momentum must be None or between 0 and 1"),
         ({"provenance": {"data": Path("a")}}, "provenance: expected text or a whole number for 'data', got PosixPath"),

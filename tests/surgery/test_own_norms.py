@@ -222,7 +222,7 @@ def test_one_layer_called_twice_with_its_norm_is_folded_once():
 
 def test_code_that_cannot_be_followed():
     model = trained(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Twice(branches)))
-    partly = assert_refused(model, "'2.bn': inside '2' (Twice), whose forward cannot be followed", "example=")
+    partly = assert_refused(model, "'2.bn': inside '2' (Twice), whose forward cannot be followed", "as `example`")
     assert norms(partly) == ["2.bn"]
 
 
@@ -273,8 +273,8 @@ def spoilt(case):
         ("norm hooks", "'1': has hooks, which would be lost"),
         ("parametrized", "'1': cannot be folded into ParametrizedConv2d '0', whose weight is computed"),
         ("replaced", "'1': cannot be folded into Conv2d '0', whose forward was replaced"),
-        ("own class", "'1': is a Scaled, which has a forward of its own"),
-        ("own layer", "'1': cannot be folded into Scaled '0', whose class has a forward of its own"),
+        ("own class", "'1': is a Scaled, which has a custom forward"),
+        ("own layer", "'1': cannot be folded into Scaled '0', whose class has a custom forward"),
         ("not finite", "'1': its parameters or statistics are not finite"),
     ],
 )

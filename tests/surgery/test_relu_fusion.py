@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_before_the_first_edit(images):
         return lambda model: model.__setitem__(place, module)
 
     refused(fuse_relu_, "'5' is a GELU now, expected an nn.ReLU", put(5, nn.GELU()))
-    refused(fuse_relu_, "'4' is a BatchNorm2d now, expected our", put(4, nn.BatchNorm2d(6)))
+    refused(fuse_relu_, "'4' is a BatchNorm2d now, expected a BatchNorm of bnsurgery.nn", put(4, nn.BatchNorm2d(6)))
     refused(fuse_relu_, "'4'.* does not apply the ReLU that '5' stands for", put(5, nn.Identity()))
     refused(fuse_relu_, "the model was changed since", lambda model: model.__delitem__(slice(3, 8)))
     refused(fuse_relu_, "'5' has hooks", lambda model: model[5].register_forward_pre_hook(print))
@@ -279,7 +279,7 @@ def test_fusing_where_activations_are_recomputed(images):
     for change, fused in ((bnsurgery.fuse_relu_, False), (bnsurgery.unfuse_relu_, True)):
         bn_model = bnsurgery.insert(model, [x], fuse_relu=fused)
         bnsurgery.recompute_activations_(bn_model)
-        with pytest.raises(BNSurgeryError, match="recompute_activations_ is at work") as refused:
+        with pytest.raises(BNSurgeryError, match="recompute_activations_ is active") as refused:
             change(bn_model)
         calls = re.findall(r"(\w+_)(\(model(?:, False)?\))", str(refused.value))
         assert len(calls) == 3

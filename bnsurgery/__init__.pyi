@@ -1,0 +1,46 @@
+# Every public name and its module: __init__.py loads each on first use.
+from . import finetune as finetune
+from . import nn as nn
+from . import ops as ops
+from . import report as report
+from .errors import ArchitectureError as ArchitectureError
+from .errors import BNSurgeryError as BNSurgeryError
+from .errors import BNSurgeryWarning as BNSurgeryWarning
+from .errors import CalibrationError as CalibrationError
+from .errors import CheckpointError as CheckpointError
+from .errors import DataError as DataError
+from .errors import ExportError as ExportError
+from .errors import FoldError as FoldError
+from .errors import NonFiniteError as NonFiniteError
+from .errors import NoSitesError as NoSitesError
+from .errors import UntraceableModelError as UntraceableModelError
+from .exports.exporting import Export as Export
+from .exports.exporting import export as export
+from .files.checkpoint import load as load
+from .files.checkpoint import save as save
+from .graph.planning import Plan as Plan
+from .graph.planning import Site as Site
+from .graph.planning import Skip as Skip
+from .graph.planning import plan as plan
+from .networks.onnx_files import from_onnx as from_onnx
+from .networks.prediction import predict as predict
+from .nn import set_process_group_ as set_process_group_
+from .nn import set_statistics_ as set_statistics_
+from .records.record import InsertedSite as InsertedSite
+from .records.record import Options as Options
+from .records.record import SurgeryRecord as SurgeryRecord
+from .records.record import record as record
+from .records.task import Task as Task
+from .statistics.calibration import calibrate as calibrate
+from .statistics.calibration import recalibrate_ as recalibrate_
+from .statistics.moments import ChannelMoments as ChannelMoments
+from .statistics.verification import EquivalenceReport as EquivalenceReport
+from .statistics.verification import verify as verify
+from .surgery.folding import fold as fold
+from .surgery.insertion import insert as insert
+from .surgery.recomputation import recompute_activations_ as recompute_activations_
+from .surgery.relu_fusion import fuse_relu_ as fuse_relu_
+from .surgery.relu_fusion import unfuse_relu_ as unfuse_relu_
+from .surgery.stock import to_torch as to_torch
+
+__version__: str
