@@ -11,7 +11,7 @@ from .reporting import check_report, plot_option, write_report, written
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnsurgery.images.decoding import ImageBatches
+    from bnsurgery.images.batches import ImageBatches
     from bnsurgery.images.preprocessing import Wanted
     from bnsurgery.networks.own_data import OwnBatches
     from bnsurgery.report import Report

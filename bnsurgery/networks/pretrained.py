@@ -11,7 +11,7 @@ from torchvision.models import WeightsEnum
 
 from bnsurgery.errors import ArchitectureError, CheckpointError, UntraceableModelError, printable, shown
 from bnsurgery.files.checkpoint import read_record
-from bnsurgery.files.weights import download, read_weights
+from bnsurgery.files.weights import read_weights
 from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.graph.tracing import Trace, is_layer
 from bnsurgery.images.preprocessing import MAX_SIDE, NOTHING, Preprocessing, Wanted
@@ -21,6 +21,7 @@ from bnsurgery.surgery.copies import sharing_tensors
 from bnsurgery.surgery.folding import strip_
 
 from . import factories
+from .downloads import download
 from .fitting import BEST_FIT, Choice, fill_, find
 
 _CROP = 224

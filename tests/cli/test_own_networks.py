@@ -188,7 +188,7 @@ def test_what_images_go_through_is_said_once(cli):
     assert "bgr, height 12, width 20" in out
 
     code, _, err = cli("insert", *own, *given, *asked[2:])
-    assert (code, "wants scale 255" in err) == (1, True)
+    assert (code, "--scale 255" in err) == (1, True)
     code, _, err = cli("insert", *own, *given, *asked, "--normalize", "none")
     assert (code, "give one or the other" in err) == (1, True)
 

@@ -93,18 +93,18 @@ def test_what_cannot_be_wanted(wanted, message):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"mean": MEAN}, "mean: got 123.68,116.779,103.939, expected 0 to 1, .*wants scale 255, too"),
+        ({"mean": MEAN}, "mean: got 123.68,116.779,103.939, expected 0 to 1, .*needs `scale=255`"),
         ({"mean": (-0.5,)}, "mean: got -0.5,-0.5,-0.5, expected 0 to 1"),
-        ({"mean": (0.5, 0.5)}, "number of means: got 2, expected 3: of red, green and blue"),
+        ({"mean": (0.5, 0.5)}, "number of means: got 2, expected 3, one for each colour"),
         ({"std": (0.5,) * 4}, "number of stds: got 4, expected 3"),
         ({"mean": ()}, "got no number"),
         ({"std": ()}, "got no number"),
         ({"std": (0.0,)}, "std: got 0,0,0, expected 0.001 to 10, as white is 1"),
-        ({"std": (58.0,)}, "std: got 58,58,58, .*wants scale 255, too"),  # of pixels
+        ({"std": (58.0,)}, "std: got 58,58,58, .*needs `scale=255`"),  # of pixels
         ({"scale": 255.0, "std": (0.229, 0.224, 0.225)}, "std: got 0.229,0.224,0.225, expected 0.255 to 2550"),
-        ({"scale": -1.0}, "scale: got -1.0, expected 0.1 to 100000: it is what white becomes"),
+        ({"scale": -1.0}, "scale: got -1.0, expected 0.1 to 100000, such as 1 or 255"),
         ({"scale": 0.0}, "scale: got 0.0"),
-        ({"scale": 1 / 255}, "scale: got 0.0039.*what white becomes, 1, or 255"),  # what others multiply by
+        ({"scale": 1 / 255}, "scale: got 0.0039.*such as 1 or 255"),  # what others multiply by
         *(
             ({name: value}, f"{name}: got {number}")
             for number in ("nan", "inf")
@@ -125,7 +125,7 @@ def test_what_is_wanted_of_a_network_s_own():
     assert Wanted(normalize="imagenet", channels="bgr").of(CAFFE) == Preprocessing(8, 8, 8, channels="bgr")
     assert Wanted(scale=255.0, mean=(127.5,), std=(256.0,)).of(CAFFE).std == (256.0,) * 3
     grey = Preprocessing(8, 8, 8, (0.0,), (1.0,), channels="grey")
-    with pytest.raises(DataError, match="number of means: got 3, expected 1: of the one channel of grey images"):
+    with pytest.raises(DataError, match="number of means: got 3, expected 1, one for each colour of grey images"):
         Wanted(mean=MEAN, scale=255.0).of(grey)
     assert Wanted(scale=255.0, mean=(33.0,)).of(grey) == replace(grey, scale=255.0, mean=(33.0,))
     with pytest.raises(DataError, match="grey images"):
