@@ -48,7 +48,7 @@ def command(
     from bnsurgery.errors import CheckpointError
     from bnsurgery.files.checkpoint import read_record
     from bnsurgery.machine import devices
-    from bnsurgery.networks import pretrained
+    from bnsurgery.networks import interface
     from bnsurgery.records.record import record
 
     if not file.exists():  # nor a link that leads back to itself, which cannot be resolved
@@ -64,7 +64,7 @@ def command(
         bn_model = load_checkpoint(file, model)
         batches = opened(
             data,
-            lambda: pretrained.preprocessing_of(record(bn_model), bn_model, wanted),
+            lambda: interface.preprocessing_of(record(bn_model), bn_model, wanted),
             num_images=num_images,
             batch_size=batch_size,
             seed=seed,

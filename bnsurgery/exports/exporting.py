@@ -21,7 +21,7 @@ from bnsurgery.files.labels import labels, sort_metadata
 from bnsurgery.files.weights import read_tensors
 from bnsurgery.files.writing import atomic_write
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.networks import onnx_files, pretrained
+from bnsurgery.networks import interface, onnx_files
 from bnsurgery.networks.third_party import quiet
 from bnsurgery.records.architectures import Architecture
 from bnsurgery.records.record import SurgeryRecord, state_digest
@@ -167,8 +167,8 @@ def export(
     path = Path(path)
     record = current_record(bn_model)
     _check(to, record, keep_bn, dynamic)
-    preprocessing = preprocessing or pretrained.noted_preprocessing(record)
-    classes = pretrained.classes_of(record)
+    preprocessing = preprocessing or interface.noted_preprocessing(record)
+    classes = interface.classes_of(record)
     inputs = _accepted(bn_model, _example(bn_model, record, example, preprocessing))
     axes = axes_of(inputs, dynamic) if to in _PROGRAMS else []
     stays = keep_bn or to == "torchvision-bn"
@@ -186,7 +186,7 @@ def export(
             _require_same(path, equivalence)
             for axis in dict.fromkeys(name for names in axes for name in names.values()):
                 _require_same(path, compare_doubled(written, bn_model, inputs, axes, axis), f", with {axis} doubled,")
-    origin = "with its BatchNorm" if stays else pretrained.origin(record, folds_back)
+    origin = "with its BatchNorm" if stays else origin_of(record, folds_back)
     gained = () if stays else tuple(gained_biases(bn_model, record.sites).values())
     usage = _usage(to, path, record, keep_bn, gained)
     feed = _feed(inputs, axes, preprocessing, classes, in_file=path.suffix not in _PICKLES)
@@ -231,6 +231,15 @@ def export_folded(
     )
     feed = _feed(inputs, [], None, (), in_file=False)
     return Export(str(path), "state-dict", name, "its own BatchNorm folded", False, equivalence, usage, feed, biases)
+
+
+def origin_of(record: SurgeryRecord, untouched: bool) -> str:
+    """Where a checkpoint's folded weights come from, in words; `untouched` where their digest is the original's."""
+    if untouched:
+        return "the weights it was made from, bit for bit"
+    if record.options.absorb_bias:
+        return "weights equal to those it was made from up to rounding, since biases were absorbed, or trained since"
+    return "trained weights (changed since the insertion)"
 
 
 def _check(to: str, record: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 import bnsurgery
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.networks import factories
-from bnsurgery.networks.pretrained import input_channels
+from bnsurgery.networks.interface import input_channels
 from bnsurgery.records.record import attach_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporters'
@@ -284,7 +284,7 @@ def test_inputs_of_any_kind(net, data, used, size, own_data):
         (["data.py:broken"], 1, "data 'data.py:broken': calling it failed: KeyError: 'lost'"),
         (["data.py:seven"], 1, "expected a function that returns batches"),
         (["data.py:none"], 1, "data 'data.py:none': 'data.py' has no 'none'"),
-        (["no.py:none"], 1, "data: 'no.py': no such file"),
+        (["no.py:none"], 1, "data 'no.py': no such file"),
         (["data.py:waves", "--batch-size", "2"], 2, "--batch-size is for images"),
         (["data.py:waves", "--image-size", "24"], 2, "--image-size is for images"),
         (["data.py:waves", "--mean", "0.5"], 2, "--mean is for images"),

@@ -17,7 +17,7 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune import Config, network
 from bnsurgery.finetune.datasets import from_tensors
 from bnsurgery.images.preprocessing import Preprocessing, Wanted
-from bnsurgery.networks import pretrained
+from bnsurgery.networks import interface
 from bnsurgery.records.architectures import architecture
 from bnsurgery.records.record import SurgeryRecord, attach_record, record
 from bnsurgery.records.task import Task
@@ -34,7 +34,7 @@ def picture(height, width, seed=0):
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (256, 256), (100, 700), (257, 255)])
 def test_imagenet_is_what_torchvision_does(size):
     own = models.VGG16_Weights.DEFAULT.transforms()
-    assert torch.equal(pretrained.preprocessing(architecture("vgg16"), "VGG16_Weights.IMAGENET1K_V1")(picture(*size)),
+    assert torch.equal(interface.preprocessing(architecture("vgg16"), "VGG16_Weights.IMAGENET1K_V1")(picture(*size)),
                        own(picture(*size)))  # fmt: skip
 
 
