@@ -4,10 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
+from bnsurgery.errors import CheckpointError
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.text.typed_json import loads, parse
 
@@ -44,8 +45,10 @@ def noted_preprocessing(path: str) -> Preprocessing | None:
     found = _noted(path, "preprocessing")
     if not isinstance(found, dict) or found.pop("formula", None) != FORMULA:
         return None
-    preprocessing: Preprocessing = parse(Preprocessing, found, f"'{path}': preprocessing")
-    return preprocessing
+    try:
+        return cast(Preprocessing, parse(Preprocessing, found, "preprocessing"))
+    except CheckpointError as error:
+        raise CheckpointError(f"'{path}': its metadata: {error}") from None
 
 
 def _noted(path: str, name: str) -> Any:

@@ -9,15 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from record_files import old_format
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
 
 import bnsurgery
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
+from bnsurgery.files.labels import labels
 from bnsurgery.finetune import Config, network
 from bnsurgery.finetune.datasets import from_tensors
 from bnsurgery.images.preprocessing import Preprocessing, Wanted
-from bnsurgery.networks import interface
+from bnsurgery.networks import interface, pretrained
 from bnsurgery.records.architectures import architecture
 from bnsurgery.records.record import SurgeryRecord, attach_record, record
 from bnsurgery.records.task import Task
@@ -147,6 +149,32 @@ def test_fine_tuning_takes_it_from_the_checkpoint_or_the_options():
     attach_record(model, replace(record(model), task=Task((), None, asked)))
     later = Config(source="x", data="x", output="x")
     assert network.task_of(network.given(model), data, later).preprocessing == asked
+
+
+def test_a_folded_file_brings_its_preprocessing(tmp_path):
+    """To the network of its weights; beside other metadata, or none, ImageNet's holds."""
+    own = replace(CAFFE, height=40, width=48, resize=44)
+    kind, file = architecture("squeezenet1_1"), tmp_path / "folded.safetensors"
+    bn_model = bnsurgery.insert(kind.build("cpu"), [torch.randn(2, 3, 40, 48)], preprocessing=own)
+    bnsurgery.export(bn_model, file, to="torchvision")
+    assert pretrained.load(kind, str(file)).preprocess == own
+    assert pretrained.load(kind, str(file), wanted=Wanted(64)).preprocess == replace(
+        CAFFE, height=64, width=64, resize=70
+    )
+    tensors, grey = load_file(file), Preprocessing(40, 40, 40, (0.5,), (0.5,), channels="grey")
+    (own_label,) = labels(own, ()).values()
+    for metadata in (
+        {},
+        {"preprocessing": "no JSON"},
+        {"preprocessing": "[1]"},
+        {"preprocessing": '{"mean": 1}'},
+        labels(grey, ()),
+    ):
+        save_file(tensors, file, metadata)
+        assert pretrained.load(kind, str(file)).preprocess == interface.preprocessing(kind)
+    save_file(tensors, file, {"preprocessing": own_label.replace('"height": 40', '"height": -40')})
+    with pytest.raises(CheckpointError, match="folded.safetensors': its metadata: preprocessing: .*got -40,48"):
+        pretrained.load(kind, str(file))
 
 
 def test_records_of_older_formats():
