@@ -54,7 +54,7 @@ _TOLERANCE = 1e-5  # of the largest output: the float32 rounding of a deep netwo
 
 @dataclass(frozen=True)
 class Export:
-    """What `export` wrote, and how it compares with the network.
+    """The result of `export`: the file, and how it compares with the network.
 
     Attributes:
         path: the file.
@@ -90,7 +90,7 @@ class Export:
 
     @property
     def steps(self) -> str:
-        """What was written, how to load it, and how to feed it."""
+        """The file, how to load it, and what to feed it."""
         feed = "".join(f"\n      {line}" for line in self.feed.splitlines())
         return f"Wrote {self.path}.\nNext: {self.usage}{feed}"
 
@@ -131,7 +131,7 @@ def export(
       once in onnxruntime. A network from `from_onnx` keeps its graph and gets new initializers where tensors changed.
     - "exported-program": the same by `torch.export`.
 
-    The preprocessing of images and the names of the classes, where they are known, stand in the file as JSON, called
+    The file gets the preprocessing of images and the names of the classes, where they are known, as JSON called
     "preprocessing" (the fields of `bnsurgery.images.preprocessing.Preprocessing`, and the formula) and "classes":
     in the metadata of safetensors and ONNX, in the `extra_files` preprocessing.json and classes.json of a program.
 

@@ -18,7 +18,8 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, printable, shown
 from bnsurgery.nn.batchnorm import Insertable
 from bnsurgery.nn.settings import is_frozen
 from bnsurgery.records.architectures import Architecture, identify_model
-from bnsurgery.records.record import FORMAT_VERSION, InsertedSite, SurgeryRecord, attach_record, record
+from bnsurgery.records.record import FORMAT_VERSION, InsertedSite, SurgeryRecord, attach_record
+from bnsurgery.records.record import record as record_of
 from bnsurgery.surgery.copies import on_meta
 from bnsurgery.surgery.folding import strip_
 from bnsurgery.surgery.heads import replace_head_
@@ -54,20 +55,23 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
             does not come back; an old file stays intact.
         BNSurgeryError: the model carries no record, or its norms apply other ReLUs than the record says.
     """
-    the_record = current_record(bn_model)
-    for site in the_record.sites:
-        if site.relu is not None and is_fused(bn_model, site) != the_record.options.fuse_relu:
+    record = current_record(bn_model)
+    for site in record.sites:
+        if site.relu is not None and is_fused(bn_model, site) != record.options.fuse_relu:
             raise BNSurgeryError(
                 f"save: '{site.norm}' was changed by hand: call bnsurgery.fuse_relu_ or unfuse_relu_, which treat all "
                 "ReLUs alike"
             )
-    the_record = replace(the_record, frozen_at_save=_frozen(bn_model, the_record))
+    record = replace(record, frozen_at_save=_frozen(bn_model, record))
     tensors = _storable(bn_model.state_dict())
     with atomic_write(path, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: _sealed(the_record.to_json())})
-        if read_record(temporary) != the_record:
+        save_file(tensors, temporary, metadata={_KEY: _sealed(record.to_json())})
+        if read_record(temporary) != record:
             raise CheckpointError(f"save: '{path}': the record did not come back as it was written")
-        _compare(tensors, temporary, path)
+        with safe_open(temporary, framework="pt") as file:
+            for name, tensor in tensors.items():  # one at a time, so that not all are in memory twice
+                if not same_bits(file.get_tensor(name), tensor):
+                    raise CheckpointError(f"save: '{path}': {shown(name)} came back from the disk as something else")
 
 
 def current_record(bn_model: nn.Module) -> SurgeryRecord:
@@ -76,12 +80,12 @@ def current_record(bn_model: nn.Module) -> SurgeryRecord:
     Raises:
         BNSurgeryError: the model carries no record.
     """
-    the_record = record(bn_model)
-    if the_record.architecture is None:
-        return the_record
+    record = record_of(bn_model)
+    if record.architecture is None:
+        return record
     original = on_meta(bn_model)
-    strip_(original, the_record.sites)
-    return replace(the_record, architecture=identify_model(original))
+    strip_(original, record.sites)
+    return replace(record, architecture=identify_model(original))
 
 
 def load(
@@ -111,16 +115,17 @@ def load(
             architecture or `model`.
     """
     path = Path(path)
-    the_record = read_record(path)
-    if the_record is None:
+    record = read_record(path)
+    if record is None:
         read_tensors(path)  # raises for a missing or damaged file
         raise CheckpointError(f"load: '{path}': not a bnsurgery checkpoint: its metadata holds no record")
-    skeleton = _skeleton(path, the_record, model)
+    skeleton = _skeleton(path, record, model)
     expected = skeleton.state_dict()
-    state = {
-        name: torch.view_as_complex(tensor) if _is_pairs(tensor, expected.get(name)) else tensor
-        for name, tensor in read_tensors(path).items()
-    }
+    state = read_tensors(path)
+    for name in state.keys() & expected.keys():
+        is_pairs = state[name].dtype in _REAL_PARTS and state[name].shape[-1:] == (2,)
+        if is_pairs and expected[name].is_complex():
+            state[name] = torch.view_as_complex(state[name])
     mismatch = describe_mismatch(*({name: tensor.shape for name, tensor in s.items()} for s in (expected, state)))
     if mismatch:
         raise CheckpointError(f"load: '{path}': the tensors do not fit its record: {mismatch}")
@@ -181,25 +186,11 @@ def has_place_for(dtype: torch.dtype) -> bool:
     return True
 
 
-def _compare(tensors: Mapping[str, Tensor], written: Path, path: str | PathLike[str]) -> None:
-    """Make sure that the file holds these bits: one tensor at a time, so that not all are in memory twice."""
-    with safe_open(written, framework="pt") as file:
-        for name, tensor in tensors.items():
-            if not same_bits(file.get_tensor(name), tensor):
-                raise CheckpointError(f"save: '{path}': {shown(name)} came back from the disk as something else")
-
-
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors, wherever they are, have the same dtype, shape and bytes."""
     one, other = (tensor.detach().cpu().contiguous() for tensor in (one, other))
     alike = one.dtype == other.dtype and one.shape == other.shape
     return alike and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
-
-
-def _is_pairs(tensor: Tensor, expected: Tensor | None) -> bool:
-    """Whether `tensor` holds the real and imaginary parts of a complex tensor of the network."""
-    is_complex = expected is not None and expected.is_complex()
-    return is_complex and tensor.dtype in _REAL_PARTS and tensor.shape[-1:] == (2,)
 
 
 def torch_save(state: Mapping[str, Any], temporary: Path) -> None:
@@ -217,51 +208,49 @@ def torch_save(state: Mapping[str, Any], temporary: Path) -> None:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) -> nn.Module:
-    if model is None and the_record.architecture is None:
+def _skeleton(path: Path, record: SurgeryRecord, model: nn.Module | None) -> nn.Module:
+    if model is None and record.architecture is None:
         raise CheckpointError(
-            f"load: '{path}' holds {with_article(printable(the_record.model))}, which is not one of torchvision's: "
-            "pass model=, the original network (its weights do not matter)"
+            f"load: '{path}' holds {with_article(printable(record.model))}, which is not one of torchvision's: "
+            "pass `model`, the original network (its weights do not matter)"
         )
     try:
         if model is not None:
             skeleton = on_meta(model)
-            task = the_record.task
+            task = record.task
             if task is not None and task.head is not None:  # a new head, for other classes
                 replace_head_(skeleton, task.head, len(task.classes))
         else:
-            skeleton = cast(Architecture, the_record.architecture).build()
-        if the_record.dropped_lrn:
-            drop_lrn_(skeleton, the_record.dropped_lrn)
-        _set_relus_(skeleton, the_record)
-        _freeze_parameters_(skeleton, the_record.frozen)
-        sites = edit_(skeleton, the_record.plan.sites, the_record.options)
-        named = the_record.sites
-        if the_record.format_version == 1 and not the_record.options.fuse_relu:  # it names only fused ReLUs
+            skeleton = cast(Architecture, record.architecture).build()
+        if record.dropped_lrn:
+            drop_lrn_(skeleton, record.dropped_lrn)
+        _set_relus_(skeleton, record)
+        _freeze_parameters_(skeleton, record.frozen)
+        sites = edit_(skeleton, record.plan.sites, record.options)
+        named = record.sites
+        if record.format_version == 1 and not record.options.fuse_relu:  # it names only fused ReLUs
             pairs = zip(named, sites, strict=True)
             named = tuple(replace(old, relu=new.relu, relu_inplace=new.relu_inplace) for old, new in pairs)
-        if the_record.frozen_at_save is not None:
-            _freeze_(skeleton, sites, the_record.frozen_at_save)
-        now = replace(the_record, sites=sites, frozen_at_save=None, format_version=FORMAT_VERSION)
+        if record.frozen_at_save is not None:
+            _freeze_(skeleton, sites, record.frozen_at_save)
+        now = replace(record, sites=sites, frozen_at_save=None, format_version=FORMAT_VERSION)
         attach_record(skeleton, now)
-        if the_record.options.fuse_relu:
+        if record.options.fuse_relu:
             take_over_(skeleton, sites)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration, BNSurgeryError) as error:
-        name = printable(the_record.model)
+        name = printable(record.model)
         what = name if model is None else f"the {type(model).__name__} given: it is of {with_article(name)}"
         reason = printable(str(error))
         raise CheckpointError(f"load: '{path}': its record does not fit {what}: {reason}") from error
     if sites != named:
-        raise CheckpointError(
-            f"load: '{path}': its record names other layers than the {printable(the_record.model)} has"
-        )
+        raise CheckpointError(f"load: '{path}': its record names other layers than the {printable(record.model)} has")
     return skeleton.eval()
 
 
-def _frozen(bn_model: nn.Module, the_record: SurgeryRecord) -> tuple[str, ...]:
+def _frozen(bn_model: nn.Module, record: SurgeryRecord) -> tuple[str, ...]:
     """The names of the parameters that take no gradient, and of the inserted norms that are frozen."""
     names = [name for name, p in bn_model.named_parameters(remove_duplicate=False) if not p.requires_grad]
-    norms = [site.norm for site in the_record.sites if is_frozen(bn_model.get_submodule(site.norm))]
+    norms = [site.norm for site in record.sites if is_frozen(bn_model.get_submodule(site.norm))]
     return (*names, *norms)
 
 
@@ -287,9 +276,9 @@ def _freeze_parameters_(model: nn.Module, names: Collection[str]) -> None:
             parameter.requires_grad_(name not in names)
 
 
-def _set_relus_(skeleton: nn.Module, the_record: SurgeryRecord) -> None:
+def _set_relus_(skeleton: nn.Module, record: SurgeryRecord) -> None:
     """Let the ReLUs work in place where they did in the network that was saved."""
-    for inserted in the_record.sites:
+    for inserted in record.sites:
         if inserted.relu is not None:
             relu = skeleton.get_submodule(str(inserted.site.relu))
             if type(relu) is not nn.ReLU:

@@ -29,7 +29,7 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class ImageBatches(Generic[Item]):
-    """Images as batches of shape (B, C, H, W), each read when it is asked for; can be iterated repeatedly."""
+    """Images as batches of shape (B, C, H, W), each read when it is asked for; each pass starts anew."""
 
     # Reading ahead in a thread was measured and left out: on two cores, which torch uses meanwhile, SqueezeNet, AlexNet
     # and VGG11 took as long with it (2.7, 1.4 and 12.3 s for 96 images) as without (2.7, 1.4 and 12.5 s).

@@ -92,9 +92,9 @@ def _formats() -> dict[str, str]:
 
 
 def _tried(path: str | Path) -> list[str]:
-    """The formats that a file may be of, whatever its name; but by its name alone where nothing in it says so."""
+    """The formats that a file may have: all that are told by their content, and the one that the name tells."""
     named = _formats().get(Path(path).suffix.lower())
-    # Of (factory, accept): a format without a mark of its own would take a damaged file of another for its own.
+    # Of (factory, accept): a format without a mark would also take a damaged file of another format.
     return [kind for kind in Image.OPEN if kind not in _REFUSED and (Image.OPEN[kind][1] or kind == named)]
 
 

@@ -78,7 +78,7 @@ def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) 
     inner = {
         root: {name[len(root) :]: ours[name] for name in ours if name.startswith(root)} for root in _roots(ours, choice)
     }
-    # By what stands before the names in the file and in the network: how many names fit with their shapes, and at all.
+    # By the beginnings of the names in the file and in the network: how many names fit with their shapes, and at all.
     scores: dict[tuple[str, str], list[int]] = {}
     for plain, name in theirs.items():
         for cut in _cuts(plain, longest):

@@ -39,11 +39,11 @@ def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessi
 
     Args:
         model: its first layer tells whether images are grey.
-        wanted: what shall be otherwise.
+        wanted: changes to it.
 
     Raises:
         ArchitectureError: the size is not known, or the first layer takes neither 1 nor 3 channels.
-        DataError: what is wanted does not go with the network.
+        DataError: the changes do not go with the network.
     """
     config = _timm_config(model)
     channels = input_channels(model)
@@ -75,12 +75,12 @@ def noted_preprocessing(record: SurgeryRecord) -> Preprocessing | None:
 
 
 def preprocessing_of(record: SurgeryRecord, model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessing:
-    """The preprocessing of a checkpoint's images: its record's, with the changes that are wanted.
+    """The preprocessing of a checkpoint's images: its record's, with the changes in `wanted`.
 
     Raises:
         ArchitectureError: as `own_preprocessing`.
         CheckpointError: the record's is out of range.
-        DataError: what is wanted does not go with the network.
+        DataError: the changes do not go with the network.
     """
     if record.task is not None:
         if record.task.preprocessing is None:

@@ -236,8 +236,8 @@ def _convert(
                 errors[name] = reason(error)
                 continue
             for child in module.children():
-                # torch.fx, and quantization with it, shall take the converter's operators as a whole, as torch's:
-                # their code cannot be traced.
+                # The code of the converter's operators cannot be traced. torch.fx, and quantization with it, takes
+                # torch's modules as a whole.
                 if not any(isinstance(inner, LAYERS) for inner in child.modules()):
                     child.__module__ = nn.ReLU.__module__
             return module, nodes

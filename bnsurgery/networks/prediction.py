@@ -73,7 +73,7 @@ def predict(
 
     Raises:
         DataError: an image cannot be read.
-        CalibrationError: the network does not take what its record says.
+        CalibrationError: the network does not take the input in its record.
         ArchitectureError: its input is not known: a network of one's own, of which no size was recorded or given.
         BNSurgeryError: the model carries no record.
     """

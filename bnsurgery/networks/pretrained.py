@@ -31,7 +31,7 @@ class Pretrained:
         name: such as "vgg16", "timm:vgg16", "net.py:small".
         architecture: torchvision's, if it is one; the number of classes is the weights'.
         weights: where they came from, in words.
-        preprocess: from an image to its input: the weights' own, or ImageNet's, with the changes that were wanted.
+        preprocess: from an image to its input: the weights' own, or ImageNet's, with the caller's changes.
     """
 
     name: str
@@ -56,7 +56,7 @@ def load(
         weights: "DEFAULT" or another name in torchvision's enum (downloaded unless cached), "random" (torchvision's
             initialization, seeded), or a path to a .pth, .pt or .safetensors file holding a state dict.
         choice: which tensors of a file to take.
-        wanted: changes to the weights' preprocessing, which a file written by `export` notes.
+        wanted: changes to the preprocessing; a file from `export` has its own in its metadata.
         seed: for "random", and for tensors that the file does not have.
         progress: show the download.
 
