@@ -38,14 +38,8 @@ from bnsurgery.text.words import with_article
 from .programs import AXES, Job, axes_of, compare_doubled, write_onnx, write_program
 
 Format = Literal["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
-SUFFIXES = {
-    "torchvision-bn": ".safetensors",
-    "torchvision": ".safetensors",
-    "state-dict": ".safetensors",
-    "onnx": ".onnx",
-    "exported-program": ".pt2",
-}
-_PROGRAMS = ("onnx", "exported-program")
+_PROGRAMS = {"onnx": ".onnx", "exported-program": ".pt2"}
+SUFFIXES = dict.fromkeys(("torchvision-bn", "torchvision", "state-dict"), ".safetensors") | _PROGRAMS
 _PICKLES = (".pth", ".pt")
 _NAMED = 3  # layers in a line
 _MAX_INPUT = 2**26  # numbers in an input of noise: a quarter of a gigabyte

@@ -22,12 +22,9 @@ def labels(preprocessing: Preprocessing | None, classes: Sequence[str]) -> dict[
 
     The preprocessing has the fields of `Preprocessing` and the formula that they go into.
     """
-    known: dict[str, Any] = {}
-    if preprocessing is not None:
-        known["preprocessing"] = {**asdict(preprocessing), "formula": FORMULA}
-    if classes:
-        known["classes"] = list(classes)
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in known.items()}
+    fields = preprocessing and {**asdict(preprocessing), "formula": FORMULA}
+    known = {"preprocessing": fields, "classes": list(classes)}
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in known.items() if value}
 
 
 def noted_classes(path: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,28 +96,27 @@ def _release(path: Path) -> None:
 def _acquire(path: Path) -> int:
     """A descriptor of the lock file, locked."""
     while True:
-        descriptor = _open(path)
-        try:
-            if not lock_descriptor(descriptor, blocking=False):
-                holder = _holder(descriptor)
-                os.close(descriptor)
-                raise LockedError(holder)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                os.close(descriptor)
-                raise
-        if _is_at(descriptor, path):
+        with ExitStack() as opened:
+            descriptor = _open(path)
+            opened.callback(os.close, descriptor)
             try:
-                # Windows locks the first byte, which nobody else can read then.
+                if not lock_descriptor(descriptor, blocking=False):
+                    raise LockedError(_holder(descriptor))
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            if not _is_at(descriptor, path):  # its holder removed the file meanwhile
+                continue
+            try:
+                # Windows locks the first byte, which no other process can read then.
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"\nprocess {os.getpid()} on {socket.gethostname()}\n".encode())
+                opened.pop_all()  # it stays open
                 return descriptor
-            except OSError as error:  # EBADF, EINVAL: open for reading only, as another user's stale lock
+            except OSError as error:
                 path.unlink(missing_ok=True)
-                if error.errno not in (errno.EBADF, errno.EINVAL):
-                    os.close(descriptor)
+                if error.errno not in (errno.EBADF, errno.EINVAL):  # another user's stale lock, open for reading only
                     raise
-        os.close(descriptor)  # its holder removed the file meanwhile
 
 
 def _open(path: Path) -> int:

@@ -172,8 +172,9 @@ def _load(path: Path) -> object:
     """The content of a file, by its first bytes; pickles through torch's restricted unpickler only."""
     head = _head(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about old formats and about kinds of tensors refused later
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # torch warns of old formats and of kinds of tensors refused later
             if is_safetensors(path):  # first: the length before it may look like either of the others
                 return load_file(path)
             if head.startswith(b"PK"):

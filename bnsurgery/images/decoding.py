@@ -112,22 +112,24 @@ def load_image(path: str | Path) -> Image.Image:
             raise DataError(f"image: '{path}': no such file or folder. Check the path.")
         if not Path(path).is_file():  # opening a pipe would hang
             raise ValueError("a folder" if Path(path).is_dir() else "not a regular file")
-        with _SILENCE, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about oddities that do not change the pixels
-            with Image.open(path, formats=_tried(path)) as image:
-                size = f"{image.width} x {image.height} pixels"
-                if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded
-                    raise ValueError(f"{size}, above {_MAX_PIXELS:,}")
-                if max(image.size) > _MAX_ASPECT * min(image.size):  # resizing the short side enlarges the long one
-                    raise ValueError(f"{size}, a strip rather than a picture")
-                ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+        with (
+            _SILENCE,
+            warnings.catch_warnings(action="ignore"),  # Pillow's, about oddities that do not change the pixels
+            Image.open(path, formats=_tried(path)) as image,
+        ):
+            size = f"{image.width} x {image.height} pixels"
+            if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded
+                raise ValueError(f"{size}, above {_MAX_PIXELS:,}")
+            if max(image.size) > _MAX_ASPECT * min(image.size):  # resizing the short side enlarges the long one
+                raise ValueError(f"{size}, a strip rather than a picture")
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # damage makes Pillow's decoders raise just about anything
         raise DataError(
             f"image: '{path}': {printable(str(error), 300)}; expected an image file that Pillow reads, such as JPEG, "
-            "PNG or TIFF. Leave it out, or skip all such files with `skip_bad`."
+            "PNG or TIFF. Leave it out, or skip all such files by `skip_bad=True`."
         ) from error
 
 

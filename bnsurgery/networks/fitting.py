@@ -1,7 +1,7 @@
 """Find the tensors of a network in a weights file, by its keys and shapes, whatever training put around them."""
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -162,8 +162,7 @@ def _plain_names(names: Iterable[str]) -> dict[str, str]:
 def _roots(names: Collection[str], choice: Choice) -> list[str]:
     """Beginnings of the network's names that the file may lack: of all names, or, for a part of it, of some."""
     name = next(iter(names), "")
-    starts = [name[: dot + 1] for dot, character in enumerate(name) if character == "."]
-    shared = ["", *(start for start in starts if all(name.startswith(start) for name in names))]
+    shared = [name[:cut] for cut in reversed(_cuts(name, len(name))) if all(n.startswith(name[:cut]) for n in names)]
     parts = {f"{name.partition('.')[0]}." for name in names if "." in name} if choice.partial else set()
     return shared + sorted(parts - set(shared))
 
@@ -173,13 +172,10 @@ def _same_end(at: str, root: str) -> bool:
     return bool(at and root) and at.split(".")[-2] == root.split(".")[-2]
 
 
-def _cuts(name: str, longest: int) -> Iterator[int]:
-    """Where a name of up to `longest` characters can begin in `name`: in front, or behind a dot."""
-    cut = len(name)
-    while cut > 0 and len(name) - cut <= longest:
-        cut = name.rfind(".", 0, cut - 1) + 1
-        if len(name) - cut <= longest:
-            yield cut
+def _cuts(name: str, longest: int) -> list[int]:
+    """Where a name of up to `longest` characters can begin in `name`: behind a dot, the last first, or in front."""
+    starts = [0, *(dot + 1 for dot, character in enumerate(name) if character == ".")]
+    return [start for start in reversed(starts) if len(name) - start <= longest]
 
 
 def _contents(file: WeightsFile) -> str:

@@ -10,8 +10,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 @contextmanager
 def quiet() -> Iterator[None]:
     """Neither print nor warn nor log inside: converters and exporters tell of their internals, and print graphs."""
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
         disabled = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
         try:
