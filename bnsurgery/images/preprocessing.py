@@ -75,7 +75,7 @@ class Preprocessing:
         )
         for name, got, fits, expected in rules:
             if not fits:
-                text = ",".join(f"{value:g}" for value in got) if isinstance(got, tuple) else shown(got)
+                text = ",".join(shown(v).removesuffix(".0") for v in got) if isinstance(got, tuple) else shown(got)
                 raise CheckpointError(f"preprocessing: {name}: got {text}, expected {expected}")
 
     @property

@@ -151,6 +151,12 @@ def test_fine_tuning_takes_it_from_the_checkpoint_or_the_options():
     assert network.task_of(network.given(model), data, later).preprocessing == asked
 
 
+def test_a_number_of_any_length_is_refused():
+    """A float holds none above 1e308, and a record's side may have any number of digits."""
+    with pytest.raises(CheckpointError, match=r"height and width: got 10{90}.*,8, expected 1 to 4096"):
+        Preprocessing(10**400, 8, 8)
+
+
 def test_a_folded_file_brings_its_preprocessing(tmp_path):
     """To the network of its weights; beside other metadata, or none, ImageNet's holds."""
     own = replace(CAFFE, height=40, width=48, resize=44)
