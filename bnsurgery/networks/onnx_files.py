@@ -296,7 +296,8 @@ def _plain(original: "ModelProto") -> "ModelProto":
     model = copy.deepcopy(original)
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in list(graph.node):
+    replaced = []
+    for number, node in enumerate(graph.node):
         value = None
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             value = node.attribute[0].t
@@ -306,7 +307,9 @@ def _plain(original: "ModelProto") -> "ModelProto":
             tensor = constants[node.output[0]] = graph.initializer.add()
             tensor.CopyFrom(value)
             tensor.name = node.output[0]
-            graph.node.remove(node)
+            replaced.append(number)
+    for number in reversed(replaced):
+        del graph.node[number]
     return model
 
 
