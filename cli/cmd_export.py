@@ -75,7 +75,7 @@ def command(
     from bnsurgery.exports.exporting import SUFFIXES, export
     from bnsurgery.exports.programs import AXES
     from bnsurgery.images.preprocessing import NOTHING
-    from bnsurgery.networks import pretrained
+    from bnsurgery.networks import interface
     from bnsurgery.records.record import record
 
     if not set(dynamic) <= set(AXES):
@@ -83,7 +83,7 @@ def command(
     output = output or Path(f"{stem_of(file)}-{to}{SUFFIXES[to]}")
     bn_model = load_checkpoint(file, model)
     claim(output, force)
-    preprocessing = pretrained.preprocessing_of(record(bn_model), bn_model, wanted) if wanted != NOTHING else None
+    preprocessing = interface.preprocessing_of(record(bn_model), bn_model, wanted) if wanted != NOTHING else None
     result = export(
         bn_model,
         output,

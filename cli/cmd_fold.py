@@ -84,7 +84,8 @@ def command(
         done = f"{counted(len(record(bn_model).sites), 'BatchNorm layer')} folded away; gives {result.origin}"
     elif model is not None:
         from bnsurgery.images.preprocessing import Wanted
-        from bnsurgery.networks.pretrained import noise, own_network
+        from bnsurgery.networks.interface import noise
+        from bnsurgery.networks.pretrained import own_network
         from bnsurgery.surgery.foldable import OWN_NORMS
 
         output = output or Path(f"{stem(model)}-folded.safetensors")

@@ -93,7 +93,7 @@ def command(
     from bnsurgery.graph.planning import plan
     from bnsurgery.images.preprocessing import Preprocessing
     from bnsurgery.machine import devices
-    from bnsurgery.networks import factories, onnx_files, pretrained
+    from bnsurgery.networks import factories, interface, onnx_files, pretrained
     from bnsurgery.networks.fitting import Choice
     from bnsurgery.records import architectures
     from bnsurgery.records.record import Options, record
@@ -118,7 +118,7 @@ def command(
     preprocess: Preprocessing | None = None
     if own:
         network, origin = pretrained.own_network(name, weights, seed, taken)
-        preprocess = pretrained.own_preprocessing(network, wanted) if of_images else None
+        preprocess = interface.own_preprocessing(network, wanted) if of_images else None
     architecture = None
     if not own:
         architecture = pretrained.recognise(Path(name), taken) if is_file else architectures.architecture(name)
@@ -138,7 +138,7 @@ def command(
         skip_bad=skip_bad,
     )
     reference = lrn.without_lrn(network) if drop_lrn else network
-    example = next(iter(batches)) if preprocess is None else pretrained.example(preprocess, on_meta=not own)
+    example = next(iter(batches)) if preprocess is None else interface.example(preprocess, on_meta=not own)
     sites = plan(reference if own else on_meta(reference), example, **choice)
     moments = calibrate(reference, sites, batches, progress=loud)
     samples = _first(batches, DRIFT_SAMPLES)  # as many as give the drift that `verify` prints

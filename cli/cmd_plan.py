@@ -67,7 +67,7 @@ def command(
     from bnsurgery.files.checkpoint import read_record
     from bnsurgery.graph import drawing, planning
     from bnsurgery.images.preprocessing import Wanted
-    from bnsurgery.networks import factories, pretrained
+    from bnsurgery.networks import factories, interface, pretrained
     from bnsurgery.networks.fitting import Choice
     from bnsurgery.records import architectures
     from bnsurgery.surgery.copies import on_meta
@@ -98,9 +98,9 @@ def command(
         example = first_batch(data)
     elif own:
         wanted = Wanted(image_size or (None if factories.is_onnx(name) else _SIDE))  # an ONNX file says it
-        example = pretrained.example(pretrained.own_preprocessing(network, wanted), on_meta=False)
+        example = interface.example(interface.own_preprocessing(network, wanted), on_meta=False)
     else:
-        example = pretrained.example(pretrained.preprocessing(architecture, wanted=Wanted(image_size)), on_meta=True)
+        example = interface.example(interface.preprocessing(architecture, wanted=Wanted(image_size)), on_meta=True)
     plan = planning.plan(network, example, **choice)
     wrote = []
     for file, draw in ((dot, drawing.dot), (svg, drawing.svg)):

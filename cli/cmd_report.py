@@ -11,7 +11,7 @@ from .reporting import check_report, plot_option, write_report, written
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnsurgery.images.decoding import ImageBatches
+    from bnsurgery.images.batches import ImageBatches
     from bnsurgery.images.preprocessing import Wanted
     from bnsurgery.networks.own_data import OwnBatches
     from bnsurgery.report import Report
@@ -48,7 +48,7 @@ def command(
     from bnsurgery.errors import CheckpointError
     from bnsurgery.files.checkpoint import read_record
     from bnsurgery.machine import devices
-    from bnsurgery.networks import pretrained
+    from bnsurgery.networks import interface
     from bnsurgery.records.record import record
 
     if not file.exists():  # nor a link that leads back to itself, which cannot be resolved
@@ -64,7 +64,7 @@ def command(
         bn_model = load_checkpoint(file, model)
         batches = opened(
             data,
-            lambda: pretrained.preprocessing_of(record(bn_model), bn_model, wanted),
+            lambda: interface.preprocessing_of(record(bn_model), bn_model, wanted),
             num_images=num_images,
             batch_size=batch_size,
             seed=seed,

@@ -63,8 +63,9 @@ def command(
     the largest output on other devices, and where biases were absorbed or the network was trained since.
     """
     from bnsurgery.errors import BNSurgeryError
+    from bnsurgery.exports.exporting import origin_of
     from bnsurgery.machine import devices
-    from bnsurgery.networks import pretrained
+    from bnsurgery.networks import interface, pretrained
     from bnsurgery.networks.fitting import Choice
     from bnsurgery.records.record import record, state_digest
     from bnsurgery.statistics.verification import TOLERANCE, verify
@@ -87,7 +88,7 @@ def command(
             reference, against = pretrained.own_network(str(model), weights, choice=taken)
     batches = opened(
         data,
-        lambda: pretrained.preprocessing_of(done, folded, wanted),
+        lambda: interface.preprocessing_of(done, folded, wanted),
         num_images=num_images,
         batch_size=batch_size,
         seed=seed,
@@ -110,7 +111,7 @@ def command(
         )
         wrote = write_report(found, page, plot, force)
     ok = result.within(tolerance)
-    origin = pretrained.origin(done, untouched)
+    origin = origin_of(done, untouched)
     custom = f" --model {quote(model)}" if model else ""
     hint = f"Next: bnsurgery fold {quote(str(file))}{custom}"
     text = (

@@ -19,7 +19,7 @@ from bnsurgery.text.words import with_article
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnsurgery.images.decoding import ImageBatches
+    from bnsurgery.images.batches import ImageBatches
     from bnsurgery.images.preprocessing import Preprocessing
     from bnsurgery.networks.own_data import OwnBatches
 
@@ -215,7 +215,7 @@ def opened(
     skip_bad: bool,
 ) -> "ImageBatches[Any] | OwnBatches":
     """The images or batches of the `data_options`; `preprocessing` is asked for images alone."""
-    from bnsurgery.images.decoding import calibration_batches
+    from bnsurgery.images.batches import calibration_batches
     from bnsurgery.networks.factories import names_code
     from bnsurgery.networks.own_data import OwnBatches
 

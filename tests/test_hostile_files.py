@@ -25,9 +25,9 @@ from bnsurgery.files.weights import read_tensors, read_weights
 from bnsurgery.finetune import Comparison, Config
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.networks.fitting import BEST_FIT, fill_
+from bnsurgery.networks.interface import preprocessing_of
 from bnsurgery.networks.prediction import predict
 from bnsurgery.networks.pretrained import load as load_weights
-from bnsurgery.networks.pretrained import preprocessing_of
 from bnsurgery.records.architectures import architecture
 from bnsurgery.records.record import SurgeryRecord, attach_record, record
 from bnsurgery.records.task import Task

@@ -11,7 +11,7 @@ from warm_process import script
 
 from bnsurgery import calibrate, fold, insert, plan
 from bnsurgery.errors import DataError
-from bnsurgery.images.decoding import ImageBatches
+from bnsurgery.images.batches import ImageBatches
 from bnsurgery.running.calls import out_of_memory
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,9 @@ import re, resource, sys
 from pathlib import Path
 import torch, torchvision
 from bnsurgery.files import checkpoint
-from bnsurgery.images import decoding
+from bnsurgery.errors import DataError
+from bnsurgery.images.batches import ImageBatches
+from bnsurgery.images.decoding import load_image
 from bnsurgery.networks import pretrained
 from bnsurgery.statistics import verification
 from bnsurgery.surgery import insertion
@@ -35,10 +37,10 @@ COMMAND = LIMITED + "main(sys.argv[2:])"
 READING = (
     LIMITED
     + """
-batches = decoding.image_batches([Path(sys.argv[2])], lambda image: torch.zeros(3, 4, 4), 1, skip_bad=True)
+batches = ImageBatches([Path(sys.argv[2])], load_image, 1, description="files", skip_bad=True)
 try:
     list(batches)
-except decoding.DataError as error:
+except DataError as error:
     print(error, batches.skipped)
 """
 )

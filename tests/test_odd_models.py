@@ -181,7 +181,7 @@ def test_an_edited_torchvision_network_is_not_taken_for_the_stock_one(edit, imag
     bn_model = insert(model, [images(4)])
     assert bnsurgery.record(bn_model).architecture is None
     save(bn_model, tmp_path / "net")
-    with pytest.raises(CheckpointError, match="pass model="):
+    with pytest.raises(CheckpointError, match="pass `model`"):
         load(tmp_path / "net")
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "net", model=model)(images(2)), bn_model(images(2)))

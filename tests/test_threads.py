@@ -13,7 +13,8 @@ from torch import fx, nn
 from torchvision import models
 
 from bnsurgery import fold, insert, plan, verify
-from bnsurgery.images.decoding import load_image, sample_crops
+from bnsurgery.images.batches import sample_crops
+from bnsurgery.images.decoding import load_image
 from bnsurgery.images.preprocessing import Preprocessing
 
 ROUNDS = 3

@@ -1,1 +1,1 @@
-"""What is written for those who do not have this package: state dicts, ONNX, torch.export."""
+"""Exports for those who do not have this package: state dicts, ONNX, torch.export."""

@@ -2,13 +2,9 @@
 
 import importlib.util
 import inspect
-import io
-import logging
 import math
 import textwrap
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -25,7 +21,9 @@ from bnsurgery.files.labels import labels, sort_metadata
 from bnsurgery.files.weights import read_tensors
 from bnsurgery.files.writing import atomic_write
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.networks import onnx_files, pretrained
+from bnsurgery.networks import interface, onnx_files
+from bnsurgery.networks.third_party import quiet
+from bnsurgery.records.architectures import Architecture
 from bnsurgery.records.record import SurgeryRecord, state_digest
 from bnsurgery.running.batches import Inputs, join
 from bnsurgery.running.calls import placed
@@ -41,35 +39,35 @@ from bnsurgery.text.words import with_article
 from .programs import AXES, Job, axes_of, compare_doubled, write_onnx, write_program
 
 Format = Literal["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
-SUFFIXES = {
-    "torchvision-bn": ".safetensors",
-    "torchvision": ".safetensors",
-    "state-dict": ".safetensors",
-    "onnx": ".onnx",
-    "exported-program": ".pt2",
-}
-_PROGRAMS = ("onnx", "exported-program")
+_PROGRAMS = {"onnx": ".onnx", "exported-program": ".pt2"}
+SUFFIXES = dict.fromkeys(("torchvision-bn", "torchvision", "state-dict"), ".safetensors") | _PROGRAMS
 _PICKLES = (".pth", ".pt")
 _NAMED = 3  # layers in a line
-_MAX_INPUT = 2**26  # numbers in one input that is made up: a quarter of a gigabyte
-# Of the largest output: what float32 rounding in a deep network amounts to.
-_TOLERANCE = 1e-5
+_MAX_INPUT = 2**26  # numbers in an input of noise: a quarter of a gigabyte
+_TOLERANCE = 1e-5  # of the largest output: the float32 rounding of a deep network stays below
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how it was found to compare.
+    """The result of `export`: the file, and how it compares with the network.
 
     Attributes:
         path: the file.
         format: one of `SUFFIXES`.
-        network: what it holds, such as "vgg16_bn".
-        origin: whose weights these are, in words.
-        folds_back: whether they are, to the bit, those that were inserted into.
+        network: what the file holds, such as "vgg16_bn".
+        origin: where the weights come from, in words.
+        folds_back: whether they are, to the bit, the weights before the insertion.
         equivalence: of the network with BatchNorm to the one read back from the file, in eval mode.
         usage: a line or more of Python that load it without this package.
-        feed: how to feed it, in words: the input's shape, preprocessing and class names, as far as they are known.
+        feed: the input's shape, preprocessing and class names, in words, as far as they are known.
         new_biases: layers of the folded network that had no bias and got one: their class has to have bias=True there.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)])
+        >>> exported = bnsurgery.export(bn_model, "net.pth", to="state-dict", overwrite=True)
+        >>> exported.folds_back, exported.equivalence.bit_identical
+        (True, True)
     """
 
     path: str
@@ -83,12 +81,11 @@ class Export:
     new_biases: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        what = f"{self.network}, {self.format}: {self.origin}"
-        return f"{what}\n{self.proof}\n\n{self.steps}"
+        return f"{self.network}, {self.format}: {self.origin}\n{self.proof}\n\n{self.steps}"
 
     @property
     def steps(self) -> str:
-        """What was written, how to load it, and how to feed it."""
+        """The file, how to load it, and what to feed it."""
         feed = "".join(f"\n      {line}" for line in self.feed.splitlines())
         return f"Wrote {self.path}.\nNext: {self.usage}{feed}"
 
@@ -123,13 +120,13 @@ def export(
 
     - "state-dict": the folded network's tensors under the original's keys; safetensors, or `torch.save`'s format where
       the file is called .pth or .pt.
-    - "torchvision": the same, made sure to fit torchvision's own class.
-    - "torchvision-bn": for torchvision's vgg*_bn: BatchNorm behind the convolutions stays, the rest is folded.
-    - "onnx": the folded network in eval mode for any batch size, or for one image where it takes no more at a time;
-      tried in onnxruntime. Of a network from `from_onnx` the same graph, with new initializers where tensors changed.
+    - "torchvision": the same, after a check that torchvision's own class takes it.
+    - "torchvision-bn": for torchvision's vgg*_bn: BatchNorm after the convolutions stays, the rest is folded.
+    - "onnx": the folded network in eval mode for any batch size, or for one image where it takes no more at a time; run
+      once in onnxruntime. A network from `from_onnx` keeps its graph and gets new initializers where tensors changed.
     - "exported-program": the same by `torch.export`.
 
-    What images go through and the names of the classes, where they are known, stand in the file as JSON, called
+    The file gets the preprocessing of images and the names of the classes, where they are known, as JSON called
     "preprocessing" (the fields of `bnsurgery.images.preprocessing.Preprocessing`, and the formula) and "classes":
     in the metadata of safetensors and ONNX, in the `extra_files` preprocessing.json and classes.json of a program.
 
@@ -139,12 +136,19 @@ def export(
         to: the format.
         example: an input batch, as for `plan`; needed where the input is not one tensor of real numbers. Several inputs
             may also come as a plain tuple, (a, b), where `forward` needs them.
-        preprocessing: what images go through; as the record has it where None.
+        preprocessing: of images; the record's where None.
         keep_bn: leave the BatchNorm layers in, as torch's own; "torchvision" has no place for them.
-        bias: as for `fold`; what was added is said in `Export.new_biases` and `usage`.
+        bias: as for `fold`; `Export.new_biases` and `usage` name the biases that were added.
         dynamic: which sizes of the input may differ from the example's in "onnx" and "exported-program": any of
             "batch", "height" and "width", the latter of images (N, C, H, W). Each is tried at twice the example's.
         overwrite: whether an old file may be replaced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)])
+        >>> exported = bnsurgery.export(bn_model, "net.pt2", to="exported-program", overwrite=True)
+        >>> torch.export.load("net.pt2").module()(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 4, 12, 12])
 
     Raises:
         ExportError: the format has no place for the network, a package is missing, or what was written computes
@@ -156,30 +160,32 @@ def export(
         BNSurgeryError: the model carries no record.
     """
     path = Path(path)
-    done = current_record(bn_model)
-    _check(to, done, keep_bn, dynamic)
-    preprocessing = preprocessing or pretrained.noted_preprocessing(done)
-    inputs = placed(bn_model, _taken(bn_model, _example(bn_model, done, example, preprocessing)))
+    record = current_record(bn_model)
+    _check(to, record, keep_bn, dynamic)
+    preprocessing = preprocessing or interface.noted_preprocessing(record)
+    classes = interface.classes_of(record)
+    inputs = _accepted(bn_model, _example(bn_model, record, example, preprocessing))
     axes = axes_of(inputs, dynamic) if to in _PROGRAMS else []
-    classes = pretrained.classes_of(done)
+    stays = keep_bn or to == "torchvision-bn"
     with evaluating(bn_model):
-        folded = None if to == "torchvision-bn" or keep_bn else fold_model(bn_model, bias=bias)
-        network = folded if folded is not None else to_torch(bn_model, keep=_keeps(to))
+        if stays:
+            network = to_torch(bn_model, keep=lambda site: to != "torchvision-bn" or site.site.kind == "conv")
+        else:
+            network = fold_model(bn_model, bias=bias)
         network.eval()
-        folds_back = folded is not None and state_digest(folded.state_dict()) == done.weights_digest
-        with atomic_write(path, overwrite=overwrite) as temporary, _quiet():
-            written = Job(network, temporary, inputs, path.suffix, done, keep_bn, axes, labels(preprocessing, classes))
-            again = _WRITERS[to](written)
-            equivalence = verify(again, bn_model, [inputs], drift_batch_sizes=())
+        folds_back = not stays and state_digest(network.state_dict()) == record.weights_digest
+        with atomic_write(path, overwrite=overwrite) as temporary, quiet():
+            known = labels(preprocessing, classes)
+            written = _WRITERS[to](Job(network, temporary, inputs, path.suffix, record, keep_bn, axes, known))
+            equivalence = verify(written, bn_model, [inputs], drift_batch_sizes=())
             _require_same(path, equivalence)
-            for axis in {name: None for called in axes for name in called.values()}:
-                _require_same(path, compare_doubled(again, bn_model, inputs, axes, axis), f", with {axis} doubled,")
-    name = _name(to, done)
-    origin = pretrained.origin(done, folds_back) if folded is not None else "with its BatchNorm"
-    gained = tuple(gained_biases(bn_model, done.sites).values()) if folded is not None else ()
-    usage = _usage(to, path, done, keep_bn, gained)
+            for axis in dict.fromkeys(name for names in axes for name in names.values()):
+                _require_same(path, compare_doubled(written, bn_model, inputs, axes, axis), f", with {axis} doubled,")
+    origin = "with its BatchNorm" if stays else origin_of(record, folds_back)
+    gained = () if stays else tuple(gained_biases(bn_model, record.sites).values())
+    usage = _usage(to, path, record, keep_bn, gained)
     feed = _feed(inputs, axes, preprocessing, classes, in_file=path.suffix not in _PICKLES)
-    return Export(str(path), to, name, origin, folds_back, equivalence, usage, feed, gained)
+    return Export(str(path), to, _name(to, record), origin, folds_back, equivalence, usage, feed, gained)
 
 
 def export_folded(
@@ -203,14 +209,14 @@ def export_folded(
         ExportError, FoldError, CalibrationError, CheckpointError: as `export`.
     """
     path = Path(path)
-    inputs = placed(model, _taken(model, Inputs.of(example)))
+    inputs = _accepted(model, Inputs.of(example))
     with evaluating(model):
         folded = fold_model(model, bias=bias, example=inputs)
         with atomic_write(path, overwrite=overwrite) as temporary:
-            again = _state_dict(folded, temporary, path.suffix, {})
-            equivalence = verify(again, model, [inputs], drift_batch_sizes=())
+            written = _write_state(folded, temporary, path.suffix, {}, on_meta(folded))
+            equivalence = verify(written, model, [inputs], drift_batch_sizes=())
             _require_same(path, equivalence)
-    gained = [key.removesuffix(".bias") for key in folded.state_dict().keys() - model.state_dict().keys()]
+    gained = {key.removesuffix(".bias") for key in folded.state_dict().keys() - model.state_dict().keys()}
     biases = tuple(name for name, _ in folded.named_modules() if name in gained)
     name = type(model).__name__
     more = f" and {len(biases) - _NAMED} more" if len(biases) > _NAMED else ""
@@ -222,37 +228,47 @@ def export_folded(
     return Export(str(path), "state-dict", name, "its own BatchNorm folded", False, equivalence, usage, feed, biases)
 
 
-def _check(to: str, done: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]) -> None:
+def origin_of(record: SurgeryRecord, untouched: bool) -> str:
+    """Where a checkpoint's folded weights come from, in words; `untouched` where their digest is the original's."""
+    if untouched:
+        return "the weights it was made from, bit for bit"
+    if record.options.absorb_bias:
+        return "weights equal to those it was made from up to rounding, since biases were absorbed, or trained since"
+    return "trained weights (changed since the insertion)"
+
+
+def _check(to: str, record: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]) -> None:
     if to not in SUFFIXES:
         raise ValueError(f"export: to must be one of {tuple(SUFFIXES)}, got {to!r}")
     if isinstance(dynamic, str) or not set(dynamic) <= set(AXES):
         raise ValueError(f"export: dynamic must be some of {AXES}, got {dynamic!r}")
-    architecture = done.architecture
-    if to.startswith("torchvision") and architecture is None:
-        raise ExportError(f"export: {done.model} is not one of torchvision's: use state-dict, onnx or exported-program")
+    if to.startswith("torchvision") and record.architecture is None:
+        raise ExportError(
+            f"export: {record.model} is not one of torchvision's: use state-dict, onnx or exported-program"
+        )
     if to == "torchvision" and keep_bn:
         raise ExportError("export: torchvision's own network has no place for BatchNorm: use torchvision-bn")
-    if to == "torchvision-bn" and architecture is not None:
-        if not hasattr(models, f"{architecture.name}_bn"):
-            raise ExportError(
-                f"export: torchvision has no {architecture.name}_bn: use state-dict with keep_bn (--keep-bn), or onnx"
-            )
-        normed = {site.site.name for site in done.sites if site.site.kind == "conv"}
-        convs = [n for n, m in architecture.build("meta").named_modules() if isinstance(m, nn.Conv2d)]
-        missing = [name for name in convs if name not in normed]
-        if missing or done.plan.placement != "pre-activation":
-            what = f"'{missing[0]}' has none" if missing else f"here it is {done.plan.placement}"
-            raise ExportError(f"export: {architecture.name}_bn has BatchNorm right behind every convolution; {what}")
+    if to == "torchvision-bn" and record.architecture is not None:
+        _check_places(record, record.architecture)
     for needed in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
         if importlib.util.find_spec(needed) is None:
             raise ExportError(f"export: needs {needed}, which is not installed: pip install 'bnsurgery[export]'")
 
 
-def _keeps(to: str) -> Callable[[Any], bool]:
-    return lambda site: to != "torchvision-bn" or site.site.kind == "conv"
+def _check_places(record: SurgeryRecord, architecture: Architecture) -> None:
+    """Refuse a network whose BatchNorm is not where torchvision's vgg*_bn has it."""
+    name = f"{architecture.name}_bn"
+    if not hasattr(models, name):
+        raise ExportError(f"export: torchvision has no {name}: use state-dict with `keep_bn`, or onnx")
+    normed = {site.site.name for site in record.sites}
+    convs = (name for name, module in architecture.build().named_modules() if isinstance(module, nn.Conv2d))
+    missing = next((name for name in convs if name not in normed), None)
+    if missing is not None or record.plan.placement != "pre-activation":
+        found = f"'{missing}' has none" if missing else f"here it is {record.plan.placement}"
+        raise ExportError(f"export: {name} has BatchNorm right behind every convolution; {found}")
 
 
-def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any, preprocessing: Preprocessing | None) -> Inputs:
+def _example(bn_model: nn.Module, record: SurgeryRecord, example: Any, preprocessing: Preprocessing | None) -> Inputs:
     if example is not None:
         inputs = Inputs.of(example)
         if isinstance(example, tuple) and not _binds(bn_model, inputs) and _binds(bn_model, Inputs(example)):
@@ -261,18 +277,14 @@ def _example(bn_model: nn.Module, done: SurgeryRecord, example: Any, preprocessi
         return (join([inputs, inputs]) or inputs) if inputs.samples == 1 else inputs
     origin = onnx_files.source(bn_model)
     if origin is not None:
-        return Inputs(origin.noise(2 if origin.any_batch else 1))
-    shape: Sequence[int] | None = done.input_shape
-    if preprocessing is not None:
-        shape = preprocessing.shape
+        return Inputs(origin.example)
+    shape = record.input_shape if preprocessing is None else preprocessing.shape
     if shape is None:
         raise ExportError(
-            f"export: what {with_article(done.model)} takes is not known: pass example=, a batch of its inputs"
+            f"export: the input of {with_article(record.model)} is not known: pass `example`, a batch of its inputs"
         )
-    if math.prod(shape) > _MAX_INPUT:  # a file says so
-        raise ExportError(
-            f"export: an input of shape {shown(shape)} is too large to try: pass example=, or --image-size"
-        )
+    if math.prod(shape) > _MAX_INPUT:  # a file can name any shape
+        raise ExportError(f"export: an input of shape {shown(shape)} is too large to try: pass `example`")
     # Any input shows whether two networks are one function; noise needs no data.
     return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
 
@@ -287,36 +299,20 @@ def _binds(model: nn.Module, inputs: Inputs) -> bool:
     return True
 
 
-def _taken(bn_model: nn.Module, inputs: Inputs) -> Inputs:
-    """These, or the first of them where the network takes no more than one at a time."""
+def _accepted(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs on the model's device, or the first of them where it takes no more than one at a time."""
     try:
-        evaluate("export", bn_model, inputs)
+        evaluate("export", model, inputs)
     except CalibrationError:
         inputs = inputs.take(0, 1)
-        evaluate("export", bn_model, inputs)
-    return inputs
+        evaluate("export", model, inputs)
+    return placed(model, inputs)
 
 
-def _state_dict(network: nn.Module, temporary: Path, suffix: str, labels: Mapping[str, str]) -> nn.Module:
-    _write_state(network, temporary, suffix, labels)
-    again = on_meta(network)
-    again.load_state_dict(read_tensors(temporary), assign=True)
-    return again
-
-
-def _stock(job: Job) -> nn.Module:
-    _write_state(job.network, job.temporary, job.suffix, job.labels)
-    architecture = job.done.architecture
-    assert architecture is not None
-    has_bn = any(key.endswith("running_mean") for key in job.network.state_dict())
-    with torch.device("meta"):
-        name = architecture.name + ("_bn" if has_bn else "")
-        again: nn.Module = models.get_model(name, weights=None, num_classes=architecture.num_classes)
-    again.load_state_dict(read_tensors(job.temporary), assign=True)
-    return again.to(next(job.network.parameters()).device).eval()
-
-
-def _write_state(network: nn.Module, temporary: Path, suffix: str, labels: Mapping[str, str]) -> None:
+def _write_state(
+    network: nn.Module, temporary: Path, suffix: str, labels: Mapping[str, str], again: nn.Module
+) -> nn.Module:
+    """Write the network's tensors, and return `again`, which is on the meta device, with those read back."""
     form = torch.contiguous_format  # a clone each: safetensors takes no two names for one storage
     state = network.state_dict().items()
     tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in state}
@@ -330,35 +326,35 @@ def _write_state(network: nn.Module, temporary: Path, suffix: str, labels: Mappi
     else:
         save_file(tensors, temporary, metadata={"format": "pt", **labels})
         sort_metadata(temporary)
+    again.load_state_dict(read_tensors(temporary), assign=True)
+    return again
 
 
-_WRITERS: dict[str, Callable[..., Any]] = {
-    "torchvision-bn": _stock,
-    "torchvision": _stock,
-    "state-dict": lambda job: _state_dict(job.network, job.temporary, job.suffix, job.labels),
+def _write_stock(job: Job) -> nn.Module:
+    architecture = job.record.architecture
+    assert architecture is not None
+    has_bn = any(key.endswith("running_mean") for key in job.network.state_dict())
+    with torch.device("meta"):
+        name = architecture.name + ("_bn" if has_bn else "")
+        stock: nn.Module = models.get_model(name, weights=None, num_classes=architecture.num_classes)
+    again = _write_state(job.network, job.temporary, job.suffix, job.labels, stock)
+    return again.to(next(job.network.parameters()).device).eval()
+
+
+_WRITERS: dict[str, Callable[[Job], Any]] = {
+    "torchvision-bn": _write_stock,
+    "torchvision": _write_stock,
+    "state-dict": lambda job: _write_state(job.network, job.temporary, job.suffix, job.labels, on_meta(job.network)),
     "onnx": write_onnx,
     "exported-program": write_program,
 }
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch's exporters warn of their own insides and, where they fail, print the graph to stderr: none of that."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-
-
 def _require_same(path: Path, equivalence: EquivalenceReport, when: str = "") -> None:
     if not equivalence.within(_TOLERANCE):
         raise ExportError(
-            f"export: '{path}': what was written{when} differs by {equivalence.max_rel:.3g} of the largest output; "
-            "nothing is left of it"
+            f"export: '{path}': what was written{when} differs by {equivalence.max_rel:.3g} of the largest output and "
+            "is removed"
         )
 
 
@@ -370,9 +366,10 @@ def _feed(
     *,
     in_file: bool,
 ) -> str:
-    lines = []
-    for tensor, called in zip(inputs.tensors, axes or [{0: "batch"}] * len(inputs.tensors), strict=True):
-        lines.append(f"input of shape ({', '.join(str(called.get(n, size)) for n, size in enumerate(tensor.shape))})")
+    lines = [
+        f"input of shape ({', '.join(str(names.get(n, size)) for n, size in enumerate(tensor.shape))})"
+        for tensor, names in zip(inputs.tensors, axes or [{0: "batch"}] * len(inputs.tensors), strict=True)
+    ]
     if preprocessing is not None:
         lines += textwrap.wrap(str(preprocessing), WIDTH - 6)
     if classes:
@@ -382,20 +379,21 @@ def _feed(
     return "\n".join(lines)
 
 
-def _name(to: str, done: SurgeryRecord) -> str:
-    name = done.architecture.name if done.architecture is not None else done.model
+def _name(to: str, record: SurgeryRecord) -> str:
+    name = record.architecture.name if record.architecture is not None else record.model
     return f"{name}_bn" if to == "torchvision-bn" else name
 
 
-def _usage(to: str, path: Path, done: SurgeryRecord, keep_bn: bool, gained: Sequence[str]) -> str:
+def _usage(to: str, path: Path, record: SurgeryRecord, keep_bn: bool, gained: Sequence[str]) -> str:
     load = _load(path)
     if to == "state-dict" and keep_bn:
         return f"{load}, for a network with BatchNorm in these places"
-    head = f", with {len(done.task.classes)} classes" if done.task is not None and done.task.head is not None else ""
+    task = record.task
+    head = f", with {len(task.classes)} classes" if task is not None and task.head is not None else ""
     with_bias = f", with bias=True in {', '.join(gained)}" if gained else ""
-    made = f"...  # what {done.provenance.get('model', done.model)} makes{head}{with_bias}"
-    if done.architecture is not None:
-        made = f"torchvision.models.{_name(to, done)}(num_classes={done.architecture.num_classes})"
+    made = f"...  # what {record.provenance.get('model', record.model)} makes{head}{with_bias}"
+    if record.architecture is not None:
+        made = f"torchvision.models.{_name(to, record)}(num_classes={record.architecture.num_classes})"
     return {
         "onnx": f'onnxruntime.InferenceSession("{path}")',
         "exported-program": f'torch.export.load("{path}").module()',

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, by one process at a time, and read without trust.
+"""Files are written whole or not at all, by one process at a time, and read without trust.
 
-Weights of strangers, our checkpoint, and what a file says of itself.
+Weights of strangers, checkpoints, and the metadata of exported files.
 """

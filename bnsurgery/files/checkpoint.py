@@ -1,7 +1,7 @@
 """Save an inserted model to one safetensors file, and load it without the original weights."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from os import PathLike
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from bnsurgery.errors import BNSurgeryError, CheckpointError, printable, shown
 from bnsurgery.nn.batchnorm import Insertable
 from bnsurgery.nn.settings import is_frozen
-from bnsurgery.records.architectures import identify_model
-from bnsurgery.records.record import FORMAT_VERSION, InsertedSite, SurgeryRecord, attach_record, record
+from bnsurgery.records.architectures import Architecture, identify_model
+from bnsurgery.records.record import FORMAT_VERSION, InsertedSite, SurgeryRecord, attach_record
+from bnsurgery.records.record import record as record_of
 from bnsurgery.surgery.copies import on_meta
 from bnsurgery.surgery.folding import strip_
 from bnsurgery.surgery.heads import replace_head_
@@ -30,53 +31,61 @@ from bnsurgery.text.words import with_article
 from .weights import check_kinds, describe_mismatch, is_safetensors, read_tensors
 from .writing import atomic_write
 
-# One metadata entry, since safetensors writes several in random order: the record's SHA-256, a space, the record. The
-# digest is there because a flipped bit in the JSON could still parse.
+# One metadata entry, since safetensors writes several in random order: the record's SHA-256, a space, the record.
+# Without the digest a flipped bit could go unseen: the JSON can still parse.
 _KEY = "bnsurgery"
-_REAL_PARTS = (torch.float16, torch.float32, torch.float64)  # of what torch has as complex numbers
+_REAL_PARTS = (torch.float16, torch.float32, torch.float64)  # of torch's complex numbers
 
 
 def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = False) -> None:
     """Write `bn_model` and its record to one safetensors file: to a temporary name, read back, then renamed.
 
-    The tensors are the state dict, under its keys and of any value; any safetensors reader can open the file. Complex
-    numbers stand in it as pairs of real ones, in a last dimension of 2. Equal models give equal bytes. The architecture
-    noted is what the model is now, so a head replaced after the insertion is in it. ReLUs that are fused are so after
-    `load`, and what takes no gradient now, layers or norms, takes none then.
+    The tensors are the state dict, under its keys and of any value; any safetensors reader can open the file. A complex
+    tensor is stored as pairs of real numbers, in a last dimension of 2. Equal models give equal bytes. The record gets
+    the architecture that the model has now, with a head that was replaced after the insertion. `load` restores which
+    ReLUs are fused, and which layers and norms take no gradient.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)])
+        >>> bnsurgery.save(bn_model, "net-bn.safetensors", overwrite=True)
 
     Raises:
         CheckpointError: the file exists and `overwrite` is False, it cannot be written, or a tensor or the record
-            would not come back; an old file is intact.
-        BNSurgeryError: the model carries no record, or its norms apply other ReLUs than that says.
+            does not come back; an old file stays intact.
+        BNSurgeryError: the model carries no record, or its norms apply other ReLUs than the record says.
     """
-    the_record = current_record(bn_model)
-    for site in the_record.sites:
-        if site.relu is not None and is_fused(bn_model, site) != the_record.options.fuse_relu:
+    record = current_record(bn_model)
+    for site in record.sites:
+        if site.relu is not None and is_fused(bn_model, site) != record.options.fuse_relu:
             raise BNSurgeryError(
-                f"save: '{site.norm}' was changed by hand: call bnsurgery.fuse_relu_ or unfuse_relu_, which "
-                "make all ReLUs alike"
+                f"save: '{site.norm}' was changed by hand: call bnsurgery.fuse_relu_ or unfuse_relu_, which treat all "
+                "ReLUs alike"
             )
-    the_record = replace(the_record, frozen_at_save=_frozen(bn_model, the_record))
+    record = replace(record, frozen_at_save=_frozen(bn_model, record))
     tensors = _storable(bn_model.state_dict())
     with atomic_write(path, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: _sealed(the_record.to_json())})
-        if read_record(temporary) != the_record:
+        save_file(tensors, temporary, metadata={_KEY: _sealed(record.to_json())})
+        if read_record(temporary) != record:
             raise CheckpointError(f"save: '{path}': the record did not come back as it was written")
-        _compare(tensors, temporary, path)
+        with safe_open(temporary, framework="pt") as file:
+            for name, tensor in tensors.items():  # one at a time, so that not all are in memory twice
+                if not same_bits(file.get_tensor(name), tensor):
+                    raise CheckpointError(f"save: '{path}': {shown(name)} came back from the disk as something else")
 
 
 def current_record(bn_model: nn.Module) -> SurgeryRecord:
-    """The record, with the architecture that the model is now: its head may have been replaced since.
+    """The record, with the architecture that the model has now: its head may have been replaced.
 
     Raises:
         BNSurgeryError: the model carries no record.
     """
-    the_record = record(bn_model)
-    if the_record.architecture is None:
-        return the_record
+    record = record_of(bn_model)
+    if record.architecture is None:
+        return record
     original = on_meta(bn_model)
-    strip_(original, the_record.sites)
-    return replace(the_record, architecture=identify_model(original))
+    strip_(original, record.sites)
+    return replace(record, architecture=identify_model(original))
 
 
 def load(
@@ -84,33 +93,40 @@ def load(
 ) -> nn.Module:
     """The model that `save` wrote, in eval mode, with its record.
 
-    Built on the meta device and filled from the file: no random initialization, no unpickling, no original weights.
-    Every parameter comes back contiguous, and trainable but for what was frozen when it was saved; norms that were
-    frozen go by their running statistics in train mode, as they did. Ties between parameters are not kept.
+    It is built on the meta device and filled from the file: no random initialization, no unpickling, no original
+    weights. Every parameter comes back contiguous. Parameters that were frozen when the model was saved are frozen
+    again, and norms that were frozen normalize by their running statistics in train mode. Ties between parameters are
+    not kept.
 
     Args:
         path: a file that `save` wrote.
         model: the original network, for one that is not torchvision's; used as the skeleton, not changed.
         map_location: the device to put it on.
 
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        >>> bnsurgery.save(bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)]), "net-bn.safetensors", overwrite=True)
+        >>> loaded = bnsurgery.load("net-bn.safetensors", model=model)
+        >>> [site.norm for site in bnsurgery.record(loaded).sites]
+        ['1']
+
     Raises:
-        CheckpointError: not such a file, damaged, of a newer format, or it does not fit the architecture or `model`.
+        CheckpointError: `save` did not write the file, it is damaged or of a newer format, or it does not fit the
+            architecture or `model`.
     """
     path = Path(path)
-    the_record = read_record(path)
-    if the_record is None:
-        read_tensors(path)  # a missing or damaged file says so itself
+    record = read_record(path)
+    if record is None:
+        read_tensors(path)  # raises for a missing or damaged file
         raise CheckpointError(f"load: '{path}': not a bnsurgery checkpoint: its metadata holds no record")
-    skeleton = _skeleton(path, the_record, model)
+    skeleton = _skeleton(path, record, model)
     expected = skeleton.state_dict()
-    state = {
-        name: torch.view_as_complex(tensor) if _is_pairs(tensor, expected.get(name)) else tensor
-        for name, tensor in read_tensors(path).items()
-    }
-    mismatch = describe_mismatch(
-        {name: tensor.shape for name, tensor in expected.items()},
-        {name: tensor.shape for name, tensor in state.items()},
-    )
+    state = read_tensors(path)
+    for name in state.keys() & expected.keys():
+        is_pairs = state[name].dtype in _REAL_PARTS and state[name].shape[-1:] == (2,)
+        if is_pairs and expected[name].is_complex():
+            state[name] = torch.view_as_complex(state[name])
+    mismatch = describe_mismatch(*({name: tensor.shape for name, tensor in s.items()} for s in (expected, state)))
     if mismatch:
         raise CheckpointError(f"load: '{path}': the tensors do not fit its record: {mismatch}")
     check_kinds(state, expected, path)
@@ -122,7 +138,7 @@ def read_record(path: str | PathLike[str]) -> SurgeryRecord | None:
     """The record in a safetensors file's metadata; None where there is none, or the file is of another kind.
 
     Raises:
-        CheckpointError: it is no file that can be read, or there is a record and it is damaged, or of a newer format.
+        CheckpointError: the file cannot be read, or its record is damaged or of a newer format.
     """
     if not is_safetensors(path):  # also keeps safe_open from waiting for a pipe to be written
         return None
@@ -146,11 +162,12 @@ def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensor = tensor.detach()
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.resolve_conj())
-        if tensor.layout != torch.strided or not has_place_for(tensor.dtype):
-            what = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout)
+        dense = tensor.layout == torch.strided
+        if not dense or not has_place_for(tensor.dtype):
             raise CheckpointError(
-                f"save: {shown(name)} is {what}, which safetensors has no place for. Keep it as another type, or leave "
-                "it out of the state dict: register_buffer(..., persistent=False)"
+                f"save: {shown(name)} is {tensor.dtype if dense else tensor.layout}, which safetensors has no place "
+                "for. Keep it as another type, or leave it out of the state dict: register_buffer(..., "
+                "persistent=False)"
             )
         storage = tensor.untyped_storage().data_ptr()
         copy = tensor.clone(memory_format=torch.contiguous_format) if storage in seen else tensor.contiguous()
@@ -169,124 +186,103 @@ def has_place_for(dtype: torch.dtype) -> bool:
     return True
 
 
-def _compare(tensors: Mapping[str, Tensor], written: Path, path: str | PathLike[str]) -> None:
-    """Make sure that the file holds these bits. One tensor at a time, so that they are not in memory twice."""
-    with safe_open(written, framework="pt") as file:
-        for name, tensor in tensors.items():
-            again, there = file.get_tensor(name), tensor.cpu()
-            if (
-                again.dtype != there.dtype
-                or again.shape != there.shape
-                or not torch.equal(_bytes(again), _bytes(there))
-            ):
-                raise CheckpointError(f"save: '{path}': {shown(name)} came back from the disk as something else")
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _is_pairs(tensor: Tensor, expected: Tensor | None) -> bool:
-    """Whether these are the real and imaginary parts of what is a complex tensor in the network."""
-    is_complex = expected is not None and expected.is_complex()
-    return is_complex and tensor.dtype in _REAL_PARTS and tensor.shape[-1:] == (2,)
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, wherever they are, have the same dtype, shape and bytes."""
+    one, other = (tensor.detach().cpu().contiguous() for tensor in (one, other))
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def torch_save(state: Mapping[str, Any], temporary: Path) -> None:
-    """`torch.save` into the file that `atomic_write` gave.
-
-    Not by its name, which torch would write into the file: equal states give equal bytes.
+    """`torch.save` into the file that `atomic_write` gave, so that equal states give equal bytes.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file:  # given its name, torch would write that into the file
             torch.save(state, file)
-    except RuntimeError as error:  # how torch reports that a write failed, the last ones when it tidies up
+    except RuntimeError as error:  # torch's for a failed write, also of what it writes on closing
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def _skeleton(path: Path, the_record: SurgeryRecord, model: nn.Module | None) -> nn.Module:
-    if model is None and the_record.architecture is None:
+def _skeleton(path: Path, record: SurgeryRecord, model: nn.Module | None) -> nn.Module:
+    if model is None and record.architecture is None:
         raise CheckpointError(
-            f"load: '{path}' holds {with_article(printable(the_record.model))}, which is not one of torchvision's: "
-            "pass model=, the original network (its weights do not matter)"
+            f"load: '{path}' holds {with_article(printable(record.model))}, which is not one of torchvision's: "
+            "pass `model`, the original network (its weights do not matter)"
         )
     try:
         if model is not None:
             skeleton = on_meta(model)
-            task = the_record.task
-            if task is not None and task.head is not None:  # the head that was made anew for other classes
+            task = record.task
+            if task is not None and task.head is not None:  # a new head, for other classes
                 replace_head_(skeleton, task.head, len(task.classes))
         else:
-            assert the_record.architecture is not None
-            skeleton = the_record.architecture.build()
-        if the_record.dropped_lrn:
-            drop_lrn_(skeleton, the_record.dropped_lrn)
-        _set_relus_(skeleton, the_record)
-        frozen = set(the_record.frozen)
-        for name, parameter in skeleton.named_parameters(remove_duplicate=False):
-            if parameter.is_floating_point() or parameter.is_complex():
-                parameter.requires_grad_(name not in frozen)
-        sites = edit_(skeleton, the_record.plan.sites, the_record.options)
-        named = the_record.sites
-        if the_record.format_version == 1 and not the_record.options.fuse_relu:  # it named fused ReLUs alone
+            skeleton = cast(Architecture, record.architecture).build()
+        if record.dropped_lrn:
+            drop_lrn_(skeleton, record.dropped_lrn)
+        _set_relus_(skeleton, record)
+        _freeze_parameters_(skeleton, record.frozen)
+        sites = edit_(skeleton, record.plan.sites, record.options)
+        named = record.sites
+        if record.format_version == 1 and not record.options.fuse_relu:  # it names only fused ReLUs
             pairs = zip(named, sites, strict=True)
             named = tuple(replace(old, relu=new.relu, relu_inplace=new.relu_inplace) for old, new in pairs)
-        if the_record.frozen_at_save is not None:
-            _freeze_(skeleton, sites, set(the_record.frozen_at_save))
-        now = replace(the_record, sites=sites, frozen_at_save=None, format_version=FORMAT_VERSION)
+        if record.frozen_at_save is not None:
+            _freeze_(skeleton, sites, record.frozen_at_save)
+        now = replace(record, sites=sites, frozen_at_save=None, format_version=FORMAT_VERSION)
         attach_record(skeleton, now)
-        if the_record.options.fuse_relu:
+        if record.options.fuse_relu:
             take_over_(skeleton, sites)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration, BNSurgeryError) as error:
-        name = printable(the_record.model)
+        name = printable(record.model)
         what = name if model is None else f"the {type(model).__name__} given: it is of {with_article(name)}"
         reason = printable(str(error))
         raise CheckpointError(f"load: '{path}': its record does not fit {what}: {reason}") from error
     if sites != named:
-        raise CheckpointError(
-            f"load: '{path}': its record names other layers than the {printable(the_record.model)} has"
-        )
+        raise CheckpointError(f"load: '{path}': its record names other layers than the {printable(record.model)} has")
     return skeleton.eval()
 
 
-def _frozen(bn_model: nn.Module, the_record: SurgeryRecord) -> tuple[str, ...]:
+def _frozen(bn_model: nn.Module, record: SurgeryRecord) -> tuple[str, ...]:
     """The names of the parameters that take no gradient, and of the inserted norms that are frozen."""
     names = [name for name, p in bn_model.named_parameters(remove_duplicate=False) if not p.requires_grad]
-    norms = [site.norm for site in the_record.sites if is_frozen(bn_model.get_submodule(site.norm))]
+    norms = [site.norm for site in record.sites if is_frozen(bn_model.get_submodule(site.norm))]
     return (*names, *norms)
 
 
-def _freeze_(skeleton: nn.Module, sites: Iterable[InsertedSite], names: set[str]) -> None:
-    """Make frozen what has one of these names, and nothing else.
+def _freeze_(skeleton: nn.Module, sites: Iterable[InsertedSite], names: Collection[str]) -> None:
+    """Freeze the parameters and norms of these names, and no others.
 
     Raises:
         ValueError: there is no such parameter or norm.
     """
-    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     norms = {site.norm: cast(Insertable, skeleton.get_submodule(site.norm)) for site in sites}
-    unknown = sorted(names - parameters.keys() - norms.keys())
+    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    unknown = sorted(set(names) - parameters - norms.keys())
     if unknown:
         raise ValueError(f"{shown(unknown[0])} was frozen, and is not there")
-    for name, parameter in parameters.items():
-        if parameter.is_floating_point() or parameter.is_complex():
-            parameter.requires_grad_(name not in names)
+    _freeze_parameters_(skeleton, names)
     for name, norm in norms.items():
         norm.statistics = "running" if name in names else "batch"
 
 
-def _set_relus_(skeleton: nn.Module, the_record: SurgeryRecord) -> None:
-    """Whether they work in place, as in the network that was saved."""
-    for inserted in the_record.sites:
+def _freeze_parameters_(model: nn.Module, names: Collection[str]) -> None:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(name not in names)
+
+
+def _set_relus_(skeleton: nn.Module, record: SurgeryRecord) -> None:
+    """Let the ReLUs work in place where they did in the network that was saved."""
+    for inserted in record.sites:
         if inserted.relu is not None:
             relu = skeleton.get_submodule(str(inserted.site.relu))
             if type(relu) is not nn.ReLU:
-                kind = with_article(type(relu).__name__)
-                raise ValueError(f"'{inserted.site.relu}' is {kind}, expected the nn.ReLU that was there")
+                raise ValueError(f"'{inserted.site.relu}' is {with_article(type(relu).__name__)}, expected nn.ReLU")
             relu.inplace = inserted.relu_inplace
 
 

@@ -1,4 +1,4 @@
-"""What a file is that is no weights file of PyTorch's: named by its first bytes, with what to do about it."""
+"""Name files that are no weights files of PyTorch's by their first bytes, with advice."""
 
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -9,7 +9,7 @@ _ARRAYS = (
 _CONVERT = "Make a PyTorch network of it with {}, and save its state_dict()."
 _UNPACK = "Unpack it, and pass the weights file in it."
 
-# First bytes, how to call the file, what to do.
+# First bytes, kind of file, advice.
 _STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, such as Keras writes", f"h5py reads it. {_ARRAYS}"),
     (b"\x93NUMPY", "one NumPy array", _ARRAYS),
@@ -23,16 +23,16 @@ _STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"Rar!", "a RAR archive", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "a Zstandard archive", _UNPACK),
 )
-# Protocol buffers have no mark of their own: by what the first fields are, or by the name.
+# Protocol buffers have no mark: they are told by their first fields, or by the file's name.
 _ONNX = "an ONNX model", "It is a network with its weights: bnsurgery insert FILE.onnx."
 _CAFFE = "a Caffe model", _CONVERT.format("a converter from Caffe")
 _TENSORFLOW = "a TensorFlow model", _CONVERT.format("a converter from TensorFlow")
 _SUFFIXES = {".onnx": _ONNX, ".caffemodel": _CAFFE, ".pb": _TENSORFLOW}
-_CAFFE_LAYERS = (b"\xa2\x06", b"\x12")  # tags of the field that holds them, new and old, behind the network's name
+_CAFFE_LAYERS = (b"\xa2\x06", b"\x12")  # tags of their field, new and old, behind the network's name
 
 
 def kind_of_file(head: bytes, path: PurePath) -> tuple[str, str] | None:
-    """What a file with these first bytes is, and what to do; None where it cannot be told."""
+    """The kind of a file with these first bytes, and advice; None where it cannot be told."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith(b"<"):
         return "what looks like a web page: the download failed", "Download it again."
@@ -48,12 +48,12 @@ def kind_of_file(head: bytes, path: PurePath) -> tuple[str, str] | None:
     if head[:1] == b"\x0a" and head[2 + head[1] :].startswith(_CAFFE_LAYERS):
         return _CAFFE
     if path.suffix.lower() == ".py":
-        return "Python code", f"Name the function in it that makes the network: --model {path}:FUNCTION."
+        return "Python code", f"Name the function in it that makes the network: `model={path}:FUNCTION`."
     return _SUFFIXES.get(path.suffix.lower())
 
 
 def kind_of_archive(names: Sequence[str]) -> tuple[str, str] | None:
-    """What a zip archive of files with these names is, and what to do; None where it may be torch's."""
+    """The kind of a zip archive of files with these names, and advice; None where it may be torch's."""
     suffixes = {PurePath(name).suffix for name in names}
     if suffixes == {".npy"}:
         return "NumPy arrays (.npz)", f"numpy.load reads it. {_ARRAYS}"

@@ -1,9 +1,9 @@
-"""One writer at a time: locks that the system takes back when their holder dies, however it dies.
+"""One writer at a time: locks that the system releases when their holder dies, however it dies.
 
-The lock itself is filelock's, by the function that locks an open file: flock, or LockFileEx on Windows. Its class
-FileLock would lose what stands here: it does not say who holds a lock, nor remove the file, takes no lock that another
-user has left, writes a lock file where the file system has no locks (which outlives its holder), and puts nothing in
-the way of a hard link to a file of value.
+filelock's function `lock_descriptor` locks an open file: by flock, or LockFileEx on Windows. Its class FileLock is not
+enough: it does not name the holder, does not remove the file, cannot take over a lock file of another user, leaves a
+lock file that outlives its holder where the file system has no locks, and does not refuse a hard link to a file of
+value.
 """
 
 import errno
@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class LockedError(BNSurgeryError):
-    """Another process holds the lock; the message says which."""
+    """Another process holds the lock; the message names it."""
 
 
 @dataclass
@@ -42,20 +42,19 @@ _mutex = threading.Lock()
 
 @contextmanager
 def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock file `path` until the block ends; within one process as often as wanted.
+    """Hold the lock file `path` until the block ends; one process can hold it several times.
 
-    The system's lock, which works between the hosts of most network file systems, too. The file says who holds it and
-    is removed in the end; one that a killed process left behind is taken over. Where the file system has no locks,
-    nothing is locked. A forked child does not hold what its parent holds.
+    The system's lock works between the hosts of most network file systems, too. The file names the holder and is
+    removed at the end; one that a killed process left is taken over. Where the file system has no locks, nothing is
+    locked. A forked child does not hold its parent's locks.
 
     Args:
-        path: of the lock file, its directory without links.
-        clean: called when the lock is got, before any other thread of this process gets on; not where this process held
-            it already.
+        path: of the lock file; its directory has no links.
+        clean: called when the process acquires the lock, before any of its other threads continues.
 
     Raises:
-        LockedError: another process holds it.
-        OSError: the file cannot be made, or is a link or no file.
+        LockedError: another process holds the lock.
+        OSError: the file cannot be created, or is a link or no regular file.
     """
     with _mutex:
         if path not in _held:
@@ -69,71 +68,70 @@ def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None
     finally:
         with _mutex:
             held.times -= 1
-            if not held.times and _held.get(path) is held:  # else this is a child that was forked in the block
+            if not held.times and _held.get(path) is held:  # not in a child that was forked in the block
                 _release(path)
 
 
 def _let_go_in_child() -> None:
-    """Or a data loader's worker would go on holding the lock when its parent was killed."""
+    """Release the locks: a data loader's worker would hold them when its parent was killed."""
     while _held:
         os.close(_held.popitem()[1].descriptor)
     _mutex.release()
 
 
-# No fork while a thread is between having a lock and noting it.
+# No fork while a thread has a lock that is not in `_held` yet.
 at_fork(_mutex.acquire, _mutex.release, _let_go_in_child)
 
 
 def _release(path: Path) -> None:
     descriptor = _held.pop(path).descriptor
-    if WINDOWS:  # which removes no open file, nor another's, so that what is removed below is nobody's
+    if WINDOWS:  # it removes no file that is open, here or in another process
         os.close(descriptor)
     with suppress(OSError):  # a disk that has become read-only; the file alone is no lock
         path.unlink()
-    if not WINDOWS:  # not before: the file might be another's by then
+    if not WINDOWS:  # closed earlier, the file could be another process's lock when it is removed
         os.close(descriptor)
 
 
 def _acquire(path: Path) -> int:
     """A descriptor of the lock file, locked."""
     while True:
-        descriptor = _open(path)
-        try:
-            if not lock_descriptor(descriptor, blocking=False):
-                holder = _holder(descriptor)
-                os.close(descriptor)
-                raise LockedError(holder)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                os.close(descriptor)
-                raise
-        if _is_at(descriptor, path):
+        with ExitStack() as opened:
+            descriptor = _open(path)
+            opened.callback(os.close, descriptor)
             try:
-                # Windows locks the first byte, which nobody else can read then.
+                if not lock_descriptor(descriptor, blocking=False):
+                    raise LockedError(_holder(descriptor))
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            if not _is_at(descriptor, path):  # its holder removed the file meanwhile
+                continue
+            try:
+                # Windows locks the first byte, which no other process can read then.
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"\nprocess {os.getpid()} on {socket.gethostname()}\n".encode())
+                opened.pop_all()  # it stays open
                 return descriptor
-            except OSError as error:  # EBADF, EINVAL: another user's, and nobody's by now
+            except OSError as error:
                 path.unlink(missing_ok=True)
-                if error.errno not in (errno.EBADF, errno.EINVAL):
-                    os.close(descriptor)
+                if error.errno not in (errno.EBADF, errno.EINVAL):  # another user's stale lock, open for reading only
                     raise
-        os.close(descriptor)  # its holder removed it while we were waiting: that file is nobody's any more
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the lock file itself: a link could stand in its place and name a file of value."""
+    """A descriptor of the lock file itself, never of a file of value that a link in its place names."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     flags = os.O_CREAT
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # the last is Windows', the others all but Windows'
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # the last on Windows, the others everywhere else
         flags |= getattr(os, name, 0)
     try:
         descriptor = os.open(path, flags | os.O_RDWR, 0o666)
     except PermissionError:
         if not os.path.lexists(path):
             raise
-        descriptor = os.open(path, flags & ~os.O_CREAT | os.O_RDONLY)  # another user's; that is enough to ask
+        descriptor = os.open(path, flags & ~os.O_CREAT | os.O_RDONLY)  # another user's: reading it is enough
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_size > _LONGEST:
         os.close(descriptor)
@@ -148,7 +146,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _holder(descriptor: int) -> str:
-    """Who wrote the file; a holder that has only just locked it writes in a moment."""
+    """The holder's name in the file, which a new holder writes in a moment."""
     for _ in range(20):
         os.lseek(descriptor, 1, os.SEEK_SET)
         text = os.read(descriptor, _LONGEST).decode(errors="replace").strip()

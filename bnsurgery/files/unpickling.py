@@ -14,38 +14,34 @@ _lock = threading.Lock()
 
 
 class _Nothing:
-    """Stands for a harmless object that training scripts keep beside the weights; takes part of it and keeps none."""
+    """Stands for a harmless object that training scripts save beside the weights; drops its content."""
 
     def __init__(self, *_: object) -> None: ...
 
     def __setstate__(self, _: object) -> None: ...
 
 
-# By the names that pickles have for them. Not the classes themselves: what those do with their input is their affair.
+# By the names that pickles have for them. Not the classes themselves: those may do anything with their input.
 _STAND_INS: list[Any] = [
     type(name, (_Nothing,), {"__module__": module})
-    for module, name in (
-        ("argparse", "Namespace"),
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        *(
-            (f"numpy.{core}.multiarray", function)
-            for core in ("core", "_core")
-            for function in ("scalar", "_reconstruct")
-        ),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "WindowsPath"),
-    )
+    for module, names in {
+        "argparse": ["Namespace"],
+        "numpy": ["dtype", "ndarray"],
+        "numpy.core.multiarray": ["scalar", "_reconstruct"],
+        "numpy._core.multiarray": ["scalar", "_reconstruct"],
+        "pathlib": ["PosixPath", "WindowsPath"],
+    }.items()
+    for name in names
 ]
 
 
 def load_pickle(source: str | os.PathLike[str] | IO[bytes], *, mmap: bool = False) -> Any:
-    """What `torch.save` wrote, on the CPU, by torch's restricted unpickler: tensors, numbers, text and containers.
+    """Read what `torch.save` wrote, by torch's restricted unpickler: tensors, numbers, text and containers.
 
-    For the objects in `_STAND_INS` there is an empty one in the result.
+    An object of a class in `_STAND_INS` comes back empty; tensors are on the CPU.
 
     Args:
-        source: a path, or an open file where it shall not be mapped.
+        source: a path, or an open file if it shall not be mapped.
         mmap: leave the tensors in the file until they are used; it must not be compressed.
 
     Raises:
@@ -57,7 +53,7 @@ def load_pickle(source: str | os.PathLike[str] | IO[bytes], *, mmap: bool = Fals
 
 @contextmanager
 def _brief_storages() -> Iterator[None]:
-    """Print no storage: the unpickler puts what it refuses to call into its message, 50 microseconds a number."""
+    """Print no storage: the unpickler prints what it refuses to call, at 50 microseconds a number."""
     with _lock:
         originals = [(kind, kind.__str__, kind.__repr__) for kind in (TypedStorage, UntypedStorage)]
         for kind, _, _ in originals:

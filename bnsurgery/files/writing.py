@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all; free of torch, so that a command can check its output early."""
+"""Write a file whole or not at all; without torch, so that a command can check its output early."""
 
 import errno
 import hashlib
@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -29,53 +29,50 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 def atomic_write(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     """Give a temporary file to write, and put it at `path` when the block ends without an error.
 
-    Until then an old file at `path` stays as it is, and after any exception nothing is left of the new one; what a
-    killed process leaves is removed by the next one that writes there. The file is synced to disk before it gets its
+    Until then an old file at `path` stays as it is, and any exception leaves nothing of the new one. Files that a
+    killed process left are removed by the next one that writes there. The file is synced to disk before it gets its
     name, and the directory afterwards. A symbolic link is written through, not replaced.
 
     Args:
         path: where the file shall be.
-        overwrite: whether a file that is there already may be replaced. Where not, one that somebody else puts there
-            during the block is kept as well.
+        overwrite: whether a file that is there already may be replaced. If not, one that appears there during the block
+            is kept as well.
 
     Yields:
-        An empty file in a hidden folder in the same directory; the block writes it, in place or by a
-        rename over it.
+        An empty file in a hidden folder in the same directory; the block writes it, in place or by a rename over it.
 
     Raises:
         CheckpointError: the file cannot be written: it exists, another process is writing it, the disk is full, a
             directory is missing, ...
     """
-    target = _target(path, overwrite=overwrite)
-    try:
-        with _alone(target), _temporary_beside(target) as temporary:
-            mode = (target if target.exists() else temporary).stat().st_mode  # as before, or what the umask grants
-            yield temporary
-            with _synced(temporary, os.O_RDWR):  # Windows syncs only what is open for writing
-                temporary.chmod(stat.S_IMODE(mode))  # safetensors writes files that only their owner can read
-            _put(temporary, target, overwrite)
-            _sync_directory(target.parent)
-    except FileExistsError:
-        raise _exists(target) from None
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk and the like in its own error
-        raise unwritable(target, error) from error
+    with _alone(path, overwrite) as target:
+        try:
+            with _temporary_beside(target) as temporary:
+                mode = (target if target.exists() else temporary).stat().st_mode  # as before, or by the umask
+                yield temporary
+                with _synced(temporary, os.O_RDWR):  # Windows syncs only a file that is open for writing
+                    temporary.chmod(stat.S_IMODE(mode))  # safetensors writes files that only their owner can read
+                _put(temporary, target, overwrite)
+                _sync_directory(target.parent)
+        except FileExistsError:
+            raise _exists(target) from None
+        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk and the like in its own error
+            raise unwritable(target, error) from error
 
 
 @contextmanager
 def claimed(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[None]:
     """Make sure that `atomic_write` can work here, and keep every other process from it until the block ends.
 
-    For the hours that are spent on what shall be written.
+    It is for the hours before the file is written.
 
     Raises:
         CheckpointError: `path` exists and may not be replaced, is no regular file, another process has claimed it, or
-            its directory is missing or takes no new file. The permission bits do not tell that (root, read-only
-            mounts), so one is created and removed.
+            its directory is missing or takes no new file. Permission bits do not tell that (root, read-only mounts), so
+            a file is created and removed.
     """
-    target = _target(path, overwrite=overwrite)
-    with ExitStack() as stack:
+    with _alone(path, overwrite) as target:
         try:
-            stack.enter_context(_alone(target))
             with _temporary_beside(target):
                 pass
         except OSError as error:
@@ -103,11 +100,11 @@ def _target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
-        if not target.parent.exists():
-            raise CheckpointError(
-                f"write: '{target}': got no directory '{target.parent}', expected it to exist. Create it first."
-            ) from None
-        return target
+        if target.parent.exists():
+            return target
+        raise CheckpointError(
+            f"write: '{target}': got no directory '{target.parent}', expected it to exist. Create it first."
+        ) from None
     except OSError as error:
         raise unwritable(target, error) from error
     if stat.S_ISDIR(mode):
@@ -120,10 +117,10 @@ def _target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
 
 def make_folder(directory: str | os.PathLike[str]) -> Path:
-    """The folder, made where it is missing, and synced.
+    """Create a folder where it is missing, and sync it.
 
     Raises:
-        CheckpointError: it cannot be.
+        CheckpointError: it cannot be created.
     """
     folder = Path(directory)
     try:
@@ -137,10 +134,10 @@ def make_folder(directory: str | os.PathLike[str]) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """What a small file of ours holds.
+    """The text of a small file that this package wrote.
 
     Raises:
-        OSError: it cannot be read, is no regular file (opening a pipe would hang), or is implausibly large.
+        OSError: the file cannot be read, is no regular file (opening a pipe would hang), or is implausibly large.
         ValueError: it is not UTF-8.
     """
     status = path.stat()
@@ -153,50 +150,60 @@ def read_text(path: Path) -> str:
 
 @contextmanager
 def only_process_in(folder: Path, what: str, files: Iterable[str]) -> Iterator[None]:
-    """Keep other processes from this folder until the block ends; what killed ones left half-written is removed.
+    """Keep other processes from this folder until the block ends, and remove files that killed ones left half-written.
 
     Args:
         folder: exists.
-        what: it is, for messages.
-        files: patterns of what will be written in it.
+        what: its kind, for messages.
+        files: patterns of the files that will be written in it.
 
     Raises:
         CheckpointError: a process is in it, named with its id; or one of the files is a link, which could name a file
             of value elsewhere: the folder may come from a stranger.
     """
     folder = folder.resolve()
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder / f"{_PREFIX}folder.lock"))
-        except LockedError as error:
-            raise CheckpointError(
-                f"{what} '{folder}': {error} is at work in it. Wait until it is done or stop it, or name another "
-                "--output."
-            ) from None
-        except OSError as error:
-            raise unwritable(folder, error) from error
+    busy = "is at work in it. Wait until it is done or stop it, or name another `output`."
+    with _holding(folder / f"{_PREFIX}folder.lock", folder, what, busy):
         link = next((path for pattern in files for path in folder.glob(pattern) if path.is_symlink()), None)
         if link is not None:
             raise CheckpointError(f"{what} '{folder}': '{link.name}' is a link, expected a file of its own. Remove it.")
-        _tidy(folder)
+        for pattern in (f"{_PREFIX}*.lock", f"*/{_PREFIX}*.lock"):
+            for lock in folder.glob(pattern):
+                if _LOCK.fullmatch(lock.name):  # the files of a live process stay
+                    with suppress(LockedError, OSError), locked(lock, partial(_remove_temporaries, lock)):
+                        pass
         yield
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Hold the lock of `target`; what a killed process left of it is removed."""
+def _alone(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """The file behind `path`, with its lock held; files that a killed process left of it are removed."""
+    target = _target(path, overwrite=overwrite)
     lock = _lock_of(target)
-    try:
-        with locked(lock, lambda: _remove_temporaries(lock)):
-            yield
-    except LockedError as error:
-        raise CheckpointError(
-            f"write: '{target}': {error} is writing it. Wait until it is done, or choose another place."
-        ) from None
+    busy = "is writing it. Wait until it is done, or choose another place."
+    with _holding(lock, target, "write:", busy, partial(_remove_temporaries, lock)):
+        yield target
+
+
+@contextmanager
+def _holding(lock: Path, place: Path, what: str, busy: str, clean: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock of a file or folder.
+
+    Raises:
+        CheckpointError: another process holds it, or it cannot be made.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, clean))
+        except LockedError as error:
+            raise CheckpointError(f"{what} '{place}': {error} {busy}") from None
+        except OSError as error:
+            raise unwritable(place, error) from error
+        yield
 
 
 def _lock_of(target: Path) -> Path:
-    # A digest, because a name may be as long as names can be.
+    # A digest: the name itself may have the greatest length that names can have.
     return target.with_name(f"{_PREFIX}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}.lock")
 
 
@@ -208,25 +215,15 @@ def _remove_temporaries(lock: Path) -> None:
 
 @contextmanager
 def _temporary_beside(target: Path) -> Iterator[Path]:
-    """An empty file in a hidden folder of its own beside `target`: some writers make further files beside theirs."""
+    """An empty file in a new hidden folder beside `target`: some writers make further files beside theirs."""
     folder = target.with_name(f"{_lock_of(target).stem}-{uuid4().hex[:8]}.tmp")
     folder.mkdir()
     try:
         temporary = folder / "new"
-        # Not tempfile: its files stay unreadable for everyone else, whatever the umask.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666))
+        temporary.touch(exist_ok=False)  # not tempfile's: only their owner can read those, whatever the umask
         yield temporary
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # on a broken disk, the error to report is another
-
-
-def _tidy(folder: Path) -> None:
-    """Remove what killed processes left of any file in `folder` and its folders; what somebody is writing stays."""
-    for pattern in (f"{_PREFIX}*.lock", f"*/{_PREFIX}*.lock"):
-        for lock in folder.glob(pattern):
-            if _LOCK.fullmatch(lock.name):
-                with suppress(LockedError, OSError), locked(lock, partial(_remove_temporaries, lock)):
-                    pass
+        shutil.rmtree(folder, ignore_errors=True)  # on a broken disk, an earlier error is the one to report
 
 
 def _put(temporary: Path, target: Path, overwrite: bool) -> None:
@@ -237,9 +234,11 @@ def _put(temporary: Path, target: Path, overwrite: bool) -> None:
     """
     if not overwrite:
         try:
-            return target.hardlink_to(temporary)  # fails where something is, which a rename does not
-        except (OSError, NotImplementedError) as error:  # a file system, or a whole system, without links
-            if isinstance(error, OSError) and error.errno not in _NO_LINKS:
+            return target.hardlink_to(temporary)  # unlike a rename, it fails where a file is
+        except NotImplementedError:  # a system without links
+            pass
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
                 raise
         if target.exists():
             raise FileExistsError
@@ -248,7 +247,7 @@ def _put(temporary: Path, target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _synced(path: Path, flags: int) -> Iterator[None]:
-    """Sync it to disk when the block ends."""
+    """Sync a file or directory to disk when the block ends."""
     descriptor = os.open(path, flags)
     try:
         yield
@@ -258,7 +257,7 @@ def _synced(path: Path, flags: int) -> Iterator[None]:
 
 
 def _sync_directory(path: Path) -> None:
-    """So that the name survives a power failure; some file systems cannot, nor can Windows open a directory."""
+    """Let the names in it survive a power failure; some file systems cannot, and Windows opens no directory."""
     try:
         with _synced(path, os.O_RDONLY):
             pass
@@ -269,11 +268,11 @@ def _sync_directory(path: Path) -> None:
 
 def _exists(target: Path) -> CheckpointError:
     return CheckpointError(
-        f"write: '{target}': got an existing file, expected a new name. To replace it use --force / overwrite=True."
+        f"write: '{target}': got an existing file, expected a new name. To replace it pass `overwrite=True`."
     )
 
 
 def unwritable(target: Path, error: Exception) -> CheckpointError:
-    """What went wrong in writing, in words."""
+    """The error of a failed write, with its reason."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return CheckpointError(f"write: '{target}': {reason}. Choose another place, or make room or permission there.")

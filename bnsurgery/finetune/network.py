@@ -15,7 +15,7 @@ from bnsurgery.files.checkpoint import load, read_record
 from bnsurgery.files.labels import noted_classes
 from bnsurgery.graph.planning import Plan
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.networks import factories, pretrained
+from bnsurgery.networks import factories, interface, pretrained
 from bnsurgery.networks.fitting import BEST_FIT, Choice
 from bnsurgery.nn import set_statistics_
 from bnsurgery.records import architectures
@@ -72,20 +72,20 @@ def find(config: Config) -> Source:
         custom = factories.build(config.model) if config.model else None
         model = load(path, model=custom)
         done = record(model)
-        preprocess = pretrained.preprocessing_of(done, model, config.wanted) if of_images else None
-        return Source(model, f"checkpoint {path.name}", preprocess, done.task, pretrained.classes_of(done))
+        preprocess = interface.preprocessing_of(done, model, config.wanted) if of_images else None
+        return Source(model, f"checkpoint {path.name}", preprocess, done.task, interface.classes_of(done))
     own = own_name(config)
     if own:
         weights = config.source if config.model and config.source else config.weights
         model, description = pretrained.own_network(own, weights, config.seed, choice)
-        known = pretrained.own_preprocessing(model, config.wanted) if factories.is_timm(own) and of_images else None
+        known = interface.own_preprocessing(model, config.wanted) if factories.is_timm(own) and of_images else None
         return Source(model, f"{own}, {description}", known, classes=noted_classes(weights))
     if is_file:
         architecture, weights = pretrained.recognise(path, choice), config.source
     else:
         architecture, weights = architectures.architecture(config.source), config.weights
     found = pretrained.load(architecture, weights, choice=choice, wanted=config.wanted, seed=config.seed)
-    classes = pretrained.categories(architecture, found.weights) or noted_classes(weights)
+    classes = interface.categories(architecture, found.weights) or noted_classes(weights)
     return Source(found.model, f"{found.name}, {found.weights}", found.preprocess, classes=classes)
 
 
@@ -100,7 +100,7 @@ def given(model: nn.Module) -> Source:
     if not carries_record(model):
         return Source(copied, name)
     task = record(model).task
-    return Source(copied, name, task.preprocessing if task else None, task, pretrained.classes_of(record(model)))
+    return Source(copied, name, task.preprocessing if task else None, task, interface.classes_of(record(model)))
 
 
 def task_of(source: Source, data: Data, config: Config) -> Task:
@@ -124,7 +124,7 @@ def task_of(source: Source, data: Data, config: Config) -> Task:
 
 
 def _preprocessing(source: Source, data: Data, config: Config) -> Preprocessing:
-    own = source.preprocess or pretrained.own_preprocessing(source.model, config.wanted)
+    own = source.preprocess or interface.own_preprocessing(source.model, config.wanted)
     found = config.wanted.of(own)
     side = min(found.height, found.width)
     return replace(found, resize=round(side * _RESIZE) if data.photographs else side)

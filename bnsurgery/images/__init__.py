@@ -1,1 +1,1 @@
-"""From image files to batches: finding, decoding, preprocessing."""
+"""From image files to batches: finding, decoding, preprocessing, batching."""

@@ -1,4 +1,4 @@
-"""Networks by name or file, with their weights and preprocessing, and what they say of images.
+"""Networks by name or file, with their weights, preprocessing and classes.
 
-Torchvision's, timm's, those that a user's function makes, ONNX.
+torchvision's, timm's, those that a user's function makes, ONNX.
 """

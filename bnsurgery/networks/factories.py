@@ -1,4 +1,4 @@
-"""What functions that the user names give, whose code runs by design, such as networks; and timm's networks."""
+"""Networks by name, timm's among them, and other results of functions that a user names: their code runs by design."""
 
 import difflib
 import importlib
@@ -21,13 +21,13 @@ from bnsurgery.text.words import with_article
 from . import onnx_files
 
 _TIMM = "timm:"
-# From which code of a user's was taken in this process, and which files in them were run: they stay importable.
+# The folders that a user's code came from in this process, and the files in them that were run: they stay importable.
 _folders: dict[str, set[str]] = {}
-_files: dict[str, ModuleType] = {}  # what was run as a file, by the name that it has in sys.modules
+_files: dict[str, ModuleType] = {}  # the modules that were run as files, by their names in sys.modules
 
 
 def is_timm(name: str) -> bool:
-    """Whether `name` asks for one of timm's networks."""
+    """Whether `name` is that of one of timm's networks."""
     return name.startswith(_TIMM)
 
 
@@ -44,21 +44,21 @@ def is_torchvision(name: str) -> bool:
 def build(name: str, *, pretrained: bool = False) -> nn.Module:
     """The network that "package.module:factory" or "file.py:factory" makes, or timm's "timm:NAME", in eval mode.
 
-    A name of torchvision's, such as "resnet18", gives that one without weights; "net.onnx" what is in the file.
+    A name of torchvision's, such as "resnet18", gives that network without weights; "net.onnx" the one in the file.
 
     The factory is called without arguments. Nothing read from a checkpoint ever gets here.
 
-    What lies beside the file, or in the current folder where a module is named, can be imported as under `python
-    file.py`: by functions that are called later, too, and in processes that are started from here. A process has one
-    module of a name, so what two folders have under the same name is refused.
+    Modules beside the file, or in the current folder where a module is named, can be imported as under `python
+    file.py`: also by functions that are called later, and in child processes. A process has one module of a name, so
+    modules of the same name in two folders are refused.
 
     Args:
         name: as above.
-        pretrained: let timm fill it with its weights, downloaded unless cached.
+        pretrained: let timm fill its network with its weights, downloaded unless cached.
 
     Raises:
-        ArchitectureError: no such module, function or timm network, or it fails, or what it returns is no network; or
-            it imports what another folder has under the same name.
+        ArchitectureError: there is no such module, function or timm network, it fails, or it returns no network; or
+            it imports a module that another folder has under the same name.
         CheckpointError: timm cannot get the weights.
     """
     if is_timm(name):
@@ -77,7 +77,7 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
 
 
 def names_code(name: str) -> bool:
-    """Whether `name` is "package.module:function" or "file.py:function" and no file's or folder's."""
+    """Whether `name` is "package.module:function" or "file.py:function", and not that of a file or folder."""
     place, _, called = name.rpartition(":")
     return bool(place) and called.isidentifier() and not Path(name).exists()
 
@@ -85,16 +85,17 @@ def names_code(name: str) -> bool:
 def function(name: str, what: str = "model", gives: str = "a network") -> Callable[[], Any]:
     """The function called "package.module:function" or "file.py:function", to be called without arguments.
 
-    What it prints goes to stderr, and what it raises comes as an ArchitectureError; what lies beside its file can be
-    imported, see `build`.
+    Its prints go to stderr, its errors become ArchitectureErrors, and it can import modules beside its file, see
+    `build`.
 
     Args:
         name: as above.
-        what: how to call it in messages: "model", "data".
-        gives: what it shall return, for messages.
+        what: the field that has the name, for messages: "model", "data".
+        gives: the result that is expected, for messages.
 
     Raises:
-        ArchitectureError: there is none, it cannot be run, or it imports what another folder has under the same name.
+        ArchitectureError: there is no such function, its module cannot be run, or it imports a module that another
+            folder has under the same name.
     """
     place, _, called = name.rpartition(":")
     if not place or not called.isidentifier():
@@ -121,10 +122,10 @@ def function(name: str, what: str = "model", gives: str = "a network") -> Callab
 
 
 def running(name: str, found: Callable[[], Any], what: str) -> Any:
-    """What a user's code gives, with its prints on stderr.
+    """The result of a user's code, with its prints on stderr.
 
     Raises:
-        ArchitectureError: it fails.
+        ArchitectureError: the code fails.
     """
     try:
         with _running(name.rpartition(":")[0]):
@@ -142,25 +143,22 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
 
     kind = name.removeprefix(_TIMM)
     if not timm.is_model(kind):
-        close = difflib.get_close_matches(kind, timm.list_models(), n=3)
-        raise ArchitectureError(f"model '{name}': timm has none of that name. {_did_you_mean(close)}".rstrip())
+        close = " or ".join(_TIMM + match for match in difflib.get_close_matches(kind, timm.list_models(), n=3))
+        hint = f" Did you mean {close}?" if close else ""
+        raise ArchitectureError(f"model '{name}': timm has none of that name.{hint}")
     try:
         model: nn.Module = timm.create_model(kind, pretrained=pretrained)
     except Exception as error:  # the hub's, of many kinds
         raise CheckpointError(
-            f"model '{name}': timm cannot load its weights: {str(error).splitlines()[0]} Pass --weights PATH, or "
-            "--weights random to try without."
+            f"model '{name}': timm cannot load its weights: {str(error).splitlines()[0]} Pass `weights=PATH`, or "
+            "`weights='random'` to try without."
         ) from error
     return model.eval()
 
 
-def _did_you_mean(close: list[str]) -> str:
-    return f"Did you mean {' or '.join(_TIMM + name for name in close)}?" if close else ""
-
-
 @contextmanager
 def _running(place: str) -> Iterator[None]:
-    """What this code prints is no part of a command's output, nor are the command's words meant for it."""
+    """Keep the code's prints out of a command's output, and the command's words from the code."""
     words, sys.argv = sys.argv, [place]
     try:
         with redirect_stdout(sys.stderr):
@@ -170,36 +168,32 @@ def _running(place: str) -> Iterator[None]:
 
 
 def _module(place: str, what: str) -> object:
-    if not place.endswith(".py"):
-        return _package(place, what)
-    path = Path(os.path.realpath(place))  # resolve raises where a link leads back to itself
-    if not path.is_file():
-        raise ArchitectureError(f"{what}: '{place}': no such file")
+    """Run a file, or import a module by name, from the current folder too, where an installed command does not look."""
+    path = Path(os.path.realpath(place)) if place.endswith(".py") else None  # resolve raises for a link to itself
+    if path is not None and not path.is_file():
+        raise ArchitectureError(f"{what} '{place}': no such file")
+    folder, stem = (path.parent, path.stem) if path is not None else (Path.cwd(), "")
+    _make_importable(str(folder), place, stem)
+    try:
+        return importlib.import_module(place) if path is None else _run(path)
+    except (Exception, SystemExit) as error:  # the user's own code
+        verb = "imported" if path is None else "run"
+        raise ArchitectureError(f"{what} '{place}': cannot be {verb}: {_reason(error)}") from error
+
+
+def _run(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    _make_importable(str(path.parent), place, path.stem)
     if sys.modules.get(path.stem) is _files.get(path.stem):  # not one that is installed
         # Dataclasses and pickle look a class's module up there.
         sys.modules[path.stem] = _files[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's own code
-        raise ArchitectureError(f"{what}: '{place}': cannot be run: {_reason(error)}") from error
+    spec.loader.exec_module(module)
     return module
 
 
-def _package(place: str, what: str) -> object:
-    """Import a module by name, from the current folder too, which an installed command does not look into by itself."""
-    _make_importable(str(Path.cwd()), place)
-    try:
-        return importlib.import_module(place)
-    except (Exception, SystemExit) as error:  # the user's own code
-        raise ArchitectureError(f"{what} '{place}': cannot be imported: {_reason(error)}") from error
-
-
 def _make_importable(folder: str, place: str, stem: str = "") -> None:
-    """Put `folder` in front of the search path, where spawned processes get it from; `stem` is to be run as a file."""
+    """Put `folder` in front of the search path, which child processes inherit; `stem` is to be run as a file."""
     importlib.invalidate_caches()
     folders = {**_folders, folder: {*_folders.get(folder, ()), stem}}
     _refuse_namesakes(place, folders)
@@ -211,11 +205,7 @@ def _make_importable(folder: str, place: str, stem: str = "") -> None:
 
 
 def _refuse_namesakes(place: str, folders: Mapping[str, set[str]]) -> None:
-    """Refuse to go on where a module was imported from one folder that another has, too: it would get the first's.
-
-    Raises:
-        ArchitectureError: there is one.
-    """
+    """Refuse to go on where a module was imported from one folder that another has, too: both would get the first's."""
     for name, module in list(sys.modules.items()):
         home = _home(module)
         if "." in name or home not in folders or module is _files.get(name):

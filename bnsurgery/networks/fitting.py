@@ -1,7 +1,7 @@
-"""Which tensors of a weights file are a network's: told by its keys and shapes, whatever training put around them."""
+"""Find the tensors of a network in a weights file, by its keys and shapes, whatever training put around them."""
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +11,7 @@ from torch import nn
 from bnsurgery.errors import BNSurgeryWarning, CheckpointError, printable, shown
 from bnsurgery.files.weights import WeightsFile, check_finite, check_kinds, check_plain, describe_mismatch
 
-# Modules that torch puts around others: DataParallel, torch.compile, FSDP, activation checkpointing.
+# Names of the modules that wrap others: of DataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _USUAL = ("", "state_dict.", "model.", "model_state_dict.")  # the first of these, where several places fit
 _NAMED = 4  # names in a message
@@ -22,9 +22,9 @@ class Choice:
     """Which tensors of a weights file to take; by default those that fit the network.
 
     Attributes:
-        key: where they are: the keys of the dicts that lead to them, joined by "."; None to search.
-        prefix: what stands there before the network's own names, such as "backbone."; None to search.
-        partial: take what fits, and leave the rest of the network as it is made.
+        key: the keys of the dicts that lead to them, joined by "."; None to search.
+        prefix: before the network's own names there, such as "backbone."; None to search.
+        partial: take the tensors that fit, and leave the rest of the network as it is initialized.
     """
 
     key: str | None = None
@@ -40,9 +40,9 @@ class Fit:
     """The tensors of a file that have a network's names, of whatever shape.
 
     Attributes:
-        names: what they are called in the file, by the network's keys.
-        left_out: what the file's other tensors would be called in the network, by their names in the file; empty for
-            those that are elsewhere.
+        names: their names in the file, by the network's keys.
+        left_out: by the names of the file's other tensors, the keys that they would have in the network; empty for
+            those in another place.
     """
 
     file: WeightsFile
@@ -51,24 +51,24 @@ class Fit:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """By the network's keys."""
+        """The shapes in the file, by the network's keys."""
         return {key: self.file.tensors[name].shape for key, name in self.names.items()}
 
     @property
     def norm(self) -> str | None:
-        """The first BatchNorm that stands among the network's tensors and that the network has no place for."""
+        """The first BatchNorm among the tensors in the network's place for which the network has no key."""
         return next((name for name, key in self.left_out.items() if key.endswith("running_mean")), None)
 
 
 def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) -> Fit:
-    """Look for a network's tensors: where most have its names and shapes.
+    """Find a network's tensors in the place where most have its names and shapes.
 
     Args:
         file: from `read_weights`.
         expected: shapes by the network's state-dict keys.
 
     Raises:
-        CheckpointError: there is nothing where `choice` says, or several places fit equally well.
+        CheckpointError: there is nothing in the place that `choice` names, or several places fit equally well.
     """
     start = f"{choice.key}." if choice.key else ""
     ours, theirs = _plain_names(expected), _plain_names(name for name in file.tensors if name.startswith(start))
@@ -78,7 +78,8 @@ def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) 
     inner = {
         root: {name[len(root) :]: ours[name] for name in ours if name.startswith(root)} for root in _roots(ours, choice)
     }
-    scores: dict[tuple[str, str], list[int]] = {}  # of what stands before the names: in the file, in the network
+    # By the beginnings of the names in the file and in the network: how many names fit with their shapes, and at all.
+    scores: dict[tuple[str, str], list[int]] = {}
     for plain, name in theirs.items():
         for cut in _cuts(plain, longest):
             for root, keys in inner.items() if cut >= first else ():
@@ -86,10 +87,10 @@ def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) 
                     score = scores.setdefault((plain[:cut], root), [0, 0])
                     score[0] += file.tensors[name].shape == expected[keys[plain[cut:]]]
                     score[1] += 1
-    places = {_plain(place) for place in file.places}
     if choice.prefix is not None:
         prefix = _plain(f"{choice.prefix.rstrip('.')}." if choice.prefix else "")
-        scores = {pair: scores[pair] for pair in scores if pair[0] in {place + prefix for place in places}}
+        chosen = {_plain(place) + prefix for place in file.places}
+        scores = {pair: score for pair, score in scores.items() if pair[0] in chosen}
         if not scores:
             raise CheckpointError(
                 f"weights '{file.path}': no name begins with {shown(choice.prefix)}. {_contents(file)}"
@@ -99,8 +100,8 @@ def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) 
     usual = [pair for place in _USUAL for pair in fitting if (pair[0][first:], pair[1]) == (place, "")]
     if len(fitting) > 1 and not usual and (best[0] == len(ours) or choice.partial):
         raise CheckpointError(
-            f"weights '{file.path}': {len(fitting)} places fit equally well: {_listed([at for at, _ in fitting])}. Say "
-            "which by --weights-key or --weights-prefix"
+            f"weights '{file.path}': {len(fitting)} places fit equally well: {_listed([at for at, _ in fitting])}. "
+            "Choose one by `weights_key` or `weights_prefix`"
         )
     at, root = (usual or fitting)[0]
     names = {key: theirs[at + plain] for plain, key in inner[root].items() if at + plain in theirs}
@@ -112,11 +113,11 @@ def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) 
 
 
 def fill_(model: nn.Module, name: str, file: WeightsFile, choice: Choice) -> None:
-    """Give `model`, which is called `name`, its tensors from `file`; warns where the file has other names, or more.
+    """Give `model`, which is called `name`, its tensors from `file`; warn where the file has other names, or more.
 
     Raises:
-        CheckpointError: tensors are missing or of another shape, and `choice` does not allow for that; or one is not
-            plain, not finite or of another type; or `find` finds none.
+        CheckpointError: tensors are missing or of another shape, and `choice` is not `partial`; or one is not plain,
+            not finite or of another type; or `find` finds none.
     """
     expected = model.state_dict()
     shapes = {key: tensor.shape for key, tensor in expected.items()}
@@ -124,34 +125,30 @@ def fill_(model: nn.Module, name: str, file: WeightsFile, choice: Choice) -> Non
     if fit.norm is not None and not choice.partial:
         raise CheckpointError(
             f"'{file.path}' holds a network that has BatchNorm already ('{printable(fit.norm)}'), and {name} has none: "
-            "nothing to insert. To leave it out all the same, pass --partial"
+            "nothing to insert. To leave it out all the same, pass `partial=True`"
         )
     tensors = {key: file.tensors[found] for key, found in fit.names.items() if fit.shapes[key] == shapes[key]}
     absent = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
     if absent and not (choice.partial and tensors):
         beside = {key: file.tensors[found].shape for found, key in fit.left_out.items() if key}
         mismatch = describe_mismatch(shapes, {**beside, **fit.shapes})
-        some = f". {len(tensors)} of {len(expected)} fit: --partial takes these alone" if tensors else ""
+        some = f". {len(tensors)} of {len(expected)} fit: `partial=True` takes these alone" if tensors else ""
         raise CheckpointError(f"weights '{file.path}' are not those of {name}: {mismatch}{some}")
     tensors = check_plain(tensors, file.path)
     check_kinds(tensors, expected, file.path)
     check_finite(tensors, file.path, masks={key for key, _ in model.named_buffers()})
-    if absent:  # beside what was made in the network's own precision
+    if absent:  # all in one precision, that of the initialized ones
         tensors = {key: tensor.to(expected[key].dtype) for key, tensor in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
-    _tell(fit, absent)
-
-
-def _tell(fit: Fit, absent: list[str]) -> None:
-    said = [f"its {shown(name)} is taken for '{key}'" for key, name in fit.names.items() if key != name][:1]
-    said += [f"left out: {_listed(fit.left_out)}"] if fit.left_out else []
-    said += [f"not in it, and left as they were made: {_listed(absent)}"] if absent else []
-    if said:
-        warnings.warn(f"weights '{fit.file.path}': {'; '.join(said)}", BNSurgeryWarning, stacklevel=2)
+    notes = [f"its {shown(found)} is taken for '{key}'" for key, found in fit.names.items() if key != found][:1]
+    notes += [f"left out: {_listed(fit.left_out)}"] if fit.left_out else []
+    notes += [f"not in it, and left as they were made: {_listed(absent)}"] if absent else []
+    if notes:
+        warnings.warn(f"weights '{file.path}': {'; '.join(notes)}", BNSurgeryWarning, stacklevel=2)
 
 
 def _plain(name: str) -> str:
-    """`name` without the modules that torch puts around others, wherever they are."""
+    """`name` without the names of wrapping modules in it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -163,26 +160,22 @@ def _plain_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _roots(names: Collection[str], choice: Choice) -> list[str]:
-    """What the file may lack in front of the network's names: what all have, or, of a part of it, what some have."""
+    """Beginnings of the network's names that the file may lack: of all names, or, for a part of it, of some."""
     name = next(iter(names), "")
-    starts = [name[: dot + 1] for dot, character in enumerate(name) if character == "."]
-    shared = ["", *(start for start in starts if all(name.startswith(start) for name in names))]
+    shared = [name[:cut] for cut in reversed(_cuts(name, len(name))) if all(n.startswith(name[:cut]) for n in names)]
     parts = {f"{name.partition('.')[0]}." for name in names if "." in name} if choice.partial else set()
     return shared + sorted(parts - set(shared))
 
 
 def _same_end(at: str, root: str) -> bool:
-    """Whether both end with the same part of a name, so that a shorter pair of them says the same."""
+    """Whether both end with the same part of a name, so that a shorter pair means the same."""
     return bool(at and root) and at.split(".")[-2] == root.split(".")[-2]
 
 
-def _cuts(name: str, longest: int) -> Iterator[int]:
-    """Where a name of up to `longest` characters can begin in `name`: in front, or behind a dot."""
-    cut = len(name)
-    while cut > 0 and len(name) - cut <= longest:
-        cut = name.rfind(".", 0, cut - 1) + 1
-        if len(name) - cut <= longest:
-            yield cut
+def _cuts(name: str, longest: int) -> list[int]:
+    """Where a name of up to `longest` characters can begin in `name`: behind a dot, the last first, or in front."""
+    starts = [0, *(dot + 1 for dot, character in enumerate(name) if character == ".")]
+    return [start for start in reversed(starts) if len(name) - start <= longest]
 
 
 def _contents(file: WeightsFile) -> str:

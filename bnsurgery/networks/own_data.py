@@ -1,4 +1,4 @@
-"""Inputs that a user's own function gives: audio, video, pairs, images of four or six channels."""
+"""Inputs from a user's own function: audio, video, pairs, images of four or six channels."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,22 +18,22 @@ class OwnBatches:
     """The batches that "file.py:function" or "package.module:function" gives, as `insert` takes them.
 
     The function is called without arguments, and returns any iterable of batches or is a generator itself. It is called
-    anew for every pass, with torch's random numbers seeded, so that what it draws or shuffles by them is the same.
+    anew for every pass, with torch's random numbers seeded, so that it draws and shuffles the same.
 
     Attributes:
-        description: its name.
+        description: the function's name.
         used: how many inputs the longest pass gave.
-        skipped, passed_over: nothing is.
+        skipped, passed_over: always empty; see `ImageBatches`.
     """
 
     skipped, passed_over = (), ()
 
     def __init__(self, name: str, *, num: float = math.inf, seed: int = 0) -> None:
-        """Find the function, and call nothing yet.
+        """Find the function without calling it.
 
         Args:
             name: of the function.
-            num: end a pass with the batch that reaches so many inputs.
+            num: a pass ends with the batch that reaches this number of inputs.
             seed: of torch's random numbers.
 
         Raises:
@@ -45,7 +45,7 @@ class OwnBatches:
 
     @property
     def summary(self) -> str:
-        """How many of what, in words."""
+        """The number of inputs and their function, in words."""
         return f"{self.used}: {self.description}"
 
     def __iter__(self) -> Iterator[Any]:
@@ -53,16 +53,14 @@ class OwnBatches:
 
         Raises:
             ArchitectureError: the user's code fails.
-            CalibrationError: something in it is no batch.
-            DataError: it gives nothing that could be gone through.
+            CalibrationError: an item is no batch.
+            DataError: the function returns no iterable of batches, or there is no batch.
         """
         torch.manual_seed(self._seed)
         found = self._call()
         if isinstance(found, (Tensor, Mapping)) or not isinstance(found, Iterable):
-            kind = type(found).__name__
-            raise DataError(
-                f"data '{self.description}': returned {with_article(kind)}, expected an iterable of batches, as a list"
-            )
+            kind = with_article(type(found).__name__)
+            raise DataError(f"data '{self.description}': returned {kind}, expected an iterable of batches, as a list")
         given, batches = 0, iter(found)
         while given < self._num:
             try:

@@ -1,4 +1,4 @@
-"""What a classifier says of images."""
+"""The classes that a classifier gives to images."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from bnsurgery.running.modes import evaluate
 from bnsurgery.text.tables import table
 from bnsurgery.text.words import percent
 
-from . import pretrained
+from .interface import classes_of, preprocessing_of
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Prediction:
 
 def predictions_table(predictions: Sequence[Prediction]) -> str:
     """One line an image: its file, then the likeliest classes, each with its probability in percent."""
-    most = max((len(prediction.classes) for prediction in predictions), default=0)
-    headers = ["image", *(f"class {rank}" for rank in range(1, most + 1))]
+    headers = ["image", *(f"class {rank}" for rank in _ranks(predictions))]
     rows = [
         (p.image, *(f"{percent(share, '.1f')} {name}" for name, share in zip(p.classes, p.probabilities, strict=True)))
         for p in predictions
@@ -49,14 +48,17 @@ def predictions_table(predictions: Sequence[Prediction]) -> str:
 
 def predictions_csv(predictions: Sequence[Prediction]) -> str:
     """A header and one line an image: image, class_1, probability_1, class_2, ...; probabilities from 0 to 1."""
-    most = max((len(prediction.classes) for prediction in predictions), default=0)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", *(f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability"))])
+    pairs = (f"{what}_{rank}" for rank in _ranks(predictions) for what in ("class", "probability"))
+    writer.writerow(["image", *pairs])
     for p in predictions:
-        pairs = zip(p.classes, p.probabilities, strict=True)
-        writer.writerow([p.image, *(value for pair in pairs for value in pair)])
+        writer.writerow([p.image, *(value for pair in zip(p.classes, p.probabilities, strict=True) for value in pair)])
     return text.getvalue()
+
+
+def _ranks(predictions: Sequence[Prediction]) -> range:
+    return range(1, 1 + max((len(prediction.classes) for prediction in predictions), default=0))
 
 
 def predict(
@@ -65,18 +67,18 @@ def predict(
     """Classify image files, one after the other, in eval mode.
 
     Args:
-        model: from `finetune`, `insert` or `load`; its record says what goes in and what the classes are called.
+        model: from `finetune`, `insert` or `load`; its record has the preprocessing and the names of the classes.
         top: how many classes to name.
-        wanted: what of the preprocessing shall be otherwise than its record says.
+        wanted: changes to the record's preprocessing.
 
     Raises:
         DataError: an image cannot be read.
-        CalibrationError: the network does not take what its record says.
+        CalibrationError: the network does not take the input in its record.
         ArchitectureError: its input is not known: a network of one's own, of which no size was recorded or given.
         BNSurgeryError: the model carries no record.
     """
-    done = record(model)
-    preprocess, names = pretrained.preprocessing_of(done, model, wanted), pretrained.classes_of(done)
+    the_record = record(model)
+    preprocess, names = preprocessing_of(the_record, model, wanted), classes_of(the_record)
     for path in images:
         tensor = preprocess(load_image(path))
         logits = evaluate("predict", model, Inputs((tensor[None],)))[0][0].float()

@@ -2,30 +2,25 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from bnsurgery.errors import ArchitectureError, CheckpointError, UntraceableModelError, printable, shown
+from bnsurgery.errors import ArchitectureError, CheckpointError, printable
 from bnsurgery.files.checkpoint import read_record
-from bnsurgery.files.weights import download, read_weights
-from bnsurgery.graph.layer_kinds import LAYERS
-from bnsurgery.graph.tracing import Trace, is_layer
-from bnsurgery.images.preprocessing import MAX_SIDE, NOTHING, Preprocessing, Wanted
+from bnsurgery.files.labels import noted_preprocessing
+from bnsurgery.files.weights import WeightsFile, read_weights
+from bnsurgery.images.preprocessing import NOTHING, Preprocessing, Wanted
 from bnsurgery.records.architectures import Architecture, identify, names, state_shapes
-from bnsurgery.records.record import SurgeryRecord, carries_record, record
-from bnsurgery.surgery.copies import sharing_tensors
-from bnsurgery.surgery.folding import strip_
 
 from . import factories
+from .downloads import download
 from .fitting import BEST_FIT, Choice, fill_, find
+from .interface import preprocessing
 
-_CROP = 224
 _OWN_INPUTS = ("googlenet", "inception_v3")  # with weights they rescale their input, and drop their training heads
-_RESIZE = 256
 
 
 @dataclass(frozen=True)
@@ -33,10 +28,10 @@ class Pretrained:
     """A network in eval mode, ready to run.
 
     Attributes:
-        name: how to call it: "vgg16", "timm:vgg16", "net.py:small".
-        architecture: which of torchvision's it is, if any; the number of classes is the weights'.
+        name: such as "vgg16", "timm:vgg16", "net.py:small".
+        architecture: torchvision's, if it is one; the number of classes is the weights'.
         weights: where they came from, in words.
-        preprocess: from an image to its input: the weights' own, or ImageNet's, but for what was asked for.
+        preprocess: from an image to its input: the weights' own, or ImageNet's, with the caller's changes.
     """
 
     name: str
@@ -61,13 +56,13 @@ def load(
         weights: "DEFAULT" or another name in torchvision's enum (downloaded unless cached), "random" (torchvision's
             initialization, seeded), or a path to a .pth, .pt or .safetensors file holding a state dict.
         choice: which tensors of a file to take.
-        wanted: what of the preprocessing shall be otherwise than the weights say.
-        seed: for "random", and for what a file does not have.
+        wanted: changes to the preprocessing; a file from `export` has its own in its metadata.
+        seed: for "random", and for tensors that the file does not have.
         progress: show the download.
 
     Raises:
-        CheckpointError: no such weights, or they are damaged, hostile, of another network or not finite.
-        ArchitectureError: the image size is below what the network takes.
+        CheckpointError: there are no such weights, or they are damaged, hostile, of another network or not finite.
+        ArchitectureError: the image size is smaller than the network takes.
         DataError: the preprocessing does not go with the network.
     """
     if wanted.size is not None and min(wanted.size) < architecture.min_size:
@@ -77,23 +72,26 @@ def load(
         )
     known = ("DEFAULT", *architecture.weight_names, "random")
     _check_choice(choice, weights, known)
+    noted = None
     if weights == "random":
-        model, description = _random(architecture, seed), f"random, seed {seed}"
+        model, origin = _random(architecture, seed), f"random, seed {seed}"
     elif weights in known:
         member: WeightsEnum = architecture.weights[weights]
-        model, description = architecture.build("meta"), str(member)
+        model, origin = architecture.build(), str(member)
         fill_(model, architecture.name, download(member, progress=progress), choice)
     else:
-        file = read_weights(weights)
-        _refuse_inserted(file.path)
+        file = _plain_file(weights)
         shapes = find(file, state_shapes(architecture.build()), choice).shapes
         architecture = identify(shapes, (architecture,)) or architecture
-        model = _random(architecture, seed) if choice.partial else architecture.build("meta")
+        model = _random(architecture, seed) if choice.partial else architecture.build()
         fill_(model, architecture.name, file, choice)
-        model, description = model.float(), f"file {file.path.name}"  # of half precision: CPUs compute in single
-    return Pretrained(
-        architecture.name, model, architecture, description, preprocessing(architecture, description, wanted)
-    )
+        model, origin = model.float(), f"file {file.path.name}"  # CPUs compute in single, not in half precision
+        noted = noted_preprocessing(weights)
+    if noted is not None and noted.channels != "grey":
+        preprocess = wanted.of(noted)
+    else:
+        preprocess = preprocessing(architecture, origin, wanted)
+    return Pretrained(architecture.name, model, architecture, origin, preprocess)
 
 
 def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choice = BEST_FIT) -> tuple[nn.Module, str]:
@@ -101,160 +99,37 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choi
 
     Args:
         name: see `factories.build`.
-        weights: a path to a file that holds its state dict; "DEFAULT" for torchvision's or timm's own, or what the
-            factory made; "random" for torchvision's or timm's initialization.
-        seed: for whatever the factory draws.
+        weights: a path to a file that holds its state dict; "DEFAULT" for torchvision's or timm's own, or those that
+            the factory gives; "random" for torchvision's or timm's initialization.
+        seed: for the random numbers that the factory draws.
         choice: which tensors of a file to take.
 
     Raises:
         ArchitectureError, CheckpointError: there is no such network, or these are not its weights.
     """
-    known = ("DEFAULT", "random")
-    _check_choice(choice, weights, known)
-    stock = factories.is_torchvision(name)
-    if weights == "random" and not (stock or factories.is_timm(name)):
-        raise CheckpointError(f"weights 'random': '{name}' makes its own: leave --weights out, or pass a file")
+    _check_choice(choice, weights, ("DEFAULT", "random"))
+    stock, timm = factories.is_torchvision(name), factories.is_timm(name)
+    if weights == "random" and not (stock or timm):
+        raise CheckpointError(f"weights 'random': '{name}' makes its own: leave `weights` out, or pass a file")
+    if weights == "DEFAULT" and name in _OWN_INPUTS:
+        raise ArchitectureError(
+            f"model '{name}': torchvision makes it another network with its weights: write a function that returns "
+            f"torchvision.models.{name}(weights='DEFAULT'), and pass file.py:function"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = factories.build(name, pretrained=factories.is_timm(name) and weights == "DEFAULT")
-    description = f"random, seed {seed}"
-    if weights == "DEFAULT":
-        description = f"file {Path(name).name}" if factories.is_onnx(name) else "as they are made"
-    if stock and weights == "DEFAULT":
-        if name in _OWN_INPUTS:
-            raise ArchitectureError(
-                f"model '{name}': torchvision makes it another network with its weights: write a function that returns "
-                f"torchvision.models.{name}(weights='DEFAULT'), and pass file.py:function"
-            )
+        model = factories.build(name, pretrained=timm and weights == "DEFAULT")
+    if weights == "random":
+        return model, f"random, seed {seed}"
+    if weights != "DEFAULT":
+        file = _plain_file(weights)
+        fill_(model, name, file, choice)
+        return model, f"file {file.path.name}"
+    if stock:
         member = models.get_model_weights(name).DEFAULT
         fill_(model, name, download(member, progress=False), BEST_FIT)
-        description = str(member)
-    if weights not in known:
-        file = read_weights(weights)
-        _refuse_inserted(file.path)
-        fill_(model, name, file, choice)
-        description = f"file {file.path.name}"
-    return model, description
-
-
-def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessing:
-    """From an image to the input of a network that is not torchvision's.
-
-    Args:
-        model: its first layer says whether images are grey; a timm network knows the rest. Of others, colour is
-            normalized as ImageNet's, and grey is left between 0 and 1.
-        wanted: what shall be otherwise.
-
-    Raises:
-        ArchitectureError: the size is not known, or the first layer takes neither 1 nor 3 channels.
-        DataError: what is wanted does not go with the network.
-    """
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    channels = input_channels(model)
-    if channels not in (1, 3):
-        raise ArchitectureError(
-            f"{type(model).__name__} takes {channels} channels, expected 1 or 3, as images have. For other inputs "
-            "insert, verify, finetune and export take --data FILE.py:FUNCTION, which gives them"
-        )
-    height, width = wanted.size or (config.get("input_size") or (None, None))[-2:]
-    if height is None or width is None:
-        raise ArchitectureError("the image size of a network of your own is not known: pass --image-size")
-    own = Preprocessing(height, width, round(min(height, width) * _RESIZE / _CROP))
-    if channels == 1:
-        own = replace(own, mean=(0.0,), std=(1.0,), channels="grey")
-    elif "mean" in config and "std" in config:
-        kind = config.get("interpolation") or own.interpolation
-        own = replace(own, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=kind)
-    return wanted.of(own)
-
-
-def noise(model: nn.Module, size: tuple[int, int] | None = None) -> Tensor:
-    """Two images to try a network on, (2, C, *size): of timm's own height and width where none is given, else 224."""
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    height, width = size or (config.get("input_size") or (_CROP, _CROP))[-2:]
-    return torch.randn(2, input_channels(model), height, width, generator=torch.Generator().manual_seed(0))
-
-
-def input_channels(model: nn.Module) -> int:
-    """Colour channels that a network takes: as its record has it, else its first layer; 3 where that is no conv."""
-    if carries_record(model):
-        done = record(model)
-        if done.task is not None and done.task.preprocessing is not None:
-            return done.task.preprocessing.shape[0]
-        if done.input_shape is not None:
-            return done.input_shape[0]
-        model = sharing_tensors(model)
-        strip_(model, done.sites)  # a layer with a norm is one module with it
-    try:
-        first = next((node.meta.get("module") for node in Trace(model).nodes if is_layer(node)), None)
-    except UntraceableModelError:  # without an input: then the first to be defined
-        first = next((module for module in model.modules() if isinstance(module, LAYERS)), None)
-    return first.in_channels if isinstance(first, LAYERS) and not isinstance(first, nn.Linear) else 3
-
-
-def preprocessing(architecture: Architecture, weights: str = "", wanted: Wanted = NOTHING) -> Preprocessing:
-    """The preprocessing of torchvision's weights called `weights`, such as "VGG16_Weights.DEFAULT"; else ImageNet's."""
-    own = Preprocessing(_CROP, _CROP, _RESIZE)
-    member = _member(architecture, weights)
-    if member is not None:
-        found = member.transforms()
-        (size,), (resize,) = set(found.crop_size), set(found.resize_size)
-        own = replace(own, height=size, width=size, resize=resize, mean=tuple(found.mean), std=tuple(found.std))
-    return wanted.of(own)
-
-
-def _member(architecture: Architecture, weights: str) -> WeightsEnum | None:
-    return next((member for member in architecture.weights if str(member) == weights), None)
-
-
-def classes_of(record: SurgeryRecord) -> tuple[str, ...]:
-    """What the outputs of a checkpoint's network are called: its task's classes, or those of torchvision's weights."""
-    if record.task is not None and record.task.classes:
-        return record.task.classes
-    weights = str(record.provenance.get("weights"))
-    return categories(record.architecture, weights) if record.architecture else ()
-
-
-def categories(architecture: Architecture, weights: str) -> tuple[str, ...]:
-    """What the outputs of torchvision's weights called `weights` are called; empty for others."""
-    member = _member(architecture, weights)
-    return tuple(member.meta["categories"]) if member else ()
-
-
-def noted_preprocessing(record: SurgeryRecord) -> Preprocessing | None:
-    """What images of a checkpoint go through, where its record says so, or names torchvision's weights."""
-    if record.task is not None:
-        return record.task.preprocessing
-    weights = str(record.provenance.get("weights"))
-    found = record.architecture is not None and _member(record.architecture, weights) is not None
-    return preprocessing(record.architecture, weights) if found and record.architecture else None
-
-
-def preprocessing_of(record: SurgeryRecord, model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessing:
-    """What images of a checkpoint go through: as its record has it, but for what is wanted.
-
-    Raises:
-        ArchitectureError: as `own_preprocessing`.
-        CheckpointError: what the record notes is out of range.
-        DataError: what is wanted does not go with the network.
-    """
-    if record.task is not None:
-        if record.task.preprocessing is None:
-            raise ArchitectureError(
-                f"{type(model).__name__} was fine-tuned on '{record.provenance.get('task')}', not on images: insert, "
-                "verify and export take --data FILE.py:FUNCTION, which gives batches of what it takes"
-            )
-        return wanted.of(record.task.preprocessing)
-    if record.architecture is not None:
-        return preprocessing(record.architecture, str(record.provenance.get("weights")), wanted)
-    # Files of format 1 and 2 note it there.
-    noted = {"image_size": None, "normalize": "auto", **record.provenance}
-    size, kind = noted["image_size"], noted["normalize"]
-    if size is not None and not (isinstance(size, int) and 1 <= size <= MAX_SIDE):
-        raise CheckpointError(f"record.provenance.image_size: got {shown(size)}, expected 1 to {MAX_SIDE}")
-    if kind not in ("auto", "imagenet", "none"):
-        raise CheckpointError(f"record.provenance.normalize: got {shown(kind)}, expected auto, imagenet or none")
-    return wanted.of(own_preprocessing(model, Wanted(wanted.image_size or size, str(kind))))
+        return model, str(member)
+    return model, f"file {Path(name).name}" if factories.is_onnx(name) else "as they are made"
 
 
 def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
@@ -263,8 +138,7 @@ def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
     Raises:
         CheckpointError: the file cannot be read, or fits none.
     """
-    file = read_weights(path)
-    _refuse_inserted(path)
+    file = _plain_file(path)
     for name in names():
         candidate = Architecture(name)
         expected = state_shapes(candidate.build())
@@ -280,20 +154,6 @@ def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
     raise CheckpointError(f"'{path}': its keys and shapes fit none of the architectures of `bnsurgery archs`")
 
 
-def origin(record: SurgeryRecord, untouched: bool) -> str:
-    """What a checkpoint's folded weights are, in words; `untouched` where their digest is the original's."""
-    if untouched:
-        return "the weights it was made from, bit for bit"
-    if record.options.absorb_bias:
-        return "weights equal to those it was made from up to rounding, since biases were absorbed, or trained since"
-    return "trained weights (changed since the insertion)"
-
-
-def example(preprocess: Preprocessing, *, on_meta: bool) -> Tensor:
-    """An input for planning: on the meta device, where nothing is computed, unless code is run that is the user's."""
-    return torch.zeros(1, *preprocess.shape, device="meta" if on_meta else None)
-
-
 def _random(architecture: Architecture, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -307,8 +167,11 @@ def _check_choice(choice: Choice, weights: str, known: tuple[str, ...]) -> None:
         raise CheckpointError(f"weights '{weights}': no such file, nor one of {', '.join(known)}")
 
 
-def _refuse_inserted(path: Path) -> None:
+def _plain_file(path: str | Path) -> WeightsFile:
+    """The weights in a file that is no checkpoint of an inserted network."""
+    file = read_weights(path)
     if read_record(path) is not None:
         raise CheckpointError(
             f"'{path}' holds a network that has been inserted into already. Fold it first: bnsurgery fold {path}"
         )
+    return file

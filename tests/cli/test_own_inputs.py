@@ -156,7 +156,7 @@ def test_an_inserted_network_goes_on_with_sound(own):
         ("data.py:many", "data 'data.py:many': validation: targets: got 3, expected 0 to 2, for 3 classes"),
         ("data.py:labels", "expected a function that returns (training, validation)"),
         ("data.py:none", "'data.py' has no 'none'"),
-        ("no.py:none", "data: 'no.py': no such file"),
+        ("no.py:none", "data 'no.py': no such file"),
     ],
 )
 @pytest.mark.parametrize("command", ["finetune", "compare"])

@@ -19,7 +19,7 @@ from torch import nn
 import bnsurgery
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.networks import factories
-from bnsurgery.networks.pretrained import input_channels
+from bnsurgery.networks.interface import input_channels
 from bnsurgery.records.record import attach_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporters'
@@ -188,7 +188,7 @@ def test_what_images_go_through_is_said_once(cli):
     assert "bgr, height 12, width 20" in out
 
     code, _, err = cli("insert", *own, *given, *asked[2:])
-    assert (code, "wants scale 255" in err) == (1, True)
+    assert (code, "--scale 255" in err) == (1, True)
     code, _, err = cli("insert", *own, *given, *asked, "--normalize", "none")
     assert (code, "give one or the other" in err) == (1, True)
 
@@ -284,7 +284,7 @@ def test_inputs_of_any_kind(net, data, used, size, own_data):
         (["data.py:broken"], 1, "data 'data.py:broken': calling it failed: KeyError: 'lost'"),
         (["data.py:seven"], 1, "expected a function that returns batches"),
         (["data.py:none"], 1, "data 'data.py:none': 'data.py' has no 'none'"),
-        (["no.py:none"], 1, "data: 'no.py': no such file"),
+        (["no.py:none"], 1, "data 'no.py': no such file"),
         (["data.py:waves", "--batch-size", "2"], 2, "--batch-size is for images"),
         (["data.py:waves", "--image-size", "24"], 2, "--image-size is for images"),
         (["data.py:waves", "--mean", "0.5"], 2, "--mean is for images"),
@@ -478,7 +478,7 @@ def test_pictures(cli):
         (
             ["insert", "--model", "net.py:sound", *FEW],
             1,
-            "takes 2 channels, expected 1 or 3, as images have. For other inputs insert, verify, finetune and export",
+            "takes 2 channels, expected 1 or 3, as images have. Pass other inputs as --data FILE.py:FUNCTION",
         ),
         (["insert", "--model", "net.py:number", *FEW], 1, "returned an int, expected a torch.nn.Module"),
         (["insert", "--model", "net.py:nothing", *FEW], 1, "has no 'nothing'"),

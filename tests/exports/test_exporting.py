@@ -178,7 +178,7 @@ def test_networks_of_ones_own(name, tmp_path):
     with pytest.raises(ExportError, match="is not one of torchvision's: use state-dict"):
         export(bn_model, tmp_path / "other", to="torchvision", example=batch)
     if name == "siamese":
-        with pytest.raises(ExportError, match="pass example="):
+        with pytest.raises(ExportError, match="pass `example`"):
             export(bn_model, tmp_path / "other", to="onnx")
     else:  # the shape is known from the insertion
         assert export(bn_model, tmp_path / "again.pt2", to="exported-program").equivalence.max_rel < 1e-5

@@ -116,7 +116,7 @@ def test_channels_last_and_shared_tensors_are_written(images, tmp_path):
 def test_a_users_own_network_needs_the_class(custom, images, tmp_path):
     bn_model = insert(custom, [images(8, 32)])
     save(bn_model, tmp_path / "net")
-    with pytest.raises(CheckpointError, match="holds a Fire, which is not one of torchvision's: pass model="):
+    with pytest.raises(CheckpointError, match="holds a Fire, which is not one of torchvision's: pass `model`"):
         load(tmp_path / "net")
     other = type(custom)().eval()
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}

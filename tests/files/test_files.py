@@ -112,7 +112,7 @@ def test_what_a_killed_writer_of_tensors_leaves_is_removed(tmp_path):
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
     target = tmp_path / "a.bin"
     with (
-        pytest.raises(CheckpointError, match=r"a\.bin.*existing file.*--force / overwrite=True"),
+        pytest.raises(CheckpointError, match=r"a\.bin.*existing file.*`overwrite=True`"),
         atomic_write(target, overwrite=False) as temporary,
     ):
         temporary.write_bytes(b"ours")
@@ -198,7 +198,7 @@ def test_a_bare_file_name_is_in_the_working_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("file", r"file': got an existing file.*--force / overwrite=True"),
+        ("file", r"file': got an existing file.*`overwrite=True`"),
         ("folder", "folder': got a directory"),
         ("missing/a.bin", r"missing/a\.bin': got no directory '.*missing'.*Create it"),
         ("file/a.bin", r"file/a\.bin': Not a directory"),

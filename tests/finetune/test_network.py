@@ -76,7 +76,7 @@ def test_a_custom_network_gets_its_head_back_on_load(tmp_path):
     bnsurgery.save(trained, tmp_path / "custom.safetensors")
     again = bnsurgery.load(tmp_path / "custom.safetensors", model=tiny())
     assert torch.equal(again(images), trained(images))
-    with pytest.raises(CheckpointError, match="pass model="):
+    with pytest.raises(CheckpointError, match="pass `model`"):
         bnsurgery.load(tmp_path / "custom.safetensors")
 
 

@@ -19,6 +19,7 @@ from bnsurgery import cli
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.files import weights
 from bnsurgery.files.checkpoint import read_record
+from bnsurgery.files.labels import noted_preprocessing
 from bnsurgery.finetune import Comparison, Result
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.trials import _read as read_trial
@@ -106,6 +107,7 @@ def _weights(data: bytes) -> None:
 def _recognise(data: bytes) -> None:
     path = Path("input.pth")
     path.write_bytes(data)
+    noted_preprocessing(str(path))
     pretrained.recognise(path)
 
 

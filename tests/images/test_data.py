@@ -12,7 +12,8 @@ from torchvision.transforms import functional as F
 
 from bnsurgery.errors import DataError
 from bnsurgery.images import decoding
-from bnsurgery.images.decoding import calibration_batches, find_images, image_batches, sample_crops
+from bnsurgery.images.batches import ImageBatches, calibration_batches, sample_crops
+from bnsurgery.images.decoding import find_images, load_image
 from bnsurgery.images.preprocessing import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, 40)
@@ -36,7 +37,11 @@ def reds(batches):
     return [[int(image[0, 0, 0]) for image in batch] for batch in batches]
 
 
-# --- image_batches
+def image_batches(paths, preprocess, batch_size, **options):
+    return ImageBatches(paths, lambda path: preprocess(load_image(path)), batch_size, description="files", **options)
+
+
+# --- ImageBatches
 
 
 def test_batches_in_order_and_again(folder):
@@ -210,7 +215,7 @@ def test_samples_take_size_and_values_from_the_preprocessing():
 @pytest.mark.slow
 def test_samples_do_not_import_scikit_learn():
     script = (
-        "import sys; from bnsurgery.images.decoding import sample_crops\n"
+        "import sys; from bnsurgery.images.batches import sample_crops\n"
         "from bnsurgery.images.preprocessing import Preprocessing\n"
         "list(sample_crops(2, 2, preprocess=Preprocessing(32, 32, 32), seed=0))\n"
         "sys.exit('sklearn' in sys.modules)"
@@ -229,18 +234,18 @@ def test_without_scikit_learn(tmp_path):
     (site / "bnsurgery").exists() or (site / "bnsurgery").symlink_to(Path(decoding.__file__).parents[1])
     script = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "from bnsurgery.images.decoding import calibration_batches\n"
+        "from bnsurgery.images.batches import calibration_batches\n"
         "from bnsurgery.errors import DataError\n"
         "try: calibration_batches('samples', num_images=1, batch_size=1, preprocess=None, seed=0)\n"
         "except DataError as error: print(error)"
     )
     result = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, check=True)
-    assert "pip install bnsurgery[samples]` or pass --data DIR" in result.stdout
+    assert "pip install 'bnsurgery[samples]', or pass `data=DIR`" in result.stdout
 
 
 @pytest.mark.slow
 def test_statistics_of_the_samples_are_like_those_of_photographs(real):
-    """Per channel of every conv in SqueezeNet: the figures in decoding.py, with some air."""
+    """Per channel of every conv in SqueezeNet: the figures in batches.py, with some air."""
     net = real.squeezenet1_0_imagenet()
 
     def moments(batches):

@@ -9,15 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from record_files import old_format
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
 
 import bnsurgery
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
+from bnsurgery.files.labels import labels
 from bnsurgery.finetune import Config, network
 from bnsurgery.finetune.datasets import from_tensors
 from bnsurgery.images.preprocessing import Preprocessing, Wanted
-from bnsurgery.networks import pretrained
+from bnsurgery.networks import interface, pretrained
 from bnsurgery.records.architectures import architecture
 from bnsurgery.records.record import SurgeryRecord, attach_record, record
 from bnsurgery.records.task import Task
@@ -34,7 +36,7 @@ def picture(height, width, seed=0):
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (256, 256), (100, 700), (257, 255)])
 def test_imagenet_is_what_torchvision_does(size):
     own = models.VGG16_Weights.DEFAULT.transforms()
-    assert torch.equal(pretrained.preprocessing(architecture("vgg16"), "VGG16_Weights.IMAGENET1K_V1")(picture(*size)),
+    assert torch.equal(interface.preprocessing(architecture("vgg16"), "VGG16_Weights.IMAGENET1K_V1")(picture(*size)),
                        own(picture(*size)))  # fmt: skip
 
 
@@ -93,18 +95,18 @@ def test_what_cannot_be_wanted(wanted, message):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"mean": MEAN}, "mean: got 123.68,116.779,103.939, expected 0 to 1, .*wants scale 255, too"),
+        ({"mean": MEAN}, "mean: got 123.68,116.779,103.939, expected 0 to 1, .*needs `scale=255`"),
         ({"mean": (-0.5,)}, "mean: got -0.5,-0.5,-0.5, expected 0 to 1"),
-        ({"mean": (0.5, 0.5)}, "number of means: got 2, expected 3: of red, green and blue"),
+        ({"mean": (0.5, 0.5)}, "number of means: got 2, expected 3, one for each colour"),
         ({"std": (0.5,) * 4}, "number of stds: got 4, expected 3"),
         ({"mean": ()}, "got no number"),
         ({"std": ()}, "got no number"),
         ({"std": (0.0,)}, "std: got 0,0,0, expected 0.001 to 10, as white is 1"),
-        ({"std": (58.0,)}, "std: got 58,58,58, .*wants scale 255, too"),  # of pixels
+        ({"std": (58.0,)}, "std: got 58,58,58, .*needs `scale=255`"),  # of pixels
         ({"scale": 255.0, "std": (0.229, 0.224, 0.225)}, "std: got 0.229,0.224,0.225, expected 0.255 to 2550"),
-        ({"scale": -1.0}, "scale: got -1.0, expected 0.1 to 100000: it is what white becomes"),
+        ({"scale": -1.0}, "scale: got -1.0, expected 0.1 to 100000, such as 1 or 255"),
         ({"scale": 0.0}, "scale: got 0.0"),
-        ({"scale": 1 / 255}, "scale: got 0.0039.*what white becomes, 1, or 255"),  # what others multiply by
+        ({"scale": 1 / 255}, "scale: got 0.0039.*such as 1 or 255"),  # what others multiply by
         *(
             ({name: value}, f"{name}: got {number}")
             for number in ("nan", "inf")
@@ -125,7 +127,7 @@ def test_what_is_wanted_of_a_network_s_own():
     assert Wanted(normalize="imagenet", channels="bgr").of(CAFFE) == Preprocessing(8, 8, 8, channels="bgr")
     assert Wanted(scale=255.0, mean=(127.5,), std=(256.0,)).of(CAFFE).std == (256.0,) * 3
     grey = Preprocessing(8, 8, 8, (0.0,), (1.0,), channels="grey")
-    with pytest.raises(DataError, match="number of means: got 3, expected 1: of the one channel of grey images"):
+    with pytest.raises(DataError, match="number of means: got 3, expected 1, one for each colour of grey images"):
         Wanted(mean=MEAN, scale=255.0).of(grey)
     assert Wanted(scale=255.0, mean=(33.0,)).of(grey) == replace(grey, scale=255.0, mean=(33.0,))
     with pytest.raises(DataError, match="grey images"):
@@ -147,6 +149,38 @@ def test_fine_tuning_takes_it_from_the_checkpoint_or_the_options():
     attach_record(model, replace(record(model), task=Task((), None, asked)))
     later = Config(source="x", data="x", output="x")
     assert network.task_of(network.given(model), data, later).preprocessing == asked
+
+
+def test_a_number_of_any_length_is_refused():
+    """A float holds none above 1e308, and a record's side may have any number of digits."""
+    with pytest.raises(CheckpointError, match=r"height and width: got 10{90}.*,8, expected 1 to 4096"):
+        Preprocessing(10**400, 8, 8)
+
+
+def test_a_folded_file_brings_its_preprocessing(tmp_path):
+    """To the network of its weights; beside other metadata, or none, ImageNet's holds."""
+    own = replace(CAFFE, height=40, width=48, resize=44)
+    kind, file = architecture("squeezenet1_1"), tmp_path / "folded.safetensors"
+    bn_model = bnsurgery.insert(kind.build("cpu"), [torch.randn(2, 3, 40, 48)], preprocessing=own)
+    bnsurgery.export(bn_model, file, to="torchvision")
+    assert pretrained.load(kind, str(file)).preprocess == own
+    assert pretrained.load(kind, str(file), wanted=Wanted(64)).preprocess == replace(
+        CAFFE, height=64, width=64, resize=70
+    )
+    tensors, grey = load_file(file), Preprocessing(40, 40, 40, (0.5,), (0.5,), channels="grey")
+    (own_label,) = labels(own, ()).values()
+    for metadata in (
+        {},
+        {"preprocessing": "no JSON"},
+        {"preprocessing": "[1]"},
+        {"preprocessing": '{"mean": 1}'},
+        labels(grey, ()),
+    ):
+        save_file(tensors, file, metadata)
+        assert pretrained.load(kind, str(file)).preprocess == interface.preprocessing(kind)
+    save_file(tensors, file, {"preprocessing": own_label.replace('"height": 40', '"height": -40')})
+    with pytest.raises(CheckpointError, match="folded.safetensors': its metadata: preprocessing: .*got -40,48"):
+        pretrained.load(kind, str(file))
 
 
 def test_records_of_older_formats():

@@ -13,7 +13,7 @@ from torch_files import STATE, Evil, assert_is_state, to_torch
 from torchvision.models import Weights, WeightsEnum
 
 from bnsurgery.errors import CheckpointError
-from bnsurgery.files.weights import download
+from bnsurgery.networks.downloads import download
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -119,7 +119,7 @@ def test_failed_downloads_leave_nothing(server, tmp_path, name, message):
         download(weights_at(f"{server.url}/{name}"), timeout=0.5, progress=False)
     assert time.monotonic() - start < 5
     assert f"{server.url}/{name}" in str(caught.value)
-    assert "on another machine and pass --weights PATH, or --weights random" in str(caught.value)
+    assert "on another machine and pass `weights=PATH`, or `weights='random'`" in str(caught.value)
     assert cache(tmp_path) == []
     assert socket.getdefaulttimeout() is None
 
@@ -161,7 +161,7 @@ def test_a_server_that_drips_is_given_up_at_the_timeout(server):
 def test_a_refused_port(server):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(CheckpointError, match=r"refused.*--weights PATH"):
+    with pytest.raises(CheckpointError, match="refused.*`weights=PATH`"):
         download(weights_at(f"http://127.0.0.1:{port}/a.pth"), progress=False)
 
 

@@ -153,7 +153,7 @@ def test_a_key_and_a_prefix_choose(choice, expected, tmp_path):
 def test_where_two_places_fit_nobody_guesses(tmp_path):
     torch.save({"params": STATE, "params_ema": OTHER}, tmp_path / "a.pth")
     with pytest.raises(
-        CheckpointError, match=r"2 places fit equally well: params\., params_ema\.\. .* --weights-key or"
+        CheckpointError, match=r"2 places fit equally well: params\., params_ema\.\. .* `weights_key` or"
     ):
         fill_(Net(), "Net", read_weights(tmp_path / "a.pth"), BEST_FIT)
 
@@ -191,7 +191,7 @@ def test_a_part_of_the_network_is_taken_where_asked(prefix, tmp_path):
 def test_a_head_of_another_size_is_left_out_where_asked(tmp_path):
     torch.save({**STATE, "classifier.weight": torch.ones(7, 4), "classifier.bias": torch.ones(7)}, tmp_path / "a.pth")
     net, file = Net(), read_weights(tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"2 of another shape.*\. 6 of 8 fit: --partial takes these alone"):
+    with pytest.raises(CheckpointError, match=r"2 of another shape.*\. 6 of 8 fit: `partial=True` takes these alone"):
         fill_(net, "Net", file, BEST_FIT)
     with pytest.warns(BNSurgeryWarning, match="left as they were made: classifier.weight, classifier.bias$"):
         fill_(net, "Net", file, Choice(partial=True))
@@ -231,7 +231,7 @@ def test_a_network_with_batchnorm_is_not_taken_for_one_without(tmp_path):
     torch.save({"net": {**STATE, **norm}}, tmp_path / "a.pth")
     file = read_weights(tmp_path / "a.pth")
     with pytest.raises(
-        CheckpointError, match=r"has BatchNorm already \('net.features.1.running_mean'\).*pass --partial"
+        CheckpointError, match=r"has BatchNorm already \('net.features.1.running_mean'\).*pass `partial=True`"
     ):
         fill_(Net(), "Net", file, BEST_FIT)
     net = Net()

@@ -175,6 +175,21 @@ def test_weights_that_are_no_initializers(tmp_path, converter):
         assert_close(answers(tmp_path / "out.onnx", x), bn_model(x))
 
 
+def test_a_dense_weight_in_a_constant_node(tmp_path, converter):
+    arrays = weights(w=(6, 4), b=(4,), v=(4, 5), c=(5,))
+    nodes = [
+        ("Constant", [], "w", {"value": numpy_helper.from_array(arrays.pop("w"))}),
+        ("Gemm", ["x", "w", "b"], "1", {}),
+        ("Relu", ["1"], "2", {}),
+        ("Gemm", ["2", "v", "c"], "y", {}),
+    ]
+    net, x = saved(tmp_path / "net.onnx", nodes, arrays, inputs=("x", 1, 6)), torch.randn(8, 6)
+    bn_model = trained(bnsurgery.insert(from_onnx(net), [x]))
+    bnsurgery.export(bn_model, tmp_path / "out.onnx", to="onnx")
+    with torch.no_grad():
+        assert_close(answers(tmp_path / "out.onnx", x), bn_model(x))
+
+
 def products(path, w):
     nodes = [("MatMul", ["x", "w"], "1", {}), ("Add", ["1", "b"], "2", {}), ("Relu", ["2"], "3", {})]
     nodes += [("MatMul", ["3", "w"], "4", {}), ("Add", ["4", "b"], "y", {})]
