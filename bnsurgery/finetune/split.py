@@ -1,9 +1,11 @@
-"""A part of labelled data, each sample of which is read by its number."""
+"""The training or the validation part of labelled data, each sample of which is read by its number."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch.utils.data import Subset
 
 
 @dataclass(frozen=True)
@@ -11,33 +13,31 @@ class Split:
     """Labelled images, by number.
 
     Attributes:
-        read: from a number to a PIL image or a uint8 tensor (C, H, W), or to a user's own inputs.
+        items: a tensor, paths or a Dataset, indexed by number.
         labels: class index of every image.
-        names: what to tell the images apart by: paths and sizes, or a digest; the labels alone where empty.
+        names: what tells the images apart: paths and sizes, or a digest; the labels alone where empty.
+        load: makes of an item a PIL image, a uint8 tensor (C, H, W), or a user's inputs; None where it is one.
     """
 
-    read: Callable[[int], Any]
+    items: Any
     labels: tuple[int, ...]
     names: tuple[str, ...] = ()
+    load: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def read(self, index: int) -> Any:
+        """Read the image number `index`."""
+        item = self.items[index]
+        return item if self.load is None else self.load(item)
+
     def take(self, indices: Sequence[int]) -> "Split":
         """Some of the images, in that order."""
         names = tuple(self.names[i] for i in indices) if self.names else ()
-        return Split(_Chosen(self.read, tuple(indices)), tuple(self.labels[i] for i in indices), names)
+        return Split(Subset(self.items, indices), tuple(self.labels[i] for i in indices), names, self.load)
 
     @property
     def digest(self) -> str:
         """SHA-256 over labels and names: another one means other images."""
         return hashlib.sha256(repr((self.labels, self.names)).encode(errors="surrogateescape")).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    read: Callable[[int], Any]
-    indices: tuple[int, ...]
-
-    def __call__(self, index: int) -> Any:
-        return self.read(self.indices[index])

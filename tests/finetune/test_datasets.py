@@ -119,7 +119,7 @@ def test_torchvision_datasets_are_read_from_their_files(tmp_path):
 
 
 def test_a_torchvision_dataset_that_is_not_there_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match="--download"):
+    with pytest.raises(DataError, match="`download=True`"):
         load("CIFAR10", root=str(tmp_path))
 
 

@@ -121,7 +121,7 @@ def test_batches_of_sorted_data_hold_all_classes_and_never_one_image():
 
 
 class _Broken:
-    def __call__(self, index):
+    def __getitem__(self, index):
         if index == 3:
             raise DataError("image 'third.png': cannot be decoded")
         return Image.new("L", (8, 8))
@@ -137,7 +137,7 @@ def test_a_damaged_image_is_named_without_a_traceback(workers):
 
 
 class _Dying:
-    def __call__(self, index):
+    def __getitem__(self, index):
         import os
 
         os._exit(9)
@@ -146,5 +146,5 @@ class _Dying:
 @pytest.mark.slow
 def test_a_worker_that_dies_says_so():
     data = Prepared(Split(_Dying(), (0, 1)), TASK, "none", 0)
-    with pytest.raises(DataError, match="--num-workers 0"):
+    with pytest.raises(DataError, match="`num_workers=0`"):
         everything(plain_loader(data, 2, 1))

@@ -210,7 +210,7 @@ def test_passes_within_passes_do_not_disturb_each_other(own, model):
 
 
 def test_a_pass_with_fewer_batches_says_so_and_is_saved(own, model):
-    with pytest.raises(DataError, match=r"'own.py:shorter': training: gave 5 batches, and 6 when .* Saved at step 11 "):
+    with pytest.raises(DataError, match=r"'own.py:shorter': training: gave 5 batches, and 6 in .* Saved at step 11 "):
         finetune.run(own("shorter"), model=model)
 
 
@@ -218,11 +218,11 @@ def test_targets_are_read_with_the_samples_or_from_the_attribute(own):
     reads = []
     for name in ("counted", "named"):
         data = open_own(own(name))
-        reads.append(data.train.read.dataset.reads)
+        reads.append(data.train.items.dataset.reads)
         assert data.train.labels == tuple(patterns(96, 1)[1].tolist()) and len(data.val) == 40
     assert reads == [96 + 40 + 4, 4]  # two of each are examples
     assert open_own(own("counted")).classes == ("0", "1", "2", "3")
-    with pytest.raises(DataError, match=r"own.py:lying': training: .* sample 0: its target is 0, and was 3 before"):
+    with pytest.raises(DataError, match=r"own.py:lying': training: .* sample 0: its target is 0, but was 3 before"):
         open_own(own("lying"))
 
 
@@ -302,17 +302,15 @@ def test_what_is_no_labelled_data_is_refused(value, message, config, monkeypatch
 @pytest.mark.parametrize("name", ["noisy", "shuffled"])
 def test_options_that_mean_nothing_here_are_refused(name, own, model):
     for change in ({"image_size": 8}, {"mean": (0.5,)}, {"augment": "crop"}, {"limit": 8}, {"val_fraction": 0.5}):
-        flag = "--" + next(iter(change)).replace("_", "-")
-        with pytest.raises(DataError, match=rf"{flag} is for images: what 'own.py:{name}' gives is taken as it is"):
+        field = next(iter(change))
+        with pytest.raises(DataError, match=rf"`{field}` is for images: the data of 'own.py:{name}' is taken as it is"):
             finetune.run(own(name, **change), model=model)
 
 
 def test_batches_have_their_own_size(own, model):
     for change in ({"batch_size": 8}, {"batch_size": 15, "num_workers": 1}):
-        flag = "--" + list(change)[-1].replace("_", "-")
-        with pytest.raises(
-            DataError, match=rf"{flag} is for a Dataset: 'own.py:shuffled' gives batches of its own, of 15"
-        ):
+        field = list(change)[-1]
+        with pytest.raises(DataError, match=rf"`{field}` is for a Dataset: 'own.py:shuffled' gives batches, of 15"):
             finetune.run(own("shuffled", **change), model=model)
 
 
