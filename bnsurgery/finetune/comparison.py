@@ -16,13 +16,7 @@ from bnsurgery.text.words import counted, percent, thousands
 
 from .results import Row
 
-# The changes that each arm makes to the configuration. "bn-half" also has half the epochs, and a schedule for them.
-ARMS: dict[str, dict[str, Any]] = {
-    "plain": {"arm": "plain"},
-    "bn": {"arm": "bn"},
-    "bn-naive": {"arm": "bn-naive"},
-    "bn-half": {"arm": "bn"},
-}
+ARMS = ("plain", "bn", "bn-naive", "bn-half")  # values of `Config.arm`; "-half" stands for half the epochs
 _TRAINS = 0.10  # a rate still trains if its accuracy is at most this far below the arm's best
 
 

@@ -180,28 +180,6 @@ def started(begin: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     return iterator
 
 
-def plain_loader(
-    data: Prepared,
-    batch_size: int,
-    workers: int,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    images: int | None = None,
-    pinned: bool = False,
-) -> Loader:
-    """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
-
-    Data often comes sorted by class, and statistics of a batch want all classes in it. A last batch of one image, which
-    has no statistics, goes to the batch before.
-    """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
-    batches = list(BatchSampler(order[rank::world], batch_size, drop_last=False))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [batches[-2] + batches[-1]]
-    return Loader(data, [[(EVALUATED, index) for index in batch] for batch in batches], workers, pinned)
-
-
 def default_workers() -> int:
     """Processes that read images: one less than the processors, since the network needs one too; at most 8."""
     return min(8, processors() - 1)

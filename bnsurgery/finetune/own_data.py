@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
 from bnsurgery.networks import factories
 from bnsurgery.running.batches import Inputs
+from bnsurgery.text.words import with_article
 
 from .config import Config
 from .datasets import Data
@@ -62,7 +63,7 @@ def open_own(config: Config, show: bool = False) -> Data:
         torch.default_generator.manual_seed(0)
         found = call()
         if not isinstance(found, tuple) or len(found) not in (2, 3):
-            got = f"a tuple of {len(found)}" if isinstance(found, tuple) else f"a {type(found).__name__}"
+            got = f"a tuple of {len(found)}" if isinstance(found, tuple) else with_article(type(found).__name__)
             raise DataError(f"data '{name}': returned {got}, {_EXPECTED}")
         names = _names(name, found[2]) if len(found) == 3 else ()
         wheres = [f"data '{name}': {part}" for part in ("training", "validation")]
@@ -105,70 +106,69 @@ def _names(name: str, classes: Any) -> tuple[str, ...]:
 
 def _part(name: str, where: str, given: Any, show: bool) -> Split | Stream:
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
-        return _split(name, where, given, show)
+        samples = _Samples(name, where, given, show)
+        return Split(samples, samples.targets)
+    got = with_article(type(given).__name__)
     if isinstance(given, (Tensor, Mapping, str)) or not isinstance(given, Iterable):
-        raise DataError(f"{where}: got a {type(given).__name__}, {_EXPECTED}")
+        raise DataError(f"{where}: got {got}, {_EXPECTED}")
     if isinstance(given, Iterator):
         raise DataError(
-            f"{where}: got a {type(given).__name__}, which can be gone through once, but every epoch goes through "
-            "it. Return a list, a DataLoader, or an object whose __iter__ begins anew"
+            f"{where}: got {got}, which can be gone through once, but every epoch goes through it. Return a list, a "
+            "DataLoader, or an object whose __iter__ begins anew"
         )
     return Stream(name, where, given)
 
 
-@dataclass(frozen=True)
 class _Samples:
-    """The inputs of a user's Dataset, by number."""
+    """The inputs of a user's Dataset, by number.
 
-    name: str
-    where: str
-    dataset: Any
-    targets: tuple[int, ...] = ()
+    Attributes:
+        targets: class index of every sample, from the Dataset's attribute `targets`, or read with the inputs.
+    """
+
+    def __init__(self, name: str, where: str, dataset: Any, show: bool) -> None:
+        self.dataset, self._name, self._where = dataset, name, where
+        try:
+            count = len(dataset)
+        except TypeError:
+            raise DataError(f"{where}: a Dataset without a length: give it a __len__") from None
+        if not count:
+            raise DataError(f"{where}: gave no sample")
+        known = getattr(dataset, "targets", None)
+        if isinstance(known, Collection) and len(known) == count:
+            self.targets = tuple(self._integer(target, index) for index, target in enumerate(known))
+        else:
+            bar = tqdm(range(count), desc="reading targets", disable=None if show else True, leave=False)
+            self.targets = tuple(self._sample(index)[1] for index in bar)
+        check_classes(self.targets, None, where)
 
     def __getitem__(self, index: int) -> Any:
-        inputs, target = self.sample(index)
-        if target != self.targets[index]:
-            raise DataError(
-                f"{self.where} sample {index}: its target is {target}, but was {self.targets[index]} before"
-            )
+        inputs, target = self._sample(index)
+        before = self.targets[index]
+        if target != before:
+            raise DataError(f"{self._where} sample {index}: its target is {target}, but was {before} before")
         return inputs
 
-    def sample(self, index: int) -> tuple[Any, int]:
+    def _sample(self, index: int) -> tuple[Any, int]:
         """Inputs and target."""
-        where = f"{self.where} sample {index}"
+        where = f"{self._where} sample {index}"
         try:
-            found = factories.running(self.name, lambda: self.dataset[index], "data")
+            found = factories.running(self._name, lambda: self.dataset[index], "data")
         except ArchitectureError as error:
             raise DataError(f"{error} (in {where})") from error
         if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise DataError(f"{where}: got a {type(found).__name__}, expected a pair (inputs, target)")
-        return found[0], _integer(found[1], where)
+            raise DataError(f"{where}: got {with_article(type(found).__name__)}, expected a pair (inputs, target)")
+        return found[0], self._integer(found[1], index)
 
-
-def _integer(target: Any, where: str) -> int:
-    try:
-        return operator.index(target)
-    except (TypeError, ValueError):  # a real number, or a tensor of several numbers
-        got = f"a tensor of {target.dtype}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
-        raise DataError(f"{where}: target: got {got}, expected an integer: the class of the input") from None
-
-
-def _split(name: str, where: str, dataset: Any, show: bool) -> Split:
-    """The samples of a Dataset, whose targets are in its attribute `targets` or read with the inputs."""
-    try:
-        count = len(dataset)
-    except TypeError:
-        raise DataError(f"{where}: a Dataset without a length: give it a __len__") from None
-    if not count:
-        raise DataError(f"{where}: gave no sample")
-    samples, known = _Samples(name, where, dataset), getattr(dataset, "targets", None)
-    if not isinstance(known, Collection) or len(known) != count:
-        bar = tqdm(range(count), desc="reading targets", disable=None if show else True, leave=False)
-        targets = tuple(samples.sample(index)[1] for index in bar)
-    else:
-        targets = tuple(_integer(target, f"{where} sample {index}") for index, target in enumerate(known))
-    check_classes(targets, None, where)
-    return Split(replace(samples, targets=targets), targets)
+    def _integer(self, target: Any, index: int) -> int:
+        try:
+            return operator.index(target)
+        except (TypeError, ValueError):  # a real number, or a tensor of several numbers
+            of = f" of {target.dtype}" if isinstance(target, Tensor) else ""
+            raise DataError(
+                f"{self._where} sample {index}: target: got {with_article(type(target).__name__)}{of}, expected an "
+                "integer: the class of the input"
+            ) from None
 
 
 def _example(where: str, split: Split | Stream) -> Inputs:

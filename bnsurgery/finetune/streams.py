@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
 from bnsurgery.networks import factories
 from bnsurgery.records.task import Task
 from bnsurgery.running.batches import Inputs
+from bnsurgery.text.words import with_article
 
-from .loading import EVALUATED, Loader, Prepared, TrainBatches, joint_seed, plain_loader, started
+from .loading import EVALUATED, Loader, Prepared, TrainBatches, joint_seed, started
 from .split import Split
 
 
@@ -88,17 +89,16 @@ class Stream:
 
     def _checked(self, batch: Any, where: str) -> tuple[Inputs, Tensor]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise DataError(f"{where}: got a {type(batch).__name__}, expected a pair (inputs, targets)")
+            raise DataError(f"{where}: got {with_article(type(batch).__name__)}, expected a pair (inputs, targets)")
         try:
             inputs, targets = Inputs.of(batch), batch[1]
         except CalibrationError as error:
             raise DataError(f"{where}: {error}") from None
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
-            got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-            raise DataError(f"{where}: targets: got {got}, expected a tensor of integers: the class of each input")
-        if targets.shape != (inputs.samples,):
+        is_number = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex())
+        if not is_number or targets.shape != (inputs.samples,):
+            got = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
             raise DataError(
-                f"{where}: targets: got shape {tuple(targets.shape)}, expected ({inputs.samples},), one class an input"
+                f"{where}: targets: got {got}, expected a tensor of integers ({inputs.samples},), the classes"
             )
         if not len(targets):
             raise DataError(f"{where}: has no sample")
@@ -175,9 +175,6 @@ class Share:
             )
 
 
-Training = tuple[TrainBatches, Loader] | tuple[Share, Share]
-
-
 def source(split: Split | Stream, task: Task, augment: str, seed: int) -> Prepared | Stream:
     """The training or validation data as the network takes it."""
     return split if isinstance(split, Stream) else Prepared(split, task, augment, seed)
@@ -192,7 +189,7 @@ def training(
     rank: int = 0,
     world: int = 1,
     pinned: bool = False,
-) -> Training:
+) -> tuple[TrainBatches, Loader] | tuple[Share, Share]:
     """This rank's share of the training batches and their loader; a stream's batches keep their sizes."""
     if isinstance(data, Stream):
         share = Share(data, seed, rank, world, train=True)
@@ -211,7 +208,16 @@ def evaluation(
     images: int | None = None,
     pinned: bool = False,
 ) -> Loader | Share:
-    """As `plain_loader`; of a stream, the first batches, which hold `images` samples or a few more."""
+    """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
+
+    Data often comes sorted by class, and statistics of a batch want all classes in it. A last batch of one image, which
+    has no statistics, goes to the batch before. Of a stream these are the first batches, with `images` samples or a few
+    more.
+    """
     if isinstance(data, Stream):
         return Share(data, 0, rank, world, train=False, most=math.inf if images is None else images)
-    return plain_loader(data, batch_size, workers, rank=rank, world=world, images=images, pinned=pinned)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
+    batches = list(BatchSampler(order[rank::world], batch_size, drop_last=False))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return Loader(data, [[(EVALUATED, index) for index in batch] for batch in batches], workers, pinned)

@@ -124,7 +124,7 @@ def compare(
 def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:
     """The configuration of one trial."""
     epochs = math.ceil(config.epochs / 2) if arm == "bn-half" else config.epochs
-    return replace(config, **ARMS[arm], lr=lr, seed=seed, epochs=epochs)
+    return replace(config, arm=arm.removesuffix("-half"), lr=lr, seed=seed, epochs=epochs)
 
 
 def run_trial(key: Key, config: Config, model: nn.Module | None, data: Data | None) -> Outcome:
@@ -208,16 +208,16 @@ def _claim(directory: Path, config: Config, data: dict[str, Any]) -> None:
     if not path.exists():
         return _write(path, mine, indent=1)
     theirs = read_json(path)
-    if not isinstance(theirs, dict) or not all(isinstance(theirs.get(part), dict) for part in mine):
-        raise CheckpointError(f"'{path}': damaged. Remove '{directory}' to start anew.")
-    for part in mine:
-        for name, value in mine[part].items():
-            before = theirs[part].get(name)
-            if before != value:
-                raise BNSurgeryError(
-                    f"compare: '{directory}' holds another comparison, with {name} {shown(before)} instead of "
-                    f"{shown(value)}: name another `output`"
-                )
+    try:
+        before = {**theirs["config"], **theirs["data"]}
+    except (TypeError, LookupError):
+        raise CheckpointError(f"'{path}': damaged. Remove '{directory}' to start anew.") from None
+    for name, value in {**mine["config"], **mine["data"]}.items():
+        if before.get(name) != value:
+            raise BNSurgeryError(
+                f"compare: '{directory}' holds another comparison, with {name} {shown(before.get(name))} instead of "
+                f"{shown(value)}: name another `output`"
+            )
 
 
 def _read(path: Path) -> Trial:

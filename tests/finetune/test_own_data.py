@@ -259,11 +259,11 @@ class _Samples(Dataset):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (7, "returned a int, expected a tuple (training, validation)"),
+        (7, "returned an int, expected a tuple (training, validation)"),
         (GOOD, "returned a list, expected a tuple"),
         (lambda: DataLoader(_Samples()), "returned a DataLoader, expected a tuple (training, validation)"),
         ((GOOD,), "returned a tuple of 1, expected a tuple"),
-        ((GOOD, 5), "validation: got a int, expected"),
+        ((GOOD, 5), "validation: got an int, expected"),
         ((torch.zeros(4, 1), GOOD), "training: got a Tensor, expected"),
         ((iter(GOOD), GOOD), "training: got a list_iterator, which can be gone through once"),
         ((GOOD, GOOD, 4), "classes: got int, expected a list of names"),
@@ -273,10 +273,16 @@ class _Samples(Dataset):
         ((GOOD, _Wrong()), "validation: a Dataset without a length"),
         (([torch.zeros(4, 1)], GOOD), "training batch 1: got a Tensor, expected a pair (inputs, targets)"),
         (([("a", torch.tensor([0]))], GOOD), "training batch 1: batches: got str"),
-        ((_pairs([0, 1, 2, 3]), GOOD), "training batch 1: targets: got list, expected a tensor of integers"),
-        ((_pairs(torch.zeros(4)), GOOD), "training batch 1: targets: got torch.float32, expected a tensor of integers"),
-        ((_pairs(torch.zeros(3).long()), GOOD), "training batch 1: targets: got shape (3,), expected (4,)"),
-        ((_pairs(torch.eye(4).long()), GOOD), "training batch 1: targets: got shape (4, 4), expected (4,)"),
+        ((_pairs([0, 1, 2, 3]), GOOD), "training batch 1: targets: got list, expected a tensor of integers (4,)"),
+        ((_pairs(torch.zeros(4)), GOOD), "training batch 1: targets: got torch.float32 (4,), expected a tensor of"),
+        (
+            (_pairs(torch.zeros(3).long()), GOOD),
+            "training batch 1: targets: got torch.int64 (3,), expected a tensor of integers (4,)",
+        ),
+        (
+            (_pairs(torch.eye(4).long()), GOOD),
+            "training batch 1: targets: got torch.int64 (4, 4), expected a tensor of",
+        ),
         ((_pairs(torch.zeros(0).long(), 0), GOOD), "training batch 1: has no sample"),
         (
             ([*GOOD, *_pairs(torch.tensor([0, 1, 2, -1]))], GOOD),
@@ -287,7 +293,7 @@ class _Samples(Dataset):
         ((_pairs(torch.zeros(4).long()), GOOD), "got one class, expected two or more"),
         ((_Samples(torch.zeros(1)), GOOD), "training sample 0: got a Tensor, expected a pair (inputs, target)"),
         ((_Samples((torch.zeros(1), 0.5)), GOOD), "training sample 0: target: got a float, expected an integer"),
-        ((_Samples((torch.zeros(1), torch.tensor(1.0))), GOOD), "target: got a tensor of torch.float32, expected an"),
+        ((_Samples((torch.zeros(1), torch.tensor(1.0))), GOOD), "target: got a Tensor of torch.float32, expected an"),
         ((_Samples(*((torch.zeros(n + 1), n) for n in range(4))), GOOD), "training: data: the inputs do not go into"),
         ((_Samples(("a", 0), ("b", 3)), GOOD), "training: batches: got list"),
     ],
