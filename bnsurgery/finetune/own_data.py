@@ -16,9 +16,8 @@ from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import with_article
 
 from .config import Config
-from .datasets import Data
+from .datasets import Data, Split
 from .loading import collated
-from .split import Split
 from .streams import Stream, check_classes
 
 # Options that only images have, or only data that this package divides.

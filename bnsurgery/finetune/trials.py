@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -155,12 +156,8 @@ def _outcomes(pending: Pending, model: nn.Module | None, data: Data, jobs: int |
             yield from (outcome for outcome, _ in _in_processes(pending, model, data, jobs or 1, stop))
             return
         for key, config in pending:
-            try:
-                outcome = run_trial(key, config, model, data)
-            except Interrupted:
-                _raise_if_stopped(stop)
-                raise
-            yield outcome
+            with suppress(Interrupted):  # the next line says so in this function's words
+                yield run_trial(key, config, model, data)
             _raise_if_stopped(stop)
 
 
