@@ -21,6 +21,8 @@ from bnsurgery.errors import DataError
 from bnsurgery.images.decoding import find_images, load_image
 from bnsurgery.running.batches import Inputs
 
+from .config import Config
+
 if TYPE_CHECKING:
     from .streams import Stream
 
@@ -175,26 +177,25 @@ def from_tensors(
     return _checked(Data(_in_memory(*train), _in_memory(*val), tuple(classes), description))
 
 
-def open_data(
-    name: str, *, root: str, download: bool, val_fraction: float, seed: int, skip_bad: bool, show: bool = False
-) -> Data:
-    """The data called `name`: see `Config`.
+def open_data(config: Config, show: bool = False) -> Data:
+    """The images that `config` names.
 
     Raises:
-        DataError: there is none, a class is empty, there is only one, or an image is damaged and `skip_bad` is off.
+        DataError: there are none of that name, a class is empty, there is only one, or a file is damaged or missing.
     """
+    name = config.data
     known = {known.lower(): known for known in _TORCHVISION}
     if Path(name).is_dir():
-        data = _folder(Path(name), val_fraction, seed, skip_bad, show)
+        data = _folder(Path(name), config, show)
     elif name == "digits":
-        data = _digits(val_fraction, seed)
+        data = _digits(config)
     elif name.lower() in known:
-        data = _torchvision(known[name.lower()], root, download, val_fraction, seed)
+        data = _torchvision(known[name.lower()], config)
     else:
         got = "a file" if Path(name).exists() else "no such folder, nor a dataset of that name"
         others = ", ".join(_TORCHVISION)
         raise DataError(f"data '{name}': {got}. Pass a folder with one folder a class, digits, or one of {others}.")
-    return _checked(data)
+    return _checked(data).limited(config.limit, config.seed)
 
 
 def _in_memory(images: Tensor, labels: Tensor) -> Split:
@@ -202,16 +203,16 @@ def _in_memory(images: Tensor, labels: Tensor) -> Split:
     return Split(images, tuple(labels.tolist()), names)
 
 
-def _folder(directory: Path, val_fraction: float, seed: int, skip_bad: bool, show: bool) -> Data:
+def _folder(directory: Path, config: Config, show: bool) -> Data:
     parts = [directory]
     if (directory / "train").is_dir():
         parts = [path for path in (directory / "train", directory / "val") if path.is_dir()]
-    found = [_labelled(part, skip_bad, show) for part in parts]
+    found = [_labelled(part, config.skip_bad, show) for part in parts]
     splits, (classes, *others), skipped, passed_over = zip(*found, strict=True)
     if odd := ", ".join(sorted(set(classes).symmetric_difference(*others))) if others else "":
         raise DataError(f"data '{directory}': train/ and val/ must have the same classes, but only one has: {odd}")
     return Data(
-        *_train_and_val(splits, val_fraction, seed),
+        *_train_and_val(splits, config),
         classes,
         f"folder {directory}",
         "resized-crop",
@@ -260,7 +261,7 @@ def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple
     return split, tuple(folder.name for folder in folders), bad, others
 
 
-def _digits(val_fraction: float, seed: int) -> Data:
+def _digits(config: Config) -> Data:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -270,27 +271,27 @@ def _digits(val_fraction: float, seed: int) -> Data:
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
     splits = [_in_memory(images, torch.from_numpy(digits.target))]
-    return Data(*_train_and_val(splits, val_fraction, seed), tuple(map(str, range(10))), "scikit-learn's digits")
+    return Data(*_train_and_val(splits, config), tuple(map(str, range(10))), "scikit-learn's digits")
 
 
-def _torchvision(name: str, root: str, download: bool, val_fraction: float, seed: int) -> Data:
+def _torchvision(name: str, config: Config) -> Data:
     import torchvision.datasets
 
     cls = getattr(torchvision.datasets, name)
     parts, augment = _TORCHVISION[name]
     downloads = "download" in inspect.signature(cls).parameters
-    if download and not downloads:
-        raise DataError(f"data '{name}': torchvision cannot download it: put it into '{root}' yourself.")
-    options = {"download": download} if downloads else {}
+    if config.download and not downloads:
+        raise DataError(f"data '{name}': torchvision cannot download it: put it into '{config.root}' yourself.")
+    options = {"download": config.download} if downloads else {}
     try:
-        found = [cls(root, **part, **options) for part in parts]
+        found = [cls(config.root, **part, **options) for part in parts]
     except Exception as error:  # of any type, for files that are missing, damaged or out of reach
-        advice = "" if download else " Put it there, name its folder as `root`, or pass `download=True`."
+        advice = "" if config.download else " Put it there, name its folder as `root`, or pass `download=True`."
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data '{name}': cannot be read from '{root}': {reason.rstrip('.')}.{advice}") from error
+        raise DataError(f"data '{name}': cannot be read from '{config.root}': {reason.rstrip('.')}.{advice}") from error
     splits = [Split(dataset, _labels(dataset), load=operator.itemgetter(0)) for dataset in found]
     classes = tuple(map(str, getattr(found[0], "classes", None) or range(max(splits[0].labels) + 1)))
-    train, val = _train_and_val(splits, val_fraction, seed)
+    train, val = _train_and_val(splits, config)
     return Data(train, val, classes, f"torchvision's {name}", augment, photographs=augment == "resized-crop")
 
 
@@ -302,11 +303,11 @@ def _labels(dataset: Any) -> tuple[int, ...]:
     return tuple(int(dataset[index][1]) for index in range(len(dataset)))
 
 
-def _train_and_val(splits: Sequence[Split], val_fraction: float, seed: int) -> tuple[Split, Split]:
+def _train_and_val(splits: Sequence[Split], config: Config) -> tuple[Split, Split]:
     """The two splits; of a single one, a share of every class is held out: an image or more, but not all of them."""
     if len(splits) == 2:
         return splits[0], splits[1]
-    chosen = random.Random(seed)
+    chosen = random.Random(config.seed)
     train: list[int] = []
     val: list[int] = []
     by_class: dict[int, list[int]] = defaultdict(list)
@@ -314,7 +315,7 @@ def _train_and_val(splits: Sequence[Split], val_fraction: float, seed: int) -> t
         by_class[label].append(index)
     for indices in by_class.values():
         chosen.shuffle(indices)
-        held_out = min(max(1, round(val_fraction * len(indices))), len(indices) - 1)
+        held_out = min(max(1, round(config.val_fraction * len(indices))), len(indices) - 1)
         val += indices[:held_out]
         train += indices[held_out:]
     return splits[0].take(sorted(train)), splits[0].take(sorted(val))
