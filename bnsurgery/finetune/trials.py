@@ -33,7 +33,7 @@ from .stopping import Interrupted, StopRequest, listening
 
 Key = tuple[str, float, int]  # arm, rate, seed
 Pending = Sequence[tuple[Key, Config]]
-Outcome = tuple[Trial, str]  # and where its head came from, in words
+Outcome = tuple[Trial, str, int]  # the trial, where its head came from in words, peak memory of its process in bytes
 _VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every")
 _FILES = ("shared.json", "comparison.*", "trials", "trials/*")
 _USABLE = 0.7  # of the free memory
@@ -104,7 +104,7 @@ def compare(
         )
         with bar:
             head_shown = not show
-            for trial, head in _outcomes(pending, model, data, jobs):
+            for trial, head, _ in _outcomes(pending, model, data, jobs):
                 key = trial.arm, trial.lr, trial.seed
                 _write(paths[key], asdict(trial))
                 finished[key] = trial
@@ -135,25 +135,25 @@ def run_trial(key: Key, config: Config, model: nn.Module | None, data: Data | No
     try:
         result = run(config, model=model, data=data, save=False)
     except DivergedError as error:
-        return Trial(*key, "", str(error), (), error.seconds), ""
+        return Trial(*key, "", str(error), (), error.seconds), "", peak_memory()
     trial = Trial(*key, result.resolved.statistics, None, result.rows, result.seconds or 0.0)
-    return trial, result.resolved.head
+    return trial, result.resolved.head, peak_memory()
 
 
 def _outcomes(pending: Pending, model: nn.Module | None, data: Data, jobs: int | None) -> Iterator[Outcome]:
-    """Run the trials; without `jobs`, the first one measures how much memory each process needs."""
+    """Run the trials; if `jobs` is None, the first one shows how much memory a process needs."""
     with listening() as stop:
         if jobs is None and len(pending) > 1:
             import psutil
 
-            for outcome, peak in _in_processes(pending[:1], model, data, 1, stop):
+            for outcome in _in_processes(pending[:1], model, data, 1, stop):
                 yield outcome
-                affordable = int(_USABLE * psutil.virtual_memory().available / peak)
+                affordable = int(_USABLE * psutil.virtual_memory().available / outcome[-1])
                 on_cpu = computes_on(pending[0][1]).type == "cpu"
                 jobs = max(1, min(processors(), affordable)) if on_cpu else 1  # one trial fills a GPU
             pending = pending[1:]
         if jobs != 1 and len(pending) > 1:
-            yield from (outcome for outcome, _ in _in_processes(pending, model, data, jobs or 1, stop))
+            yield from _in_processes(pending, model, data, jobs or 1, stop)
             return
         for key, config in pending:
             with suppress(Interrupted):  # the next line says so in this function's words
@@ -163,15 +163,15 @@ def _outcomes(pending: Pending, model: nn.Module | None, data: Data, jobs: int |
 
 def _in_processes(
     pending: Pending, model: nn.Module | None, data: Data, jobs: int, stop: StopRequest
-) -> Iterator[tuple[Outcome, int]]:
-    """The outcomes as the trials end, each with the peak memory in bytes of the process that ran it."""
+) -> Iterator[Outcome]:
+    """Run `jobs` trials at a time, each process with its share of the processors."""
     others = set(multiprocessing.active_children())
     sent = None if data.examples else data  # a process calls the user's function again: its data may not be picklable
     threads = max(1, processors() // jobs)
     context = multiprocessing.get_context("spawn")
     jobs = min(jobs, 61) if WINDOWS else jobs  # Windows cannot wait for more processes
     pool = ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,))
-    waiting = {pool.submit(_measured_trial, key, config, model, sent) for key, config in pending}
+    waiting = {pool.submit(run_trial, key, config, model, sent) for key, config in pending}
     try:
         while waiting:
             ended, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
@@ -185,10 +185,6 @@ def _in_processes(
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
         pool.shutdown(cancel_futures=True)
-
-
-def _measured_trial(key: Key, config: Config, model: nn.Module | None, data: Data | None) -> tuple[Outcome, int]:
-    return run_trial(key, config, model, data), peak_memory()
 
 
 def _raise_if_stopped(stop: StopRequest) -> None:

@@ -142,6 +142,10 @@ def test_another_comparison_is_not_mixed_in(model, data, config):
     compared(config, model, data, arms=("plain",), rates=(0.1,))
     with pytest.raises(BNSurgeryError, match="holds another comparison, with batch_size 16 instead of 8"):
         finetune.compare(config(epochs=2, batch_size=8), arms=("plain",), rates=(0.1,), model=model, data=data)
+    for damage in ("[5]", '{"config": {}}', '{"config": 1, "data": {}}'):
+        (trials.Path(config().output) / "shared.json").write_text(damage)
+        with pytest.raises(BNSurgeryError, match="damaged. Remove"):
+            compared(config, model, data, arms=("plain",), rates=(0.1,))
     with pytest.raises(BNSurgeryError, match="got arms nonsense"):
         compared(config, model, data, arms=("nonsense",))
 
