@@ -6,7 +6,7 @@ import itertools
 import operator
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from bnsurgery.errors import DataError
@@ -22,6 +21,7 @@ from bnsurgery.images.decoding import find_images, load_image
 from bnsurgery.running.batches import Inputs
 
 from .config import Config
+from .loading import Split
 
 if TYPE_CHECKING:
     from .streams import Stream
@@ -51,41 +51,6 @@ _TORCHVISION: dict[str, tuple[tuple[dict[str, Any], ...], str]] = {
     "SUN397": (({},), "resized-crop"),
     "Caltech101": (({},), "resized-crop"),
 }
-
-
-@dataclass(frozen=True)
-class Split:
-    """The training or the validation part of labelled data, each image of which is read by its number.
-
-    Attributes:
-        items: a tensor, paths or a Dataset, indexed by number.
-        labels: class index of every image.
-        names: what tells the images apart: paths and sizes, or a digest; the labels alone where empty.
-        load: makes of an item a PIL image, a uint8 tensor (C, H, W), or a user's inputs; None where it is one.
-    """
-
-    items: Any
-    labels: tuple[int, ...]
-    names: tuple[str, ...] = ()
-    load: Callable[[Any], Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> Any:
-        """Read the image number `index`."""
-        item = self.items[index]
-        return item if self.load is None else self.load(item)
-
-    def take(self, indices: Sequence[int]) -> "Split":
-        """Some of the images, in that order."""
-        names = tuple(self.names[i] for i in indices) if self.names else ()
-        return Split(Subset(self.items, indices), tuple(self.labels[i] for i in indices), names, self.load)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over labels and names: another one means other images."""
-        return hashlib.sha256(repr((self.labels, self.names)).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True)

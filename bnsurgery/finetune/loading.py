@@ -1,25 +1,25 @@
-"""Batches in an order, and with an augmentation, that depend on seed, epoch and image alone.
+"""Labelled images by number, and batches in an order and with an augmentation set by seed, epoch and image alone.
 
-They depend neither on the number of processes or workers nor on where a resumed epoch starts. A resumed run is
+These depend neither on the number of processes or workers nor on where a resumed epoch starts. A resumed run is
 therefore the same to the bit, and several processes compute what one does.
 """
 
+import hashlib
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset, default_collate
 from torchvision.transforms import v2
 
 from bnsurgery.errors import DataError
 from bnsurgery.machine.system import processors
 from bnsurgery.records.task import Task
-
-from .datasets import Split
 
 Key = tuple[int, int]  # epoch and number of the image
 _CROP_AREA = (0.35, 1.0)  # of the photograph; from-scratch training takes from 0.08, which is harsh on a fine-tune
@@ -29,6 +29,41 @@ EVALUATED = -1  # stands for the epoch where nothing is random
 def joint_seed(*numbers: int) -> int:
     """A seed for torch that depends on all of `numbers`."""
     return hash(numbers) & (2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the validation part of labelled data, each image of which is read by its number.
+
+    Attributes:
+        items: a tensor, paths or a Dataset, indexed by number.
+        labels: class index of every image.
+        names: what tells the images apart: paths and sizes, or a digest; the labels alone where empty.
+        load: makes of an item a PIL image, a uint8 tensor (C, H, W), or a user's inputs; None where it is one.
+    """
+
+    items: Any
+    labels: tuple[int, ...]
+    names: tuple[str, ...] = ()
+    load: Callable[[Any], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Any:
+        """Read the image number `index`."""
+        item = self.items[index]
+        return item if self.load is None else self.load(item)
+
+    def take(self, indices: Sequence[int]) -> "Split":
+        """Some of the images, in that order."""
+        names = tuple(self.names[i] for i in indices) if self.names else ()
+        return Split(Subset(self.items, indices), tuple(self.labels[i] for i in indices), names, self.load)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over labels and names: another one means other images."""
+        return hashlib.sha256(repr((self.labels, self.names)).encode(errors="surrogateescape")).hexdigest()
 
 
 class Prepared(Dataset[tuple[Any, int]]):

@@ -16,8 +16,8 @@ from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import with_article
 
 from .config import Config
-from .datasets import Data, Split
-from .loading import collated
+from .datasets import Data
+from .loading import Split, collated
 from .streams import Stream, check_classes
 
 # Options that only images have, or only data that this package divides.
@@ -56,7 +56,7 @@ def open_own(config: Config, show: bool = False) -> Data:
     name = config.data
     odd = next((field for field in _FOR_IMAGES if getattr(config, field) != _DEFAULTS[field]), None)
     if odd is not None:
-        raise DataError(f"finetune: `{odd}` is for images: the data of '{name}' is taken as it is. Leave `{odd}` out")
+        raise DataError(f"finetune: `{odd}` is for images: what '{name}' gives is taken as it is. Leave `{odd}` out")
     call = factories.function(name, "data", "(training, validation)")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -91,8 +91,8 @@ def in_its_batches(config: Config, data: Data) -> Config:
     odd = next((field for field, values in allowed.items() if getattr(config, field) not in values), None)
     if odd is not None:
         raise DataError(
-            f"finetune: `{odd}` is for a Dataset: '{config.data}' gives batches, of {size}. Leave `{odd}` out, or "
-            "return the Dataset"
+            f"finetune: `{odd}` is for a Dataset: '{config.data}' gives batches of its own, of {size}. Leave `{odd}` "
+            "out, or return the Dataset"
         )
     return replace(config, batch_size=size)
 

@@ -17,8 +17,7 @@ from bnsurgery.records.task import Task
 from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import with_article
 
-from .datasets import Split
-from .loading import EVALUATED, Loader, Prepared, TrainBatches, joint_seed, started
+from .loading import EVALUATED, Loader, Prepared, Split, TrainBatches, joint_seed, started
 
 
 class Stream:

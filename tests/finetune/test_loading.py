@@ -9,8 +9,7 @@ from tiny_task import patterns
 
 from bnsurgery.errors import DataError
 from bnsurgery.finetune import from_tensors
-from bnsurgery.finetune.datasets import Split
-from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches
+from bnsurgery.finetune.loading import Loader, Prepared, Split, TrainBatches
 from bnsurgery.finetune.streams import evaluation
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.records.task import Task

@@ -309,14 +309,16 @@ def test_what_is_no_labelled_data_is_refused(value, message, config, monkeypatch
 def test_options_that_mean_nothing_here_are_refused(name, own, model):
     for change in ({"image_size": 8}, {"mean": (0.5,)}, {"augment": "crop"}, {"limit": 8}, {"val_fraction": 0.5}):
         field = next(iter(change))
-        with pytest.raises(DataError, match=rf"`{field}` is for images: the data of 'own.py:{name}' is taken as it is"):
+        with pytest.raises(DataError, match=rf"`{field}` is for images: what 'own.py:{name}' gives is taken as it is"):
             finetune.run(own(name, **change), model=model)
 
 
 def test_batches_have_their_own_size(own, model):
     for change in ({"batch_size": 8}, {"batch_size": 15, "num_workers": 1}):
         field = list(change)[-1]
-        with pytest.raises(DataError, match=rf"`{field}` is for a Dataset: 'own.py:shuffled' gives batches, of 15"):
+        with pytest.raises(
+            DataError, match=rf"`{field}` is for a Dataset: 'own.py:shuffled' gives batches of its own, of 15"
+        ):
             finetune.run(own("shuffled", **change), model=model)
 
 
