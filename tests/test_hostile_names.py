@@ -19,6 +19,7 @@ from bnsurgery import cli
 from bnsurgery.errors import CheckpointError, DataError
 from bnsurgery.files.checkpoint import read_record
 from bnsurgery.files.weights import read_tensors
+from bnsurgery.finetune import Config
 from bnsurgery.finetune.datasets import open_data
 from bnsurgery.images.decoding import find_images, load_image
 from bnsurgery.images.preprocessing import Preprocessing
@@ -28,7 +29,6 @@ from tests.fuzz.networks import inserted
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")
 ESCAPE = "\x1b]0;mine\x07\x9b2J\u202e"
-OPEN = {"root": "data", "download": False, "val_fraction": 0.2, "seed": 0, "skip_bad": False}
 
 
 def printed(capfd, *words):
@@ -158,9 +158,9 @@ def test_a_class_with_a_link_to_nowhere(tmp_path):
             Image.new("RGB", (8, 8)).save(tmp_path / kind / f"{i}.png")
     (tmp_path / "cats" / "3.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "dogs" / "3.png")
-    with pytest.raises(DataError, match=r"3\.png': No such file.*--skip-bad"):
-        open_data(str(tmp_path), **OPEN)
-    data = open_data(str(tmp_path), **OPEN | {"skip_bad": True})
+    with pytest.raises(DataError, match=r"3\.png': No such file.*`skip_bad=True`"):
+        open_data(Config(data=str(tmp_path), output="unused"))
+    data = open_data(Config(data=str(tmp_path), output="unused", skip_bad=True))
     assert sorted(Path(path).name for path in data.skipped) == ["3.png", "3.png"]
     assert len(data.train) + len(data.val) == 6
 

@@ -129,7 +129,7 @@ def spread(content, name, checkpoint):
         Path("evil-compare", file).write_bytes(content)
     run = Config(source=checkpoint, data="photos", output="evil-run", image_size=32, batch_size=2, num_workers=0)
     # So that its state is read:
-    RunDirectory("evil-run").write_config(run, open_data("photos", **OPEN).fingerprint, RESOLVED)
+    RunDirectory("evil-run").write_config(run, open_data(Config(data="photos", output="unused")).fingerprint, RESOLVED)
     Path("evil-config", "last").mkdir(exist_ok=True)
     for file, origin in (("metrics.csv", "metrics/rows.csv"), ("last/state.pt", "state/zip")):
         sound = (Path(__file__).parent / "fuzz" / "corpus" / origin).read_bytes()
@@ -222,7 +222,7 @@ def test_no_dataset_runs_it(dataset, container, folder, sentinel):
         Path("root", place).parent.mkdir(parents=True, exist_ok=True)
         Path("root", place).write_bytes(CONTAINERS[container](Evil(sentinel)))
     with pytest.raises(BNSurgeryError, match=dataset):
-        open_data(dataset, root="root", download=False, val_fraction=0.2, seed=0, skip_bad=False)
+        open_data(Config(data=dataset, root="root", output="unused"))
 
 
 def test_a_model_named_in_a_file_is_never_imported(folder, sentinel, capfd):
@@ -234,7 +234,7 @@ def test_a_model_named_in_a_file_is_never_imported(folder, sentinel, capfd):
         bnsurgery.record(inserted).provenance.update(model=maker, image_size=32, batch_size=2)
         bnsurgery.save(inserted, "own.safetensors", overwrite=True)
         named = Config(source="own.safetensors", data="photos", output="run", model=maker, image_size=32, batch_size=2)
-        RunDirectory("run").write_config(named, open_data("photos", **OPEN).fingerprint, RESOLVED)
+        RunDirectory("run").write_config(named, open_data(Config(data="photos", output="unused")).fingerprint, RESOLVED)
         for words in (
             ["plan", "own.safetensors"],
             ["verify", "own.safetensors", *FEW],
@@ -258,7 +258,6 @@ def test_a_model_named_in_a_file_is_never_imported(folder, sentinel, capfd):
 
 
 RESOLVED = Resolved(0.05, "batch", "as asked", "as asked", "kept")
-OPEN = {"root": "data", "download": False, "val_fraction": 0.2, "seed": 0, "skip_bad": False}
 
 
 def test_help_says_whose_code_runs(capfd):

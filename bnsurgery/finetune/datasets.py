@@ -2,7 +2,10 @@
 
 import hashlib
 import inspect
+import itertools
+import operator
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,16 +20,17 @@ from bnsurgery.errors import DataError
 from bnsurgery.images.decoding import find_images, load_image
 from bnsurgery.running.batches import Inputs
 
-from .split import Split
+from .config import Config
+from .loading import Split
 
 if TYPE_CHECKING:
     from .streams import Stream
 
-# For torchvision's datasets: the arguments that give the training and the validation images (none: split by the seed),
-# and how to augment. What is not written down here has no labels, or not one an image.
+# For each of torchvision's datasets: the arguments that give its training and its validation images, or all images, to
+# be divided by the seed; and the augmentation. Datasets without one label an image are left out.
 _TRAIN, _SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
 _TRAIN_VAL = ({"split": "train"}, {"split": "val"})
-_TORCHVISION: dict[str, tuple[tuple[dict[str, Any], dict[str, Any] | None], str]] = {
+_TORCHVISION: dict[str, tuple[tuple[dict[str, Any], ...], str]] = {
     "CIFAR10": (_TRAIN, "crop-flip"),
     "CIFAR100": (_TRAIN, "crop-flip"),
     "MNIST": (_TRAIN, "crop"),
@@ -44,15 +47,15 @@ _TORCHVISION: dict[str, tuple[tuple[dict[str, Any], dict[str, Any] | None], str]
     "Food101": (_SPLIT, "resized-crop"),
     "OxfordIIITPet": (({"split": "trainval"}, {"split": "test"}), "resized-crop"),
     "PCAM": (_TRAIN_VAL, "crop-flip"),
-    "EuroSAT": (({}, None), "crop-flip"),
-    "SUN397": (({}, None), "resized-crop"),
-    "Caltech101": (({}, None), "resized-crop"),
+    "EuroSAT": (({},), "crop-flip"),
+    "SUN397": (({},), "resized-crop"),
+    "Caltech101": (({},), "resized-crop"),
 }
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a dataset is known by when a run is resumed."""
+    """Identifies a dataset: a resumed run must find the same one."""
 
     description: str
     train_images: int
@@ -64,15 +67,22 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Data:
-    """A task: what to train on, what to validate on, what the classes are called.
+    """A task: images to train on, images to validate on, and the names of the classes.
 
     Attributes:
         description: where the images come from, in words.
-        augment: what `Config.augment` "auto" stands for.
+        augment: the augmentation that `Config.augment` "auto" stands for.
         photographs: whether the images are larger than the input and are cut to its shape.
         skipped: damaged images that were left out.
-        passed_over: files that are no images by name, or in no class's folder.
-        examples: inputs to train and to validate on, where a user's code gives them and not images.
+        passed_over: files whose names are not those of images, or which are in no class's folder.
+        examples: inputs to train and to validate on, where a user's code gives inputs and not images.
+
+    Example:
+        >>> from bnsurgery import finetune
+        >>> images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+        >>> data = finetune.from_tensors((images, labels), (images, labels), ["cat", "dog"])
+        >>> len(data.train), data.classes
+        (4, ('cat', 'dog'))
     """
 
     train: "Split | Stream"
@@ -87,30 +97,25 @@ class Data:
 
     @property
     def thing(self) -> str:
-        """What it is of, in a word."""
+        """The word for one of them: "image" or "sample"."""
         return "sample" if self.examples else "image"
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """To be compared when a run is resumed."""
+        """Compared when a run is resumed."""
         train, val = self.train, self.val
         return Fingerprint(self.description, len(train), len(val), self.classes, train.digest, val.digest)
 
     def limited(self, limit: int | None, seed: int) -> "Data":
-        """With at most `limit` training images, as many of each class as there are and the limit allows."""
+        """With at most `limit` training images, drawn evenly over the classes, as far as each class has images."""
         if limit is None or limit >= len(self.train):
             return self
         assert isinstance(self.train, Split)
         order = list(range(len(self.train)))
         random.Random(seed).shuffle(order)
-        seen: dict[int, int] = {}
-        ranked: list[tuple[int, int, int]] = []
-        for index in order:
-            label = self.train.labels[index]
-            seen[label] = seen.get(label, 0) + 1
-            ranked.append((seen[label], len(ranked), index))
-        chosen = sorted(index for _, _, index in sorted(ranked)[:limit])
-        return _checked(replace(self, train=self.train.take(chosen)))
+        ranks: dict[int, itertools.count[int]] = defaultdict(itertools.count)
+        rank = {index: next(ranks[self.train.labels[index]]) for index in order}  # within the image's class
+        return _checked(replace(self, train=self.train.take(sorted(sorted(order, key=rank.__getitem__)[:limit]))))
 
 
 def from_tensors(
@@ -120,6 +125,13 @@ def from_tensors(
 
     Raises:
         DataError: other types or shapes, or a class has no image.
+
+    Example:
+        >>> from bnsurgery import finetune
+        >>> images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+        >>> data = finetune.from_tensors((images, labels), (images[:2], labels[:2]), ["cat", "dog"])
+        >>> len(data.train), len(data.val)
+        (4, 2)
     """
     for images, labels in (train, val):
         if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
@@ -127,87 +139,59 @@ def from_tensors(
                 f"data: got images of {images.dtype} and shape {tuple(images.shape)} with labels of shape "
                 f"{tuple(labels.shape)}, expected uint8, (N, C, H, W) and (N,)"
             )
-    first, second = (_in_memory(*part) for part in (train, val))
-    return _checked(Data(first, second, tuple(classes), description))
+    return _checked(Data(_in_memory(*train), _in_memory(*val), tuple(classes), description))
 
 
-def open_data(
-    name: str, *, root: str, download: bool, val_fraction: float, seed: int, skip_bad: bool, show: bool = False
-) -> Data:
-    """The data called `name`: see `Config`.
+def open_data(config: Config, show: bool = False) -> Data:
+    """The images that `config` names.
 
     Raises:
-        DataError: there is none, a class is empty, there is only one, or an image is damaged and `skip_bad` is off.
+        DataError: there are none of that name, a class is empty, there is only one, or a file is damaged or missing.
     """
-    if Path(name).is_dir():
-        return _checked(_folder(Path(name), val_fraction, seed, skip_bad, show))
-    if name == "digits":
-        return _checked(_digits(val_fraction, seed))
+    name = config.data
     known = {known.lower(): known for known in _TORCHVISION}
-    if name.lower() in known:
-        return _checked(_torchvision(known[name.lower()], root, download, val_fraction, seed))
-    got = "a file" if Path(name).exists() else "no such folder, nor a dataset of that name"
-    others = ", ".join(_TORCHVISION)
-    raise DataError(f"data '{name}': {got}. Pass a folder with one folder a class, digits, or one of {others}.")
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    images: Tensor
-
-    def __call__(self, index: int) -> Tensor:
-        return self.images[index]
+    if Path(name).is_dir():
+        data = _folder(Path(name), config, show)
+    elif name == "digits":
+        data = _digits(config)
+    elif name.lower() in known:
+        data = _torchvision(known[name.lower()], config)
+    else:
+        got = "a file" if Path(name).exists() else "no such folder, nor a dataset of that name"
+        others = ", ".join(_TORCHVISION)
+        raise DataError(f"data '{name}': {got}. Pass a folder with one folder a class, digits, or one of {others}.")
+    return _checked(data).limited(config.limit, config.seed)
 
 
 def _in_memory(images: Tensor, labels: Tensor) -> Split:
     names = tuple(hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images.contiguous())
-    return Split(_InMemory(images), tuple(labels.tolist()), names)
+    return Split(images, tuple(labels.tolist()), names)
 
 
-@dataclass(frozen=True)
-class _Files:
-    paths: tuple[Path, ...]
-
-    def __call__(self, index: int) -> Image.Image:
-        return load_image(self.paths[index])
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Of a torchvision dataset, which gives (image, label)."""
-
-    dataset: Any
-
-    def __call__(self, index: int) -> Image.Image:
-        image: Image.Image = self.dataset[index][0]
-        return image
-
-
-def _folder(directory: Path, val_fraction: float, seed: int, skip_bad: bool, show: bool) -> Data:
-    has_split = (directory / "train").is_dir()
-    train, classes, bad, others = _labelled(directory / "train" if has_split else directory, skip_bad, show)
-    if has_split and (directory / "val").is_dir():
-        val, val_classes, bad_val, others_val = _labelled(directory / "val", skip_bad, show)
-        bad, others = bad + bad_val, others + others_val
-        if val_classes != classes:
-            odd = ", ".join(sorted(set(classes) ^ set(val_classes)))
-            raise DataError(f"data '{directory}': train/ and val/ must have the same classes, but only one has: {odd}")
-    else:
-        train, val = _split(train, val_fraction, seed)
+def _folder(directory: Path, config: Config, show: bool) -> Data:
+    parts = [directory]
+    if (directory / "train").is_dir():
+        parts = [path for path in (directory / "train", directory / "val") if path.is_dir()]
+    found = [_labelled(part, config.skip_bad, show) for part in parts]
+    splits, (classes, *others), skipped, passed_over = zip(*found, strict=True)
+    if odd := ", ".join(sorted(set(classes).symmetric_difference(*others))) if others else "":
+        raise DataError(f"data '{directory}': train/ and val/ must have the same classes, but only one has: {odd}")
     return Data(
-        train,
-        val,
+        *_train_and_val(splits, config),
         classes,
         f"folder {directory}",
         "resized-crop",
         photographs=True,
-        skipped=tuple(bad),
-        passed_over=tuple(others),
+        skipped=tuple(itertools.chain(*skipped)),
+        passed_over=tuple(itertools.chain(*passed_over)),
     )
 
 
 def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple[str, ...], list[str], list[Path]]:
-    """Every folder in `directory` is a class; its images are found at any depth. Then: damaged, passed over."""
+    """The images and classes of `directory`, the damaged images, and the files passed over.
+
+    Every folder in it is a class; the images of a class are found at any depth.
+    """
     try:
         entries = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
         folders = [path for path in entries if path.is_dir()]
@@ -216,36 +200,33 @@ def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple
     if not folders:
         raise DataError(f"data '{directory}': got no folder in it, expected one for every class, with its images.")
     others = [path for path in entries if not path.is_dir()]
-    paths: list[Path] = []
-    labels: list[int] = []
+    labels: dict[Path, int] = {}
     for label, folder in enumerate(folders):
         try:
             found = find_images(folder)
         except DataError as error:
             raise DataError(f"class '{folder.name}': {error} Put images there, or remove the folder.") from None
-        paths += found.images
+        labels |= dict.fromkeys(found.images, label)
         others += found.others
-        labels += [label] * len(found.images)
-    bad: dict[int, str] = {}
+    bad = []
     if skip_bad:
-        for index, path in enumerate(tqdm(paths, desc="checking images", disable=None if show else True, leave=False)):
+        for path in tqdm(list(labels), desc="checking images", disable=None if show else True, leave=False):
             try:
                 load_image(path)
-            except DataError as error:
-                bad[index] = str(error)
-    kept = [index for index in range(len(paths)) if index not in bad]
+            except DataError:
+                bad.append(str(path))
+                del labels[path]
     try:
-        names = tuple(f"{paths[i].relative_to(directory).as_posix()} {paths[i].stat().st_size}" for i in kept)
+        names = tuple(f"{path.relative_to(directory).as_posix()} {path.stat().st_size}" for path in labels)
     except OSError as error:  # a link to nowhere
         raise DataError(
-            f"data: '{error.filename}': {error.strerror}. Remove it, or leave such out with --skip-bad."
+            f"data: '{error.filename}': {error.strerror}. Remove it, or leave damaged images out with `skip_bad=True`."
         ) from error
-    split = Split(_Files(tuple(paths[i] for i in kept)), tuple(labels[i] for i in kept), names)
-    classes = tuple(folder.name for folder in folders)
-    return split, classes, [str(paths[index]) for index in bad], others
+    split = Split(tuple(labels), tuple(labels.values()), names, load_image)
+    return split, tuple(folder.name for folder in folders), bad, others
 
 
-def _digits(val_fraction: float, seed: int) -> Data:
+def _digits(config: Config) -> Data:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -254,34 +235,29 @@ def _digits(val_fraction: float, seed: int) -> Data:
         ) from None
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
-    everything = _in_memory(images, torch.from_numpy(digits.target))
-    train, val = _split(everything, val_fraction, seed)
-    return Data(train, val, tuple(map(str, range(10))), "scikit-learn's digits")
+    splits = [_in_memory(images, torch.from_numpy(digits.target))]
+    return Data(*_train_and_val(splits, config), tuple(map(str, range(10))), "scikit-learn's digits")
 
 
-def _torchvision(name: str, root: str, download: bool, val_fraction: float, seed: int) -> Data:
+def _torchvision(name: str, config: Config) -> Data:
     import torchvision.datasets
 
     cls = getattr(torchvision.datasets, name)
-    (train_arguments, val_arguments), augment = _TORCHVISION[name]
-    if "download" in inspect.signature(cls).parameters:
-        train_arguments = {**train_arguments, "download": download}
-        val_arguments = None if val_arguments is None else {**val_arguments, "download": download}
-    elif download:
-        raise DataError(f"data '{name}': torchvision cannot download it: put it into '{root}' yourself.")
+    parts, augment = _TORCHVISION[name]
+    downloads = "download" in inspect.signature(cls).parameters
+    if config.download and not downloads:
+        raise DataError(f"data '{name}': torchvision cannot download it: put it into '{config.root}' yourself.")
+    options = {"download": config.download} if downloads else {}
     try:
-        train = cls(root, **train_arguments)
-        val = None if val_arguments is None else cls(root, **val_arguments)
-    except Exception as error:  # a dataset raises what it likes for files that are missing, damaged or out of reach
-        advice = "" if download else " Put it there, name the folder with --root, or pass --download."
+        found = [cls(config.root, **part, **options) for part in parts]
+    except Exception as error:  # of any type, for files that are missing, damaged or out of reach
+        advice = "" if config.download else " Put it there, name its folder as `root`, or pass `download=True`."
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data '{name}': cannot be read from '{root}': {reason.rstrip('.')}.{advice}") from error
-    labels = _labels(train)
-    classes = tuple(map(str, getattr(train, "classes", None) or range(max(labels) + 1)))
-    photographs = augment == "resized-crop"
-    split = Split(_Pairs(train), labels)
-    splits = _split(split, val_fraction, seed) if val is None else (split, Split(_Pairs(val), _labels(val)))
-    return Data(*splits, classes, f"torchvision's {name}", augment, photographs)
+        raise DataError(f"data '{name}': cannot be read from '{config.root}': {reason.rstrip('.')}.{advice}") from error
+    splits = [Split(dataset, _labels(dataset), load=operator.itemgetter(0)) for dataset in found]
+    classes = tuple(map(str, getattr(found[0], "classes", None) or range(max(splits[0].labels) + 1)))
+    train, val = _train_and_val(splits, config)
+    return Data(train, val, classes, f"torchvision's {name}", augment, photographs=augment == "resized-crop")
 
 
 def _labels(dataset: Any) -> tuple[int, ...]:
@@ -292,20 +268,22 @@ def _labels(dataset: Any) -> tuple[int, ...]:
     return tuple(int(dataset[index][1]) for index in range(len(dataset)))
 
 
-def _split(everything: Split, val_fraction: float, seed: int) -> tuple[Split, Split]:
-    """Hold out a share of every class, at least one image where there are two."""
-    chosen = random.Random(seed)
+def _train_and_val(splits: Sequence[Split], config: Config) -> tuple[Split, Split]:
+    """The two splits; of a single one, a share of every class is held out: an image or more, but not all of them."""
+    if len(splits) == 2:
+        return splits[0], splits[1]
+    chosen = random.Random(config.seed)
     train: list[int] = []
     val: list[int] = []
-    by_class: dict[int, list[int]] = {}
-    for index, label in enumerate(everything.labels):
-        by_class.setdefault(label, []).append(index)
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for index, label in enumerate(splits[0].labels):
+        by_class[label].append(index)
     for indices in by_class.values():
         chosen.shuffle(indices)
-        held_out = min(max(1, round(val_fraction * len(indices))), len(indices) - 1)
+        held_out = min(max(1, round(config.val_fraction * len(indices))), len(indices) - 1)
         val += indices[:held_out]
         train += indices[held_out:]
-    return everything.take(sorted(train)), everything.take(sorted(val))
+    return splits[0].take(sorted(train)), splits[0].take(sorted(val))
 
 
 def _checked(data: Data) -> Data:

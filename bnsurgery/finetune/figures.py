@@ -18,11 +18,17 @@ _KINDS = {"train": ("training", NEUTRAL), "val": ("validation", INK)}
 
 
 def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accuracy")) -> "Figure":
-    """Training and validation by epoch; a single validation as bars, for it makes no curve.
+    """Training and validation by epoch; a single validation, which makes no curve, as bars.
 
     Args:
-        rows: what a run measured, `finetune.Result.rows`.
+        rows: the validations of a run, `finetune.Result.rows`.
         panels: "loss" and "accuracy", side by side.
+
+    Example:
+        >>> from bnsurgery.finetune.results import Row
+        >>> rows = [Row(epoch, 10 * epoch, 0.1, 1 / epoch, 0.5, 1 / epoch, 0.6, 99.0) for epoch in (1, 2)]
+        >>> len(bnsurgery.report.plot_curves(rows).axes)
+        2
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -32,20 +38,20 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
         f"{' and '.join(panels)} by epoch, in training and validation. At the end, after {epochs}: "
         f"validation loss {last.val_loss:.3g}, accuracy {percent(last.val_accuracy)}."
     )
-    alt = alt[0].upper() + alt[1:]
-    figure, axes = new_figure(alt, columns=len(panels))
+    figure, axes = new_figure(alt[0].upper() + alt[1:], columns=len(panels))
     for axis, panel in zip(axes[0], panels, strict=True):
-        scale = 100 if panel == "accuracy" else 1
-        what = "accuracy (%)" if panel == "accuracy" else "loss (cross entropy, nats)"
+        scale, unit, title = (
+            (100, "%", "accuracy (%)") if panel == "accuracy" else (1, "", "loss (cross entropy, nats)")
+        )
+        values = {kind: [scale * getattr(row, f"{kind}_{panel}") for row in rows] for kind in _KINDS}
         if len(rows) == 1:
-            ends = {label: scale * getattr(last, f"{kind}_{panel}") for kind, (label, _) in _KINDS.items()}
-            draw_bars(axis, ends, "%" if panel == "accuracy" else "", [c for _, c in _KINDS.values()])
-            axis.set_xlabel(f"{what} after {epochs}")
+            ends = {label: values[kind][0] for kind, (label, _) in _KINDS.items()}
+            draw_bars(axis, ends, unit, [colour for _, colour in _KINDS.values()])
+            axis.set_xlabel(f"{title} after {epochs}")
             continue
         for kind, (label, colour) in _KINDS.items():
-            points = [scale * getattr(row, f"{kind}_{panel}") for row in rows]
-            axis.plot([row.epoch for row in rows], points, color=colour, marker="o", markersize=3, label=label)
-        axis.set(xlabel="epoch", ylabel=what)
+            axis.plot([row.epoch for row in rows], values[kind], color=colour, marker="o", markersize=3, label=label)
+        axis.set(xlabel="epoch", ylabel=title)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlim(left=0)
         axis.legend(frameon=False)
@@ -53,7 +59,13 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
 
 
 def plot_rate_range(rates: Sequence[float], losses: Sequence[float], chosen: float) -> "Figure":
-    """Smoothed training loss by learning rate, with the chosen one marked."""
+    """Smoothed training loss by learning rate, with the chosen rate marked.
+
+    Example:
+        >>> figure = bnsurgery.report.plot_rate_range([0.01, 0.1, 1.0], [2.0, 1.0, 9.0], chosen=0.1)
+        >>> figure.axes[0].get_xlabel()
+        'learning rate'
+    """
     figure, axes = new_figure(
         f"Training loss by learning rate in a range test, from {rates[0]:.2g} to {rates[-1]:.2g}; chosen: {chosen:.3g}."
     )
@@ -70,10 +82,18 @@ def plot_comparison(result: "Comparison", panels: Sequence[str] = ()) -> "Figure
     """The arms of a comparison beside each other.
 
     Args:
-        result: what `finetune.compare` gave.
+        result: the comparison, from `finetune.compare` or `finetune.Comparison.read`.
         panels: "steps" (accuracy by step, each arm at its best rate, the band between smallest and largest seed),
-            "rates" (accuracy at the end by learning rate, a cross where a seed diverged), "seconds" (of a run); "steps"
-            and, where there is more than one rate, "rates" if none is named. What has a single point is drawn as bars.
+            "rates" (accuracy at the end by learning rate, a cross where a seed diverged), "seconds" (of a run). By
+            default "steps", and "rates" if there is more than one rate. A panel with single points has bars.
+
+    Example:
+        >>> from bnsurgery.finetune.comparison import Comparison, Trial
+        >>> from bnsurgery.finetune.results import Row
+        >>> rows = {arm: Row(1.0, 10, 0.1, 0.5, 0.8, 0.6, end, 99.0) for arm, end in (("plain", 0.7), ("bn", 0.8))}
+        >>> trials = [Trial(arm, 0.1, 0, "batch", None, (row,), 1.0) for arm, row in rows.items()]
+        >>> bnsurgery.report.plot_comparison(Comparison("cats and dogs", tuple(trials))).get_label()
+        'Validation accuracy by step: plain ends at 70.0 % at rate 0.1; bn ends at 80.0 % at rate 0.1.'
     """
     panels = panels or telling_panels(result)
     draw = {"steps": _steps, "rates": draw_rates, "seconds": _seconds}
@@ -84,16 +104,16 @@ def plot_comparison(result: "Comparison", panels: Sequence[str] = ()) -> "Figure
 
 
 def telling_panels(result: "Comparison") -> tuple[str, ...]:
-    """The panels that say something: "steps" and, where there is more than one rate, "rates"."""
-    return ("steps", "rates") if len({trial.lr for trial in result.trials}) > 1 else ("steps",)
+    """The default panels: "steps" and, if there is more than one rate, "rates"."""
+    return ("steps", "rates") if len(result.rates) > 1 else ("steps",)
 
 
 def _steps(axis: Any, result: "Comparison") -> None:
+    arms = result.summary()
     axis.set_title("each arm at its best rate")
-    if all(s.lr is None or len(result.curve(s.arm, s.lr)) == 1 for s in result.summary()):
-        _ends(axis, {s.arm if s.lr is None else f"{s.arm} at {s.lr:g}": s.accuracy for s in result.summary()}, result)
-        return
-    for summary in result.summary():
+    if all(s.lr is None or len(result.curve(s.arm, s.lr)) == 1 for s in arms):
+        return _ends(axis, {s.arm if s.lr is None else f"{s.arm} at {s.lr:g}": s.accuracy for s in arms}, result)
+    for summary in arms:
         colour = _ARMS[summary.arm]
         if summary.lr is None:
             axis.plot([], [], color=colour, label=f"{summary.arm}: diverged at every rate")
@@ -108,32 +128,24 @@ def _steps(axis: Any, result: "Comparison") -> None:
 
 
 def draw_rates(axis: Any, result: "Comparison") -> None:
-    """Accuracy at the end by learning rate, onto an axis of the caller's."""
+    """Accuracy at the end by learning rate, drawn onto the caller's axis."""
     arms = result.summary()
     axis.set_title("at the end")
-    if len({trial.lr for trial in result.trials}) == 1:
-        _ends(axis, {s.arm: s.accuracy for s in arms}, result)
-        return
+    if len(result.rates) == 1:
+        return _ends(axis, {s.arm: s.accuracy for s in arms}, result)
     for number, summary in enumerate(arms):
         colour = _ARMS[summary.arm]
         ended = {lr: 100 * value for lr, value in summary.by_rate.items() if value is not None}
         diverged = [lr for lr, value in summary.by_rate.items() if value is None]
         label = f"{summary.arm}, × diverged" if diverged else summary.arm
         axis.plot(list(ended), list(ended.values()), color=colour, marker="o", markersize=4, label=label)
-        if diverged:  # an empty line that is not clipped would throw the layout out
-            # Side by side, or one arm's cross would hide another's.
-            beside = 1.12 ** (number - (len(arms) - 1) / 2)
-            axis.plot(
-                [lr * beside for lr in diverged],
-                [0.0] * len(diverged),
-                color=colour,
-                marker="x",
-                linestyle="none",
-                clip_on=False,
-            )
+        if diverged:  # constrained layout fails on an empty line that is not clipped
+            beside = 1.12 ** (number - (len(arms) - 1) / 2)  # so that no arm's cross hides another's
+            at, zeros = [lr * beside for lr in diverged], [0.0] * len(diverged)
+            axis.plot(at, zeros, color=colour, marker="x", linestyle="none", clip_on=False)
     axis.set(xlabel="learning rate", ylabel="validation accuracy (%)", ylim=(0, None))
     log_axis(axis)
-    if not any(value is not None for summary in arms for value in summary.by_rate.values()):
+    if result.winner is None:
         axis.set_ylim(0, 100)
     _name_arms(axis)
 
@@ -157,31 +169,21 @@ def _seconds(axis: Any, result: "Comparison") -> None:
 
 
 def seconds_by_arm(result: "Comparison") -> dict[str, float]:
-    """Mean seconds of the runs that did not diverge; an arm of which none is left is left out."""
+    """Mean seconds of the runs that did not diverge; without the arms of which all diverged."""
     times = {arm: [trial.seconds for trial in result.of(arm) if not trial.diverged] for arm in result.arms}
     return {arm: sum(found) / len(found) for arm, found in times.items() if found}
 
 
 def _in_words(result: "Comparison", panel: str) -> str:
     if panel == "seconds":
-        return (
-            "Seconds a run: "
-            + ", ".join(f"{arm} {cell_text(value)}" for arm, value in seconds_by_arm(result).items())
-            + "."
-        )
+        return f"Seconds a run: {', '.join(f'{arm} {cell_text(s)}' for arm, s in seconds_by_arm(result).items())}."
     found = []
     for s in result.summary():
         if panel == "steps":
-            end = (
-                f"ends at {percent(s.accuracy, '.1f')} at rate {s.lr:g}"
-                if s.accuracy is not None
-                else "always diverged"
-            )
+            end = "always diverged" if s.accuracy is None else f"ends at {percent(s.accuracy, '.1f')} at rate {s.lr:g}"
             found.append(f"{s.arm} {end}")
         else:
-            values = [
-                f"{percent(v, '.1f')} at {lr:g}" if v is not None else f"× at {lr:g}" for lr, v in s.by_rate.items()
-            ]
+            values = (f"{'×' if v is None else percent(v, '.1f')} at {lr:g}" for lr, v in s.by_rate.items())
             found.append(f"{s.arm}: {', '.join(values)}")
     start = "Validation accuracy by step: " if panel == "steps" else "Accuracy at the end by learning rate: "
     return start + "; ".join(found) + "."

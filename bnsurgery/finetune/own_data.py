@@ -1,8 +1,8 @@
-"""Labelled data that a user's own function gives: Datasets of samples, or batches as they come."""
+"""Labelled data that a user's function returns: Datasets of samples, or batches as they come."""
 
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,20 +13,20 @@ from tqdm import tqdm
 from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
 from bnsurgery.networks import factories
 from bnsurgery.running.batches import Inputs
+from bnsurgery.text.words import with_article
 
 from .config import Config
 from .datasets import Data
-from .loading import collated
-from .split import Split
+from .loading import Split, collated
 from .streams import Stream, check_classes
 
-# What only images, or only data that this package divides, has a use for.
+# Options that only images have, or only data that this package divides.
 _FOR_IMAGES = (
     *("image_size", "normalize", "mean", "std", "scale", "channels", "augment"),
     *("root", "download", "val_fraction", "limit", "skip_bad"),
 )
 _DEFAULTS = {field.name: field.default for field in fields(Config)}
-_HOW = (
+_EXPECTED = (
     "expected a tuple (training, validation) or (training, validation, classes): training and validation each a "
     "Dataset of (inputs, target), or batches of (inputs, targets) that can be gone through again, as a DataLoader or a "
     "list; classes names"
@@ -34,72 +34,67 @@ _HOW = (
 
 
 def open_own(config: Config, show: bool = False) -> Data:
-    """What the function "file.py:function" or "package.module:function" that `config.data` names returns.
+    """The data that the function "file.py:function" or "package.module:function" returns which `config.data` names.
 
-    It is called once, without arguments, with torch's random numbers seeded by 0 whatever `config.seed`: what it draws
-    is the same for every run, rank and trial. It returns (training, validation) or (training, validation, classes).
+    It is called once, without arguments, with torch's random numbers seeded by 0 whatever `config.seed` is: it draws
+    the same in every run, rank and trial. It returns (training, validation) or (training, validation, classes).
     Training and validation are each
 
     - a map-style `torch.utils.data.Dataset` of pairs (inputs, target): read by number, by `config.num_workers`
-      processes, in `config.batch_size`s and an order by `config.seed`; or
+      processes, in batches of `config.batch_size` and an order by `config.seed`; or
     - an iterable of batches (inputs, targets), such as a DataLoader, taken as they come, once an epoch, with torch's
       random numbers seeded by `config.seed` and the epoch.
 
     Inputs are a tensor, a tuple of several or a dict of keyword arguments; targets are integers, a tensor (N,) for a
-    batch of N. Classes are names, in the order of the targets; without them there are as many as the largest target
-    says, called by their numbers.
+    batch of N. Classes are names, in the order of the targets. Without them the classes are called by their numbers,
+    up to the largest target.
 
     Raises:
         ArchitectureError: there is no such function, or it fails.
-        DataError: it returns something else, or an option that is for images was given, too.
+        DataError: it returns something else, or an option for images was given, too.
     """
     name = config.data
     odd = next((field for field in _FOR_IMAGES if getattr(config, field) != _DEFAULTS[field]), None)
     if odd is not None:
-        raise DataError(f"finetune: {_flag(odd)} is for images: what '{name}' gives is taken as it is. Leave it out")
+        raise DataError(f"finetune: `{odd}` is for images: what '{name}' gives is taken as it is. Leave `{odd}` out")
     call = factories.function(name, "data", "(training, validation)")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         found = call()
         if not isinstance(found, tuple) or len(found) not in (2, 3):
-            got = f"a tuple of {len(found)}" if isinstance(found, tuple) else f"a {type(found).__name__}"
-            raise DataError(f"data '{name}': returned {got}, {_HOW}")
+            got = f"a tuple of {len(found)}" if isinstance(found, tuple) else with_article(type(found).__name__)
+            raise DataError(f"data '{name}': returned {got}, {_EXPECTED}")
         names = _names(name, found[2]) if len(found) == 3 else ()
-        train, val = (
-            _part(name, part, given, show) for part, given in zip(("training", "validation"), found, strict=False)
-        )
+        wheres = [f"data '{name}': {part}" for part in ("training", "validation")]
+        train, val = splits = [_part(name, where, given, show) for where, given in zip(wheres, found, strict=False)]
         names = names or tuple(map(str, range(max(train.labels) + 1)))
         if len(names) < 2:
             raise DataError(f"data '{name}': got one class, expected two or more to learn")
-        for part, split in (("training", train), ("validation", val)):
-            check_classes(split.labels, len(names), f"data '{name}': {part}")
+        for where, split in zip(wheres, splits, strict=True):
+            check_classes(split.labels, len(names), where)
             if isinstance(split, Stream):
                 split.classes = len(names)
-        examples = (_example(name, "training", train), _example(name, "validation", val))
+        examples = tuple(map(_example, wheres, splits))
     return Data(train, val, names, name, "none", examples=examples)
 
 
 def in_its_batches(config: Config, data: Data) -> Config:
-    """`config` with the batch size of `data`, where that comes in batches of its own: that of the largest.
+    """`config`, with the size of the largest batch as its `batch_size` where `data` comes in batches.
 
     Raises:
-        DataError: `config` asks for another, or for processes that read.
+        DataError: `config` has another `batch_size`, or `num_workers`.
     """
     if not isinstance(data.train, Stream):
         return config
     size = max(data.train.sizes)
-    mine = {"batch_size": (_DEFAULTS["batch_size"], size), "num_workers": (None,)}
-    odd = next((field for field, allowed in mine.items() if getattr(config, field) not in allowed), None)
+    allowed = {"batch_size": (_DEFAULTS["batch_size"], size), "num_workers": (None,)}
+    odd = next((field for field, values in allowed.items() if getattr(config, field) not in values), None)
     if odd is not None:
         raise DataError(
-            f"finetune: {_flag(odd)} is for a Dataset: '{config.data}' gives batches of its own, of {size}. Leave it "
+            f"finetune: `{odd}` is for a Dataset: '{config.data}' gives batches of its own, of {size}. Leave `{odd}` "
             "out, or return the Dataset"
         )
     return replace(config, batch_size=size)
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
 
 
 def _names(name: str, classes: Any) -> tuple[str, ...]:
@@ -108,80 +103,78 @@ def _names(name: str, classes: Any) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def _part(name: str, part: str, given: Any, show: bool) -> Split | Stream:
-    where = f"data '{name}': {part}"
+def _part(name: str, where: str, given: Any, show: bool) -> Split | Stream:
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
-        return _split(name, where, given, show)
+        samples = _Samples(name, where, given, show)
+        return Split(samples, samples.targets)
+    got = with_article(type(given).__name__)
     if isinstance(given, (Tensor, Mapping, str)) or not isinstance(given, Iterable):
-        raise DataError(f"{where}: got a {type(given).__name__}, {_HOW}")
+        raise DataError(f"{where}: got {got}, {_EXPECTED}")
     if isinstance(given, Iterator):
         raise DataError(
-            f"{where}: got a {type(given).__name__}, which can be gone through once, and training does so in every "
-            "epoch. Return a list, a DataLoader, or an object whose __iter__ begins anew"
+            f"{where}: got {got}, which can be gone through once, but every epoch goes through it. Return a list, a "
+            "DataLoader, or an object whose __iter__ begins anew"
         )
-    return Stream(name, part, given)
+    return Stream(name, where, given)
 
 
-@dataclass(frozen=True)
 class _Samples:
-    """A user's Dataset, by number."""
+    """The inputs of a user's Dataset, by number.
 
-    name: str
-    where: str
-    dataset: Any
-    targets: tuple[int, ...] = ()
+    Attributes:
+        targets: class index of every sample, from the Dataset's attribute `targets`, or read with the inputs.
+    """
 
-    def __call__(self, index: int) -> Any:
-        inputs, target = self.sample(index)
-        if target != self.targets[index]:
-            raise DataError(
-                f"{self.where} sample {index}: its target is {target}, and was {self.targets[index]} before"
-            )
+    def __init__(self, name: str, where: str, dataset: Any, show: bool) -> None:
+        self.dataset, self._name, self._where = dataset, name, where
+        try:
+            count = len(dataset)
+        except TypeError:
+            raise DataError(f"{where}: a Dataset without a length: give it a __len__") from None
+        if not count:
+            raise DataError(f"{where}: gave no sample")
+        known = getattr(dataset, "targets", None)
+        if isinstance(known, Collection) and len(known) == count:
+            self.targets = tuple(self._integer(target, index) for index, target in enumerate(known))
+        else:
+            bar = tqdm(range(count), desc="reading targets", disable=None if show else True, leave=False)
+            self.targets = tuple(self._sample(index)[1] for index in bar)
+        check_classes(self.targets, None, where)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = self._sample(index)
+        before = self.targets[index]
+        if target != before:
+            raise DataError(f"{self._where} sample {index}: its target is {target}, but was {before} before")
         return inputs
 
-    def sample(self, index: int) -> tuple[Any, int]:
+    def _sample(self, index: int) -> tuple[Any, int]:
         """Inputs and target."""
-        where = f"{self.where} sample {index}"
+        where = f"{self._where} sample {index}"
         try:
-            found = factories.running(self.name, lambda: self.dataset[index], "data")
+            found = factories.running(self._name, lambda: self.dataset[index], "data")
         except ArchitectureError as error:
             raise DataError(f"{error} (in {where})") from error
         if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise DataError(f"{where}: got a {type(found).__name__}, expected a pair (inputs, target)")
-        return found[0], _integer(found[1], where)
+            raise DataError(f"{where}: got {with_article(type(found).__name__)}, expected a pair (inputs, target)")
+        return found[0], self._integer(found[1], index)
+
+    def _integer(self, target: Any, index: int) -> int:
+        try:
+            return operator.index(target)
+        except (TypeError, ValueError):  # a real number, or a tensor of several numbers
+            of = f" of {target.dtype}" if isinstance(target, Tensor) else ""
+            raise DataError(
+                f"{self._where} sample {index}: target: got {with_article(type(target).__name__)}{of}, expected an "
+                "integer: the class of the input"
+            ) from None
 
 
-def _integer(target: Any, where: str) -> int:
-    try:
-        return operator.index(target)
-    except (TypeError, ValueError):  # of a real number, a tensor of several
-        got = f"a tensor of {target.dtype}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
-        raise DataError(f"{where}: target: got {got}, expected an integer: the class of the input") from None
-
-
-def _split(name: str, where: str, dataset: Any, show: bool) -> Split:
-    """A Dataset, whose targets are in its attribute `targets` or read with all the rest."""
-    try:
-        count = len(dataset)
-    except TypeError:
-        raise DataError(f"{where}: a Dataset without a length: give it a __len__") from None
-    if not count:
-        raise DataError(f"{where}: gave no sample")
-    samples, known = _Samples(name, where, dataset), getattr(dataset, "targets", None)
-    if not isinstance(known, Collection) or len(known) != count:
-        bar = tqdm(range(count), desc="reading targets", disable=None if show else True, leave=False)
-        targets = tuple(samples.sample(index)[1] for index in bar)
-    else:
-        targets = tuple(_integer(target, f"{where} sample {index}") for index, target in enumerate(known))
-    check_classes(targets, None, where)
-    return Split(replace(samples, targets=targets), targets)
-
-
-def _example(name: str, part: str, split: Split | Stream) -> Inputs:
-    """A few inputs, as the network will get them."""
+def _example(where: str, split: Split | Stream) -> Inputs:
+    """Up to two inputs, as the network will get them."""
     if isinstance(split, Stream):
         return next(split.once(0))[0].take(0, 2)
     try:
         return Inputs.of(collated([(split.read(index), split.labels[index]) for index in range(min(2, len(split)))]))
     except (CalibrationError, DataError) as error:
-        raise DataError(f"data '{name}': {part}: {error}") from error
+        raise DataError(f"{where}: {error}") from error

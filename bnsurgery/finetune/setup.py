@@ -137,18 +137,7 @@ def load_data(config: Config, show: bool = False) -> Data:
     Raises:
         DataError: see `open_data` and `open_own`.
     """
-    if factories.names_code(config.data):
-        return open_own(config, show)
-    data = open_data(
-        config.data,
-        root=config.root,
-        download=config.download,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        skip_bad=config.skip_bad,
-        show=show,
-    )
-    return data.limited(config.limit, config.seed)
+    return (open_own if factories.names_code(config.data) else open_data)(config, show)
 
 
 def build(

@@ -1,6 +1,7 @@
-"""Labelled batches that a user's own iterable gives, taken as they come, beside the images that are read by number."""
+"""Labelled batches that a user's iterable gives, taken as they come; and loaders of these or of images by number."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from copy import copy
@@ -8,42 +9,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
 from bnsurgery.networks import factories
 from bnsurgery.records.task import Task
 from bnsurgery.running.batches import Inputs
+from bnsurgery.text.words import with_article
 
-from .loading import EVALUATED, Loader, Prepared, TrainBatches, plain_loader, started
-from .split import Split
+from .loading import EVALUATED, Loader, Prepared, Split, TrainBatches, joint_seed, started
 
 
 class Stream:
     """Batches of (inputs, targets) that can be gone through any number of times.
 
     Attributes:
-        where: what and whose they are, for messages.
-        labels: class index of every sample, sorted: passes may differ in their order.
-        sizes: samples of every batch of a pass.
-        classes: how many there are, once that is known.
+        where: how messages call the batches.
+        labels: class index of every sample, sorted, since passes may differ in their order.
+        sizes: number of samples of every batch in a pass.
+        classes: number of classes, None until it is known.
     """
 
-    def __init__(self, name: str, part: str, batches: Iterable[Any]) -> None:
+    def __init__(self, name: str, where: str, batches: Iterable[Any]) -> None:
         """Go through them once.
 
         Args:
             name: of the function that gave them.
-            part: "training" or "validation", for messages.
+            where: see the attribute.
 
         Raises:
-            DataError: there is no batch, or one is no pair of inputs and targets, or the user's code fails.
+            DataError: there is no batch, a batch is not a pair of inputs and targets, or the user's code fails.
         """
         if isinstance(batches, DataLoader) and batches.persistent_workers:
             batches = copy(batches)  # passes would share one iterator, and validations fall into training's
             vars(batches).update(persistent_workers=False)  # which torch lets nobody set
         self._name, self._batches = name, batches
-        self.where = f"data '{name}': {part}"
+        self.where = where
         self.classes: int | None = None
         labels = [labels for _, labels in self.once(0)]
         if not labels:
@@ -60,7 +61,7 @@ class Stream:
         return hashlib.sha256(repr((self.labels, self.sizes)).encode()).hexdigest()
 
     def once(self, seed: int) -> Iterator[tuple[Inputs, Tensor]]:
-        """One pass, in which torch's random numbers are the pass's own, and those outside stay as they are.
+        """One pass, which draws from random numbers of its own, seeded by `seed`.
 
         Raises:
             DataError: as `Stream`.
@@ -69,39 +70,34 @@ class Stream:
 
         def following() -> Any:
             nonlocal inside, batches
-            outside = torch.get_rng_state()
-            torch.set_rng_state(inside)
-            try:
-                batches = started(self._batches) if batches is None else batches
-                return next(batches)
-            finally:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(inside)
+                batches = started(self._batches.__iter__) if batches is None else batches
+                batch = next(batches)
                 inside = torch.get_rng_state()
-                torch.set_rng_state(outside)
+            return batch
 
-        number = 0
-        while True:
+        for number in itertools.count(1):
             try:
                 batch = factories.running(self._name, following, "data")
             except StopIteration:
                 return
             except ArchitectureError as error:
                 raise DataError(str(error)) from error
-            number += 1
             yield self._checked(batch, f"{self.where} batch {number}")
 
     def _checked(self, batch: Any, where: str) -> tuple[Inputs, Tensor]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise DataError(f"{where}: got a {type(batch).__name__}, expected a pair (inputs, targets)")
+            raise DataError(f"{where}: got {with_article(type(batch).__name__)}, expected a pair (inputs, targets)")
         try:
             inputs, targets = Inputs.of(batch), batch[1]
         except CalibrationError as error:
             raise DataError(f"{where}: {error}") from None
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
-            got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-            raise DataError(f"{where}: targets: got {got}, expected a tensor of integers: the class of each input")
-        if targets.shape != (inputs.samples,):
+        is_number = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex())
+        if not is_number or targets.shape != (inputs.samples,):
+            got = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
             raise DataError(
-                f"{where}: targets: got shape {tuple(targets.shape)}, expected ({inputs.samples},), one class an input"
+                f"{where}: targets: got {got}, expected a tensor of integers ({inputs.samples},), the classes"
             )
         if not len(targets):
             raise DataError(f"{where}: has no sample")
@@ -110,10 +106,10 @@ class Stream:
 
 
 def check_classes(targets: Iterable[int], classes: int | None, where: str) -> None:
-    """Refuse what counts no class, of so many or of any number.
+    """Check that `targets` are class indices; `classes` is the number of classes, None where it is not known.
 
     Raises:
-        DataError: there is one.
+        DataError: one is not.
     """
     odd = next((target for target in targets if target < 0 or (classes is not None and target >= classes)), None)
     if odd is not None:
@@ -122,14 +118,15 @@ def check_classes(targets: Iterable[int], classes: int | None, where: str) -> No
 
 
 class Share:
-    """This rank's share of a stream's batches, from batch `start` on: every rank goes through all of them.
+    """This rank's share of a stream's batches, from batch `start` on. Every rank goes through all batches.
 
-    In training a batch gives a multiple of `world` samples, two or more unless all have one: see `TrainBatches`.
+    In training a multiple of `world` samples of a batch take part, two or more unless all batches have one: see
+    `TrainBatches`.
 
     Attributes:
         per_epoch: batches in a whole pass.
         images: samples that take part in a pass, over all ranks.
-        left_over: those that do not.
+        left_over: samples that do not.
     """
 
     workers, pinned = 0, False
@@ -137,7 +134,7 @@ class Share:
     def __init__(
         self, stream: Stream, seed: int, rank: int, world: int, *, train: bool, most: float = math.inf
     ) -> None:
-        """Of passes that end with the batch that reaches `most` samples."""
+        """A pass ends with the batch that reaches `most` samples."""
         self._stream, self._seed, self._rank, self._world = stream, seed, rank, world
         self._train, self._most = train, most
         used = list(filter(None, map(self._used, stream.sizes)))
@@ -146,7 +143,7 @@ class Share:
         self.epoch, self.start = 0 if train else EVALUATED, 0
 
     def _used(self, size: int) -> int:
-        """How many samples of a batch take part."""
+        """Number of samples that take part, of a batch of `size`."""
         if not self._train:
             return size
         whole = size // self._world * self._world
@@ -156,10 +153,10 @@ class Share:
         """One pass.
 
         Raises:
-            DataError: as `Stream`; or it has more or fewer batches than the first.
+            DataError: as `Stream`; or the pass has more or fewer batches than the first.
         """
         given = seen = 0
-        for inputs, labels in self._stream.once(hash((self._seed, self.epoch)) & (2**63 - 1)):
+        for inputs, labels in self._stream.once(joint_seed(self._seed, self.epoch)):
             used = self._used(len(labels))
             if used:
                 given += 1
@@ -173,15 +170,12 @@ class Share:
         if given != self.per_epoch:
             raise DataError(
                 f"{self._stream.where}: gave {'more' if given > self.per_epoch else given} batches, and "
-                f"{self.per_epoch} when they were first gone through. Steps are counted by them: give as many each time"
+                f"{self.per_epoch} in the first pass. The schedule counts them: give the same number in each pass"
             )
 
 
-Training = tuple[TrainBatches, Loader] | tuple[Share, Share]
-
-
 def source(split: Split | Stream, task: Task, augment: str, seed: int) -> Prepared | Stream:
-    """A part of the data, as the network takes it."""
+    """The training or validation data as the network takes it."""
     return split if isinstance(split, Stream) else Prepared(split, task, augment, seed)
 
 
@@ -194,8 +188,8 @@ def training(
     rank: int = 0,
     world: int = 1,
     pinned: bool = False,
-) -> Training:
-    """This rank's share of the training batches, of `batch_size` where they are not a stream's; and their loader."""
+) -> tuple[TrainBatches, Loader] | tuple[Share, Share]:
+    """This rank's share of the training batches and their loader; a stream's batches keep their sizes."""
     if isinstance(data, Stream):
         share = Share(data, seed, rank, world, train=True)
         return share, share
@@ -213,7 +207,16 @@ def evaluation(
     images: int | None = None,
     pinned: bool = False,
 ) -> Loader | Share:
-    """As `plain_loader`; of a stream its first batches, with `images` samples or a few more."""
+    """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
+
+    Data often comes sorted by class, and statistics of a batch want all classes in it. A last batch of one image, which
+    has no statistics, goes to the batch before. Of a stream these are the first batches, with `images` samples or a few
+    more.
+    """
     if isinstance(data, Stream):
         return Share(data, 0, rank, world, train=False, most=math.inf if images is None else images)
-    return plain_loader(data, batch_size, workers, rank=rank, world=world, images=images, pinned=pinned)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
+    batches = list(BatchSampler(order[rank::world], batch_size, drop_last=False))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return Loader(data, [[(EVALUATED, index) for index in batch] for batch in batches], workers, pinned)

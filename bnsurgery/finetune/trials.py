@@ -1,4 +1,4 @@
-"""Run the trials of a comparison, one after the other or several at once; those that are finished are not run again."""
+"""Run the trials of a comparison, one after the other or several at once; finished trials are read from their files."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from torch import nn
 from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
-from bnsurgery.files.writing import atomic_write, make_folder, only_process_in, read_text
+from bnsurgery.files.writing import atomic_write, make_folder, only_process_in
 from bnsurgery.machine.system import WINDOWS, peak_memory, processors
 from bnsurgery.pages.style import write as write_figure
-from bnsurgery.text.typed_json import loads, parse
+from bnsurgery.text.typed_json import parse
 from bnsurgery.text.words import percent
 
-from .comparison import ARMS, Comparison, Trial
+from .comparison import ARMS, Comparison, Trial, read_json
 from .config import RATES, Config
 from .datasets import Data
 from .figures import plot_comparison
@@ -29,6 +30,14 @@ from .own_data import in_its_batches
 from .runs import run
 from .setup import computes_on, load_data, processes
 from .stopping import Interrupted, StopRequest, listening
+
+Key = tuple[str, float, int]  # arm, rate, seed
+Pending = Sequence[tuple[Key, Config]]
+Outcome = tuple[Trial, str, int]  # the trial, where its head came from in words, peak memory of its process in bytes
+_VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every")
+_FILES = ("shared.json", "comparison.*", "trials", "trials/*")
+_USABLE = 0.7  # of the free memory
+_POLL = 0.5  # seconds between two looks at whether a signal asked for an end
 
 
 def compare(
@@ -42,26 +51,33 @@ def compare(
     data: Data | None = None,
     show: bool = False,
 ) -> Comparison:
-    """Fine-tune with every arm at every rate with every seed: same images in the same order, same budget, same head.
+    """Fine-tune with every arm, rate and seed: the same images in the same order, the same head, the same budget.
 
     Writes into `config.output`: one JSON file a trial in trials/, comparison.json and comparison.png. The same call
-    again goes on where it was stopped.
+    resumes a comparison that was stopped.
 
     Args:
-        config: what all trials share; `arm`, `lr` and `seed` are set here.
+        config: the options that all trials share; each trial sets `arm`, `lr` and `seed`.
         arms: "plain"; "bn", the exact insertion; "bn-naive", a fresh BatchNorm; "bn-half", bn with half the epochs.
         rates: peak learning rates.
-        seeds: how many: 0, 1, ... They decide on the data order, the head's first weights, dropout and augmentation.
+        seeds: number of seeds: 0, 1, ... They set the data order, the head's first weights, dropout and augmentation.
         jobs: trials at a time, each in a process with its share of the processors; None for as many as memory and
             processors allow. More than one needs `model` and `data` to be picklable, and a main module that can be
             imported.
         model: see `run`.
         data: see `run`.
-        show: print what happens.
+        show: print the head's origin, each trial and a progress bar.
 
     Raises:
         BNSurgeryError: see `run`; or the directory holds another comparison.
         Interrupted: SIGINT or SIGTERM; finished trials are kept.
+
+    Example:
+        >>> from bnsurgery import finetune
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+        >>> config = finetune.Config(data="digits", image_size=8, limit=64, epochs=1, output="runs/compared")
+        >>> finetune.compare(config, arms=("plain", "bn"), rates=(0.1,), model=model).arms
+        ('plain', 'bn')
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown or not arms or not rates or seeds < 1:
@@ -75,116 +91,95 @@ def compare(
     directory = make_folder(config.output)
     with only_process_in(directory, "compare", _FILES):
         _claim(directory, config, asdict(data.fingerprint))
-        wanted = [(arm, lr, seed) for seed in range(seeds) for lr in rates for arm in arms]
-        finished = _finish(directory, config, wanted, model, data, jobs, show)
+        paths = {
+            (arm, lr, seed): directory / "trials" / f"{arm}-{lr!r}-{seed}.json"
+            for seed in range(seeds)
+            for lr in rates
+            for arm in arms
+        }
+        finished = {key: _read(path) for key, path in paths.items() if path.exists()}
+        pending = [(key, trial_config(config, *key)) for key in paths if key not in finished]
+        bar = tqdm(
+            total=len(paths), initial=len(finished), desc="compare", unit="trial", disable=None if show else True
+        )
+        with bar:
+            head_shown = not show
+            for trial, head, _ in _outcomes(pending, model, data, jobs):
+                key = trial.arm, trial.lr, trial.seed
+                _write(paths[key], asdict(trial))
+                finished[key] = trial
+                if head and not head_shown:
+                    tqdm.write(f"head         {head}")
+                    head_shown = True
+                if show:
+                    end = "diverged" if trial.diverged else percent(trial.rows[-1].val_accuracy)
+                    tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
+                bar.update()
         name = config.source or config.model or type(model).__name__
-        result = Comparison(f"{name} on {data.description}", tuple(finished[key] for key in wanted))
-        _write(directory / "comparison.json", json.dumps(result.to_dict(), indent=1))
+        result = Comparison(f"{name} on {data.description}", tuple(finished[key] for key in paths))
+        _write(directory / "comparison.json", result.to_dict(), indent=1)
         write_figure(plot_comparison(result), directory / "comparison.png")
     return result
-
-
-Key = tuple[str, float, int]  # arm, rate, seed
-_VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every")
-_FILES = ("shared.json", "comparison.*", "trials", "trials/*")
-_USABLE = 0.7  # of the memory that is free
 
 
 def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:
     """The configuration of one trial."""
     epochs = math.ceil(config.epochs / 2) if arm == "bn-half" else config.epochs
-    return replace(config, **ARMS[arm], lr=lr, seed=seed, epochs=epochs)
+    return replace(config, arm=arm.removesuffix("-half"), lr=lr, seed=seed, epochs=epochs)
 
 
-def run_trial(key: tuple[str, float, int], config: Config, model: nn.Module | None, data: Data | None) -> Trial:
-    """One trial; a divergence is a result."""
+def run_trial(key: Key, config: Config, model: nn.Module | None, data: Data | None) -> Outcome:
+    """Run one trial; a divergence is a result, which tells nothing of the head."""
     from .loop import DivergedError
 
     try:
         result = run(config, model=model, data=data, save=False)
     except DivergedError as error:
-        return Trial(*key, "", str(error), (), error.seconds)
-    return Trial(*key, result.resolved.statistics, None, result.rows, result.seconds or 0.0)
+        return Trial(*key, "", str(error), (), error.seconds), "", peak_memory()
+    trial = Trial(*key, result.resolved.statistics, None, result.rows, result.seconds or 0.0)
+    return trial, result.resolved.head, peak_memory()
 
 
-def _finish(
-    directory: Path,
-    config: Config,
-    wanted: Sequence[Key],
-    model: nn.Module | None,
-    data: Data,
-    jobs: int | None,
-    show: bool,
-) -> dict[Key, Trial]:
-    """All trials, of which those that `directory` holds are read, and the others run and written there."""
-    finished: dict[Key, Trial] = {}
-    pending = []
-    for key in wanted:
-        path = _path(directory, key)
-        if path.exists():
-            finished[key] = _read(path)
-        else:
-            pending.append((key, trial_config(config, *key)))
-    with tqdm(
-        total=len(wanted), initial=len(finished), desc="compare", unit="trial", disable=None if show else True
-    ) as bar:
-        for key, trial in _run_all(pending, model, data, jobs):
-            _write(_path(directory, key), json.dumps(asdict(trial)))
-            finished[key] = trial
-            if show:
-                end = percent(trial.rows[-1].val_accuracy) if not trial.diverged else "diverged"
-                tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
-            bar.update()
-    return finished
+def _outcomes(pending: Pending, model: nn.Module | None, data: Data, jobs: int | None) -> Iterator[Outcome]:
+    """Run the trials; if `jobs` is None, the first one shows how much memory a process needs."""
+    with listening() as stop:
+        if jobs is None and len(pending) > 1:
+            import psutil
 
-
-def _run_all(
-    pending: list[tuple[Key, Config]], model: nn.Module | None, data: Data, jobs: int | None
-) -> Iterator[tuple[Key, Trial]]:
-    if jobs is None and len(pending) > 1:
-        key, config = pending[0]
-        alone = computes_on(config).type != "cpu"  # one trial fills a GPU
-        for (key, trial), peak in _in_processes(pending[:1], model, data, 1):
-            yield key, trial
-            affordable = int(_USABLE * _free_memory() / peak)
-            jobs = 1 if alone else max(1, min(processors(), affordable))
-        pending = pending[1:]
-    if jobs == 1 or len(pending) < 2:
-        with listening() as stop:
-            for key, config in pending:
-                try:
-                    trial = run_trial(key, config, model, data)
-                except Interrupted:
-                    _heed(stop)
-                    raise
-                yield key, trial
-                _heed(stop)
-    else:
-        for found, _ in _in_processes(pending, model, data, jobs or 1):
-            yield found
+            for outcome in _in_processes(pending[:1], model, data, 1, stop):
+                yield outcome
+                affordable = int(_USABLE * psutil.virtual_memory().available / outcome[-1])
+                on_cpu = computes_on(pending[0][1]).type == "cpu"
+                jobs = max(1, min(processors(), affordable)) if on_cpu else 1  # one trial fills a GPU
+            pending = pending[1:]
+        if jobs != 1 and len(pending) > 1:
+            yield from _in_processes(pending, model, data, jobs or 1, stop)
+            return
+        for key, config in pending:
+            with suppress(Interrupted):  # the next line says so in this function's words
+                yield run_trial(key, config, model, data)
+            _raise_if_stopped(stop)
 
 
 def _in_processes(
-    pending: list[tuple[Key, Config]], model: nn.Module | None, data: Data, jobs: int
-) -> Iterator[tuple[tuple[Key, Trial], int]]:
-    """The trials as they end, and the peak memory in bytes of the process that each ran in."""
+    pending: Pending, model: nn.Module | None, data: Data, jobs: int, stop: StopRequest
+) -> Iterator[Outcome]:
+    """Run `jobs` trials at a time, each process with its share of the processors."""
     others = set(multiprocessing.active_children())
-    sent = None if data.examples else data  # what a user's code gives need not go through a pipe: it is made again
+    sent = None if data.examples else data  # a process calls the user's function again: its data may not be picklable
     threads = max(1, processors() // jobs)
     context = multiprocessing.get_context("spawn")
-    jobs = min(jobs, 61) if WINDOWS else jobs  # which cannot wait for more processes
+    jobs = min(jobs, 61) if WINDOWS else jobs  # Windows cannot wait for more processes
     pool = ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,))
-    waiting = {pool.submit(_measured_trial, key, config, model, sent): key for key, config in pending}
+    waiting = {pool.submit(run_trial, key, config, model, sent) for key, config in pending}
     try:
-        with listening() as stop:
-            while waiting:
-                done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                _heed(stop)
-                for future in done:
-                    trial, peak = future.result()
-                    yield (waiting.pop(future), trial), peak
+        while waiting:
+            ended, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
+            _raise_if_stopped(stop)
+            for future in ended:
+                yield future.result()
     except BrokenProcessPool as error:
-        raise BNSurgeryError("compare: a trial's process died, perhaps for want of memory: use --jobs 1") from error
+        raise BNSurgeryError("compare: a trial's process died; if memory ran out, pass `jobs=1`") from error
     finally:
         if waiting:
             for child in set(multiprocessing.active_children()) - others:
@@ -192,62 +187,37 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _heed(stop: StopRequest) -> None:
+def _raise_if_stopped(stop: StopRequest) -> None:
     if stop.signum:
         raise Interrupted("compare: stopped; finished trials are kept, the same command again goes on", stop.signum)
 
 
-def _measured_trial(key: Key, config: Config, model: nn.Module | None, data: Data | None) -> tuple[Trial, int]:
-    trial = run_trial(key, config, model, data)
-    return trial, peak_memory()
-
-
-def _free_memory() -> int:
-    import psutil
-
-    free: int = psutil.virtual_memory().available
-    return free
-
-
 def _claim(directory: Path, config: Config, data: dict[str, Any]) -> None:
-    """Make the directory, or make sure that it holds this very comparison."""
+    """Note in the directory which comparison it holds, or check that it holds this one."""
     shared = {name: value for name, value in asdict(config).items() if name not in _VARIED}
     mine = json.loads(json.dumps({"config": shared, "data": data}))
     path = directory / "shared.json"
     make_folder(directory / "trials")
     if not path.exists():
-        return _write(path, json.dumps(mine, indent=1))
-    theirs = _load(path)
-    if not isinstance(theirs, dict) or not all(isinstance(theirs.get(part), dict) for part in mine):
-        raise CheckpointError(f"'{path}': damaged. Remove '{directory}' to start anew.")
-    for part in mine:
-        for name, value in mine[part].items():
-            before = theirs[part].get(name)
-            if before != value:
-                raise BNSurgeryError(
-                    f"compare: '{directory}' holds another comparison, with {name} {shown(before)} instead of "
-                    f"{shown(value)}: name another --output"
-                )
-
-
-def _path(directory: Path, key: Key) -> Path:
-    arm, lr, seed = key
-    return directory / "trials" / f"{arm}-{lr!r}-{seed}.json"
+        return _write(path, mine, indent=1)
+    theirs = read_json(path)
+    try:
+        before = {**theirs["config"], **theirs["data"]}
+    except (TypeError, LookupError):
+        raise CheckpointError(f"'{path}': damaged. Remove '{directory}' to start anew.") from None
+    for name, value in {**mine["config"], **mine["data"]}.items():
+        if before.get(name) != value:
+            raise BNSurgeryError(
+                f"compare: '{directory}' holds another comparison, with {name} {shown(before.get(name))} instead of "
+                f"{shown(value)}: name another `output`"
+            )
 
 
 def _read(path: Path) -> Trial:
-    trial: Trial = parse(Trial, _load(path), path.name)
-    trial.check(path.name)
+    trial: Trial = parse(Trial, read_json(path), path.name)
     return trial
 
 
-def _load(path: Path) -> Any:
-    try:
-        return loads(read_text(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}': cannot be read: {error}. Remove it to have it made again.") from error
-
-
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, value: Any, indent: int | None = None) -> None:
     with atomic_write(path, overwrite=True) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8", newline="\n")

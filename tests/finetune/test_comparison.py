@@ -112,6 +112,16 @@ def test_a_divergence_is_a_result(model, data, config, monkeypatch):
     assert result.summary()[0].accuracy is None
 
 
+@pytest.mark.parametrize(
+    ("head", "jobs", "text"), [("new", 1, "new: as asked; fitted on 96 images in "), ("keep", 2, "kept: as asked")]
+)
+def test_it_says_once_what_became_of_the_head(model, data, config, capsys, head, jobs, text):
+    both = {"arms": ("plain", "bn"), "rates": (0.1,), "jobs": jobs}
+    finetune.compare(config(epochs=1, head=head), model=model, data=data, show=True, **both)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("head"))
+    assert line.startswith(f"head         {text}")
+
+
 def _diverge(*args, **kwargs):
     raise finetune.DivergedError("no number")
 
@@ -132,6 +142,10 @@ def test_another_comparison_is_not_mixed_in(model, data, config):
     compared(config, model, data, arms=("plain",), rates=(0.1,))
     with pytest.raises(BNSurgeryError, match="holds another comparison, with batch_size 16 instead of 8"):
         finetune.compare(config(epochs=2, batch_size=8), arms=("plain",), rates=(0.1,), model=model, data=data)
+    for damage in ("[5]", '{"config": {}}', '{"config": 1, "data": {}}'):
+        (trials.Path(config().output) / "shared.json").write_text(damage)
+        with pytest.raises(BNSurgeryError, match="damaged. Remove"):
+            compared(config, model, data, arms=("plain",), rates=(0.1,))
     with pytest.raises(BNSurgeryError, match="got arms nonsense"):
         compared(config, model, data, arms=("nonsense",))
 

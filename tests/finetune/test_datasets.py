@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_task import patterns
 
 from bnsurgery.errors import DataError
+from bnsurgery.finetune import Config
 from bnsurgery.finetune.datasets import from_tensors, open_data
 
 
@@ -22,8 +23,7 @@ def folder(root, **counts):
 
 
 def load(path, **changes):
-    options = {"root": "data", "download": False, "val_fraction": 0.25, "seed": 0, "skip_bad": False}
-    return open_data(str(path), **{**options, **changes})
+    return open_data(Config(data=str(path), output="unused", **{"val_fraction": 0.25, **changes}))
 
 
 def test_one_folder_is_split_class_by_class(tmp_path):
@@ -119,7 +119,7 @@ def test_torchvision_datasets_are_read_from_their_files(tmp_path):
 
 
 def test_a_torchvision_dataset_that_is_not_there_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match="--download"):
+    with pytest.raises(DataError, match="`download=True`"):
         load("CIFAR10", root=str(tmp_path))
 
 

@@ -70,7 +70,7 @@ def test_what_fails_in_a_validation_is_repeated(model, data, config, which):
                 raise DataError("image: 'photo.jpg': the server is away")
         return data.val.read(index)
 
-    failing = replace(data, val=replace(data.val, read=read))
+    failing = replace(data, val=replace(data.val, items=range(len(data.val)), load=read))
     place = str(Path(config().output) / "failing")
     with pytest.raises(DataError, match="the server is away"):
         finetune.run(config(epochs=2, output=place, save_every=0), model=model, data=failing)

@@ -308,7 +308,7 @@ def test_a_run_starts_with_a_fitted_head(arm, model, data, config, capsys, monke
 
 @pytest.mark.slow
 def test_every_arm_fits_its_own_features_and_a_kept_head_stays(model, data, config):
-    images, y = data.train.read.images.float() / 255, np.array(data.train.labels)
+    images, y = data.train.items.float() / 255, np.array(data.train.labels)
     heads = {}
     for arm in ("plain", "bn", "bn-naive"):
         made = setup.build(config(arm=arm, head="new"), setup.processes(config()), model, data, None, False)

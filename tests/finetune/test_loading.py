@@ -9,8 +9,8 @@ from tiny_task import patterns
 
 from bnsurgery.errors import DataError
 from bnsurgery.finetune import from_tensors
-from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches, plain_loader
-from bnsurgery.finetune.split import Split
+from bnsurgery.finetune.loading import Loader, Prepared, Split, TrainBatches
+from bnsurgery.finetune.streams import evaluation
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.records.task import Task
 
@@ -100,14 +100,14 @@ def test_reading_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_plain_loader_gives_the_images_themselves():
+def test_evaluation_gives_the_images_themselves():
     images, labels = patterns(50, 1)
-    got = everything(plain_loader(prepared(), 16, 0))
+    got = everything(evaluation(prepared(), 16, 0))
     pairs = [pair for x, y in got for pair in zip((255 * x).round().flatten(1).tolist(), y.tolist(), strict=True)]
     assert sorted(pairs) == sorted(zip(images.flatten(1).tolist(), labels.tolist(), strict=True))
-    assert same(got, everything(plain_loader(prepared(seed=5), 16, 0)))  # the order is fixed
-    assert sum(len(y) for _, y in everything(plain_loader(prepared(), 16, 0, images=40))) == 40
-    shares = [everything(plain_loader(prepared(), 16, 0, rank=rank, world=3)) for rank in range(3)]
+    assert same(got, everything(evaluation(prepared(seed=5), 16, 0)))  # the order is fixed
+    assert sum(len(y) for _, y in everything(evaluation(prepared(), 16, 0, images=40))) == 40
+    shares = [everything(evaluation(prepared(), 16, 0, rank=rank, world=3)) for rank in range(3)]
     assert sum(len(y) for share in shares for _, y in share) == 50
 
 
@@ -115,13 +115,13 @@ def test_batches_of_sorted_data_hold_all_classes_and_never_one_image():
     images, labels = patterns(65, 1)
     order = labels.argsort()
     data = Prepared(from_tensors((images[order], labels[order]), patterns(8, 2), "abcd").train, TASK, "none", 0)
-    sizes = [len(y) for _, y in everything(plain_loader(data, 32, 0))]
+    sizes = [len(y) for _, y in everything(evaluation(data, 32, 0))]
     assert sizes == [32, 33]
-    assert all(set(y.tolist()) == {0, 1, 2, 3} for _, y in everything(plain_loader(data, 32, 0, images=40)))
+    assert all(set(y.tolist()) == {0, 1, 2, 3} for _, y in everything(evaluation(data, 32, 0, images=40)))
 
 
 class _Broken:
-    def __call__(self, index):
+    def __getitem__(self, index):
         if index == 3:
             raise DataError("image 'third.png': cannot be decoded")
         return Image.new("L", (8, 8))
@@ -131,13 +131,13 @@ class _Broken:
 def test_a_damaged_image_is_named_without_a_traceback(workers):
     data = Prepared(Split(_Broken(), (0, 1, 2, 3)), TASK, "none", 0)
     with pytest.raises(DataError) as error:
-        everything(plain_loader(data, 2, workers))
+        everything(evaluation(data, 2, workers))
     assert str(error.value) == "image 'third.png': cannot be decoded"
     assert not multiprocessing.active_children()  # though `error` holds the loader
 
 
 class _Dying:
-    def __call__(self, index):
+    def __getitem__(self, index):
         import os
 
         os._exit(9)
@@ -146,5 +146,5 @@ class _Dying:
 @pytest.mark.slow
 def test_a_worker_that_dies_says_so():
     data = Prepared(Split(_Dying(), (0, 1)), TASK, "none", 0)
-    with pytest.raises(DataError, match="--num-workers 0"):
-        everything(plain_loader(data, 2, 1))
+    with pytest.raises(DataError, match="`num_workers=0`"):
+        everything(evaluation(data, 2, 1))

@@ -14,9 +14,10 @@ import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune import loop, network, recipe, runs
-from bnsurgery.finetune.loading import Prepared, TrainBatches, plain_loader
+from bnsurgery.finetune.loading import Prepared, TrainBatches
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import build, processes
+from bnsurgery.finetune.streams import evaluation
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.records.task import Task
 
@@ -61,7 +62,7 @@ def test_a_run_is_the_loop_that_one_would_write(model, data, config):
     model[-1] = nn.Linear(16, 4, bias=False)
     chosen = config(epochs=2, dropout=0.0, label_smoothing=0.1, head="keep", evaluations=6)
     result = finetune.run(chosen, model=model, data=data)
-    images = data.train.read.images.float() / 255
+    images = data.train.items.float() / 255
     reference = bnsurgery.insert(model, images.split(32))
     for module in reference.modules():
         if isinstance(module, nn.Dropout):
@@ -80,7 +81,7 @@ def test_a_run_is_the_loop_that_one_would_write(model, data, config):
 def test_what_is_kept_is_what_was_measured(model, data, config):
     result = finetune.run(config(ema=0.8, evaluations=2, head="new"), model=model, data=data)
     kept = bnsurgery.load(result.directory / "best.safetensors", model=model)
-    images, labels = data.val.read.images.float() / 255, torch.tensor(data.val.labels)
+    images, labels = data.val.items.float() / 255, torch.tensor(data.val.labels)
     with torch.inference_mode():
         logits = kept(images)
     assert (logits.argmax(1) == labels).double().mean().item() == pytest.approx(result.best.val_accuracy)
@@ -88,7 +89,7 @@ def test_what_is_kept_is_what_was_measured(model, data, config):
     # Its statistics are the population's: recalibrating changes nothing but roundings.
     before = {name: value.clone() for name, value in kept.state_dict().items() if "running_" in name}
     prepared = Prepared(data.train, TASK, "none", 0)
-    bnsurgery.recalibrate_(kept, plain_loader(prepared, 32, 0))  # in the run's own order
+    bnsurgery.recalibrate_(kept, evaluation(prepared, 32, 0))  # in the run's own order
     for name, value in before.items():
         torch.testing.assert_close(kept.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     # The record says what it was trained on, and it folds.
@@ -343,7 +344,7 @@ def test_on_a_gpu_it_trains_with_fused_relus_and_saves_without(model, data, conf
             super().fit(stop)
 
     monkeypatch.setattr(loop, "Trainer", Noting)
-    batches = (data.train.read.images.float() / 255).split(32)
+    batches = (data.train.items.float() / 255).split(32)
     given = {state: bnsurgery.insert(model, batches, fuse_relu=state) for state in (False, True)}
     kept = {}
     for fuses in (False, True):
