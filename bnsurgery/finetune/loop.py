@@ -24,7 +24,7 @@ from bnsurgery.running.batches import Inputs, out_of_memory
 from bnsurgery.running.modes import evaluating
 from bnsurgery.statistics.calibration import recalibrate_
 from bnsurgery.text.typed_json import parse
-from bnsurgery.text.words import percent
+from bnsurgery.text.words import counted, percent
 
 from . import recipe
 from .results import Row
@@ -109,6 +109,7 @@ class Trainer:
         alone_on_cpu = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
         self._look_every = 1 if alone_on_cpu else _LOOK_EVERY
         self._saved = time.monotonic()
+        self._saved_step: int | None = None
         self.seconds = 0.0  # of `fit`
         self._restart_clock()
 
@@ -134,7 +135,7 @@ class Trainer:
             error.seconds = time.perf_counter() - begun
             raise
         except (CheckpointError, DataError) as error:
-            raise type(error)(f"{error}{self._resumable()}") from error
+            raise type(error)(f"{str(error).rstrip('.')}.{self._resumable()}") from error
         except RuntimeError as error:
             if not failed(error):
                 raise
@@ -317,8 +318,8 @@ class Trainer:
         if validated or due or signum:
             self.save()
         if signum and self.step < self.steps:
-            where = f"{signal.Signals(signum).name} at step {self.step} of {self.steps}"
-            raise Interrupted(f"finetune: stopped by {where}.{self._resumable() or ' Nothing is saved.'}", signum)
+            saved = self._resumable() or f" Nothing is saved of its {counted(self.step, 'step')}"
+            raise Interrupted(f"finetune: stopped by {signal.Signals(signum).name}.{saved}", signum)
 
     def save(self) -> None:
         """Write the state that `resume` continues from."""
@@ -330,7 +331,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.directory.save_state(state)
         self.accelerator.wait_for_everyone()
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self.step
 
     def state_dict(self) -> dict[str, Any]:
         """The run's state, of tensors, numbers and text, for `RunDirectory.save_state`. All ranks must call it."""
@@ -358,7 +359,7 @@ class Trainer:
         try:
             if state["started_from"] != self._started_from():
                 raise ValueError("the weights that it started from have changed")
-            self.step = parse(int, state["step"], "step")
+            self.step = self._saved_step = parse(int, state["step"], "step")
             if not 0 <= self.step <= self.steps:
                 raise ValueError(f"step {self.step} of {self.steps}")
             self.rows = list(parse(tuple[Row, ...], state["rows"], "rows"))
@@ -402,10 +403,12 @@ class Trainer:
         )
 
     def _resumable(self) -> str:
-        """A sentence on the last checkpoint, and how to resume the run; empty if there is no run."""
+        """How far the run is saved, and how to resume it; empty if there is no run."""
         if self.directory is None or not self.directory.begun:
             return ""
-        saved = "The last checkpoint is intact" if self.directory.last.exists() else "There is no checkpoint yet"
+        saved = (
+            "No step is saved yet" if self._saved_step is None else f"Saved at step {self._saved_step} of {self.steps}"
+        )
         code = {"model": self.config.model, "data": factories.names_code(self.config.data) and self.config.data}
         again = "".join(f" `{field}={name!r}`" for field, name in code.items() if name)
         return f" {saved}. Continue with `resume={str(self.directory.path)!r}`{again}"

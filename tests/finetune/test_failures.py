@@ -46,8 +46,11 @@ def _greedy():
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        (_broken, r"device failed: CUDA error: unspecified launch failure\. The checkpoint before is intact\. Go on"),
-        (_greedy, r"out of memory: make room and go on with --resume \S+, which .* use a smaller --image-size or"),
+        (_broken, r"device failed: CUDA error: unspecified launch failure\. Saved at step 14 of 18\. Continue"),
+        (
+            _greedy,
+            r"out of memory: free memory and continue with `resume='\S+'`, which .* use a smaller `image_size` or",
+        ),
     ],
 )
 def test_the_checkpoint_before_is_left(data, config, fail, message):
