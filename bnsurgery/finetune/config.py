@@ -109,7 +109,7 @@ class Config:
         BNSurgeryError: a value has the wrong type or is out of range.
 
     Example:
-        >>> config = finetune.Config(source="vgg16", data="photos", output="runs/photos", epochs=5)
+        >>> config = bnsurgery.finetune.Config(source="vgg16", data="photos", output="runs/photos", epochs=5)
         >>> config.batch_size, config.arm
         (64, 'bn')
     """

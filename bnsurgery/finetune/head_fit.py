@@ -38,7 +38,7 @@ class HeadFit:
         seconds: the time it took, reading the images included.
 
     Example:
-        >>> print(finetune.HeadFit(None, images=500, loss=0.21, accuracy=0.95, seconds=2.5))
+        >>> print(bnsurgery.finetune.HeadFit(None, images=500, loss=0.21, accuracy=0.95, seconds=2.5))
         fitted on 500 images in 2.5 s, training accuracy 95.00 %
     """
 
@@ -95,7 +95,7 @@ def fit_head_(model: nn.Module, loader: Iterable[Any], head: nn.Module | None = 
         >>> model = nn.Sequential(features, nn.Linear(8, 2))
         >>> images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 2
         >>> images[labels == 1] *= 2
-        >>> fit_head_(model, list(zip(images.split(16), labels.split(16)))).accuracy > 0.8
+        >>> bnsurgery.finetune.fit_head_(model, list(zip(images.split(16), labels.split(16)))).accuracy > 0.8
         True
     """
     begun = time.perf_counter()

@@ -39,7 +39,7 @@ class DivergedError(BNSurgeryError):
     """The loss, a weight or a statistic became NaN or infinite, after `seconds` of training.
 
     Example:
-        >>> finetune.DivergedError("finetune: diverged at step 8").seconds
+        >>> bnsurgery.finetune.DivergedError("finetune: diverged at step 8").seconds
         0.0
     """
 

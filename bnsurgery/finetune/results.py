@@ -18,7 +18,7 @@ class Row:
         images_per_second: in training, over all processes.
 
     Example:
-        >>> print(finetune.Row(1.0, 8, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0))
+        >>> print(bnsurgery.finetune.Row(1.0, 8, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0))
         epoch 1      training loss 0.7000, 50.00 %   validation loss 0.6000, 75.00 %   99 img/s
     """
 
@@ -49,7 +49,7 @@ class Resolved:
         head: "kept" or "new", why, and how a new one was initialized.
 
     Example:
-        >>> finetune.Resolved(0.05, "batch", "as asked", "the default for a batch of 64", "kept: as asked").lr
+        >>> bnsurgery.finetune.Resolved(0.05, "batch", "as asked", "the default for a batch of 64", "kept: as asked").lr
         0.05
     """
 

@@ -40,10 +40,10 @@ class Result:
         seconds: that this process spent on training and validation, without the setup; None if read from a directory.
 
     Example:
-        >>> first = finetune.Row(1.0, 5, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0)
-        >>> rows = (first, finetune.Row(2.0, 10, 0.0, 0.5, 0.6, 0.7, 0.5, 99.0))
-        >>> resolved = finetune.Resolved(0.1, "batch", "as asked", "as asked", "kept: as asked")
-        >>> print(finetune.Result(None, rows, resolved))
+        >>> first = bnsurgery.finetune.Row(1.0, 5, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0)
+        >>> rows = (first, bnsurgery.finetune.Row(2.0, 10, 0.0, 0.5, 0.6, 0.7, 0.5, 99.0))
+        >>> resolved = bnsurgery.finetune.Resolved(0.1, "batch", "as asked", "as asked", "kept: as asked")
+        >>> print(bnsurgery.finetune.Result(None, rows, resolved))
         best         75.00 % of the validation images right, in epoch 1
         last         50.00 %, after 10 steps
     """
@@ -109,9 +109,9 @@ def run(
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
         >>> images, labels = torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8), torch.arange(32) % 2
-        >>> data = finetune.from_tensors((images, labels), (images, labels), ["even", "odd"])
-        >>> config = finetune.Config(output="run", image_size=8, epochs=2, batch_size=8, num_workers=0, device="cpu")
-        >>> finetune.run(config, model=model, data=data).final.step
+        >>> data = bnsurgery.finetune.from_tensors((images, labels), (images, labels), ["even", "odd"])
+        >>> config = bnsurgery.finetune.Config(output="run", image_size=8, epochs=2, batch_size=8, num_workers=0)
+        >>> bnsurgery.finetune.run(config, model=model, data=data).final.step
         8
     """
     return _train(config, RunDirectory(config.output) if save else None, model, data, None, show)
@@ -138,11 +138,9 @@ def resume(
         BNSurgeryError: as `run`.
 
     Example:
-        >>> try:
-        ...     finetune.resume("no-run")
-        ... except bnsurgery.CheckpointError as error:
-        ...     print(error)
-        run 'no-run': no config.json: there is no run to resume
+        >>> bnsurgery.finetune.resume("no-run")
+        Traceback (most recent call last):
+        bnsurgery.errors.CheckpointError: run 'no-run': no config.json: there is no run to resume
     """
     place = RunDirectory(directory)
     config, fingerprint, resolved = place.read_config()

@@ -13,7 +13,7 @@ class Interrupted(BNSurgeryError):
     """The run was saved and stopped by the signal `signum`.
 
     Example:
-        >>> finetune.Interrupted("finetune: stopped by SIGTERM", 15).signum
+        >>> bnsurgery.finetune.Interrupted("finetune: stopped by SIGTERM", 15).signum
         15
     """
 
