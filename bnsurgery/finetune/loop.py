@@ -111,7 +111,7 @@ class Trainer:
         self._saved = time.monotonic()
         self._saved_step: int | None = None
         self.seconds = 0.0  # of `fit`
-        self._restart_clock()
+        self._clock, self._timed = time.perf_counter(), 0  # since the last validation, and the images trained on
 
     def fit(self, stop: StopRequest) -> None:
         """Train from the current step to the last, with validations and checkpoints.
@@ -240,7 +240,8 @@ class Trainer:
             raise self._diverged(first + int(finite.logical_not().nonzero()[0]), "the loss is not finite")
         self.losses += values[:, 0].tolist()
         self.accuracies += values[:, 1].tolist()
-        bar.set_postfix(loss=f"{_recent(self.losses):.3f}", acc=percent(_recent(self.accuracies), ".1f"), refresh=False)
+        loss, accuracy = (statistics.fmean(recent[-_LOOK_EVERY:]) for recent in (self.losses, self.accuracies))
+        bar.set_postfix(loss=f"{loss:.3f}", acc=percent(accuracy, ".1f"), refresh=False)
         bar.update(self._unseen)
         self._unseen = 0
 
@@ -268,7 +269,7 @@ class Trainer:
             tqdm.write(str(row))
         self.losses.clear()
         self.accuracies.clear()
-        self._restart_clock()
+        self._clock, self._timed = time.perf_counter(), 0
 
     @contextmanager
     def _as_kept(self) -> Iterator[None]:
@@ -292,19 +293,16 @@ class Trainer:
     def evaluate(self) -> tuple[float, float]:
         """Mean loss, without smoothing, and accuracy over the validation images of all ranks, in eval mode."""
         device = self.accelerator.device
-        found, seen = [torch.zeros(2, device=device)], 0
+        totals = torch.zeros(3, dtype=widest(device), device=device)
         with evaluating(self.network), self.accelerator.autocast():
             for batch in self.setup.val:
                 inputs, labels = moved(self.network, batch, device)
                 with self._naming_inputs(inputs):
                     logits = self.network(*inputs.args, **inputs.kwargs).float()
-                right = (logits.argmax(1) == labels).sum()
-                summed = F.cross_entropy(logits, labels, reduction="sum")
-                found.append(torch.stack([summed, right]))
-                seen += len(labels)
-        totals = [*torch.stack(found).cpu().double().sum(0).tolist(), seen]
-        of_all = self.accelerator.reduce(torch.tensor(totals, dtype=widest(device), device=device), "sum")
-        loss, right, count = of_all.cpu().tolist()
+                totals[0] += F.cross_entropy(logits, labels, reduction="sum")
+                totals[1] += (logits.argmax(1) == labels).sum()
+                totals[2] += len(labels)
+        loss, right, count = self.accelerator.reduce(totals, "sum").tolist()
         if not math.isfinite(loss):
             raise self._diverged(self.step, "the validation loss is not finite")
         return loss / count, right / count
@@ -338,7 +336,7 @@ class Trainer:
         scaler, conditioner = self.accelerator.scaler, self.setup.conditioner
         return {
             "step": self.step,
-            "started_from": self._started_from(),
+            "started_from": record(self.network).weights_digest,
             "rows": [asdict(row) for row in self.rows],
             "losses": self.losses,
             "accuracies": self.accuracies,
@@ -357,7 +355,7 @@ class Trainer:
             CheckpointError: the state is of another run, or damaged.
         """
         try:
-            if state["started_from"] != self._started_from():
+            if state["started_from"] != record(self.network).weights_digest:
                 raise ValueError("the weights that it started from have changed")
             self.step = self._saved_step = parse(int, state["step"], "step")
             if not 0 <= self.step <= self.steps:
@@ -368,13 +366,10 @@ class Trainer:
             )
             self.network.load_state_dict(state["network"])
             self.optimizer.optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for average, saved in zip(self.average, state["average"], strict=True):
-                    average.copy_(saved)
             conditioner = self.setup.conditioner
-            if conditioner is not None:
-                for current, saved in zip((conditioner.mean, conditioner.variance), state["conditioner"], strict=True):
-                    current.copy_(saved)
+            current = [*self.average, *([conditioner.mean, conditioner.variance] if conditioner else [])]
+            for tensor, saved in zip(current, [*state["average"], *(state["conditioner"] or [])], strict=True):
+                tensor.copy_(saved)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             for kind, place in self._generators().items():
@@ -383,10 +378,6 @@ class Trainer:
             raise CheckpointError(
                 f"resume: the saved state does not fit this run: {printable(str(error))}. Was another put in its place?"
             ) from error
-
-    def _started_from(self) -> str:
-        """Digest of the network before the insertion."""
-        return record(self.network).weights_digest
 
     def _generators(self) -> dict[str, torch.device]:
         """The devices that dropout draws random numbers on, by kind."""
@@ -406,16 +397,8 @@ class Trainer:
         """How far the run is saved, and how to resume it; empty if there is no run."""
         if self.directory is None or not self.directory.begun:
             return ""
-        saved = (
-            "No step is saved yet" if self._saved_step is None else f"Saved at step {self._saved_step} of {self.steps}"
-        )
+        step = self._saved_step
+        saved = "No step is saved yet" if step is None else f"Saved at step {step} of {self.steps}"
         code = {"model": self.config.model, "data": factories.names_code(self.config.data) and self.config.data}
         again = "".join(f" `{field}={name!r}`" for field, name in code.items() if name)
         return f" {saved}. Continue with `resume={str(self.directory.path)!r}`{again}"
-
-    def _restart_clock(self) -> None:
-        self._clock, self._timed = time.perf_counter(), 0
-
-
-def _recent(values: list[float]) -> float:
-    return statistics.fmean(values[-_LOOK_EVERY:])

@@ -67,28 +67,24 @@ def find(config: Config) -> Source:
     is_file = bool(config.source) and path.is_file() and config.source not in architectures.names()
     if is_file and config.weights != "DEFAULT":
         raise CheckpointError(f"finetune: '{path}' is a file of weights: leave `weights={config.weights!r}` out")
-    choice = Choice(config.weights_key, config.weights_prefix, config.partial)
+    choice, wanted = Choice(config.weights_key, config.weights_prefix, config.partial), config.wanted
     if is_file and read_record(path) is not None:
         if choice != BEST_FIT:
             raise CheckpointError(
                 f"'{path}' is a whole checkpoint: `weights_key`, `weights_prefix` and `partial` are for plain weights"
             )
-        custom = factories.build(config.model) if config.model else None
-        model = load(path, model=custom)
+        model = load(path, model=factories.build(config.model) if config.model else None)
         known = record(model)
-        preprocess = pretrained.preprocessing_of(known, model, config.wanted) if of_images else None
+        preprocess = pretrained.preprocessing_of(known, model, wanted) if of_images else None
         return Source(model, f"checkpoint {path.name}", preprocess, known.task, pretrained.classes_of(known))
+    weights = config.source if is_file or (config.model and config.source) else config.weights
     if own := own_name(config):
-        weights = config.source if config.model and config.source else config.weights
         model, description = pretrained.own_network(own, weights, config.seed, choice)
         of_timm = factories.is_timm(own) and of_images
-        preprocess = pretrained.own_preprocessing(model, config.wanted) if of_timm else None
+        preprocess = pretrained.own_preprocessing(model, wanted) if of_timm else None
         return Source(model, f"{own}, {description}", preprocess, classes=noted_classes(weights))
-    if is_file:
-        architecture, weights = pretrained.recognise(path, choice), config.source
-    else:
-        architecture, weights = architectures.architecture(config.source), config.weights
-    found = pretrained.load(architecture, weights, choice=choice, wanted=config.wanted, seed=config.seed)
+    architecture = pretrained.recognise(path, choice) if is_file else architectures.architecture(config.source)
+    found = pretrained.load(architecture, weights, choice=choice, wanted=wanted, seed=config.seed)
     classes = pretrained.categories(architecture, found.weights) or noted_classes(weights)
     return Source(found.model, f"{found.name}, {found.weights}", found.preprocess, classes=classes)
 
