@@ -119,11 +119,7 @@ class Head:
 
     def name_in(self, model: nn.Module) -> str:
         """Its name in `model`, with or without BatchNorm."""
-        return _layers(model)[self.position]
-
-
-def _layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+        return [name for name, module in model.named_modules() if isinstance(module, LAYERS)][self.position]
 
 
 def choose_head(source: Source, shape: Sequence[int] | Inputs | None, classes: tuple[str, ...], config: Config) -> Head:
@@ -139,8 +135,8 @@ def choose_head(source: Source, shape: Sequence[int] | Inputs | None, classes: t
     Raises:
         BNSurgeryError: no head is found, or the kept one has another number of outputs.
     """
-    name = find_head(source.model, shape)
-    outputs = outputs_of(source.model.get_submodule(name))
+    layer = source.model.get_submodule(find_head(source.model, shape))
+    outputs = outputs_of(layer)
     if config.head != "auto":
         kept, why = config.head == "keep", "as asked"
     elif source.classes == classes:
@@ -157,7 +153,7 @@ def choose_head(source: Source, shape: Sequence[int] | Inputs | None, classes: t
         raise BNSurgeryError(
             f"finetune: the head has {outputs} outputs and cannot be kept for {len(classes)} classes: use `head='new'`"
         )
-    return Head(_layers(source.model).index(name), kept, why)
+    return Head([m for m in source.model.modules() if isinstance(m, LAYERS)].index(layer), kept, why)  # type: ignore[arg-type]
 
 
 def task_of(source: Source, data: Data, config: Config) -> tuple[Task, Head]:
@@ -167,7 +163,11 @@ def task_of(source: Source, data: Data, config: Config) -> tuple[Task, Head]:
         BNSurgeryError: the image size is not known, the preprocessing in `config` does not fit the network, the network
             takes neither 1 nor 3 channels, or as `choose_head`.
     """
-    preprocessing = None if data.examples else _preprocessing(source, data, config)
+    preprocessing = None
+    if not data.examples:
+        found = config.wanted.of(source.preprocess or pretrained.own_preprocessing(source.model, config.wanted))
+        side = min(found.height, found.width)
+        preprocessing = replace(found, resize=round(side * _RESIZE) if data.photographs else side)
     head = choose_head(source, preprocessing.shape if preprocessing else data.examples[0], data.classes, config)
     if head.kept:
         return Task(data.classes, source.task.head if source.task else None, preprocessing), head
@@ -176,13 +176,6 @@ def task_of(source: Source, data: Data, config: Config) -> tuple[Task, Head]:
         original = sharing_tensors(original)
         strip_(original, record(original).sites)
     return Task(data.classes, head.name_in(original), preprocessing), head
-
-
-def _preprocessing(source: Source, data: Data, config: Config) -> Preprocessing:
-    own = source.preprocess or pretrained.own_preprocessing(source.model, config.wanted)
-    found = config.wanted.of(own)
-    side = min(found.height, found.width)
-    return replace(found, resize=round(side * _RESIZE) if data.photographs else side)
 
 
 def prepare(
