@@ -62,7 +62,7 @@ def find(config: Config) -> Source:
         ArchitectureError, CheckpointError: no such architecture or file, or the file holds no network.
     """
     if not config.source and not config.model:
-        raise ArchitectureError("finetune: no network: name an architecture or a file as `source`, or pass `model`")
+        raise ArchitectureError("finetune: no network: name an architecture or a file, or pass `model`")
     path, of_images = Path(config.source), not factories.names_code(config.data)
     is_file = bool(config.source) and path.is_file() and config.source not in architectures.names()
     if is_file and config.weights != "DEFAULT":

@@ -58,6 +58,9 @@ def test_the_checkpoint_before_is_left(data, config, fail, message):
     with pytest.raises(BNSurgeryError, match=message):
         finetune.run(config(arm="plain", head="keep", lr=0.1, save_every=0), model=model, data=data)
     assert RunDirectory(config().output).load_state()["step"] == 14
+    model.left = 1
+    with pytest.raises(BNSurgeryError, match=message):  # as of the step that was loaded
+        finetune.resume(config().output, model=model, data=data)
 
 
 @pytest.mark.parametrize("which", [1, 2])

@@ -3,7 +3,6 @@
 import math
 import re
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -333,7 +332,7 @@ def test_every_arm_fits_its_own_features_and_a_kept_head_stays(model, data, conf
 
 
 @pytest.mark.slow
-def test_batchnorm_alone_is_trained_behind_a_fitted_head(model, data, config):
+def test_batchnorm_alone_is_trained_behind_a_fitted_head(model, data, config, tmp_path):
     setup_only = setup.build(config(head="new"), setup.processes(config()), model, data, None, False)
     result = finetune.run(config(head="new", train="bn"), model=model, data=data)
     assert "; fitted on 96 images in " in result.resolved.head
@@ -341,8 +340,8 @@ def test_batchnorm_alone_is_trained_behind_a_fitted_head(model, data, config):
     assert torch.equal(head_of(trained).weight, head_of(setup_only.network).weight)
     assert not torch.equal(trained[1].weight, setup_only.network[1].weight)
     with pytest.raises(BNSurgeryError, match=r"would leave the new head random, because it cannot be fitted \(the net"):
-        finetune.run(config(output="no", head="new", train="bn"), model=unfittable(), data=data)
-    assert not Path("no").exists()
+        finetune.run(config(output=str(tmp_path / "no"), head="new", train="bn"), model=unfittable(), data=data)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow
