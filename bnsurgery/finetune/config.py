@@ -175,7 +175,7 @@ class Config:
         # safetensors writes no file of another name, and would fail after the first epoch.
         _check(self.output != "" and is_utf8(self.output), "output", self.output, "the run's directory, in UTF-8")
         try:
-            assert self.wanted  # which checks its own fields
+            _ = self.wanted  # which checks its fields
         except BNSurgeryError as error:
             raise BNSurgeryError(f"finetune: {error}") from None
 

@@ -169,8 +169,8 @@ class Trainer:
         """One optimizer step on this rank's share of a batch."""
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         inputs, labels = moved(self.network, (images, labels), self.accelerator.device, layout)
-        factor = recipe.rate_factor(self.step, self.steps, self.config.warmup)
-        recipe.set_rate_(self.optimizer, self.setup.resolved.lr * factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.setup.resolved.lr * recipe.rate_factor(self.step, self.steps, self.config.warmup)
         try:
             with self._naming_inputs(inputs):
                 loss, accuracy = self.objective(labels, *inputs.args, **inputs.kwargs)

@@ -129,7 +129,8 @@ def _test(setup: Setup, show: bool) -> tuple[list[float], list[float]]:
     with tqdm(total=_STEPS, desc="range test", unit="step", disable=disable, leave=False) as bar:
         for step, batch in enumerate(itertools.islice(endless, _STEPS)):
             rate = _FROM * (_TO / _FROM) ** (step / (_STEPS - 1))
-            recipe.set_rate_(optimizer, rate)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             with accelerator.autocast():
                 inputs, labels = moved(network, batch, accelerator.device)
                 loss, _ = objective(labels, *inputs.args, **inputs.kwargs)

@@ -66,12 +66,6 @@ def optimizer(config: Config, model: nn.Module, rate: float) -> torch.optim.Opti
     return torch.optim.SGD(groups, lr=rate, momentum=_MOMENTUM, nesterov=True)
 
 
-def set_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 class HeadConditioner:
     """Lets SGD train a head as if its input were standardized, without changing the head.
 
