@@ -280,6 +280,7 @@ def test_a_trial_without_an_end_is_no_result(tmp_path):
         ("output", "r\udcff"), ("limit", 3.5), ("skip_bad", 1), ("weight_decay", float("inf")), ("clip", float("nan")),
         ("image_size", 10**9), ("num_workers", 10**6), ("save_every", None), ("layers", None), ("model", 3),
         ("recalibrate", 10**12), ("dropout", "0.1"), ("seed", 0.5),
+        ("mean", ("0.5",)), ("mean", []), ("std", (True,)),
     ],
 )  # fmt: skip
 def test_a_configuration_names_the_field_that_is_wrong(field, value):

@@ -1,57 +1,49 @@
-"""Fine-tune an inserted network: `run` and `resume`, and `compare`, which finds out whether BatchNorm helped.
+"""Fine-tune an inserted network with `run` and `resume`; `compare` shows whether BatchNorm helps.
 
-Needs the extra `finetune`. The loop is `loop.py`, whole; what is set up before it, `setup.py`. Importing this package
-imports nothing heavy: every name is loaded on first use.
+Needs the extra `finetune`. The training loop is in `loop.py`, its setup in `setup.py`. Every name is loaded on first
+use, so that importing this package is fast.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .comparison import Comparison
-    from .config import Config
-    from .datasets import Data, from_tensors
-    from .head_fit import HeadFit, fit_head_
-    from .loop import DivergedError
-    from .runs import Result, resume, run
-    from .stopping import Interrupted
-    from .trials import compare
+    from .comparison import ArmSummary as ArmSummary
+    from .comparison import Comparison as Comparison
+    from .comparison import Trial as Trial
+    from .config import Config as Config
+    from .datasets import Data as Data
+    from .datasets import from_tensors as from_tensors
+    from .head_fit import HeadFit as HeadFit
+    from .head_fit import fit_head_ as fit_head_
+    from .loop import DivergedError as DivergedError
+    from .results import Resolved as Resolved
+    from .results import Row as Row
+    from .runs import Result as Result
+    from .runs import resume as resume
+    from .runs import run as run
+    from .stopping import Interrupted as Interrupted
+    from .trials import compare as compare
 
 _HOMES = {
-    "Comparison": "comparison",
-    "Config": "config",
-    "Data": "datasets",
-    "DivergedError": "loop",
-    "HeadFit": "head_fit",
-    "Interrupted": "stopping",
-    "Result": "runs",
-    "compare": "trials",
-    "fit_head_": "head_fit",
-    "from_tensors": "datasets",
-    "resume": "runs",
-    "run": "runs",
+    "comparison": ("ArmSummary", "Comparison", "Trial"),
+    "config": ("Config",),
+    "datasets": ("Data", "from_tensors"),
+    "head_fit": ("HeadFit", "fit_head_"),
+    "loop": ("DivergedError",),
+    "results": ("Resolved", "Row"),
+    "runs": ("Result", "resume", "run"),
+    "stopping": ("Interrupted",),
+    "trials": ("compare",),
 }
-
-__all__ = [
-    "Comparison",
-    "Config",
-    "Data",
-    "DivergedError",
-    "HeadFit",
-    "Interrupted",
-    "Result",
-    "compare",
-    "fit_head_",
-    "from_tensors",
-    "resume",
-    "run",
-]
+__all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-        return value
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+            return value
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 

@@ -1,4 +1,4 @@
-"""A run's numbers for TensorBoard."""
+"""Write a run's measurements for TensorBoard."""
 
 import os
 import socket
@@ -16,15 +16,15 @@ from bnsurgery.files.writing import make_folder, unwritable
 class EventFile:
     """One of the files that TensorBoard merges into a run, with the curves of one process.
 
-    Not torch's SummaryWriter, which writes in a thread of its own: a full disk would be that thread's traceback.
+    torch's SummaryWriter writes in a thread, where a full disk would only print a traceback.
 
     Args:
-        folder: of the run; made where it is missing.
-        first_step: TensorBoard forgets what earlier files say of it and of later ones: a killed run may have written
-            beyond its checkpoint.
+        folder: of the run; made if it is missing.
+        first_step: TensorBoard ignores this step and later ones in earlier files: a killed run may have written beyond
+            its checkpoint.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -36,7 +36,7 @@ class EventFile:
         """Write one point of every curve.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: the file cannot be written.
         """
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._write(Event(step=step, summary=Summary(value=values)))

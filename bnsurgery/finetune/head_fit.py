@@ -1,4 +1,4 @@
-"""The head that a network's features ask for, before the first step: multinomial logistic regression on them."""
+"""Fit a new head before the first step: multinomial logistic regression on the network's features."""
 
 import copy
 import time
@@ -16,26 +16,31 @@ from bnsurgery.running.batches import Inputs, peek
 from bnsurgery.running.calls import outputs, run
 from bnsurgery.running.modes import observing
 from bnsurgery.surgery.heads import find_head, outputs_of
+from bnsurgery.text.words import percent
 
 # Times ½‖V‖², against the sum over the images (scikit-learn's C is 1/10): the best or within its noise of 0.1 to 1000,
 # by cross-validation within the training part, for SqueezeNet and a VGG on 100, 500 and 2,022 photographs.
 _PENALTY = 10.0
 _CONSTANT = 1e-6  # a deviation that is rounding noise, relative to the mean and to the largest of all features
 _ROUNDING = 1 / 256  # of logits, relative to the root of their summed squared terms: ten times TF32's
-_OPEN = 1.0  # how far above zero an activation behind the head is opened on the training data
-_NUMBERS = 2**22  # that are taken to float64 at a time
+_OPEN = 1.0  # the lowest input of an activation behind the head, over the training data
+_NUMBERS = 2**22  # converted to float64 at a time
 
 
 @dataclass(frozen=True)
 class HeadFit:
-    """What `fit_head_` came to.
+    """The result of `fit_head_`.
 
     Attributes:
-        refusal: why the head was left as it was; None where it was fitted.
-        images: that it was fitted on.
-        loss: mean cross entropy on them, of what was fitted.
-        accuracy: share of them that it gets right, 0 to 1.
-        seconds: that it took, reading the images included.
+        refusal: why the head was left unchanged; None if it was fitted.
+        images: the number it was fitted on.
+        loss: mean cross entropy of the fit on these images.
+        accuracy: of the fit on these images, 0 to 1.
+        seconds: the time it took, reading the images included.
+
+    Example:
+        >>> print(bnsurgery.finetune.HeadFit(None, images=500, loss=0.21, accuracy=0.95, seconds=2.5))
+        fitted on 500 images in 2.5 s, training accuracy 95.00 %
     """
 
     refusal: str | None
@@ -47,41 +52,41 @@ class HeadFit:
     def __str__(self) -> str:
         if self.refusal is not None:
             return f"not fitted: {self.refusal}"
-        return f"fitted on {self.images} images in {self.seconds:.1f} s, training accuracy {100 * self.accuracy:.2f} %"
+        return f"fitted on {self.images} images in {self.seconds:.1f} s, training accuracy {percent(self.accuracy)}"
 
 
 class _Refused(Exception):
-    """The head stays as it is, for the reason given."""
+    """The head stays unchanged, for the given reason."""
 
 
 def fit_head_(model: nn.Module, loader: Iterable[Any], head: nn.Module | None = None) -> HeadFit:
-    """Give a classifier's output layer the weights that its features ask for, in place, before fine-tuning.
+    """Fit a classifier's output layer to the network's features, in place, before fine-tuning.
 
-    With f the head's input, averaged over positions where it has any, and z = (f − m)/s its standardized form (a
-    constant feature has z = 0), this minimizes over V, of shape (classes, features), and c
+    With f the head's input, averaged over positions if it has any, and z = (f − m)/s its standardized form (a constant
+    feature has z = 0), this minimizes over V, of shape (classes, features), and c
 
         mean over the images of cross_entropy(V·z + c, label)  +  (10/N)·½‖V‖²
 
-    by L-BFGS in float64, and writes W = V/s and b = c − W·m. A head without a bias gets m = 0 and c = 0. Features are
-    the model's in eval mode, and kept as float32, (N, features). That the logits then are W·f + b, but for what softmax
-    does not see, is tried out on the first batch. Where an activation stands between head and averaging, such as
+    by L-BFGS in float64, and writes W = V/s and b = c − W·m. A head without a bias gets m = 0 and c = 0. The features
+    are those of eval mode, and kept as float32, (N, features). The first batch then checks that the logits are W·f + b,
+    up to a constant per image, which softmax ignores. If an activation stands between head and averaging, such as
     SqueezeNet's ReLU, a second pass finds the constant, the same for all biases, that keeps it open at every position
     of every image.
 
     Args:
-        model: modes, statistics and random numbers are left as they were.
-        loader: the training data without augmentation: tuples of an input, as `bnsurgery.insert` takes it, and labels
-            (N,). It may be gone through twice: a DataLoader or a list, no generator.
+        model: its modes, statistics and random numbers stay as they were.
+        loader: the training data without augmentation: tuples of an input, as for `bnsurgery.insert`, and labels (N,).
+            It may be iterated twice: a DataLoader or a list, no generator.
         head: dense or a 1×1 convolution; None to find it.
 
     Returns:
-        What it came to. The head is left as it was, and `refusal` says why, where it is no such layer, the logits do
-        not depend on its input in that way, the labels are no classes, or a class has no image.
+        The fit; or, with the head left unchanged, a `refusal`: the head is no such layer, the logits do not depend on
+        its input in that way, the labels are not classes, or a class has no image.
 
     Raises:
         NonFiniteError: a feature is NaN or infinite.
-        BNSurgeryError: the loader is empty, has no labels, or is a generator; the model does not take what it gives; no
-            head is found.
+        BNSurgeryError: the loader is empty, has no labels, or is a generator; the model fails on its inputs; no head is
+            found.
 
     References: Kumar et al. 2022, "Fine-tuning can distort pretrained features", arXiv:2202.10054 (first the head, then
     all); Liu & Nocedal 1989 (L-BFGS).
@@ -91,12 +96,12 @@ def fit_head_(model: nn.Module, loader: Iterable[Any], head: nn.Module | None = 
         >>> model = nn.Sequential(features, nn.Linear(8, 2))
         >>> images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 2
         >>> images[labels == 1] *= 2
-        >>> fit_head_(model, list(zip(images.split(16), labels.split(16)))).accuracy > 0.8
+        >>> bnsurgery.finetune.fit_head_(model, list(zip(images.split(16), labels.split(16)))).accuracy > 0.8
         True
     """
     begun = time.perf_counter()
     if isinstance(loader, Iterator):
-        raise DataError("fit_head_: got a generator, which is used up by one pass: pass a DataLoader or a list")
+        raise DataError("fit_head_: got a generator, which one pass exhausts: pass a DataLoader or a list")
     if head is None:
         head = model.get_submodule(find_head(model, peek(loader)[0].shape))
     before = copy.deepcopy(head.state_dict())
@@ -132,15 +137,15 @@ def _fittable(head: nn.Module) -> Any:
 
 
 def _call(model: nn.Module, layer: nn.Module, batch: Inputs) -> tuple[Tensor, Tensor, Any]:
-    """The head's input, averaged over positions, (N, features); the least it puts out; what the network puts out."""
+    """The head's input, averaged over positions, (N, features); its lowest output; the network's output."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # before others change it in place
+    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         given = args[0].float()
         positions = tuple(range(1, given.ndim - 1) if isinstance(layer, nn.Linear) else range(2, given.ndim))
         seen.append((given.mean(positions) if positions else given, output.amin()))
 
-    handle = layer.register_forward_hook(look, prepend=True)
+    handle = layer.register_forward_hook(look, prepend=True)  # before other hooks change the output in place
     try:
         result = run("fit_head_", model, batch)
     finally:
@@ -151,7 +156,7 @@ def _call(model: nn.Module, layer: nn.Module, batch: Inputs) -> tuple[Tensor, Te
 
 
 def _features(model: nn.Module, layer: Any, loader: Iterable[Any]) -> tuple[Tensor, Tensor, Inputs]:
-    """All features, float32 (N, features), and labels (N,), where there is float64; and the first input."""
+    """All features, float32 (N, features), and labels (N,), on a device with float64; and the first input."""
     place = layer.weight.device if takes_float64(layer.weight.device) else CPU
     features, labels, first = [], [], None
     with observing(model):
@@ -162,12 +167,12 @@ def _features(model: nn.Module, layer: Any, loader: Iterable[Any]) -> tuple[Tens
             first = first or batch
             if target.is_floating_point() or target.shape != (batch.samples,):
                 shape = tuple(target.shape)
-                raise _Refused(f"labels of {target.dtype} and shape {shape} are no classes, one for each image")
+                raise _Refused(f"labels of {target.dtype} and shape {shape} are not classes, one per image")
             found = _call(model, layer, batch)[0].to(place)
             if bad := found.isfinite().all(1).logical_not().nonzero().flatten().tolist():
                 raise NonFiniteError(
                     f"fit_head_: the head's input is NaN or Inf in sample {', '.join(map(str, bad[:8]))} of batch "
-                    f"{number} (both counted from 0). Leave out or repair such images, or look for non-finite weights."
+                    f"{number} (both counted from 0). Leave these images out, or look for non-finite weights."
                 )
             features.append(found)
             labels.append(target.to(place, torch.long))
@@ -178,11 +183,10 @@ def _features(model: nn.Module, layer: Any, loader: Iterable[Any]) -> tuple[Tens
 
 def _solve(features: Tensor, labels: Tensor, classes: int, intercept: bool) -> tuple[Tensor, Tensor, float, float]:
     """W, b, and mean cross entropy and accuracy. `features` is standardized in place, to float32's rounding."""
-    present = labels.unique().tolist()
-    if present != list(range(classes)):
-        odd = next((label for label in present if not 0 <= label < classes), None)
-        missing = next((label for label in range(classes) if label not in present), None)
-        what = f"no image is of class {missing}" if odd is None else f"there is a label {odd}"
+    present, expected = set(labels.unique().tolist()), set(range(classes))
+    if present != expected:
+        odd, missing = present - expected, expected - present
+        what = f"there is a label {min(odd)}" if odd else f"no image is of class {min(missing)}"
         raise _Refused(f"{what}, and the head has outputs for classes 0 to {classes - 1}")
     count, size = features.shape
     parts = features.split(max(1, _NUMBERS // size))
@@ -194,7 +198,7 @@ def _solve(features: Tensor, labels: Tensor, classes: int, intercept: bool) -> t
     features.sub_(mean).div_(scale)
     weight = torch.zeros(classes, size, dtype=torch.float64, device=features.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, device=features.device, requires_grad=intercept)
-    found: dict[str, float] = {}
+    fit: dict[str, float] = {}
 
     def objective() -> Tensor:
         optimizer.zero_grad()
@@ -207,7 +211,7 @@ def _solve(features: Tensor, labels: Tensor, classes: int, intercept: bool) -> t
             loss.backward()
             entropy += loss.detach()
             right += (logits.argmax(1) == target).sum()
-        found.update(loss=entropy.item(), accuracy=right.item() / count)
+        fit.update(loss=entropy.item(), accuracy=right.item() / count)
         return penalty + entropy
 
     optimizer = torch.optim.LBFGS(
@@ -220,9 +224,9 @@ def _solve(features: Tensor, labels: Tensor, classes: int, intercept: bool) -> t
     )
     optimizer.step(objective)
     with torch.enable_grad():
-        objective()  # the last that was tried need not be the one that was taken
+        objective()  # the last evaluated point need not be the accepted one
     weight, bias = weight.detach() / scale, bias.detach()
-    return weight, bias - weight @ mean.double(), found["loss"], found["accuracy"]
+    return weight, bias - weight @ mean.double(), fit["loss"], fit["accuracy"]
 
 
 @torch.no_grad()
@@ -233,7 +237,7 @@ def _write_(layer: Any, weight: Tensor, bias: Tensor) -> None:
 
 
 def _is_linear(model: nn.Module, layer: Any, batch: Inputs) -> bool:
-    """Whether the network puts out W·f + b, but for rounding and what softmax does not see."""
+    """Whether the network returns W·f + b, up to rounding and a constant per image."""
     with observing(model):
         features, _, result = _call(model, layer, batch)
         weight = layer.weight.float().flatten(1)

@@ -1,4 +1,4 @@
-"""The training loop, whole: steps, validations, checkpoints, and what happens on a signal or a NaN."""
+"""The training loop: steps, validations, checkpoints, and the reaction to a signal or a NaN."""
 
 import math
 import signal
@@ -13,11 +13,11 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, NonFiniteError, printable
 from bnsurgery.machine.devices import CPU, failed, random_state, set_random_state, widest
-from bnsurgery.machine.system import quote
 from bnsurgery.networks import factories
 from bnsurgery.records.record import record
 from bnsurgery.running.batches import Inputs
@@ -25,7 +25,7 @@ from bnsurgery.running.calls import out_of_memory
 from bnsurgery.running.modes import evaluating
 from bnsurgery.statistics.calibration import recalibrate_
 from bnsurgery.text.typed_json import parse
-from bnsurgery.text.words import percent
+from bnsurgery.text.words import counted, percent
 
 from . import recipe
 from .results import Row
@@ -33,17 +33,22 @@ from .run_directory import RunDirectory
 from .setup import Setup
 from .stopping import Interrupted, StopRequest
 
-_LOOK_EVERY = 10  # steps between two looks at the loss, where a look makes the device or other processes wait
+_LOOK_EVERY = 10  # steps between two reads of the loss, if a read makes the device or other processes wait
 
 
 class DivergedError(BNSurgeryError):
-    """The loss, a weight or a statistic became NaN or infinite, after so many `seconds` of training."""
+    """The loss, a weight or a statistic became NaN or infinite, after `seconds` of training.
+
+    Example:
+        >>> bnsurgery.finetune.DivergedError("finetune: diverged at step 8").seconds
+        0.0
+    """
 
     seconds = 0.0
 
 
 class Objective(nn.Module):
-    """Network and loss in one module: what is compiled, distributed and cast together."""
+    """Network and loss in one module, which is compiled, distributed and cast as a whole."""
 
     def __init__(self, network: nn.Module, label_smoothing: float) -> None:
         super().__init__()
@@ -51,7 +56,7 @@ class Objective(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, labels: Tensor, /, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The mean loss and the share of right answers, for what the network is called with."""
+        """The mean loss and the accuracy, 0 to 1; further arguments are the network's."""
         logits = self.network(*args, **kwargs)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss, (logits.detach().argmax(1) == labels).float().mean()
@@ -60,7 +65,7 @@ class Objective(nn.Module):
 def moved(
     network: nn.Module, batch: Any, device: torch.device, layout: torch.memory_format = torch.preserve_format
 ) -> tuple[Inputs, Tensor]:
-    """Inputs and labels on the device: real numbers in the network's dtype, images in `layout`."""
+    """Inputs and labels on the device, floating-point inputs in the network's dtype, images in `layout`."""
     inputs, labels = Inputs.of(batch), batch[1]
     if inputs.kwargs:
         inputs = inputs.of_signature(network.forward)
@@ -69,22 +74,19 @@ def moved(
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.to(
-            device,
-            dtype if leaf.is_floating_point() else leaf.dtype,
-            memory_format=layout if leaf.ndim == 4 else torch.preserve_format,
-            non_blocking=True,
-        )
+        kind = dtype if leaf.is_floating_point() else leaf.dtype
+        form = layout if leaf.ndim == 4 else torch.preserve_format
+        return leaf.to(device, kind, memory_format=form, non_blocking=True)
 
     return inputs.map(move), labels.to(device, non_blocking=True)
 
 
 class Trainer:
-    """One run, from wherever it stands to its end.
+    """One run, from its current step to its end.
 
     Args:
         setup: the run.
-        directory: where to save; None for nowhere.
+        directory: where to save it; None to save nothing.
         show: print progress.
     """
 
@@ -93,59 +95,54 @@ class Trainer:
         self.config, self.accelerator, self.network = setup.config, setup.accelerator, setup.network
         self.show = show and self.accelerator.is_main_process
         self.objective = self.accelerator.prepare_model(Objective(self.network, self.config.label_smoothing))
-        self.optimizer = self.accelerator.prepare_optimizer(
-            recipe.optimizer(self.config, self.network, setup.resolved.lr)
-        )
+        optimizer = recipe.optimizer(self.config, self.network, setup.resolved.lr)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.trained] if self.config.ema else []
         self.steps_per_epoch = setup.batches.per_epoch
         self.steps = self.config.epochs * self.steps_per_epoch
         self.step = 0
         self.rows: list[Row] = []
-        self.losses: list[float] = []  # since the last validation, as the accuracies
+        self.losses: list[float] = []  # since the last validation, like the accuracies
         self.accuracies: list[float] = []
-        self._unread: list[tuple[Tensor, Tensor]] = []  # of the last steps, still on the device
+        self._unread: list[tuple[Tensor, Tensor]] = []  # losses and accuracies of the last steps, still on the device
         self._unseen = 0  # images of these steps
         alone_on_cpu = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
         self._look_every = 1 if alone_on_cpu else _LOOK_EVERY
         self._saved = time.monotonic()
+        self._saved_step: int | None = None
         self.seconds = 0.0  # of `fit`
-        self._restart_clock()
+        self._clock, self._timed = time.perf_counter(), 0  # since the last validation, and the images trained on
 
     def fit(self, stop: StopRequest) -> None:
-        """Train from the current step to the last, validating and saving on the way.
+        """Train from the current step to the last, with validations and checkpoints.
 
         Raises:
-            Interrupted: `stop` was asked for; the run is saved.
-            DivergedError: see there; nothing is saved any more, so what was saved before stays.
-            DataError: an image is damaged, or a process that reads them died; in training on one process the run is
-                saved, else what was saved before stays.
-            CheckpointError: a file cannot be written; what was saved before stays.
-            BNSurgeryError: the device ran out of memory or failed; what was saved before stays.
+            Interrupted: `stop` was requested; the run is saved.
+            DivergedError: the loss, a weight or a statistic is not finite; the last checkpoint stays.
+            DataError: an image is damaged, or a process that reads images died; in training on one process the run is
+                saved, otherwise the last checkpoint stays.
+            CheckpointError: a file cannot be written; the last checkpoint stays.
+            BNSurgeryError: the device ran out of memory or failed; the last checkpoint stays.
         """
         begun = time.perf_counter()
+        self.objective.train()
         try:
-            self._fit(stop)
+            while self.step < self.steps:
+                self.setup.batches.epoch, self.setup.batches.start = divmod(self.step, self.steps_per_epoch)
+                with self._bar(self.setup.batches.epoch) as bar:
+                    self._train_epoch(bar, stop)
         except DivergedError as error:
             error.seconds = time.perf_counter() - begun
             raise
+        except (CheckpointError, DataError) as error:
+            raise type(error)(f"{str(error).rstrip('.')}.{self._resumable()}") from error
+        except RuntimeError as error:
+            if not failed(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise BNSurgeryError(f"finetune: the device failed: {reason}.{self._resumable()}") from error
         self.seconds = time.perf_counter() - begun
-
-    def _fit(self, stop: StopRequest) -> None:
-        self.objective.train()
-        while self.step < self.steps:
-            epoch, self.setup.batches.start = divmod(self.step, self.steps_per_epoch)
-            self.setup.batches.epoch = epoch
-            with self._bar(epoch) as bar:
-                try:
-                    self._train_epoch(bar, stop)
-                except CheckpointError as error:
-                    raise CheckpointError(f"{error}{self.intact()}") from error
-                except RuntimeError as error:
-                    if not failed(error):
-                        raise
-                    reason = str(error).strip().splitlines()[0]
-                    raise BNSurgeryError(f"finetune: the device failed: {reason}.{self.intact()}") from error
 
     def _train_epoch(self, bar: Any, stop: StopRequest) -> None:
         for images, labels in self._batches(bar, stop):
@@ -154,40 +151,38 @@ class Trainer:
             if validate or self.step % self._look_every == 0:
                 self._look(bar)
                 if validate:
-                    try:
-                        self._validate()
-                    except DataError as error:  # not saved: the run that goes on repeats it
-                        raise DataError(f"{error}{self.intact()}") from error
+                    self._validate()  # if it fails, nothing is saved: the resumed run repeats it
                 self._save_if_due(stop, validate)
 
     def _batches(self, bar: Any, stop: StopRequest) -> Iterator[tuple[Any, Tensor]]:
-        """The rest of the epoch; where it cannot be read, what is done is saved."""
+        """The rest of the epoch. If it cannot be read, the run is saved."""
         try:
             yield from self.setup.train
-        except DataError as error:
+        except DataError:
             self._look(bar)
-            if stop.signum:  # it killed the processes that read images, too
+            if stop.signum:  # which also killed the processes that read images
                 self._save_if_due(stop, validated=False)
-            if self.directory is None or self.accelerator.num_processes > 1:  # the other ranks are elsewhere
-                raise DataError(f"{error}{self.intact()}") from error
-            self.save()
-            raise DataError(f"{error} Saved at step {self.step} of {self.steps}. {self._go_on()}") from error
+            if self.accelerator.num_processes == 1:  # otherwise the other ranks do not save with this one
+                self.save()
+            raise
 
     def train_step(self, images: Any, labels: Tensor) -> None:
-        """One step of the optimizer on this rank's share of a batch."""
+        """One optimizer step on this rank's share of a batch."""
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         inputs, labels = moved(self.network, (images, labels), self.accelerator.device, layout)
-        factor = recipe.rate_factor(self.step, self.steps, self.config.warmup)
-        recipe.set_rate_(self.optimizer, self.setup.resolved.lr * factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.setup.resolved.lr * recipe.rate_factor(self.step, self.steps, self.config.warmup)
         try:
-            with self._taking(inputs):
+            with self._naming_inputs(inputs):
                 loss, accuracy = self.objective(labels, *inputs.args, **inputs.kwargs)
             self.accelerator.backward(loss)
         except Exception as error:
             if not self.config.compile or out_of_memory(error) or failed(error):
-                raise  # what a compiler raises is anything; eager code has run once by now
+                raise  # a compiler raises anything; eager code has run once by now
             reason = (str(error).strip().splitlines() or [""])[0]
-            raise BNSurgeryError(f"finetune: --compile: {type(error).__name__}: {reason}. Try without it.") from error
+            raise BNSurgeryError(
+                f"finetune: `compile=True`: {type(error).__name__}: {reason}. Try without it."
+            ) from error
         if self.setup.conditioner is not None:
             self.setup.conditioner.apply_()
         if self.config.clip:
@@ -195,7 +190,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
-            recipe.average_(self.average, self.trained, self.config.ema)
+            get_ema_multi_avg_fn(self.config.ema)(self.average, self.trained, self.step)
         self._unread.append((loss.detach(), accuracy))
         self.step += 1
         taken = len(labels) * self.accelerator.num_processes
@@ -203,8 +198,8 @@ class Trainer:
         self._timed += taken
 
     @contextmanager
-    def _taking(self, inputs: Inputs) -> Iterator[None]:
-        """Inside, what the network does not take of a user's own inputs is said to be theirs."""
+    def _naming_inputs(self, inputs: Inputs) -> Iterator[None]:
+        """Inside, an error of the network names the inputs, if they come from a user's function."""
         try:
             yield
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
@@ -214,11 +209,11 @@ class Trainer:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise DataError(
                 f"data '{self.config.data}': {type(self.network).__name__} failed on an input of shape "
-                f"{inputs.shapes()}: {reason}.{self.intact()}"
+                f"{inputs.shapes()}: {reason}."
             ) from error
 
     def _validation_is_due(self) -> bool:
-        """Whether one of the epoch's even parts, `Config.evaluations` of them, ends with the step just done."""
+        """Whether the last step ends one of the `Config.evaluations` equal parts of the epoch."""
         parts, length = self.config.evaluations, self.steps_per_epoch
         done = self.step % length or length
         return done * parts // length > (done - 1) * parts // length
@@ -229,12 +224,12 @@ class Trainer:
             total=self.setup.batches.images,
             initial=self.setup.batches.start * self.config.batch_size,
             unit="img",
-            disable=None if self.show else True,  # None: where stderr is no terminal
+            disable=None if self.show else True,  # None: unless stderr is a terminal
             leave=False,
         )
 
     def _look(self, bar: Any) -> None:
-        """Read the losses of the steps since the last look, over all ranks; stop at the first that is no number."""
+        """Read the losses of the steps since the last read, over all ranks; raise at the first that is not finite."""
         if not self._unread:
             return
         values = torch.stack([torch.stack(pair) for pair in self._unread]).to(widest(self.accelerator.device))
@@ -243,16 +238,17 @@ class Trainer:
         self._unread.clear()
         finite = values[:, 0].isfinite()
         if not finite.all():
-            raise self._diverged(first + int(finite.logical_not().nonzero()[0]), "the loss is no finite number")
+            raise self._diverged(first + int(finite.logical_not().nonzero()[0]), "the loss is not finite")
         self.losses += values[:, 0].tolist()
         self.accuracies += values[:, 1].tolist()
-        bar.set_postfix(loss=f"{_recent(self.losses):.3f}", acc=percent(_recent(self.accuracies), ".1f"), refresh=False)
+        loss, accuracy = (statistics.fmean(recent[-_LOOK_EVERY:]) for recent in (self.losses, self.accuracies))
+        bar.set_postfix(loss=f"{loss:.3f}", acc=percent(accuracy, ".1f"), refresh=False)
         bar.update(self._unseen)
         self._unseen = 0
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Measure the network as it would be kept, note it, and keep it where it is the best so far."""
+        """Measure the network as it would be kept, log the result, and keep the network if it is the best so far."""
         seconds = time.perf_counter() - self._clock
         with self._as_kept():
             loss, accuracy = self.evaluate()
@@ -274,11 +270,11 @@ class Trainer:
             tqdm.write(str(row))
         self.losses.clear()
         self.accuracies.clear()
-        self._restart_clock()
+        self._clock, self._timed = time.perf_counter(), 0
 
     @contextmanager
     def _as_kept(self) -> Iterator[None]:
-        """Inside, the network is what would be kept: averaged weights, population statistics, eval mode."""
+        """Inside, the network is as it would be kept: averaged weights and population statistics."""
         replaced = self.trained if self.average else []
         changed = [(tensor, tensor.detach().clone()) for tensor in [*replaced, *self.network.buffers()]]
         try:
@@ -296,56 +292,52 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy over the validation images of all ranks, in eval mode; mean loss without smoothing."""
+        """Mean loss, without smoothing, and accuracy over the validation images of all ranks, in eval mode."""
         device = self.accelerator.device
-        found, seen = [torch.zeros(2, device=device)], 0
+        totals = torch.zeros(3, dtype=widest(device), device=device)
         with evaluating(self.network), self.accelerator.autocast():
             for batch in self.setup.val:
                 inputs, labels = moved(self.network, batch, device)
-                with self._taking(inputs):
+                with self._naming_inputs(inputs):
                     logits = self.network(*inputs.args, **inputs.kwargs).float()
-                right = (logits.argmax(1) == labels).sum()
-                summed = F.cross_entropy(logits, labels, reduction="sum")
-                found.append(torch.stack([summed, right]))
-                seen += len(labels)
-        totals = [*torch.stack(found).cpu().double().sum(0).tolist(), seen]
-        everyones = self.accelerator.reduce(torch.tensor(totals, dtype=widest(device), device=device), "sum")
-        loss, right, count = everyones.cpu().tolist()
+                totals[0] += F.cross_entropy(logits, labels, reduction="sum")
+                totals[1] += (logits.argmax(1) == labels).sum()
+                totals[2] += len(labels)
+        loss, right, count = self.accelerator.reduce(totals, "sum").tolist()
         if not math.isfinite(loss):
-            raise self._diverged(self.step, "the validation loss is no finite number")
+            raise self._diverged(self.step, "the validation loss is not finite")
         return loss / count, right / count
 
     def _save_if_due(self, stop: StopRequest, validated: bool) -> None:
-        """Save after a validation, when it is time, and when the run shall stop."""
+        """Save after a validation, when `save_every` seconds have passed, and on a stop request."""
         wanted = torch.tensor([stop.signum, time.monotonic() - self._saved > self.config.save_every])
-        if self.accelerator.num_processes > 1:  # all ranks must do the same: what one wants
+        if self.accelerator.num_processes > 1:  # all ranks must do the same: what any one wants
             wanted = self.accelerator.gather(wanted.to(self.accelerator.device)).view(-1, 2).amax(0)
         signum, due = wanted.tolist()
         if validated or due or signum:
             self.save()
         if signum and self.step < self.steps:
-            where = f"at step {self.step} of {self.steps}"
-            advice = "not saved" if self.directory is None else f"saved. {self._go_on()}"
-            raise Interrupted(f"finetune: stopped by {signal.Signals(signum).name} {where}; {advice}", signum)
+            saved = self._resumable() or f" Nothing is saved of its {counted(self.step, 'step')}"
+            raise Interrupted(f"finetune: stopped by {signal.Signals(signum).name}.{saved}", signum)
 
     def save(self) -> None:
-        """Write everything that is needed to go on from here."""
+        """Write the state that `resume` continues from."""
         if self.directory is None:
             return
         if not all(p.detach().isfinite().all() for p in self.trained):
-            raise self._diverged(self.step, "a weight is no finite number")
-        found = self.state_dict()
+            raise self._diverged(self.step, "a weight is not finite")
+        state = self.state_dict()
         if self.accelerator.is_main_process:
-            self.directory.save_state(found)
+            self.directory.save_state(state)
         self.accelerator.wait_for_everyone()
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self.step
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on: tensors, numbers and text, for `RunDirectory.save_state`. All ranks call it."""
+        """The run's state, of tensors, numbers and text, for `RunDirectory.save_state`. All ranks must call it."""
         scaler, conditioner = self.accelerator.scaler, self.setup.conditioner
         return {
             "step": self.step,
-            "started_from": self._started_from(),
+            "started_from": record(self.network).weights_digest,
             "rows": [asdict(row) for row in self.rows],
             "losses": self.losses,
             "accuracies": self.accuracies,
@@ -358,15 +350,15 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was called, believing nothing.
+        """Continue from the state that `state_dict` returned, which is not trusted.
 
         Raises:
-            CheckpointError: the state is not this run's.
+            CheckpointError: the state is of another run, or damaged.
         """
         try:
-            if state["started_from"] != self._started_from():
+            if state["started_from"] != record(self.network).weights_digest:
                 raise ValueError("the weights that it started from have changed")
-            self.step = parse(int, state["step"], "step")
+            self.step = self._saved_step = parse(int, state["step"], "step")
             if not 0 <= self.step <= self.steps:
                 raise ValueError(f"step {self.step} of {self.steps}")
             self.rows = list(parse(tuple[Row, ...], state["rows"], "rows"))
@@ -375,13 +367,10 @@ class Trainer:
             )
             self.network.load_state_dict(state["network"])
             self.optimizer.optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for average, saved in zip(self.average, state["average"], strict=True):
-                    average.copy_(saved)
             conditioner = self.setup.conditioner
-            if conditioner is not None:
-                for current, saved in zip((conditioner.mean, conditioner.variance), state["conditioner"], strict=True):
-                    current.copy_(saved)
+            current = [*self.average, *([conditioner.mean, conditioner.variance] if conditioner else [])]
+            for tensor, saved in zip(current, [*state["average"], *(state["conditioner"] or [])], strict=True):
+                tensor.copy_(saved)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             for kind, place in self._generators().items():
@@ -391,41 +380,26 @@ class Trainer:
                 f"resume: the saved state does not fit this run: {printable(str(error))}. Was another put in its place?"
             ) from error
 
-    def _started_from(self) -> str:
-        """Digest of the network before the insertion."""
-        return record(self.network).weights_digest
-
     def _generators(self) -> dict[str, torch.device]:
-        """Where dropout draws from, by kind of device."""
+        """The devices that dropout draws random numbers on, by kind."""
         return {place.type: place for place in (CPU, self.accelerator.device)}
 
     def _diverged(self, step: int, what: str) -> DivergedError:
         kept = ""
-        if self.directory is not None:
+        if self.directory is not None and self.directory.last.exists():
             kept = f" Kept: {self.directory.last}" + (f" and {self.directory.best}" if self.rows else "") + "."
-            kept = kept if self.directory.last.exists() else ""
         rate = self.setup.resolved.lr
         return DivergedError(
             f"finetune: diverged at step {step} (epoch {math.ceil(step / self.steps_per_epoch)}), peak learning rate "
-            f"{rate:.3g}: {what}.{kept} Try --lr {rate / 3:.1g} or --clip 1, with another --output."
+            f"{rate:.3g}: {what}.{kept} Try `lr={rate / 3:.1g}` or `clip=1`, with another `output`."
         )
 
-    def intact(self) -> str:
-        """What is left of the run, and how to go on; nothing where nothing is."""
+    def _resumable(self) -> str:
+        """How far the run is saved, and how to resume it; empty if there is no run."""
         if self.directory is None or not self.directory.begun:
             return ""
-        kept = "The checkpoint before is intact" if self.directory.last.exists() else "There is no checkpoint yet"
-        return f" {kept}. {self._go_on()}"
-
-    def _go_on(self) -> str:
-        assert self.directory is not None
-        code = f" --model {quote(self.config.model)}" if self.config.model else ""
-        code += f" --data {quote(self.config.data)}" if factories.names_code(self.config.data) else ""
-        return f"Go on with: bnsurgery finetune --resume {quote(str(self.directory.path))}{code}"
-
-    def _restart_clock(self) -> None:
-        self._clock, self._timed = time.perf_counter(), 0
-
-
-def _recent(values: list[float]) -> float:
-    return statistics.fmean(values[-_LOOK_EVERY:])
+        step = self._saved_step
+        saved = "No step is saved yet" if step is None else f"Saved at step {step} of {self.steps}"
+        code = {"model": self.config.model, "data": factories.names_code(self.config.data) and self.config.data}
+        again = "".join(f" `{field}={name!r}`" for field, name in code.items() if name)
+        return f" {saved}. Continue with `resume={str(self.directory.path)!r}`{again}"

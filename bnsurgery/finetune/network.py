@@ -1,4 +1,4 @@
-"""The network to fine-tune: found, given a head for the classes, inserted into, and set up as the recipe says."""
+"""Find the network to fine-tune, choose its head, and insert BatchNorm into it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnsurgery.errors import ArchitectureError, BNSurgeryError, CheckpointError, shown
 from bnsurgery.files.checkpoint import load, read_record
 from bnsurgery.files.labels import noted_classes
+from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.graph.planning import Plan
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.networks import factories, interface, pretrained
@@ -37,13 +38,13 @@ _RESIZE = 256 / 224  # of a photograph's shorter side to the input, as torchvisi
 
 @dataclass(frozen=True)
 class Source:
-    """A network as found, and what is known of it.
+    """A network as found, and what is known about it.
 
     Attributes:
-        description: where it came from, in words.
-        preprocess: what its images go through, where that is known.
-        task: what it was fine-tuned to before, if it was.
-        classes: what its outputs are called, where that is known.
+        description: where it comes from, in words.
+        preprocess: preprocessing of its images, if known.
+        task: of an earlier fine-tuning.
+        classes: names of its outputs, if known.
     """
 
     model: nn.Module
@@ -54,48 +55,46 @@ class Source:
 
 
 def find(config: Config) -> Source:
-    """The network that `config` names, inserted into or not.
+    """The network that `config` names, with or without BatchNorm.
 
     Raises:
-        ArchitectureError, CheckpointError: there is none of that name, or the file is not one.
+        ArchitectureError, CheckpointError: no such architecture or file, or the file holds no network.
     """
     if not config.source and not config.model:
-        raise ArchitectureError("finetune: no network: name an architecture or a file, or pass --model")
+        raise ArchitectureError("finetune: no network: name an architecture or a file, or pass `model`")
     path, of_images = Path(config.source), not factories.names_code(config.data)
     is_file = bool(config.source) and path.is_file() and config.source not in architectures.names()
     if is_file and config.weights != "DEFAULT":
-        raise CheckpointError(f"finetune: '{path}' is a file of weights: leave --weights {config.weights} out")
-    choice = Choice(config.weights_key, config.weights_prefix, config.partial)
+        raise CheckpointError(f"finetune: '{path}' is a file of weights: leave `weights={config.weights!r}` out")
+    choice, wanted = Choice(config.weights_key, config.weights_prefix, config.partial), config.wanted
     if is_file and read_record(path) is not None:
         if choice != BEST_FIT:
-            raise CheckpointError(f"'{path}' is a whole checkpoint: a key, a prefix and partial are for plain weights")
-        custom = factories.build(config.model) if config.model else None
-        model = load(path, model=custom)
-        done = record(model)
-        preprocess = interface.preprocessing_of(done, model, config.wanted) if of_images else None
-        return Source(model, f"checkpoint {path.name}", preprocess, done.task, interface.classes_of(done))
-    own = own_name(config)
-    if own:
-        weights = config.source if config.model and config.source else config.weights
+            raise CheckpointError(
+                f"'{path}' is a whole checkpoint: `weights_key`, `weights_prefix` and `partial` are for plain weights"
+            )
+        model = load(path, model=factories.build(config.model) if config.model else None)
+        known = record(model)
+        preprocess = interface.preprocessing_of(known, model, wanted) if of_images else None
+        return Source(model, f"checkpoint {path.name}", preprocess, known.task, interface.classes_of(known))
+    weights = config.source if is_file or (config.model and config.source) else config.weights
+    if own := own_name(config):
         model, description = pretrained.own_network(own, weights, config.seed, choice)
-        known = interface.own_preprocessing(model, config.wanted) if factories.is_timm(own) and of_images else None
-        return Source(model, f"{own}, {description}", known, classes=noted_classes(weights))
-    if is_file:
-        architecture, weights = pretrained.recognise(path, choice), config.source
-    else:
-        architecture, weights = architectures.architecture(config.source), config.weights
-    found = pretrained.load(architecture, weights, choice=choice, wanted=config.wanted, seed=config.seed)
+        of_timm = factories.is_timm(own) and of_images
+        preprocess = interface.own_preprocessing(model, wanted) if of_timm else None
+        return Source(model, f"{own}, {description}", preprocess, classes=noted_classes(weights))
+    architecture = pretrained.recognise(path, choice) if is_file else architectures.architecture(config.source)
+    found = pretrained.load(architecture, weights, choice=choice, wanted=wanted, seed=config.seed)
     classes = interface.categories(architecture, found.weights) or noted_classes(weights)
     return Source(found.model, f"{found.name}, {found.weights}", found.preprocess, classes=classes)
 
 
 def own_name(config: Config) -> str | None:
-    """What `factories.build` makes the network from, where it is not torchvision's."""
+    """The name from which `factories.build` makes the network, unless it is torchvision's."""
     return config.model or (config.source if factories.is_timm(config.source) else None)
 
 
 def given(model: nn.Module) -> Source:
-    """A network at hand; a copy of it."""
+    """A copy of a network in memory."""
     copied, name = independent(model).eval(), type(model).__name__
     if not carries_record(model):
         return Source(copied, name)
@@ -103,109 +102,126 @@ def given(model: nn.Module) -> Source:
     return Source(copied, name, task.preprocessing if task else None, task, interface.classes_of(record(model)))
 
 
-def task_of(source: Source, data: Data, config: Config) -> Task:
-    """What goes in and what shall come out: sizes and colours from the network, classes from the data.
+@dataclass(frozen=True)
+class Head:
+    """The output layer of a network.
 
-    Raises:
-        BNSurgeryError: the image size is not known, what is wanted of the preprocessing does not go with the network,
-            that takes neither 1 nor 3 channels, or the head does not fit though it shall be kept.
+    Attributes:
+        position: among the conv and dense layers of the module tree. Insertion and folding change names, not this.
+        kept: whether the network keeps it; otherwise a new layer replaces it.
+        why: the reason, in words.
     """
-    preprocessing = None if data.examples else _preprocessing(source, data, config)
-    shape = data.examples[0] if preprocessing is None else preprocessing.shape
-    if not keeps_head(source, shape, data.classes, config)[0]:
-        return Task(data.classes, find_head(_original(source.model), shape), preprocessing)
-    outputs = _outputs(source, shape)
-    if outputs != len(data.classes):
-        raise BNSurgeryError(
-            f"finetune: the head tells {outputs} classes apart and cannot be kept for {len(data.classes)}: "
-            "use --head new"
-        )
-    return Task(data.classes, source.task.head if source.task else None, preprocessing)
+
+    position: int
+    kept: bool
+    why: str
+
+    def name_in(self, model: nn.Module) -> str:
+        """Its name in `model`, with or without BatchNorm."""
+        return [name for name, module in model.named_modules() if isinstance(module, LAYERS)][self.position]
 
 
-def _preprocessing(source: Source, data: Data, config: Config) -> Preprocessing:
-    own = source.preprocess or interface.own_preprocessing(source.model, config.wanted)
-    found = config.wanted.of(own)
-    side = min(found.height, found.width)
-    return replace(found, resize=round(side * _RESIZE) if data.photographs else side)
+def choose_head(source: Source, shape: Sequence[int] | Inputs | None, classes: tuple[str, ...], config: Config) -> Head:
+    """Find the output layer, and decide whether the network keeps it.
 
-
-def keeps_head(
-    source: Source, shape: Sequence[int] | Inputs | None, classes: tuple[str, ...], config: Config
-) -> tuple[bool, str]:
-    """Whether the network goes on with the output layer that it has, and why.
-
-    By default it does where that layer is for these classes: of the same names in the same order, or, where its names
-    are not known, as many.
+    By default it is kept if it is for these classes: the same names in the same order or, if its names are not known,
+    the same number.
 
     Args:
         shape: as for `find_head`.
         classes: of the data.
+
+    Raises:
+        BNSurgeryError: no head is found, or the kept one has another number of outputs.
     """
+    layer = source.model.get_submodule(find_head(source.model, shape))
+    outputs = outputs_of(layer)
     if config.head != "auto":
-        return config.head == "keep", "as asked"
-    if source.classes == classes:
-        return True, "it is for these classes"
-    if sorted(source.classes) == sorted(classes):
-        return False, "the old one is for these classes in another order"
-    if source.classes:
-        return False, f"the old one is for other classes, such as {shown(source.classes[0])}"
-    outputs = _outputs(source, shape)
-    if outputs != len(classes):
-        return False, f"the old one is for {outputs} classes"
-    return True, f"it is for {outputs} classes, too; their names are not known (--head new: another)"
+        kept, why = config.head == "keep", "as asked"
+    elif source.classes == classes:
+        kept, why = True, "it is for these classes"
+    elif sorted(source.classes) == sorted(classes):
+        kept, why = False, "the old one is for these classes in another order"
+    elif source.classes:
+        kept, why = False, f"the old one is for other classes, such as {shown(source.classes[0])}"
+    elif outputs != len(classes):
+        kept, why = False, f"the old one is for {outputs} classes"
+    else:
+        kept, why = True, f"it is for {outputs} classes, too; their names are not known (`head='new'` replaces it)"
+    if kept and outputs != len(classes):
+        raise BNSurgeryError(
+            f"finetune: the head has {outputs} outputs and cannot be kept for {len(classes)} classes: use `head='new'`"
+        )
+    return Head([m for m in source.model.modules() if isinstance(m, LAYERS)].index(layer), kept, why)  # type: ignore[arg-type]
 
 
-def _outputs(source: Source, shape: Sequence[int] | Inputs | None) -> int:
-    return outputs_of(source.model.get_submodule(find_head(source.model, shape)))
+def task_of(source: Source, data: Data, config: Config) -> tuple[Task, Head]:
+    """The task, with image size and colours from the network and classes from the data; and the head for it.
+
+    Raises:
+        BNSurgeryError: the image size is not known, the preprocessing in `config` does not fit the network, the network
+            takes neither 1 nor 3 channels, or as `choose_head`.
+    """
+    preprocessing = None
+    if not data.examples:
+        found = config.wanted.of(source.preprocess or interface.own_preprocessing(source.model, config.wanted))
+        side = min(found.height, found.width)
+        preprocessing = replace(found, resize=round(side * _RESIZE) if data.photographs else side)
+    head = choose_head(source, preprocessing.shape if preprocessing else data.examples[0], data.classes, config)
+    if head.kept:
+        return Task(data.classes, source.task.head if source.task else None, preprocessing), head
+    original = source.model
+    if carries_record(original):
+        original = sharing_tensors(original)
+        strip_(original, record(original).sites)
+    return Task(data.classes, head.name_in(original), preprocessing), head
 
 
 def prepare(
     source: Source,
     task: Task,
+    head: Head,
     config: Config,
     batches: Iterable[Any],
     show: bool = False,
     example: Inputs | None = None,
-) -> tuple[nn.Module, nn.Module]:
-    """The network to train, and its head: new where the task says so; with BatchNorm, but for the plain arm.
+) -> nn.Module:
+    """The network to train: with a new head unless that is kept, and with BatchNorm unless the arm is "plain".
 
-    That one has a record all the same, of no sites: it holds the task, and what is kept can be loaded.
+    The plain arm has a record of no sites, which holds the task, so that what is saved can be loaded.
 
     Args:
         source: its model is used up.
-        batches: images of the training data, to calibrate on.
-        example: an input, where they are no images.
+        task, head: from `task_of`.
+        batches: training images to calibrate on.
+        example: an input, if they are no images.
 
     Raises:
-        BNSurgeryError: as `bnsurgery.insert` does.
+        BNSurgeryError: as `bnsurgery.insert`; or nothing trains the new head, and it is not fitted either.
     """
-    model, shape = source.model, task.preprocessing.shape if task.preprocessing else example
-    head = find_head(model, shape)
-    keeps, _ = keeps_head(source, shape, task.classes, config)
+    model = source.model
+    if not head.kept and (config.train, config.head_init) == ("bn", "random"):
+        raise BNSurgeryError(
+            "finetune: `train='bn'` would leave the new head random: fit it with `head_init='fit'`, train it with "
+            "`train='bn+head'`, or keep the old one with `head='keep'`"
+        )
     if carries_record(model) and (config.arm == "plain" or not record(model).sites):
         model = fold(model)
-        head = find_head(model, shape)
-    if not keeps:
-        if config.train == "bn":
-            raise BNSurgeryError(
-                "finetune: --train bn would leave the new head as it is, random: use --train bn+head, or --head keep"
-            )
-        replace_head_(model, head, len(task.classes), config.seed)
+    if not head.kept:
+        replace_head_(model, head.name_in(model), len(task.classes), config.seed)
     if config.arm == "plain":
         model = insert(model, batches, plan=_nowhere(model), moments={}, share_weights=True)
     elif not carries_record(model):
         model = insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
-    unfuse_relu_(model)  # one state, whatever the file's: see `fuse_for_training_`
-    provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
+    unfuse_relu_(model)  # the same state for every source: see `fuse_for_training_`
     own = own_name(config)
+    provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
     provenance |= {"model": own} if own else {}
-    attach_record(model, replace(record(model), task=task, provenance=provenance))
-    if example is not None:
-        attach_record(model, replace(record(model), input_shape=example.shape))
+    shape = example.shape if example else record(model).input_shape
+    attach_record(model, replace(record(model), task=task, provenance=provenance, input_shape=shape))
     if config.arm != "plain":
-        set_statistics_(model, "batch", where=lambda name, norm: True)  # `Config.train` says what is frozen
-    return model, model.get_submodule(find_head(model, shape))
+        set_statistics_(model, "batch", where=lambda name, norm: True)  # `Config.train` decides what is frozen
+    return model
 
 
 def _nowhere(model: nn.Module) -> Plan:
@@ -214,9 +230,9 @@ def _nowhere(model: nn.Module) -> Plan:
 
 
 def fuse_for_training_(network: nn.Module, device: torch.device) -> None:
-    """On a GPU let the norms apply their ReLUs, which spares it passes over the tensors; `RunDirectory` saves unfused.
+    """On a GPU, let the norms apply their ReLUs, which saves passes over the tensors; `RunDirectory` saves it unfused.
 
-    A network whose norms or ReLUs have hooks is trained as it is.
+    A network whose norms or ReLUs have hooks stays as it is.
     """
     if fuses(device):
         with suppress(BNSurgeryError):
@@ -224,12 +240,12 @@ def fuse_for_training_(network: nn.Module, device: torch.device) -> None:
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether fused ReLUs train faster there."""
+    """Whether fused ReLUs train faster on `device`."""
     return device.type == "cuda"
 
 
 def forget_(model: nn.Module) -> None:
-    """The "bn-naive" arm: every BatchNorm gets weight 1 and bias 0, as a new one has. Its statistics want measuring."""
+    """The "bn-naive" arm: every BatchNorm gets weight 1 and bias 0, as a new one has; recalibrate it afterwards."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             nn.init.ones_(module.weight)
@@ -237,23 +253,15 @@ def forget_(model: nn.Module) -> None:
 
 
 def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, str]:
-    """The statistics mode for `config`, and why.
+    """The statistics mode for `config`, and the reason.
 
     Args:
-        drift: measures ‖train − eval‖/‖eval‖ of the outputs at the run's batch size; called only where it matters.
+        drift: measures ‖train − eval‖/‖eval‖ of the outputs at the run's batch size; called only if needed.
     """
     if config.arm == "plain":
         return "none", "there is no BatchNorm"
     if config.statistics != "auto":
         return config.statistics, "as asked"
     if config.train == "head":
-        return "running", "only the head is trained, so the features shall stay as they are"
+        return "running", "only the head is trained, so the features stay fixed"
     return statistics_for(config.batch_size, drift)
-
-
-def _original(model: nn.Module) -> nn.Module:
-    """The network as it was before an insertion, but for the numbers in it."""
-    skeleton = sharing_tensors(model)
-    if carries_record(model):
-        strip_(skeleton, record(model).sites)
-    return skeleton

@@ -1,8 +1,9 @@
-"""The learning-rate range test: raise the rate step by step on a copy, and see where the loss is lowest."""
+"""The learning-rate range test: raise the rate step by step on a copy, and find where the loss is lowest."""
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
@@ -11,25 +12,26 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError
+from bnsurgery.machine.devices import keeping_random
 from bnsurgery.nn.batchnorm import Insertable
 from bnsurgery.surgery.copies import independent
 
 from . import recipe
 from .loop import Objective, moved
-from .setup import Setup, forked_random
+from .setup import Setup
 from .streams import training
 
 _FROM, _TO, _STEPS = 1e-5, 10.0, 100
-_BELL = 3.0  # steps, the deviation of the weights for smoothing: a factor of 1.5 in the rate
-_REACH = 6  # steps, two deviations
+_BELL = 3.0  # steps, the standard deviation of the smoothing kernel: a factor of 1.5 in the rate
+_REACH = 6  # steps, two standard deviations
 _RISE = 0.3  # of ln(loss): a third
-_CLEAR = 2.0  # deviations of single losses from the curve: more than chance
+_CLEAR = 2.0  # standard deviations of single losses from the curve: more than chance
 _LEAST = 1e-12  # a loss of 0 has no logarithm
 
 
 @dataclass(frozen=True)
 class RateRange:
-    """Smoothed losses by rate, the peak rate that follows from them, and why."""
+    """Smoothed losses by rate, the peak rate chosen from them, and the reason."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
@@ -38,49 +40,47 @@ class RateRange:
 
 
 def find_rate(setup: Setup, show: bool = False) -> RateRange:
-    """The test, on process 0 with whole batches; the network, and everything random, are left as they were.
+    """Run the test, on process 0 with whole batches; network and random numbers stay as they were.
 
     The rate rises geometrically from 1e-5 to 10 within 100 steps, which are otherwise those of training, over batches
-    that training does not see in this order; the test ends where the loss has risen again, or is no number. For what
-    is chosen see `choose`.
+    in an order that training does not use. The test ends once the loss has risen again or is not finite. `choose` says
+    how the rate is chosen.
 
     Args:
         show: a progress bar on stderr.
 
     Raises:
-        BNSurgeryError: the loss is not finite from the start.
+        BNSurgeryError: the first loss is not finite.
 
     References: Smith 2017, "Cyclical learning rates", arXiv:1506.01186, section 3.3.
     """
-    found: list[RateRange | None] = [None]
+    found: list[Any] = [None]
     if setup.accelerator.is_main_process:
-        with forked_random(setup.accelerator):
-            rates, losses = _test(setup, show)
-        found = [choose(rates, losses, recipe.default_rate(setup.config))]
+        with keeping_random(setup.accelerator.device):
+            found = [choose(*_test(setup, show), recipe.default_rate(setup.config))]
     broadcast_object_list(found)
-    assert found[0] is not None
     return found[0]
 
 
 def choose(rates: Sequence[float], losses: Sequence[float], default: float) -> RateRange:
-    """The peak rate that a test speaks for: the lowest rate at which the loss is as low as anywhere.
+    """Choose the peak rate: the lowest rate at which the loss is about as low as anywhere.
 
-    The curve is ln(loss), weighed over the steps on both sides by a bell, so that it lags behind nothing, as a running
-    mean does, and a loss of 10^9 at the end moves nothing. The lowest point is looked for up to where the curve has
-    risen by more than a third, and by twice what single losses scatter about it: what a network that has collapsed does
-    at still higher rates is not of interest. Where the valley is wide, the lowest point may be anywhere in it, and the
-    rate is taken from its lower end: the first point above the lowest by no more than half that scatter.
+    The curve is ln(loss), smoothed by a symmetric kernel, so that it does not lag like a running mean, and a loss of
+    10^9 at the end does not matter. The lowest point is searched up to where the curve has risen by more than a third
+    and by twice the scatter of single losses about it: a collapsed network at still higher rates is not of interest.
+    In a wide valley the lowest point can be anywhere, so the rate is taken from the valley's lower end: the first point
+    that is above the lowest by at most half the scatter.
 
-    Where the lowest point is at the end of what was tried, or the curve falls by less than twice the scatter, the test
-    speaks for no rate.
+    If the lowest point is at the end of the test, or the curve falls by less than twice the scatter, the default is
+    chosen.
 
     Args:
         rates: of the steps, rising geometrically.
         losses: of single batches.
-        default: chosen where the test speaks for none.
+        default: the rate if the test shows none.
 
     References: Smith 2017, as above, for the loss that stops falling as the upper bound of the rate. fastai's finder
-    takes a tenth of the rate of the lowest loss, but of a running mean, which finds it too late.
+    takes a tenth of the rate of the lowest loss, but of a running mean, which lags.
     """
     curve, low, scatter, broke = _read(losses)
     floor = int((curve <= curve[low] + scatter / 2).argmax())
@@ -94,13 +94,13 @@ def choose(rates: Sequence[float], losses: Sequence[float], default: float) -> R
 
 
 def _read(losses: Sequence[float]) -> tuple[NDArray[np.float64], int, float, bool]:
-    """The curve; its lowest point before it broke; the deviation of losses from it up to there; whether it broke."""
+    """The curve; its lowest point before it broke; the losses' standard deviation from it up to there; if it broke."""
     values, at = np.log(np.maximum(losses, _LEAST)), np.arange(len(losses))
     weights = np.exp(-0.5 * ((at[:, None] - at) / _BELL) ** 2)
     curve = weights @ values / weights.sum(1)
     apart = values - curve
     low = 0
-    for step in range(_REACH, len(curve) - _REACH):  # of the others the bell sees one side
+    for step in range(_REACH, len(curve) - _REACH):  # the kernel covers only one side of the others
         if low == 0 or curve[step] <= curve[low]:
             low = step
         elif curve[step] - curve[low] > max(_RISE, _CLEAR * apart[: step + _REACH].std()):
@@ -119,18 +119,18 @@ def _test(setup: Setup, show: bool) -> tuple[list[float], list[float]]:
     objective = Objective(network, config.label_smoothing)
     optimizer = recipe.optimizer(config, network, _FROM)
     trained = [p for p in network.parameters() if p.requires_grad]
-    batches, loader = training(
-        setup.prepared, config.batch_size, config.seed, setup.train.workers, pinned=setup.train.pinned
-    )
-    batches.epoch = config.epochs  # an order that training does not come to
+    workers, pinned = setup.train.workers, setup.train.pinned
+    batches, loader = training(setup.prepared, config.batch_size, config.seed, workers, pinned=pinned)
+    batches.epoch = config.epochs  # an order that training does not use
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
     rates: list[float] = []
     losses: list[float] = []
-    disable = None if show else True  # None: where stderr is no terminal
+    disable = None if show else True  # None: unless stderr is a terminal
     with tqdm(total=_STEPS, desc="range test", unit="step", disable=disable, leave=False) as bar:
         for step, batch in enumerate(itertools.islice(endless, _STEPS)):
             rate = _FROM * (_TO / _FROM) ** (step / (_STEPS - 1))
-            recipe.set_rate_(optimizer, rate)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             with accelerator.autocast():
                 inputs, labels = moved(network, batch, accelerator.device)
                 loss, _ = objective(labels, *inputs.args, **inputs.kwargs)
@@ -150,5 +150,5 @@ def _test(setup: Setup, show: bool) -> tuple[list[float], list[float]]:
             bar.set_postfix(rate=f"{rate:.2g}", loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
     if not losses:
-        raise BNSurgeryError("finetune: --lr auto: the loss is no finite number from the start")
+        raise BNSurgeryError("finetune: `lr='auto'`: the first loss is not finite")
     return rates, losses

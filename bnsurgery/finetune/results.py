@@ -1,4 +1,4 @@
-"""What a run finds: at its start, and at each validation."""
+"""The results of a run: of its start, and of each validation."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,19 @@ from bnsurgery.text.words import percent, thousands
 
 @dataclass(frozen=True)
 class Row:
-    """One line of metrics.csv, written at each validation.
+    """One line of metrics.csv, written at each validation. Accuracies are 0 to 1.
 
     Attributes:
-        epoch: passes over the training images done, as a fraction.
-        step: training steps done.
+        epoch: passes over the training images so far, as a fraction.
+        step: training steps so far.
         lr: learning rate of the last step.
-        train_loss, train_accuracy: means over the steps since the last validation; accuracies are 0 to 1.
+        train_loss, train_accuracy: means over the steps since the last validation.
         val_loss, val_accuracy: of the network as it would be kept.
         images_per_second: in training, over all processes.
+
+    Example:
+        >>> print(bnsurgery.finetune.Row(1.0, 8, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0))
+        epoch 1      training loss 0.7000, 50.00 %   validation loss 0.6000, 75.00 %   99 img/s
     """
 
     epoch: float
@@ -37,10 +41,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What "auto" and the defaults came to: found once, at the start of a run, and kept when it is resumed.
+    """The values that "auto" and the defaults stand for, chosen at the start of a run and kept when it is resumed.
 
     Attributes:
-        head: what the run began with, in words: "kept" or "new", why, and how a new one was made.
+        lr: the peak learning rate, for the reason `lr_reason`.
+        statistics: mode of the BatchNorm layers, for the reason `reason`.
+        head: "kept" or "new", why, and how a new one was initialized.
+
+    Example:
+        >>> bnsurgery.finetune.Resolved(0.05, "batch", "as asked", "the default for a batch of 64", "kept: as asked").lr
+        0.05
     """
 
     lr: float

@@ -1,6 +1,7 @@
-"""Start a run, or go on with one."""
+"""Start a run, or resume one."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError, DataError
-from bnsurgery.machine.system import quote
+from bnsurgery.machine.devices import keeping_random
 from bnsurgery.networks import factories
 from bnsurgery.pages.style import write as write_figure
 from bnsurgery.running.calls import out_of_memory
@@ -21,7 +22,7 @@ from .figures import plot_rate_range
 from .own_data import in_its_batches
 from .results import Resolved, Row
 from .run_directory import RunDirectory
-from .setup import EVALUATED_TOGETHER, build, forked_random, load_data, processes
+from .setup import EVALUATED_TOGETHER, build, load_data, processes
 from .stopping import listening
 
 if TYPE_CHECKING:
@@ -30,13 +31,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        directory: where it was written, None where nothing was.
-        rows: what was measured, one a validation.
-        resolved: the learning rate and statistics mode it ran with.
-        seconds: that this process spent on training and validating it, setting up left out; None where it was read.
+        directory: of the run; None if nothing was written.
+        rows: the measurements, one per validation.
+        resolved: the learning rate, statistics mode and head it ran with.
+        seconds: that this process spent on training and validation, without the setup; None if read from a directory.
+
+    Example:
+        >>> first = bnsurgery.finetune.Row(1.0, 5, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0)
+        >>> rows = (first, bnsurgery.finetune.Row(2.0, 10, 0.0, 0.5, 0.6, 0.7, 0.5, 99.0))
+        >>> resolved = bnsurgery.finetune.Resolved(0.1, "batch", "as asked", "as asked", "kept: as asked")
+        >>> print(bnsurgery.finetune.Result(None, rows, resolved))
+        best         75.00 % of the validation images right, in epoch 1
+        last         50.00 %, after 10 steps
     """
 
     directory: Path | None
@@ -46,17 +55,17 @@ class Result:
 
     @classmethod
     def read(cls, directory: str | Path) -> "Result":
-        """What the run in `directory` came to, so far.
+        """The result so far of the run in `directory`.
 
         Raises:
             CheckpointError: there was no validation yet, or a file is damaged.
         """
         place = RunDirectory(directory)
-        return cls(Path(directory), place.read_metrics(), place.read_config()[2])
+        return cls(place.path, place.read_metrics(), place.read_config()[2])
 
     @property
     def best(self) -> Row:
-        """The validation with the highest accuracy, of equal ones the lowest loss: what best.safetensors holds."""
+        """The validation with the highest accuracy, of equal ones the lowest loss: best.safetensors."""
         return max(self.rows, key=lambda row: (row.val_accuracy, -row.val_loss))
 
     @property
@@ -80,25 +89,32 @@ class Result:
 def run(
     config: Config, *, model: nn.Module | None = None, data: Data | None = None, save: bool = True, show: bool = False
 ) -> Result:
-    """Fine-tune as `config` says, into the directory `config.output`.
+    """Fine-tune as `config` says, and write the run into the directory `config.output`.
 
-    Under `torchrun` or `accelerate launch` every process calls this; each takes its share of every batch, statistics
+    Under `torchrun` or `accelerate launch` every process calls this. Each takes its share of every batch, statistics
     are those of the whole batch, and process 0 writes.
 
     Args:
         model: the network, instead of `config.source`; it is copied.
         data: the images, instead of `config.data`.
         save: whether to write anything.
-        show: print what happens, with progress bars on stderr.
+        show: print what is chosen and measured, with progress bars on stderr.
 
     Raises:
         DataError: the images cannot be used.
-        DivergedError: the loss is no number any more; what was saved before is kept.
-        Interrupted: SIGINT or SIGTERM; everything was saved for `resume`.
-        BNSurgeryError: anything else that is refused: see `bnsurgery.insert`.
+        DivergedError: the loss is not finite any more; the last checkpoint stays.
+        Interrupted: SIGINT or SIGTERM; the run is saved and `resume` continues it.
+        BNSurgeryError: any other refusal: see `bnsurgery.insert`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        >>> images, labels = torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8), torch.arange(32) % 2
+        >>> data = bnsurgery.finetune.from_tensors((images, labels), (images, labels), ["even", "odd"])
+        >>> config = bnsurgery.finetune.Config(output="run", image_size=8, epochs=2, batch_size=8, num_workers=0)
+        >>> bnsurgery.finetune.run(config, model=model, data=data).final.step
+        8
     """
-    directory = RunDirectory(config.output) if save else None
-    return _train(config, directory, model, data, None, show)
+    return _train(config, RunDirectory(config.output) if save else None, model, data, None, show)
 
 
 def resume(
@@ -108,35 +124,79 @@ def resume(
     data: Data | str | None = None,
     show: bool = False,
 ) -> Result:
-    """Go on with a run that was stopped or killed; its result is what it would have been, on the CPU bit for bit.
+    """Continue a run that was stopped or killed; on the CPU the result is that of an uninterrupted run bit for bit.
 
     Args:
         directory: of the run.
-        model: the network as it was passed to `run`, if it was; or, where `Config.model` named a function, that name
-            again: no code is run because a file says so.
-        data: as it was passed to `run`, if it was; or, where `Config.data` named a function, that name again.
+        model: the network, if `run` was given one; or, if `Config.model` names a function, that name again: no code
+            runs because a file names it.
+        data: the data, if `run` was given it; or, if `Config.data` names a function, that name again.
 
     Raises:
         CheckpointError: there is no run, or its files are damaged.
-        DataError: the data is not what it was.
+        DataError: the data has changed.
         BNSurgeryError: as `run`.
+
+    Example:
+        >>> bnsurgery.finetune.resume("no-run")
+        Traceback (most recent call last):
+        bnsurgery.errors.CheckpointError: run 'no-run': no config.json: there is no run to resume
     """
     place = RunDirectory(directory)
     config, fingerprint, resolved = place.read_config()
-    if config.model and model != config.model and not isinstance(model, nn.Module):
-        raise _name_again(directory, "network is made", config.model, "model")
-    if factories.names_code(config.data) and data != config.data and not isinstance(data, Data):
-        raise _name_again(directory, "data comes", config.data, "data")
+    named = factories.names_code(config.data)
+    for field, code, given, kind in (
+        ("model", config.model, model, nn.Module),
+        ("data", named and config.data, data, Data),
+    ):
+        if code and given != code and not isinstance(given, kind):
+            raise BNSurgeryError(
+                f"resume: '{directory}': the {field} comes from running '{code}': pass `{field}={code!r}` again if you "
+                "trust it"
+            )
     model = None if isinstance(model, str) else model
     data = None if isinstance(data, str) else data
     return _train(replace(config, output=str(directory)), place, model, data, (fingerprint, resolved), show)
 
 
-def _name_again(directory: str | Path, what: str, code: str, option: str) -> BNSurgeryError:
-    return BNSurgeryError(
-        f"resume: '{directory}': its {what} by running '{code}': name it again, with --{option} / {option}=, if you "
-        "trust it"
-    )
+@contextmanager
+def _alone(accelerator: "Accelerator", config: Config, directory: RunDirectory | None, *, new: bool) -> Iterator[None]:
+    """Keep other processes out of the directory. Every rank raises the refusal of process 0."""
+    with ExitStack() as stack:
+        refusal = None
+        if directory is not None and accelerator.is_main_process:
+            try:
+                stack.enter_context(directory.alone(new=new))
+            except BNSurgeryError as error:
+                refusal = error
+        if accelerator.num_processes > 1:  # the others would wait for process 0
+            from accelerate.utils import broadcast_object_list
+
+            (refusal,) = broadcast_object_list([refusal])
+            accelerator.wait_for_everyone()  # or process 0 is gone before the others have received it
+        if refusal is not None:
+            raise refusal
+        try:
+            yield
+        except Exception as error:
+            if not out_of_memory(error) and not out_of_memory(error.__cause__):
+                raise
+            raise _less_memory(config, directory) from error
+
+
+def _less_memory(config: Config, directory: RunDirectory | None) -> BNSurgeryError:
+    if factories.names_code(config.data):
+        advice = f"make the batches or inputs of '{config.data}' smaller; for a Dataset lower `batch_size`"
+    elif config.batch_size > EVALUATED_TOGETHER:
+        advice = f"use a smaller batch, such as `batch_size={config.batch_size // 2}`, or a smaller `image_size`"
+    else:
+        advice = f"use a smaller `image_size` or `batch_size`; validation takes {EVALUATED_TOGETHER} images at a time"
+    if directory is not None and directory.last.exists():
+        advice = (
+            f"free memory and continue with `resume={str(directory.path)!r}`, which keeps its sizes; or start another "
+            f"run with another `output`: {advice}"
+        )
+    return BNSurgeryError(f"finetune: out of memory: {advice}.")
 
 
 def _train(
@@ -149,89 +209,31 @@ def _train(
 ) -> Result:
     accelerator = processes(config)
     show = show and accelerator.is_main_process
-    with ExitStack() as stack:
-        refusal = None
-        if directory is not None and accelerator.is_main_process:
-            try:
-                stack.enter_context(directory.alone(new=before is None))
-            except BNSurgeryError as error:
-                refusal = error
-        _raise_on_all(accelerator, refusal)
-        try:
-            return _train_alone(config, accelerator, directory, model, data, before, show)
-        except Exception as error:
-            if not out_of_memory(error) and not out_of_memory(error.__cause__):
-                raise
-            raise _less_memory(config, directory) from error
-
-
-def _raise_on_all(accelerator: "Accelerator", refusal: BNSurgeryError | None) -> None:
-    """Raise what process 0 found, everywhere: the others would wait for it."""
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        (refusal,) = broadcast_object_list([refusal])
-        accelerator.wait_for_everyone()  # or process 0 is gone before the others have heard it
-    if refusal is not None:
-        raise refusal
-
-
-def _less_memory(config: Config, directory: RunDirectory | None) -> BNSurgeryError:
-    if factories.names_code(config.data):
-        advice = f"make the batches or inputs of '{config.data}' smaller; of a Dataset the batches by --batch-size"
-    elif config.batch_size > EVALUATED_TOGETHER:
-        advice = f"use a smaller --batch-size, for instance of {config.batch_size // 2}, or a smaller --image-size"
-    elif config.batch_size > 1:
-        advice = (
-            "use a smaller --image-size or --batch-size; "
-            f"validation takes {EVALUATED_TOGETHER} images at a time whatever that is"
-        )
-    else:
-        advice = "use a smaller --image-size"
-    if directory is not None and directory.last.exists():
-        advice = (
-            f"make room and go on with --resume {quote(str(directory.path))}, which keeps its sizes; or start another "
-            f"run with another --output: {advice}"
-        )
-    return BNSurgeryError(f"finetune: out of memory: {advice}.")
-
-
-def _train_alone(
-    config: Config,
-    accelerator: "Accelerator",
-    directory: RunDirectory | None,
-    model: nn.Module | None,
-    data: Data | None,
-    before: tuple[Fingerprint, Resolved] | None,
-    show: bool,
-) -> Result:
     from .loop import Trainer  # these need accelerate, whose absence has been reported by now
     from .rate_range import find_rate
 
-    state = None
-    data = data or load_data(config, show)
-    config = in_its_batches(config, data)
-    resolved = None
-    if before is not None:
-        fingerprint, resolved = before
-        _refuse_other_data(fingerprint, data.fingerprint)
-        assert directory is not None
-        state = directory.load_state()
-    with forked_random(accelerator):
+    with _alone(accelerator, config, directory, new=before is None), keeping_random(accelerator.device):
+        data = data or load_data(config, show)
+        config = in_its_batches(config, data)
+        resolved = state = None
+        if before is not None and directory is not None:
+            fingerprint, resolved = before
+            _refuse_other_data(fingerprint, data.fingerprint)
+            state = directory.load_state()
         torch.manual_seed(config.seed)  # all ranks must build the same network
-        setup = build(config, accelerator, model, data, resolved, show)
+        setup = build(config, accelerator, model, data, resolved, show, state is not None)
+        writes = directory if accelerator.is_main_process else None
         if show:
             print("\n".join(setup.facts), flush=True)
         if config.lr == "auto" and resolved is None:
             found = find_rate(setup, show)
             setup.resolved = replace(setup.resolved, lr=found.chosen, lr_reason=found.reason)
-            if directory is not None and accelerator.is_main_process:
+            if writes is not None:
                 figure = plot_rate_range(found.rates, found.losses, found.chosen)
-                write_figure(figure, directory.path / "lr_range.png")
-        if directory is not None and before is None and accelerator.is_main_process:
-            # Not before: a refused start leaves no run behind.
-            directory.write_config(config, data.fingerprint, setup.resolved)
-        torch.manual_seed(config.seed + accelerator.process_index)  # but each draws its own dropout
+                write_figure(figure, writes.path / "lr_range.png")
+        if writes is not None and before is None:  # not earlier: a refused start leaves no run behind
+            writes.write_config(config, data.fingerprint, setup.resolved)
+        torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout
         trainer = Trainer(setup, directory, show)
         if state is not None:
             trainer.load_state_dict(state)
@@ -245,15 +247,10 @@ def _train_alone(
 
 
 def _refuse_other_data(before: Fingerprint, now: Fingerprint) -> None:
-    old, new = asdict(before), asdict(now)
-    changed = [f"{name}: {_short(old[name])} then, {_short(new[name])} now" for name in old if old[name] != new[name]]
+    pairs = {name: (old, getattr(now, name)) for name, old in vars(before).items()}
+    changed = [f"{name}: {old!s:.60} then, {new!s:.60} now" for name, (old, new) in pairs.items() if old != new]
     if changed:
         raise DataError(
-            "resume: the data is not what the run was started with: " + "; ".join(changed) + ". Put it back, or start "
-            "a new run from last or best weights with another --output."
+            f"resume: the data has changed since the start: {'; '.join(changed)}. Put it back, or start a new run from "
+            "best.safetensors with another `output`."
         )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

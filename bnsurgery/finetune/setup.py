@@ -1,8 +1,7 @@
-"""What has to be there before the first step: processes, data, network, and what "auto" comes to."""
+"""Set up a run before its first step: processes, data, network, and the values that "auto" stands for."""
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from bnsurgery.running.calls import run
 from bnsurgery.running.modes import observing
 from bnsurgery.statistics.calibration import input_moments, recalibrate_
 from bnsurgery.statistics.verification import DRIFT_SAMPLES, verify
-from bnsurgery.surgery.heads import find_head
 from bnsurgery.text.words import counted, thousands, with_article
 
 from . import recipe
@@ -27,7 +25,7 @@ from .config import Config
 from .datasets import Data, open_data
 from .head_fit import fit_head_
 from .loading import Loader, Prepared, TrainBatches, default_workers
-from .network import Source, choose_statistics, find, forget_, fuse_for_training_, given, keeps_head, prepare, task_of
+from .network import Source, choose_statistics, find, forget_, fuse_for_training_, given, prepare, task_of
 from .own_data import open_own
 from .results import Resolved
 from .streams import Share, Stream, evaluation, training
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _DEVICE = "ACCELERATE_TORCH_DEVICE"
-EVALUATED_TOGETHER = 32  # at least: without gradients there is room, and statistics want more than a few images
+EVALUATED_TOGETHER = 32  # at least: without gradients there is memory, and statistics need more than a few images
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Setup:
     """A run, ready to start.
 
     Attributes:
-        network: on its device, without wrappers; what is trained takes a gradient.
+        network: on its device, without wrappers; the parameters to train take a gradient.
         conditioner: of the head's gradients.
         facts: lines that say what was found and chosen.
         batches, train: this rank's share of the augmented training batches, and the loader that follows it.
@@ -67,7 +65,7 @@ class Setup:
 
     @property
     def recalibrates(self) -> bool:
-        """Whether the network to keep gets population statistics; frozen ones are what was trained with."""
+        """Whether the network gets population statistics before it is kept; frozen ones it was trained with stay."""
         return self.config.arm != "plain" and self.resolved.statistics != "running"
 
 
@@ -75,8 +73,8 @@ def processes(config: Config) -> "Accelerator":
     """Hugging Face's Accelerate: one process, or those that torchrun or accelerate launch started.
 
     Raises:
-        BNSurgeryError: it is not installed, this process was set up for another precision or device before, or there
-            is no such device.
+        BNSurgeryError: it is not installed, this process was set up for another precision or device before, or the
+            device does not exist.
     """
     for needed in ("accelerate", "tensorboard", "matplotlib", "psutil"):  # the last three before hours of training
         if importlib.util.find_spec(needed) is None:
@@ -84,13 +82,18 @@ def processes(config: Config) -> "Accelerator":
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import patch_environment
 
-    place = computes_on(config)
+    place, launched = computes_on(config), "LOCAL_RANK" in os.environ
+    precision: str | None = config.precision
+    if precision == "auto":
+        precision = "bf16" if devices.takes_bfloat16(place) else "no"
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            precision = None  # which takes what accelerate launch was given
     try:
-        # The only way to tell Accelerate; of launched processes, launchers say which each has.
-        with patch_environment(**({} if _launched() else {_DEVICE: str(place)})):
+        # There is no other way to choose the device; the launcher chooses that of each launched process.
+        with patch_environment(**({} if launched else {_DEVICE: str(place)})):
             accelerator = Accelerator(
-                cpu=place.type == "cpu",  # or it looks for a GPU, with no group
-                mixed_precision=_precision(config, place),
+                cpu=place.type == "cpu",  # otherwise it looks for a GPU, with no group
+                mixed_precision=precision,
                 dynamo_backend="inductor" if config.compile else "no",
                 # Every rank computes the same statistics: there is nothing to send.
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -99,24 +102,20 @@ def processes(config: Config) -> "Accelerator":
         raise BNSurgeryError(f"finetune: {str(error).splitlines()[0]}") from error
     got = accelerator.device
     if got.type != place.type or (place.index is not None and place.index != (got.index or 0)):
-        each = f"its launcher gave this process {got}: name the kind alone, such as cuda, which shares them out"
-        why = each if _launched() else f"this process computes on {got} already: start another"
-        raise BNSurgeryError(f"finetune: --device {place}: {why}")
-    if place.index:  # the current one too, or what is pinned for it would go by way of the first
+        why = f"this process computes on {got} already: start another"
+        if launched:
+            why = f"the launcher gave this process {got}: name the kind alone, such as cuda, to use one GPU per process"
+        raise BNSurgeryError(f"finetune: `device='{place}'`: {why}")
+    if place.index:  # also the current device, or memory would be pinned by way of the first one
         torch.get_device_module(place).set_device(place)
     return accelerator
 
 
-def _launched() -> bool:
-    """Whether torchrun or accelerate launch started this process."""
-    return "LOCAL_RANK" in os.environ
-
-
 def computes_on(config: Config) -> torch.device:
-    """The device that `config` names, or Accelerate's environment; of a launched process, its kind.
+    """The device that `config` or Accelerate's environment names; of a launched process, its kind.
 
     Raises:
-        BNSurgeryError: there is none.
+        BNSurgeryError: the device does not exist.
     """
     from accelerate.utils import parse_flag_from_env
 
@@ -126,13 +125,8 @@ def computes_on(config: Config) -> torch.device:
     return devices.device(name)
 
 
-def forked_random(accelerator: "Accelerator") -> AbstractContextManager[None]:
-    """Torch's random numbers, on the CPU and the run's device, are afterwards what they were."""
-    return devices.keeping_random(accelerator.device)
-
-
 def load_data(config: Config, show: bool = False) -> Data:
-    """The images that `config` names.
+    """The data that `config` names.
 
     Raises:
         DataError: see `open_data` and `open_own`.
@@ -147,59 +141,63 @@ def build(
     data: Data,
     resolved: Resolved | None,
     show: bool,
+    restored: bool = False,
 ) -> Setup:
-    """Everything up to the first step.
+    """Everything before the first step.
 
     Args:
-        model: instead of the one that `config` names; copied.
-        resolved: what "auto" came to, where a run is resumed.
-        show: print what happens.
+        model: instead of the network that `config` names; copied.
+        resolved: of a run that is resumed.
+        show: print progress.
+        restored: whether the caller loads a saved state next, so that no head needs to be fitted.
 
     Raises:
         BNSurgeryError: see `run`.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
+    world = accelerator.num_processes
     _check_sizes(config, data, world)
     source = find(config) if model is None else given(model)
-    task = task_of(source, data, config)
+    task, head = task_of(source, data, config)
     source.model.to(accelerator.device)
 
-    workers = default_workers() if config.num_workers is None else config.num_workers
     augment = data.augment if config.augment == "auto" else config.augment
     prepared = as_taken(data.train, task, augment, config.seed)
-    pinned = accelerator.device.type == "cuda"
-    batches, train = training(prepared, config.batch_size, config.seed, workers, rank=rank, world=world, pinned=pinned)
     share: dict[str, Any] = {
-        "rank": rank,
+        "rank": accelerator.process_index,
         "world": world,
-        "workers": workers,
-        "batch_size": max(EVALUATED_TOGETHER, config.batch_size // world),
-        "pinned": pinned,
+        "workers": default_workers() if config.num_workers is None else config.num_workers,
+        "pinned": accelerator.device.type == "cuda",
     }
-    calibration = evaluation(prepared, images=config.recalibrate, **share)
-    val = evaluation(as_taken(data.val, task, "none", 0), **share)
+    together = max(EVALUATED_TOGETHER, config.batch_size // world)
+    batches, train = training(prepared, config.batch_size, config.seed, **share)
+    calibration = evaluation(prepared, together, images=config.recalibrate, **share)
+    val = evaluation(as_taken(data.val, task, "none", 0), together, **share)
 
-    shape = data.examples[0] if task.preprocessing is None else task.preprocessing.shape
-    kept, why = keeps_head(source, shape, data.classes, config)
-    network, head = prepare(source, task, config, calibration, show, *data.examples[:1])
+    network = prepare(source, task, head, config, calibration, show, *data.examples[:1])
+    name = head.name_in(network)
+    layer = network.get_submodule(name)
     recipe.set_dropout_(network, config.dropout)
-    recipe.choose_parameters_(network, config.train, head)
-    for example in data.examples or [Inputs((torch.zeros(2, *shape),))]:  # type: ignore[misc]
+    recipe.choose_parameters_(network, config.train, layer)
+    examples = data.examples or [Inputs((torch.zeros(2, *task.preprocessing.shape),))]  # type: ignore[union-attr]
+    for example in examples:
         _check_network(config, network, example, len(data.classes))
     if resolved is None:
         resolved = _resolve(config, network, prepared)
     if config.arm == "bn-naive":
         forget_(network)
-        recalibrate_(network, calibration)  # every layer sees something else now
+        recalibrate_(network, calibration)  # the inputs of every layer have changed
+    made = ""
+    if not head.kept and not restored:
+        everything = evaluation(prepared, together, **{**share, "rank": 0, "world": 1})
+        made = _initialize_head_(config, network, layer, everything)
     if not resolved.head:
-        made = "" if kept else _fit_head_(config, network, head, prepared, share)
-        resolved = replace(resolved, head=f"{'kept' if kept else 'new'}: {why}{made}")
+        resolved = replace(resolved, head=f"{'kept' if head.kept else 'new'}: {head.why}{made}")
     conditioner = None
-    if recipe.HeadConditioner.suits(config, head):
-        seen = input_moments(network, find_head(network, shape), calibration)
-        conditioner = recipe.HeadConditioner(head, seen.mean, seen.variance.mean())  # type: ignore[arg-type]
+    if recipe.HeadConditioner.suits(config, layer):
+        moments = input_moments(network, name, calibration)
+        conditioner = recipe.HeadConditioner(layer, moments.mean, moments.variance.mean())  # type: ignore[arg-type]
     if config.arm != "plain":
-        # The schedule ends with the run: the network has come to live with plain BN by then, where batches allow it.
+        # The schedule ends with the run: the network is trained for plain BN by then, where batches allow it.
         set_statistics_(network, resolved.statistics, renorm_steps=config.epochs * batches.per_epoch)  # type: ignore[arg-type]
         if world > 1:
             set_process_group_(network, torch.distributed.group.WORLD)
@@ -208,19 +206,8 @@ def build(
         for parameter in network.parameters():  # those of Conv2d: Module.to refuses a Conv3d's
             if parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
-    return Setup(
-        config=config,
-        accelerator=accelerator,
-        network=network,
-        conditioner=conditioner,
-        resolved=resolved,
-        facts=_facts(config, source, data, resolved, batches.left_over),
-        prepared=prepared,
-        batches=batches,
-        train=train,
-        calibration=calibration,
-        val=val,
-    )
+    facts = _facts(config, source, data, resolved, batches.left_over)
+    return Setup(config, accelerator, network, conditioner, resolved, facts, prepared, batches, train, calibration, val)
 
 
 def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) -> Resolved:
@@ -228,10 +215,10 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) ->
 
     def drift() -> float:
         loader = evaluation(prepared, size, 0, images=max(DRIFT_SAMPLES, size))
-        found = verify(network, network, loader, drift_batch_sizes=(size,))
-        if found.no_drift is not None:
-            raise BNSurgeryError(f"finetune: no drift to choose by: {found.no_drift}. Pass --statistics.")
-        return found.train_drift[size]
+        report = verify(network, network, loader, drift_batch_sizes=(size,))
+        if report.no_drift is not None:
+            raise BNSurgeryError(f"finetune: no drift to choose by: {report.no_drift}. Pass `statistics`.")
+        return report.train_drift[size]
 
     statistics, reason = choose_statistics(config, drift)
     if config.lr in (None, "auto"):
@@ -239,18 +226,23 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) ->
     return Resolved(float(config.lr), statistics, reason, "as asked", head="")
 
 
-def _fit_head_(
-    config: Config, network: nn.Module, head: nn.Module, prepared: Prepared | Stream, share: dict[str, Any]
-) -> str:
-    """Give a new head its first weights, and say how. Every process fits the same one, on all training images.
+def _initialize_head_(config: Config, network: nn.Module, head: nn.Module, loader: Loader | Share) -> str:
+    """Initialize a new head, and say how. Every process fits the same one, on all training images.
 
-    In every arm the features are those of eval mode, which validation sees: the inserted network's are the original's
-    to the bit, and the naive one's go by the population statistics that it was just given.
+    In every arm the features are those of eval mode, which validation uses: those of the inserted network are the
+    original's to the bit, and the naive one normalizes by its new population statistics.
     """
     if config.head_init == "random":
         return "; random"
-    found = fit_head_(network, evaluation(prepared, **{**share, "rank": 0, "world": 1}), head)
-    return f"; {'' if found.refusal is None else 'random, '}{found}"
+    fit = fit_head_(network, loader, head)
+    if fit.refusal is None:
+        return f"; {fit}"
+    if config.train == "bn":
+        raise BNSurgeryError(
+            f"finetune: `train='bn'` would leave the new head random, because it cannot be fitted ({fit.refusal}): "
+            "train it with `train='bn+head'`, or keep the old one with `head='keep'`"
+        )
+    return f"; random, {fit}"
 
 
 def _facts(config: Config, source: Source, data: Data, resolved: Resolved, left: int) -> list[str]:
@@ -273,44 +265,36 @@ def _facts(config: Config, source: Source, data: Data, resolved: Resolved, left:
 
 
 def _check_sizes(config: Config, data: Data, world: int) -> None:
-    images, own = len(data.train), isinstance(data.train, Stream)
-    if own and config.batch_size < world:
+    size, own = config.batch_size, isinstance(data.train, Stream)
+    if own and size < world:
+        raise DataError(f"finetune: batches of at most {size} cannot be shared by {world} processes: make them larger")
+    if size > len(data.train):
+        count = f"the {len(data.train)} training {data.thing}s"
         raise DataError(
-            f"finetune: batches of at most {config.batch_size} cannot be shared by {world} processes: make them larger"
+            f"finetune: a batch of {size} is more than {count}: pass `batch_size={len(data.train)}` or less"
         )
-    if config.batch_size > images:
-        raise DataError(
-            f"finetune: a batch of {config.batch_size} is more than the {images} training {data.thing}s: "
-            f"pass --batch-size {images} or less"
-        )
-    if config.batch_size % world and not own:
+    if size % world and not own:
         raise BNSurgeryError(
-            f"finetune: a batch of {config.batch_size} cannot be shared evenly by {world} processes: "
-            f"pass --batch-size {world * max(1, config.batch_size // world)}"
+            f"finetune: a batch of {size} cannot be shared evenly by {world} processes: "
+            f"pass `batch_size={world * max(1, size // world)}`"
         )
-    if config.batch_size == 1 and config.arm != "plain" and config.statistics not in ("auto", "running"):
+    if size == 1 and config.arm != "plain" and config.statistics not in ("auto", "running"):
         raise BNSurgeryError(
-            f"finetune: a batch of 1 has no statistics: with --statistics {config.statistics} use "
-            "--batch-size 2 or more, or --statistics running"
+            f"finetune: a batch of 1 has no statistics: with `statistics={config.statistics!r}` use `batch_size=2` or "
+            "more; or use `statistics='running'`"
         )
 
 
 def _check_network(config: Config, network: nn.Module, example: Inputs, classes: int) -> None:
     if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise BNSurgeryError(f"finetune: --train {config.train} leaves nothing to train in the arm {config.arm}")
+        raise BNSurgeryError(f"finetune: `train={config.train!r}` leaves nothing to train in the arm {config.arm}")
     with observing(network):
-        found = run("finetune", network, example)  # says so where the image size does not fit
-    if not isinstance(found, torch.Tensor) or found.shape != (example.samples, classes):
-        got = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else with_article(type(found).__name__)
-        raise BNSurgeryError(
-            f"finetune: {type(network).__name__} gives {got}, expected ({example.samples}, {classes}): of each input a "
-            "number for every class"
+        output = run("finetune", network, example)  # which names an image size that does not fit
+    if not isinstance(output, torch.Tensor) or output.shape != (example.samples, classes):
+        got = (
+            f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else with_article(type(output).__name__)
         )
-
-
-def _precision(config: Config, place: torch.device) -> str | None:
-    if config.precision != "auto":
-        return config.precision
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None  # as accelerate launch was told
-    return "bf16" if devices.takes_bfloat16(place) else "no"
+        raise BNSurgeryError(
+            f"finetune: {type(network).__name__} returns {got}, expected ({example.samples}, {classes}): a number per "
+            "input and class"
+        )

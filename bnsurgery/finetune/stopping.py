@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, with everything saved."""
+"""On Ctrl-C and SIGTERM a run is saved and ends between two steps."""
 
 import signal
 import threading
@@ -10,7 +10,12 @@ from bnsurgery.errors import BNSurgeryError
 
 
 class Interrupted(BNSurgeryError):
-    """The run was stopped by a signal and saved; `signum` says by which."""
+    """The run was saved and stopped by the signal `signum`.
+
+    Example:
+        >>> bnsurgery.finetune.Interrupted("finetune: stopped by SIGTERM", 15).signum
+        15
+    """
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message, signum)  # both, so that it survives pickling
@@ -21,7 +26,7 @@ class Interrupted(BNSurgeryError):
 
 
 class StopRequest:
-    """Which signal asked for an end, 0 for none."""
+    """The signal that requested the end, 0 for none."""
 
     signum = 0
 
@@ -31,19 +36,15 @@ _current: StopRequest | None = None  # of the main thread
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one of the same kind acts as ever.
+    """Record SIGINT and SIGTERM instead of dying of them; a second one of the same kind acts as usual.
 
-    Within another block it gives that one's request. Elsewhere than in the main thread signals cannot be caught, and
-    nothing is noted.
+    An inner block yields the outer one's request. Signals can be caught in the main thread only.
     """
     global _current
-    if _current is not None:
-        yield _current
+    if _current is not None or threading.current_thread() is not threading.main_thread():
+        yield _current or StopRequest()
         return
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def note(signum: int, frame: FrameType | None) -> None:

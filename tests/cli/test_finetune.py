@@ -373,4 +373,4 @@ def test_when_a_process_that_reads_images_dies_nothing_is_lost(folder):
     assert "a process that reads them died" in err and "Traceback" not in err, err
     step = torch.load(folder / "runs/net-images/last/state.pt", weights_only=True)["step"]
     assert f"Saved at step {step} of" in err
-    assert "Go on with: bnsurgery finetune --resume runs/net-images --model net.py:tiny" in err
+    assert "Continue with --resume runs/net-images --model net.py:tiny" in err

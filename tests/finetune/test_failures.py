@@ -46,8 +46,11 @@ def _greedy():
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        (_broken, r"device failed: CUDA error: unspecified launch failure\. The checkpoint before is intact\. Go on"),
-        (_greedy, r"out of memory: make room and go on with --resume \S+, which .* use a smaller --image-size or"),
+        (_broken, r"device failed: CUDA error: unspecified launch failure\. Saved at step 14 of 18\. Continue"),
+        (
+            _greedy,
+            r"out of memory: free memory and continue with `resume='\S+'`, which .* use a smaller `image_size` or",
+        ),
     ],
 )
 def test_the_checkpoint_before_is_left(data, config, fail, message):
@@ -55,6 +58,9 @@ def test_the_checkpoint_before_is_left(data, config, fail, message):
     with pytest.raises(BNSurgeryError, match=message):
         finetune.run(config(arm="plain", head="keep", lr=0.1, save_every=0), model=model, data=data)
     assert RunDirectory(config().output).load_state()["step"] == 14
+    model.left = 1
+    with pytest.raises(BNSurgeryError, match=message):  # as of the step that was loaded
+        finetune.resume(config().output, model=model, data=data)
 
 
 @pytest.mark.parametrize("which", [1, 2])

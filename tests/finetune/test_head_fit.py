@@ -229,10 +229,10 @@ UNFIT = {
     "run twice": (Doubled, None, "does not run once"),
     "one output": (lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 1)), lambda y: y * 0, "one output"),
     "regression": (
-        lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y.float(), "float32 .* are no classes",
+        lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y.float(), "float32 .* are not classes",
     ),
     "a label a pixel": (
-        lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y[:, None].repeat(1, 9), "are no classes",
+        lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y[:, None].repeat(1, 9), "are not classes",
     ),
     "one class": (
         lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y * 0, "no image is of class 1",
@@ -283,7 +283,7 @@ def test_a_loader_that_fails_in_the_second_pass_leaves_the_head_as_it_was():
 def test_other_bad_input_is_named():
     model, loader = sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), batches()
     for given, reason in (
-        (iter(loader), "used up by one pass"),
+        (iter(loader), "which one pass exhausts"),
         ([images for images, _ in loader], "batch 0: expected a tuple of an input and labels"),
     ):
         with pytest.raises(DataError, match=reason):
@@ -332,8 +332,35 @@ def test_every_arm_fits_its_own_features_and_a_kept_head_stays(model, data, conf
 
 
 @pytest.mark.slow
-def test_a_run_whose_head_cannot_be_fitted_says_so_and_trains(data, config):
+def test_batchnorm_alone_is_trained_behind_a_fitted_head(model, data, config, tmp_path):
+    setup_only = setup.build(config(head="new"), setup.processes(config()), model, data, None, False)
+    result = finetune.run(config(head="new", train="bn"), model=model, data=data)
+    assert "; fitted on 96 images in " in result.resolved.head
+    trained = bnsurgery.load(result.directory / "best.safetensors", model=model)
+    assert torch.equal(head_of(trained).weight, head_of(setup_only.network).weight)
+    assert not torch.equal(trained[1].weight, setup_only.network[1].weight)
+    with pytest.raises(BNSurgeryError, match=r"would leave the new head random, because it cannot be fitted \(the net"):
+        finetune.run(config(output=str(tmp_path / "no"), head="new", train="bn"), model=unfittable(), data=data)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_first_checkpoint_fits_its_head_again(model, data, config):
+    whole = finetune.run(config(epochs=1, head="new"), model=model, data=data)
+    (whole.directory / "last" / "state.pt").unlink()
+    again = finetune.resume(whole.directory, model=model, data=data)
+    assert [row.train_loss for row in again.rows] == [row.train_loss for row in whole.rows]
+    assert again.resolved == whole.resolved
+
+
+def unfittable():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten())
-    result = finetune.run(config(epochs=1, head="new"), model=model.eval(), data=data, save=False)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()
+    ).eval()
+
+
+@pytest.mark.slow
+def test_a_run_whose_head_cannot_be_fitted_says_so_and_trains(data, config):
+    result = finetune.run(config(epochs=1, head="new"), model=unfittable(), data=data, save=False)
     assert "; random, not fitted: the network's outputs are not the head's" in result.resolved.head

@@ -36,6 +36,13 @@ def batches(size=32):
     return [torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
 
+def prepared(source, data, config, images):
+    """The task, the network to train, and its head."""
+    task, head = network.task_of(source, data, config)
+    made = network.prepare(source, task, head, config, images)
+    return task, made, made.get_submodule(head.name_in(made))
+
+
 @pytest.mark.parametrize("kind", ["architecture", "plain file", "inserted file"])
 def test_every_source_ends_as_an_inserted_network_with_a_new_head(plain, tmp_path, kind):
     config = replace(CONFIG, image_size=32, normalize="imagenet")
@@ -48,11 +55,10 @@ def test_every_source_ends_as_an_inserted_network_with_a_new_head(plain, tmp_pat
     else:
         config = replace(config, source="squeezenet1_1", weights="random")
     source = network.find(config)
-    task = network.task_of(source, DATA, config)
+    features = {name: value.clone() for name, value in source.model.named_parameters() if "classifier" not in name}
+    task, trained, head = prepared(source, DATA, config, batches())
     assert (task.classes, task.head, task.preprocessing.shape) == (DATA.classes, "classifier.1", (3, 32, 32))
     assert task.preprocessing.mean == (0.485, 0.456, 0.406)
-    features = {name: value.clone() for name, value in source.model.named_parameters() if "classifier" not in name}
-    trained, head = network.prepare(source, task, config, batches())
     assert outputs_of(head) == 4 and trained(batches()[0]).shape == (4, 4)
     assert bnsurgery.record(trained).task == task
     originals = bnsurgery.fold(trained).state_dict()
@@ -72,7 +78,7 @@ def test_a_custom_network_gets_its_head_back_on_load(tmp_path):
     )
     config = replace(CONFIG, head="new")
     images = patterns(16, 1)[0].float() / 255
-    trained, _ = network.prepare(source, network.task_of(source, three, config), config, [images])
+    _, trained, _ = prepared(source, three, config, [images])
     bnsurgery.save(trained, tmp_path / "custom.safetensors")
     again = bnsurgery.load(tmp_path / "custom.safetensors", model=tiny())
     assert torch.equal(again(images), trained(images))
@@ -86,7 +92,7 @@ def test_the_naive_arm_forgets_and_the_others_do_not():
     for arm in ("plain", "bn", "bn-naive"):
         config = replace(CONFIG, arm=arm, head="keep")
         source = network.given(tiny())
-        trained, _ = network.prepare(source, network.task_of(source, DATA, config), config, [images])
+        _, trained, _ = prepared(source, DATA, config, [images])
         if arm == "bn-naive":
             network.forget_(trained)
         set_dropout_(trained, 0.0)
@@ -100,16 +106,30 @@ def test_the_plain_arm_of_an_inserted_network_has_no_batchnorm():
     inserted = bnsurgery.insert(tiny(), [images])
     config = replace(CONFIG, arm="plain", head="keep")
     source = network.given(inserted)
-    trained, head = network.prepare(source, network.task_of(source, DATA, config), config, [images])
+    _, trained, head = prepared(source, DATA, config, [images])
     assert set(trained.state_dict()) == set(tiny().state_dict())
     assert torch.equal(trained(images), tiny()(images)) and head is trained[-1]
 
 
-def test_a_new_head_is_not_left_untrained():
-    config = replace(CONFIG, train="bn", head="new")
-    source = network.given(tiny())
-    with pytest.raises(BNSurgeryError, match="--train bn would leave the new head"):
-        network.prepare(source, network.task_of(source, DATA, config), config, [patterns(16, 1)[0].float() / 255])
+def test_a_new_head_is_not_left_random():
+    """Where it is fitted, training BatchNorm alone is fine: test_head_fit.py."""
+    config = replace(CONFIG, train="bn", head="new", head_init="random")
+    with pytest.raises(BNSurgeryError, match="`train='bn'` would leave the new head random: fit it with `head_init="):
+        prepared(network.given(tiny()), DATA, config, [patterns(16, 1)[0].float() / 255])
+
+
+def test_the_head_is_found_once_whatever_is_renumbered(monkeypatch):
+    """Of an inserted network, whose original has another name for it, to the network that is trained."""
+    calls = []
+    monkeypatch.setattr(network, "find_head", lambda *args: calls.append(args) or find_head(*args))
+    images = patterns(16, 1)[0].float() / 255
+    for arm in ("bn", "plain"):
+        source = network.given(bnsurgery.insert(tiny(), [images]))
+        before = find_head(source.model)
+        task, made, head = prepared(source, DATA, replace(CONFIG, head="new", arm=arm), [images])
+        assert task.head == find_head(tiny()) != before
+        assert head is made.get_submodule(find_head(made)) and outputs_of(head) == 4
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
@@ -190,17 +210,18 @@ def test_a_factory_is_found_in_a_file_and_in_a_package(tmp_path):
 
 
 def test_channels_and_sizes_follow_the_network(plain):
-    grey = network.task_of(network.given(tiny()), DATA, CONFIG)
+    grey, _ = network.task_of(network.given(tiny()), DATA, CONFIG)
     assert (grey.preprocessing.channels, grey.preprocessing.resize) == ("grey", 8)
     sized = replace(CONFIG, source=str(plain), image_size=64)
-    colour = network.task_of(network.find(sized), DATA, sized)
+    colour, _ = network.task_of(network.find(sized), DATA, sized)
     assert colour.preprocessing.channels == "rgb"
     photographs = replace(DATA, photographs=True)
     one, five = (
         nn.Sequential(nn.Conv2d(channels, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
         for channels in (1, 5)
     )
-    assert network.task_of(network.given(one), photographs, replace(CONFIG, image_size=224)).preprocessing.resize == 256
+    task, _ = network.task_of(network.given(one), photographs, replace(CONFIG, image_size=224))
+    assert task.preprocessing.resize == 256
     with pytest.raises(BNSurgeryError, match="takes 5 channels, expected 1 or 3"):
         network.task_of(network.given(five), DATA, CONFIG)
 
@@ -224,7 +245,9 @@ def test_a_checkpoint_is_taken_whole(tmp_path):
     source = replace(CONFIG, source=str(tmp_path / "bn.safetensors"), model="tiny_task:tiny")
     assert network.find(source).description == "checkpoint bn.safetensors"
     for given in ({"weights_key": "model"}, {"weights_prefix": "net."}, {"partial": True}):
-        with pytest.raises(CheckpointError, match="is a whole checkpoint: a key, a prefix and partial are for plain"):
+        with pytest.raises(
+            CheckpointError, match="is a whole checkpoint: `weights_key`, `weights_prefix` and `partial`"
+        ):
             network.find(replace(source, **given))
 
 
@@ -240,7 +263,7 @@ def test_what_is_trained_goes_before_what_was_frozen(train):
         "free": bnsurgery.insert(tiny(), [images]),
     }.items():
         source, config = network.given(model), replace(CONFIG, train=train, head="keep")
-        made, head = network.prepare(source, network.task_of(source, DATA, config), config, [images])
+        _, made, head = prepared(source, DATA, config, [images])
         choose_parameters_(made, train, head)
         assert bnsurgery.record(made).frozen == () and {m.statistics for m in norms_of(made)} == {"batch"}
         bnsurgery.set_statistics_(made, "renorm")
@@ -270,11 +293,10 @@ def test_a_trained_head_that_fits_is_kept(tmp_path, kind, arm):
     else:
         source = network.given(tiny() if kind == "network" else inserted)
     before = tiny(7 if kind == "file" else 0)
-    kept, why = network.keeps_head(source, (1, 8, 8), DATA.classes, config)
-    assert kept and "4 classes" in why and "--head new" in why
-    task = network.task_of(source, DATA, config)
+    chosen = network.choose_head(source, (1, 8, 8), DATA.classes, config)
+    assert chosen.kept and "4 classes" in chosen.why and "`head='new'`" in chosen.why
+    task, trained, head = prepared(source, DATA, config, [images])
     assert task.head is None
-    trained, head = network.prepare(source, task, config, [images])
     assert torch.equal(head.weight, before[-1].weight) and torch.equal(head.bias, before[-1].bias)
     torch.testing.assert_close(trained.eval()(images), before(images), rtol=1e-5, atol=1e-5)
 
@@ -292,7 +314,7 @@ def test_a_head_whose_classes_are_known_is_kept_for_those(tmp_path, kind, classe
     """They are: in what a run saved, and in what it was folded to."""
     images = patterns(16, 1)[0].float() / 255
     source = network.given(tiny())
-    trained, _ = network.prepare(source, network.task_of(source, DATA, CONFIG), CONFIG, [images])
+    _, trained, _ = prepared(source, DATA, CONFIG, [images])
     path = tmp_path / "w.safetensors"
     if kind == "run":
         bnsurgery.save(trained, path)
@@ -301,18 +323,18 @@ def test_a_head_whose_classes_are_known_is_kept_for_those(tmp_path, kind, classe
     config = replace(CONFIG, source=str(path), model="tiny_task:tiny")
     data = replace(DATA, classes=classes)
     source = network.find(config)
-    found = network.keeps_head(source, (1, 8, 8), classes, config)
-    assert found[0] == kept and why in found[1]
-    _, head = network.prepare(source, network.task_of(source, data, config), config, [images])
-    assert torch.equal(head.weight, tiny()[-1].weight) == kept
+    chosen = network.choose_head(source, (1, 8, 8), classes, config)
+    assert chosen.kept == kept and why in chosen.why
     asked = replace(config, head="keep" if not kept else "new")
-    assert network.keeps_head(source, (1, 8, 8), classes, asked) == (not kept, "as asked")
+    chosen = network.choose_head(source, (1, 8, 8), classes, asked)
+    assert (chosen.kept, chosen.why) == (not kept, "as asked")
+    _, _, head = prepared(source, data, config, [images])
+    assert torch.equal(head.weight, tiny()[-1].weight) == kept
 
 
 def test_a_head_for_more_classes_is_given_up_in_words():
-    source = network.given(tiny())
-    kept, why = network.keeps_head(source, (1, 8, 8), ("a", "b"), CONFIG)
-    assert not kept and why == "the old one is for 4 classes"
+    chosen = network.choose_head(network.given(tiny()), (1, 8, 8), ("a", "b"), CONFIG)
+    assert not chosen.kept and chosen.why == "the old one is for 4 classes"
 
 
 def test_torchvisions_weights_know_their_classes(monkeypatch):
@@ -323,9 +345,9 @@ def test_torchvisions_weights_know_their_classes(monkeypatch):
     ))  # fmt: skip
     source = network.find(replace(CONFIG, source="squeezenet1_1"))
     assert source.classes == tuple(models.SqueezeNet1_1_Weights.DEFAULT.meta["categories"])
-    assert network.keeps_head(source, (3, 32, 32), source.classes, CONFIG)[0]
+    assert network.choose_head(source, (3, 32, 32), source.classes, CONFIG).kept
     own = tuple(f"n{i}" for i in range(1000))
-    assert not network.keeps_head(source, (3, 32, 32), own, CONFIG)[0]
+    assert not network.choose_head(source, (3, 32, 32), own, CONFIG).kept
 
 
 @pytest.mark.parametrize("noted", ["no JSON", "5", "{}", '["a", 1]', "[" * 5000])

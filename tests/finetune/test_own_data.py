@@ -147,7 +147,9 @@ def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(name, own, model, monkeyp
     with pytest.raises(KeyboardInterrupt):
         finetune.resume(own(name).output, model=model, data=f"own.py:{name}")
     assert saves[3] % 7 and saves[9] % 7  # both within an epoch
-    with pytest.raises(BNSurgeryError, match=rf"its data comes by running 'own.py:{name}': name it again, with --data"):
+    with pytest.raises(
+        BNSurgeryError, match=rf"the data comes from running 'own.py:{name}': pass `data='own.py:{name}'` again"
+    ):
         finetune.resume(own(name).output, model=model)
     result = finetune.resume(own(name).output, model=model, data=f"own.py:{name}")
     states = [torch.load(run.directory / "last" / "state.pt", weights_only=True) for run in (whole, result)]
@@ -162,7 +164,7 @@ def test_other_data_is_not_resumed(own, model, tmp_path):
     finetune.run(own("shuffled", epochs=1), model=model)
     code = (tmp_path / "own.py").read_text()
     (tmp_path / "own.py").write_text(code.replace("patterns(40, 2)", "patterns(39, 2)"))
-    with pytest.raises(DataError, match=r"not what the run was started with: val_images: 40 then, 39 now"):
+    with pytest.raises(DataError, match=r"the data has changed since the start: val_images: 40 then, 39 now"):
         finetune.resume(own("shuffled").output, model=model, data="own.py:shuffled")
 
 
@@ -324,7 +326,7 @@ def test_batches_have_their_own_size(own, model):
 
 def test_a_network_that_puts_out_something_else_is_refused(own):
     network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    with pytest.raises(BNSurgeryError, match=r"Sequential gives shape \(2, 4, 4, 4\), expected \(2, 4\)"):
+    with pytest.raises(BNSurgeryError, match=r"Sequential returns shape \(2, 4, 4, 4\), expected \(2, 4\)"):
         finetune.run(own("dataset", head="keep"), model=network)
 
 

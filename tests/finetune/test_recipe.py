@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import bnsurgery
 from bnsurgery import finetune
-from bnsurgery.finetune import Config, recipe
+from bnsurgery.finetune import Config, loop, recipe
 
 
 def parts(**changes):
@@ -99,11 +99,20 @@ def test_the_conditioner_never_raises_the_rate():
     assert torch.equal(head.weight.grad, torch.ones(2, 3))
 
 
-def test_the_average_is_exponential():
-    average, parameter = [torch.zeros(2)], [torch.ones(2)]
-    for _ in range(3):
-        recipe.average_(average, parameter, 0.5)
-    torch.testing.assert_close(average[0], torch.full((2,), 1 - 0.5**3))
+def test_the_average_is_exponential(model, data, config, monkeypatch):
+    """From the weights before the first step on, in float64: equal up to float32's rounding."""
+    expected, averages = [], []
+
+    def step(trainer, *args, original=loop.Trainer.train_step):
+        expected[:] = expected or [p.detach().double() for p in trainer.trained]
+        original(trainer, *args)
+        expected[:] = [0.7 * a + 0.3 * p.detach() for a, p in zip(expected, trainer.trained, strict=True)]
+        averages[:] = trainer.average
+
+    monkeypatch.setattr(loop.Trainer, "train_step", step)
+    finetune.run(config(epochs=1, ema=0.7), model=model, data=data, save=False)
+    for average, value in zip(averages, expected, strict=True):
+        torch.testing.assert_close(average.double(), value, rtol=1e-5, atol=1e-6)
 
 
 def test_it_learns(model, data, config):

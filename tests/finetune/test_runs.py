@@ -155,7 +155,7 @@ def test_a_head_is_replaced_for_other_classes_and_kept_for_the_same(model, data,
     assert again.final.val_accuracy == pytest.approx(first.best.val_accuracy, abs=0.05)
     other = finetune.run(config(output=str(tmp_path / "other"), epochs=1), model=kept, data=data)
     assert bnsurgery.load(other.directory / "best.safetensors", model=model)[-1].out_features == 4
-    with pytest.raises(BNSurgeryError, match="tells 3 classes apart and cannot be kept for 4"):
+    with pytest.raises(BNSurgeryError, match="has 3 outputs and cannot be kept for 4 classes"):
         finetune.run(config(output=str(tmp_path / "x"), head="keep"), model=kept, data=data)
 
 
@@ -206,18 +206,18 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(model, 
     monkeypatch.setattr(recipe.HeadConditioner, "apply_", overflow_in_step_8)
     with pytest.raises(finetune.DivergedError) as error:
         finetune.run(config(save_every=0.0), model=model, data=data)
-    assert "diverged at step 8 (epoch 2), peak learning rate 0.05: a weight is no finite number" in str(error.value)
-    assert "best.safetensors" in str(error.value) and "--lr 0.02" in str(error.value)
+    assert "diverged at step 8 (epoch 2), peak learning rate 0.05: a weight is not finite" in str(error.value)
+    assert "best.safetensors" in str(error.value) and "`lr=0.02`" in str(error.value)
     state = RunDirectory(config().output).load_state()
     assert state["step"] == 7
     assert all(value.isfinite().all() for value in state["network"].values())
     monkeypatch.setattr(recipe, "rate_factor", lambda step, *rest: 1e18 if step == 7 else factor(step, *rest))
-    with pytest.raises(finetune.DivergedError, match="diverged at step 9 .*: the loss is no finite number"):
+    with pytest.raises(finetune.DivergedError, match="diverged at step 9 .*: the loss is not finite"):
         finetune.run(config(output=config().output + "-2", arm="plain"), model=model, data=data)
 
 
 def test_sizes_that_cannot_work_are_refused_before_anything_is_done(model, data, config):
-    with pytest.raises(DataError, match="more than the 96 training images: pass --batch-size 96"):
+    with pytest.raises(DataError, match="more than the 96 training images: pass `batch_size=96`"):
         finetune.run(config(batch_size=97), model=model, data=data, save=False)
     with pytest.raises(BNSurgeryError, match="a batch of 1 has no statistics"):
         finetune.run(config(batch_size=1, statistics="batch"), model=model, data=data, save=False)
@@ -271,7 +271,7 @@ def test_an_image_size_that_does_not_fit_says_so(model, data, config):
 
 @pytest.mark.usefixtures("finished")
 def test_a_run_is_not_overwritten(model, data, config):
-    with pytest.raises(BNSurgeryError, match="a run is there already.*--resume"):
+    with pytest.raises(BNSurgeryError, match="a run is there already.*`resume="):
         finetune.run(config(epochs=1), model=model, data=data)
 
 

@@ -142,13 +142,13 @@ def test_fine_tuning_takes_it_from_the_checkpoint_or_the_options():
     images, labels = torch.randint(0, 256, (8, 3, 12, 12), dtype=torch.uint8), torch.arange(8) % 4
     data = from_tensors((images, labels), (images, labels), "abcd")
     config = Config(source="x", data="x", output="x", image_size="12x20", scale=255.0, mean=MEAN, channels="bgr")
-    asked = network.task_of(network.given(made()), data, config).preprocessing
+    asked = network.task_of(network.given(made()), data, config)[0].preprocessing
     assert asked == replace(CAFFE, height=12, width=20, resize=12)
     assert Config.from_dict(json.loads(json.dumps(vars(config))), "config.json") == config
     model = bnsurgery.insert(made().eval(), [torch.randn(4, 3, 12, 20)])
     attach_record(model, replace(record(model), task=Task((), None, asked)))
     later = Config(source="x", data="x", output="x")
-    assert network.task_of(network.given(model), data, later).preprocessing == asked
+    assert network.task_of(network.given(model), data, later)[0].preprocessing == asked
 
 
 def test_a_number_of_any_length_is_refused():

@@ -230,6 +230,6 @@ def test_fine_tuning_names_what_it_cannot_compute_on(tmp_path):
     finetune.run(config(tmp_path / "first", device="cpu"), model=tiny(), data=DATA, save=False)
     with (
         device_without_float64(),
-        pytest.raises(BNSurgeryError, match=r"--device mps:0: this process computes on cpu already: start another"),
+        pytest.raises(BNSurgeryError, match=r"`device='mps:0'`: this process computes on cpu already: start another"),
     ):
         finetune.run(config(tmp_path / "second", device="mps:0"), model=tiny(), data=DATA)
