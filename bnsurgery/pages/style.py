@@ -27,18 +27,19 @@ _WIDTH = 4.6  # inches: about a phone's width, so that a page never has to shrin
 _DPI = 144
 
 
-def new_figure(alt: str, *, rows: int = 1, columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
-    """A figure and its axes, in an array of shape (rows, columns); no window system, no global state is involved.
+def new_figure(alt: str, *, columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
+    """A figure and its axes, in an array of shape (1, columns), without a window system or global state.
 
     Args:
-        alt: what it shows, in words, for those who cannot see it; kept as the figure's label.
-        height: inches of one panel.
+        alt: description of the figure for those who cannot see it; kept as its label.
+        columns: number of panels.
+        height: inches of a panel.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH * columns, height * rows), layout="constrained", dpi=_DPI)
+    figure = Figure(figsize=(_WIDTH * columns, height), layout="constrained", dpi=_DPI)
     figure.set_label(alt)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(1, columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.4, linewidth=0.6)
