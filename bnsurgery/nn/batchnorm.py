@@ -1,4 +1,4 @@
-"""BatchNorm modules for insertion: torch's own on our op, with a fused ReLU, statistics modes, and exact casts."""
+"""BatchNorm layers for insertion: torch's on our op, with a fused ReLU, statistics modes and exact casts."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -106,14 +106,14 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.statistics == "renorm" and not self.num_batches_tracked.is_meta:
-            done = max(int(self.num_batches_tracked) - self.renorm_start, 0)
-            self.start_renorm_(done, int(self.renorm_state[3, 0]))
+            taken = max(int(self.num_batches_tracked) - self.renorm_start, 0)
+            self.start_renorm_(taken, int(self.renorm_state[3, 0]))
 
-    def start_renorm_(self, done: int, steps: int) -> None:
-        """Normalize by "renorm" from now on, as after `done` of its training steps."""
+    def start_renorm_(self, taken: int, steps: int) -> None:
+        """Normalize by "renorm" from now on, as after the first `taken` of its training steps."""
         self.statistics, self.renorm_weights = "renorm", None
-        self.renorm_start = int(self.num_batches_tracked) - done
-        self.renorm_state = schedule(self.running_mean, done, steps)
+        self.renorm_start = int(self.num_batches_tracked) - taken
+        self.renorm_state = schedule(self.running_mean, taken, steps)
 
     def reset_running_stats(self) -> None:
         """Torch's, which `torch.optim.swa_utils.update_bn` calls; refused if train mode needs the statistics."""

@@ -112,8 +112,7 @@ def _differentiable(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[T
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
     """`batch_norm_fwd` below autograd; as ATen's, it changes running statistics that other graphs may have saved."""
     with torch._C._AutoDispatchBelowAutograd():
-        results: tuple[Tensor, Tensor] = batch_norm_fwd(*args)
-    return results
+        return batch_norm_fwd(*args)
 
 
 def batch_norm(*args: Any) -> Tensor:

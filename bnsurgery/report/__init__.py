@@ -1,4 +1,4 @@
-"""What stands on a page: one self-contained HTML page each for an insertion, a run and a comparison, and their figures.
+"""Contents of the pages: one self-contained HTML page for an insertion, a run or a comparison, and its figures.
 
 `insertion`, `training` and `comparison` return a `Report`, with `save`, `save_figures` and `figures`; the `plot_`
 functions return its matplotlib figures one by one. Needs the extra `report`, whose libraries load on first use.

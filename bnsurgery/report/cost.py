@@ -1,4 +1,4 @@
-"""What BatchNorm costs: parameters, and the time and memory of a training step, before and after."""
+"""The cost of BatchNorm: parameters, and the time and memory of a training step, before and after."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Cost:
     Attributes:
         parameters: how many numbers training changes.
         seconds: time of a forward and backward pass in train mode.
-        kept_bytes: what autograd keeps between the two, without the parameters.
+        kept_bytes: tensors that autograd keeps between the two, without the parameters.
     """
 
     parameters: int
@@ -71,7 +71,7 @@ def _step(network: nn.Module, sample: Inputs) -> Callable[[], float]:
         if isinstance(loss, Tensor) and loss.requires_grad and parameters:
             try:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
-            except RuntimeError as error:  # code that works in place on what the backward pass needs
+            except RuntimeError as error:  # code that changes tensors in place that the backward pass needs
                 raise BNSurgeryError(f"its backward pass fails: {str(error).splitlines()[0]}") from error
         synchronize(device)
         return time.perf_counter() - start

@@ -130,11 +130,11 @@ def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
     views = _views(sites, batches)
     drawn = [view for view in views if view.dead or view.near_eps or view.silent]
     worst = max(views, key=lambda view: view.dead / view.channels)
-    channels, *counts = map(thousands, channel_counts(views))
+    total, dead, near, silent = map(thousands, channel_counts(views))
+    most = f"; most dead ones at {worst.name}: {worst.dead} of {worst.channels}" if worst.dead else ""
     alt = (
-        f"Share of dead, near-eps and silent channels by site. In all, of {channels}: {counts[0]} dead, {counts[1]} "
-        f"near eps, {counts[2]} silent"
-        + (f"; most dead ones at {worst.name}: {worst.dead} of {worst.channels}." if worst.dead else ".")
+        f"Share of dead, near-eps and silent channels by site. In all, of {total}: {dead} dead, {near} near eps, "
+        f"{silent} silent{most}."
     )
     figure, axes = new_figure(alt, height=_FRAME + (0.35 + _ROW * len(drawn) if drawn else 0))
     axis = axes[0, 0]
@@ -142,17 +142,15 @@ def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
         axis.set_axis_off()
         axis.text(0.5, 0.5, "No channel is dead, near eps or silent.", ha="center", va="center")
         return figure
-    rows = np.arange(len(drawn))
-    dead, near, silent = np.array([[v.dead, v.near_eps, v.silent or 0] for v in drawn]).T * (
-        100 / np.array([v.channels for v in drawn])
-    )
-    axis.barh(rows - 0.2, dead, 0.36, color=WRONG, label="dead: σ² < eps")
-    axis.barh(rows - 0.2, near, 0.36, left=dead, color=NEARLY, label="near eps: σ² < 10·eps")
-    axis.barh(rows + 0.2, silent, 0.36, color=NEUTRAL, label="silent: never above 0")
+    rows, counts = np.arange(len(drawn)), np.array([[v.dead, v.near_eps, v.silent or 0] for v in drawn])
+    shares = 100 * counts.T / [view.channels for view in drawn]
+    axis.barh(rows - 0.2, shares[0], 0.36, color=WRONG, label="dead: σ² < eps")
+    axis.barh(rows - 0.2, shares[1], 0.36, left=shares[0], color=NEARLY, label="near eps: σ² < 10·eps")
+    axis.barh(rows + 0.2, shares[2], 0.36, color=NEUTRAL, label="silent: never above 0")
     others = len(views) - len(drawn)
     beyond = f"; none at {counted(others, 'other site')}" if others else ""
     _name_rows(axis, drawn, "share of the channels (%)" + beyond)
-    axis.set_xlim(0, max(5.0, 1.05 * max((dead + near).max(), silent.max())))
+    axis.set_xlim(0, max(5.0, 1.05 * max((shares[0] + shares[1]).max(), shares[2].max())))
     axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=1, fontsize="small")
     return figure
 

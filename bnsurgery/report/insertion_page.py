@@ -92,20 +92,18 @@ def insertion(
 
 
 def _is_identity(norm: Any) -> bool:
-    """Whether a BatchNorm computes its very input: before training, unless a bias was absorbed."""
+    """Whether a BatchNorm's output is its input: before training, unless a bias was absorbed."""
     scale, shift = kernel_scale_shift(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
     return bool((scale == 1).all() and (shift == 0).all())
 
 
 def _verdict(layers: int, result: EquivalenceReport, good: bool) -> str:
-    start = f"{counted(layers, 'BatchNorm layer')}, and"
+    start, difference = f"{counted(layers, 'BatchNorm layer')}, and", f"{result.max_rel:.2g} of the largest"
     if result.bit_identical:
         return f"{start} in eval mode the same output bits on {result.inputs}."
     if good:
-        return f"{start} in eval mode the same outputs on {result.inputs} up to {result.max_rel:.2g} of the largest."
-    return (
-        f"{start} the outputs are NOT the same: they differ by {result.max_rel:.2g} of the largest on {result.inputs}."
-    )
+        return f"{start} in eval mode the same outputs on {result.inputs} up to {difference}."
+    return f"{start} the outputs are NOT the same: they differ by {difference} on {result.inputs}."
 
 
 def _facts(surgery: SurgeryRecord, result: EquivalenceReport) -> Iterable[tuple[str, str]]:
@@ -115,14 +113,10 @@ def _facts(surgery: SurgeryRecord, result: EquivalenceReport) -> Iterable[tuple[
     yield "largest difference", f"{result.max_abs:.3g}, relative {result.max_rel:.3g}{place}"
     if result.top1_agreement is not None:
         yield "top-1 agreement", percent(result.top1_agreement, ".4g")
-    images = f"{origin['images']}: " if "images" in origin else ""
-    for name, key, prefix in (
-        ("weights", "weights", ""),
-        ("calibrated on", "data", images),
-        ("fine-tuned on", "task", ""),
-    ):
+    for name, key in {"weights": "weights", "calibrated on": "data", "fine-tuned on": "task"}.items():
         if key in origin:
-            yield name, f"{prefix}{origin[key]}"
+            images = f"{origin['images']}: " if key == "data" and "images" in origin else ""
+            yield name, f"{images}{origin[key]}"
     yield "placement", f"{plan.placement}, layers={plan.layers}{', biases absorbed' if options.absorb_bias else ''}"
     yield "eps, momentum", f"{options.eps:g}, {'cumulative' if options.momentum is None else options.momentum}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in surgery.versions.items())
@@ -151,12 +145,11 @@ def _statistics(views: Sequence[sites.SiteView], surgery: SurgeryRecord) -> Sect
 def _preactivations(views: Sequence[sites.SiteView], surgery: SurgeryRecord, exact: bool, images: int) -> Section:
     layers = "layers" if surgery.plan.placement == "pre-activation" else "activations in front of the BatchNorms"
     outside = max(h.outside for view in views for h in (view.before, view.after) if h is not None)
+    beyond = f"at most {percent(outside, '.2g')} of a site's values lie" if outside else "no value lies"
     text = (
         f"The outputs of the {layers} on {images} of the images, all channels together: as they are, and normalized "
         f"channel by channel. Weight and bias {'then undo that, exactly' if exact else 'follow'}. The histograms reach "
-        "five deviations to either side; "
-        + (f"at most {percent(outside, '.2g')} of a site's values lie" if outside else "no value lies")
-        + " further out."
+        f"five deviations to either side; {beyond} further out."
     )
     figures = {f"preactivations-{panel}": plot_preactivations(views, panels=(panel,)) for panel in ("before", "after")}
     return Section("Pre-activations", (text,), figures=figures)
@@ -169,11 +162,10 @@ def _channels(views: Sequence[sites.SiteView]) -> Section:
         return Section(heading, (f"None of {counted(total, 'channel')} is dead, near eps or silent on these images.",))
     text = (
         f"Of {counted(total, 'channel')}: {thousands(dead)} dead, {thousands(near_eps)} near eps, {thousands(silent)} "
-        "silent on these images."
-        + " Dead ones stay exact, but training can amplify their small differences; a larger eps damps that."
-        * bool(dead)
-        + " The table has their numbers, counted from 0."
+        "silent on these images. The table has their numbers, counted from 0."
     )
+    if dead:
+        text += " Dead ones stay exact, but training can amplify their small differences; a larger eps damps that."
     rows = [(v.name, *map(_numbers, (v.is_dead, v.is_near_eps, v.is_silent))) for v in views]
     table = Table(("site", "dead", "near eps", "silent"), [row for row in rows if any(row[1:])])
     return Section(heading, (text,), table, figures={"channels": plot_channels(views)})

@@ -144,7 +144,7 @@ class SiteView:
 
 
 def view_sites(bn_model: nn.Module, batches: Iterable[Any] = ()) -> tuple[SiteView, ...]:
-    """All BatchNorms that `insert` put in, in order, with histograms over the first 16 images of `batches`, if any.
+    """All inserted BatchNorms, in order, with histograms over the first 16 images of `batches`, if any.
 
     Raises:
         BNSurgeryError: the model was not made by `insert` or `load`.

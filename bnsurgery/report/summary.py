@@ -1,4 +1,4 @@
-"""The summary that `bnsurgery insert` prints: what calibration measured, in one line a site."""
+"""The summary that `bnsurgery insert` prints: the calibrated statistics, one line a site."""
 
 from dataclasses import dataclass
 from typing import Any
