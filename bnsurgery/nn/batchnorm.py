@@ -44,7 +44,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
         if activation not in (None, "relu"):
-            raise ValueError(f"{type(self).__name__}: activation must be None or 'relu', got {activation!r}")
+            raise ValueError(f"{type(self).__name__}: `activation` must be None or 'relu', got {activation!r}")
         super().__init__(*args, **kwargs)
         self.activation = activation
         self.register_buffer("renorm_state", None, persistent=False)

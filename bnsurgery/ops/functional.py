@@ -93,7 +93,7 @@ def batch_norm(
     """
     check(input, "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if not training and (running_mean is None or running_var is None):
-        raise ValueError("batch_norm: got no running_mean and running_var, which eval mode normalizes by")
+        raise ValueError("batch_norm: got no `running_mean` and `running_var`, which eval mode normalizes by")
     group = group_name(process_group) if training else ""
     return normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, relu, group)
 

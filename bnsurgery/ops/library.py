@@ -94,7 +94,7 @@ def _differentiable(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[T
     """The gradients as functions of input, weight, bias and `grad`, for create_graph=True: by ATen."""
     eps, training, relu, group = ctx.settings
     if group:
-        raise NotImplementedError("batch_norm: no double backward with a process group; pass process_group=None")
+        raise NotImplementedError("batch_norm: no double backward with a process group: pass `process_group=None`")
     input, _, statistics, weight, bias = ctx.saved_tensors
     # Views, so that the gradients stop here: the three may depend on each other, as in a network that is applied twice.
     tensors: list[Any] = [t if t is None else t.view_as(t) for t in (input, weight, bias)]
