@@ -25,6 +25,7 @@ import bnsurgery
 from bnsurgery.images.batches import calibration_batches
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.text.tables import table
+from bnsurgery.text.words import percent
 
 PLACE = Path("benchmarks/results/load.txt")
 SIZE, BATCH, ALLOWED = 48, 32, 0.05
@@ -69,7 +70,7 @@ def calibration(network: nn.Module, images: int) -> str:
         moments = bnsurgery.calibrate(network, sites, watched())
         seconds = time.perf_counter() - start
     positions = next(iter(moments.values())).count // images
-    rows = [(100 * i, round(size, 1), f"{size / sizes[0] - 1:+.2%}") for i, size in enumerate(sizes, 1)]
+    rows = [(100 * i, round(size, 1), percent(size / sizes[0] - 1, "+.2f")) for i, size in enumerate(sizes, 1)]
     shown = rows[: -1 : max(1, len(rows) // 10)] + rows[-1:]
     return (
         f"Calibration on {images:,} JPEG files in {len(batches)} batches of {BATCH}: {seconds:.0f} s, "
@@ -119,7 +120,7 @@ def resident() -> float:
 
 def verdict(sizes: list[float]) -> str:
     flat = all(abs(size / sizes[0] - 1) <= ALLOWED for size in sizes)
-    return f"{'flat' if flat else 'NOT FLAT'} within {ALLOWED:.0%}"
+    return f"{'flat' if flat else 'NOT FLAT'} within {percent(ALLOWED)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The modules that an inserted network is made of."""
+"""The layers of an inserted network, and their settings."""
 
 from bnsurgery.machine.torch_version import require_torch
 

@@ -1,4 +1,4 @@
-"""BatchNorm modules for insertion: torch's own on our op, with a fused ReLU, statistics modes, and exact casts."""
+"""BatchNorm layers for insertion: torch's on our op, with a fused ReLU, statistics modes and exact casts."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,18 +17,18 @@ Statistics = Literal["batch", "running", "renorm"]
 
 
 class Insertable(nn.modules.batchnorm._BatchNorm):
-    """What the three classes below add to torch's.
+    """The additions of the classes below to torch's.
 
     Attributes:
         activation: None or "relu", applied to the output.
         statistics: what train mode normalizes by, see `set_statistics_`.
         renorm_start: num_batches_tracked when `statistics` became "renorm".
-        renorm_state: that of `ops.renorm.schedule`, a buffer that the state dict leaves out.
-        renorm_weights: weight and bias at the last call, with their versions: a step ends when they change.
+        renorm_state: see `ops.renorm.schedule`; a buffer that the state dict leaves out.
+        renorm_weights: weight and bias at the last call, with their versions. A step ends when they change.
         process_group: name of the group whose ranks share the batch's statistics, "" for none; `set_process_group_`.
     """
 
-    # Torch says Tensor | None; which of them there are is a matter of the constructor's arguments.
+    # Tensor | None in torch's stubs; the constructor's arguments decide which.
     running_mean: Any
     running_var: Any
     num_batches_tracked: Any
@@ -44,11 +44,11 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
         if activation not in (None, "relu"):
-            raise ValueError(f"{type(self).__name__}: activation must be None or 'relu', got {activation!r}")
+            raise ValueError(f"{type(self).__name__}: `activation` must be None or 'relu', got {activation!r}")
         super().__init__(*args, **kwargs)
         self.activation = activation
         self.register_buffer("renorm_state", None, persistent=False)
-        # torch.fx, and torchvision's create_feature_extractor, take what says that it is from torch.nn for a leaf.
+        # torch.fx and torchvision's create_feature_extractor do not trace into modules of torch.nn.
         self.__module__ = nn.BatchNorm2d.__module__
 
     def forward(self, input: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if _exporting():
             return self._in_torch(input)
-        # nn.Module's __getattr__ takes half a microsecond, much beside a small layer.
+        # nn.Module's __getattr__ takes half a microsecond, which counts in a small layer.
         buffers: dict[str, Any] = self._buffers
         running_mean, running_var = buffers["running_mean"], buffers["running_var"]
         if running_mean is None or input.shape[1] != running_mean.numel() or not input.is_floating_point():
@@ -70,7 +70,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 if self.statistics == "renorm":
                     renorm = buffers["renorm_state"]
                     if not torch.compiler.is_compiling() and self._weights() == self.renorm_weights != {}:
-                        counter = None  # the step goes on; compiled code cannot tell, and begins one
+                        counter = None  # the step goes on; compiled code cannot see that, and begins one
             else:
                 running_mean = running_var = None
         else:
@@ -84,17 +84,17 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         return output
 
     def _weights(self) -> dict[Tensor, int]:
-        """Weight and bias with their versions, but for computed ones. As keys tensors are equal only to themselves."""
+        """Weight and bias with their versions, without computed ones. As keys, tensors equal only themselves."""
         tensors = [t for t in (self.weight, self.bias) if t is not None and t.is_leaf and not t.is_inference()]
         return {tensor: tensor._version for tensor in tensors}
 
     def _in_torch(self, input: Tensor) -> Tensor:
-        """`forward` in torch's own operators, for programs that have to run without this package."""
+        """`forward` in torch's operators, for programs that run without this package."""
         if self.training and (self.statistics == "renorm" or self.process_group):
-            what = "statistics='renorm'" if self.statistics == "renorm" else "a process group"
+            setting = "statistics='renorm'" if self.statistics == "renorm" else "a process group"
             raise BNSurgeryError(
-                f"export: {type(self).__name__}: training with {what} has no form in torch's own operators: export in "
-                "eval mode, or call bnsurgery.set_statistics_(model, 'batch') first"
+                f"export: {type(self).__name__}: torch's operators cannot train with {setting}: export in eval mode, "
+                "or call bnsurgery.set_statistics_(model, 'batch') first"
             )
         if self.training and self.statistics == "running":
             tensors = self.running_mean, self.running_var, self.weight, self.bias
@@ -106,63 +106,63 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.statistics == "renorm" and not self.num_batches_tracked.is_meta:
-            done = max(int(self.num_batches_tracked) - self.renorm_start, 0)
-            self.start_renorm_(done, int(self.renorm_state[3, 0]))
+            taken = max(int(self.num_batches_tracked) - self.renorm_start, 0)
+            self.start_renorm_(taken, int(self.renorm_state[3, 0]))
 
-    def start_renorm_(self, done: int, steps: int) -> None:
-        """Normalize by "renorm" from now on, as if `done` of its training steps had been taken."""
+    def start_renorm_(self, taken: int, steps: int) -> None:
+        """Normalize by "renorm" from now on, as after the first `taken` of its training steps."""
         self.statistics, self.renorm_weights = "renorm", None
-        self.renorm_start = int(self.num_batches_tracked) - done
-        self.renorm_state = schedule(self.running_mean, done, steps)
+        self.renorm_start = int(self.num_batches_tracked) - taken
+        self.renorm_state = schedule(self.running_mean, taken, steps)
 
     def reset_running_stats(self) -> None:
-        """Torch's; refused where train mode needs them: `torch.optim.swa_utils.update_bn` begins with it."""
+        """Torch's, which `torch.optim.swa_utils.update_bn` calls; refused if train mode needs the statistics."""
         if self.statistics != "batch":
             raise BNSurgeryError(
-                f"reset_running_stats: with statistics={self.statistics!r} train mode needs the running statistics "
-                "and would not find them again: use bnsurgery.recalibrate_, or set_statistics_(model, 'batch') first"
+                f"reset_running_stats: with statistics={self.statistics!r} train mode needs the running statistics and "
+                "does not measure them anew: use bnsurgery.recalibrate_, or set_statistics_(model, 'batch') first"
             )
         super().reset_running_stats()
 
     def extra_repr(self) -> str:
-        """Torch's text, with what differs from torch's behaviour."""
+        """Torch's text, and the settings that torch's class does not have."""
         group = [f"process_group={self.process_group!r}"] if self.process_group else []
         return ", ".join([super().extra_repr(), *self._beyond_torch(), *group])
 
     @property
     def num_features(self) -> int:
-        """Torch's; refused where its reader would lose something.
+        """Torch's; refused where a converter of norms would lose a setting.
 
-        Code that makes another norm of this one (torch's `convert_sync_batchnorm`, timm's `freeze_batch_norm_2d`, loops
-        over `isinstance(module, nn.BatchNorm2d)`) asks for it, and takes over only what torch's classes have.
+        Code that replaces this norm by another (torch's `convert_sync_batchnorm`, timm's `freeze_batch_norm_2d`, loops
+        over `isinstance(module, nn.BatchNorm2d)`) reads it, and copies only what torch's classes have.
         """
         if self._beyond_torch():
             raise BNSurgeryError(
                 f"num_features: this {type(self).__name__} has {' and '.join(self._beyond_torch())}, which a converter "
                 "of norms would drop. First call bnsurgery.unfuse_relu_(model), or set_statistics_(model, 'batch', "
-                "where=lambda name, norm: True); to share statistics between processes there is set_process_group_"
+                "where=lambda name, norm: True); to share statistics between processes use set_process_group_"
             )
         return int(vars(self)["num_features"])
 
     @num_features.setter
     def num_features(self, value: int) -> None:
-        vars(self)["num_features"] = value  # where torch's `extra_repr` finds it
+        vars(self)["num_features"] = value  # torch's `extra_repr` reads it there
 
     def __dir__(self) -> list[str]:
-        """What can be read: torch.jit.trace reads everything."""
+        """The readable attributes, since torch.jit.trace reads all of them."""
         return [name for name in super().__dir__() if name != "num_features" or not self._beyond_torch()]
 
     def _beyond_torch(self) -> list[str]:
-        """What changes the function and torch's classes do not have."""
-        found = {"activation": self.activation, "statistics": None if self.statistics == "batch" else self.statistics}
-        return [f"{name}={value!r}" for name, value in found.items() if value]
+        """The settings that change the function and that torch's classes do not have."""
+        activation = [f"activation={self.activation!r}"] if self.activation else []
+        return activation + ([] if self.statistics == "batch" else [f"statistics={self.statistics!r}"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Insertable":
-        """Follow `.to()` and its kin, but keep float32 under half precision and identity channels exact.
+        """Follow `.to()` and the like, but keep float32 under half precision and identity channels exact.
 
         Statistics in bfloat16 would be worthless, and torch's kernels take float32 parameters beside a half-precision
         input. A cast between float32 and float64 keeps the values but not their rounding, so a channel that was
-        exactly the identity is solved anew.
+        exactly the identity is solved again.
         """
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -175,29 +175,26 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         new = self._affine_and_statistics()
         dtypes = {tensors["weight"].dtype for tensors in (old, new)} if len(old) == 4 else set()
         if dtypes == {torch.float32, torch.float64} and not new["weight"].is_meta:
-            self._solve_anew_(old, new)
+            scale, shift = kernel_scale_shift(**old, eps=self.eps)
+            identity = (scale == 1) & (shift == 0)
+            mean, var = (old[name].cpu().double().numpy()[identity] for name in ("running_mean", "running_var"))
+            where = torch.from_numpy(identity).to(new["weight"].device)
+            for name, values in identity_parameters(mean, var, self.eps, new["weight"].dtype).items():
+                new[name].data[where] = values.to(where.device)
         return self
 
     def _affine_and_statistics(self) -> dict[str, Tensor]:
         tensors = {name: getattr(self, name) for name in ("running_mean", "running_var", "weight", "bias")}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
-    def _solve_anew_(self, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        scale, shift = kernel_scale_shift(**old, eps=self.eps)
-        identity = (scale == 1) & (shift == 0)
-        mean, var = (old[name].cpu().double().numpy()[identity] for name in ("running_mean", "running_var"))
-        where = torch.from_numpy(identity).to(new["weight"].device)
-        for name, values in identity_parameters(mean, var, self.eps, new["weight"].dtype).items():
-            new[name].data[where] = values.to(where.device)
-
 
 def _exporting() -> bool:
     """Whether torch.export or torch.jit.trace makes a program here, which has to run without this package.
 
-    Not torch.compiler.is_exporting(): torch 2.6 has none, and until 2.14 it is true wherever TorchDynamo is at work.
+    torch.compiler.is_exporting() does not exist in torch 2.6, and until 2.14 it is true wherever TorchDynamo runs.
     """
     if torch.compiler.is_dynamo_compiling():
-        return torch._dynamo.config.do_not_emit_runtime_asserts  # torch.export(strict=True) sets it, torch.compile not
+        return torch._dynamo.config.do_not_emit_runtime_asserts  # set by torch.export(strict=True), not torch.compile
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
@@ -206,17 +203,23 @@ class BatchNorm1d(Insertable, nn.BatchNorm1d):
 
     y = (x − mean)/√(var + eps)·weight + bias per channel, then max(y, 0) with `activation="relu"`. Mean and
     (population) variance are the batch's in train mode and the running ones in eval mode; `set_statistics_` offers
-    others, `set_process_group_` statistics over several processes. Parameters, buffers and state dict are torch's own,
-    as are the constructor's other arguments; they stay float32 under `.half()` and `.bfloat16()`. With momentum=None
-    the cumulative average is kept on the device.
+    others, `set_process_group_` statistics over several processes. The constructor's other arguments, parameters,
+    buffers and state dict are torch's; the tensors stay float32 under `.half()` and `.bfloat16()`. With momentum=None
+    the cumulative average stays on the device.
 
     Args:
-        activation: None, or "relu" to apply ReLU to the output in the same pass; also an attribute. Code that makes
-            another norm of this one would drop it: see `num_features`.
+        activation: None, or "relu" to apply ReLU to the output in the same pass; also an attribute. Code that replaces
+            this norm by another would drop it: see `num_features`.
 
     Raises:
         ValueError: `activation` is neither None nor "relu", the input has the wrong number of dimensions, or train mode
             gets one value per channel.
+
+    Example:
+        >>> norm = bnsurgery.nn.BatchNorm1d(3, activation="relu")
+        >>> x = torch.randn(16, 3)
+        >>> torch.equal(norm(x), nn.BatchNorm1d(3)(x).relu())
+        True
 
     References: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.
     """
@@ -227,6 +230,10 @@ class LastDimBatchNorm1d(BatchNorm1d):
 
     Raises:
         ValueError: as `BatchNorm1d`; the input has fewer than 2 dimensions.
+
+    Example:
+        >>> bnsurgery.nn.LastDimBatchNorm1d(8)(torch.randn(4, 10, 8)).shape
+        torch.Size([4, 10, 8])
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -240,8 +247,18 @@ class LastDimBatchNorm1d(BatchNorm1d):
 
 
 class BatchNorm2d(Insertable, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, for (N, C, H, W), with an optional ReLU, `activation="relu"`: see `BatchNorm1d`."""
+    """`torch.nn.BatchNorm2d`, for (N, C, H, W), with an optional ReLU, `activation="relu"`: see `BatchNorm1d`.
+
+    Example:
+        >>> bnsurgery.nn.BatchNorm2d(8, activation="relu")(torch.randn(2, 8, 5, 5)).min() >= 0
+        tensor(True)
+    """
 
 
 class BatchNorm3d(Insertable, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d`, for (N, C, D, H, W), with an optional ReLU, `activation="relu"`: see `BatchNorm1d`."""
+    """`torch.nn.BatchNorm3d`, for (N, C, D, H, W), with an optional ReLU, `activation="relu"`: see `BatchNorm1d`.
+
+    Example:
+        >>> bnsurgery.nn.BatchNorm3d(8)(torch.randn(2, 8, 4, 5, 5)).shape
+        torch.Size([2, 8, 4, 5, 5])
+    """

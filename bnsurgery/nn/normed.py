@@ -1,7 +1,7 @@
 """A layer that carries its norm as a child: for layers whose parent is not a `nn.Sequential`.
 
-The layer keeps its place, its own keys (`squeeze.weight`) and its base class; the norm adds `squeeze.norm.*`.
-A subclass rather than a forward hook: tracers, exporters and readers of `print(model)` see it.
+The layer keeps its place, its keys (`squeeze.weight`) and its base class; the norm adds `squeeze.norm.*`. A subclass,
+unlike a forward hook, is seen by tracers, exporters and readers of `print(model)`.
 """
 
 from typing import Any
@@ -10,28 +10,35 @@ from torch import nn
 
 
 class Normed(nn.Module):
-    """Mixin in front of a layer class: forward is `norm(layer(x))`. Made by `attach_`, undone by `detach_`."""
+    """Mixin in front of a layer class: forward is `norm(layer(x))`. `insert` makes such layers, `fold` unmakes them.
+
+    Example:
+        >>> model = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3)})
+        >>> bnsurgery.nn.normed.attach_(model["conv"], nn.BatchNorm2d(8))
+        >>> isinstance(model["conv"], bnsurgery.nn.Normed), list(model.state_dict())[:3]
+        (True, ['conv.weight', 'conv.bias', 'conv.norm.weight'])
+    """
 
     norm: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward, then the norm."""
+        """The layer's forward, then the norm."""
         return self.norm(super().forward(*args, **kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and copy have to be told how to make it again.
+        # Pickle and copy cannot find a class that is made at run time.
         return _empty, (detached_class(self),), self.__getstate__()
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def normed_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class `Normed<Base>`, one for each base class."""
     if base not in _CLASSES:
-        doc = {"__doc__": f"`{base.__name__}` with a norm behind it."}
-        _CLASSES[base] = type(f"Normed{base.__name__}", (Normed, base), doc)
+        namespace = {"__doc__": f"`{base.__name__}` with a norm behind it."}
+        _CLASSES[base] = type(f"Normed{base.__name__}", (Normed, base), namespace)
     return _CLASSES[base]
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def attach_(layer: nn.Module, norm: nn.Module) -> None:

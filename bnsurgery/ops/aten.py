@@ -1,7 +1,7 @@
-"""Batch norm by ATen: whole, in kernels that its own autograd differentiates, and step by step, for our ops.
+"""Batch norm by ATen: whole, in kernels with autograd of their own, and step by step, as kernels of our ops.
 
-Whole is what the CPU takes: nothing tried there is faster (benchmarks/norm.py). The steps are for ranks that exchange
-sums, for compiled graphs, and for devices and dtypes without a kernel of ours.
+The CPU takes the whole ones: nothing tried there is faster (benchmarks/norm.py). The steps are for ranks that exchange
+sums, for compiled graphs, and for devices and dtypes without a Triton kernel.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,20 @@ from .cpu_moments import channel_moments_cpu
 from .renorm import r_and_d_
 from .sync import mean_over_ranks, merge_moments
 
-# |mean|/σ from which on x is centred first: ATen's kernels round the mean to float32 and then subtract it.
+Vector = Tensor | None  # (C,); None for the function's default
+# |mean|/σ above which x is centred first: ATen's kernels round the mean to float32 and then subtract it.
 _FAR = 16.0
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def batch_norm(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, momentum: float, eps: float, relu: bool,
+    x: Tensor, running_mean: Vector, running_var: Vector, weight: Vector, bias: Vector, training: bool,
+    momentum: float, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
     """ATen's batch norm, then ReLU in place, for tensors of one dtype; vectors beside half precision are float32.
 
-    For strides other than contiguous and channels_last ATen has slow code, which in eval mode rounds otherwise: there
-    the dims go into the order of memory, where x is (outer, C, inner).
+    For strides other than contiguous and channels_last ATen's code is slow and rounds otherwise in eval mode. Such an x
+    has its dims sorted by the order of memory, where it is (outer, C, inner).
     """
     if x.is_contiguous() or transformed():
         memory_format = torch.contiguous_format
@@ -49,7 +50,7 @@ def batch_norm(
         y, more, better = torch.native_batch_norm(centred, weight, bias, None, None, True, momentum, eps)
         y = y.to(x.dtype)
         if running_mean is not None and running_var is not None:
-            # By .data, for other graphs may have kept them, which ATen's own update does not mind.
+            # By .data, as in ATen's update: other graphs may have saved them.
             running_mean.data.add_(more, alpha=momentum)
             running_var.data.add_(better.pow(-2) - invstd.pow(-2), alpha=momentum * n / (n - 1))
     if half and y.requires_grad and not transformed():
@@ -59,16 +60,16 @@ def batch_norm(
 
 
 def _is_far(mean: Tensor, invstd: Tensor) -> bool:
-    """Whether rounding the mean to float32 costs digits that the input has; False where no number is to be had."""
+    """Whether rounding the mean to float32 costs digits of the input; False if the tensors have no readable values."""
     if type(mean) is not Tensor or transformed() or torch._C._len_torch_dispatch_stack():
         return False
     ratio = mean * invstd
-    squares = torch.dot(ratio, ratio).item()  # the cheaper question first
+    squares = torch.dot(ratio, ratio).item()  # the cheaper test first
     return not squares <= _FAR**2 and ratio.abs().max().item() > _FAR
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is at work, which know ATen's ops but not custom ones."""
+    """Whether a torch.func transform or forward-mode AD is active: they know ATen's ops but not custom ones."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -78,19 +79,19 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return channel_moments_cpu(x.cpu())
     mean = x.mean(_others(x), dtype=torch.float64)
     d = x - along_channels(mean, x)
-    offset = d.mean(_others(x))  # what rounding left in `mean`
+    offset = d.mean(_others(x))  # rounding error of `mean`
     return mean + offset, d.square_().sum(_others(x)) - offset.square() * samples_per_channel(x)
 
 
 def settle_(
-    x: Tensor, moments: tuple[Tensor, Tensor], eps: float, running_mean: Tensor | None, running_var: Tensor | None,
+    x: Tensor, moments: tuple[Tensor, Tensor], eps: float, running_mean: Vector, running_var: Vector,
     counter: Tensor | None, renorm: Tensor | None, momentum: float, group: str,
 ) -> Tensor:  # fmt: skip
-    """Merge the moments over the ranks, move running statistics and counter, and give back what to normalize by.
+    """Merge the moments over the ranks, update running statistics and counter, and return the batch's statistics.
 
     Returns:
         (2, C), mean and population variance; with Batch Renormalization (4, C), with r and d. An empty batch gives
-        zeros and leaves the running statistics alone; the others move towards the unbiased variance.
+        zeros and leaves the running statistics alone; others move running_var towards the unbiased variance.
     """
     count: Any = samples_per_channel(x)
     mean, m2 = moments
@@ -109,50 +110,46 @@ def settle_(
     return rows
 
 
-def corrected(
-    weight: Tensor | None, bias: Tensor | None, r_and_d: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias in `dtype`, with Batch Renormalization's r and d in them where there are any."""
+def corrected(weight: Vector, bias: Vector, r_and_d: Sequence[Tensor] | Tensor, x: Tensor) -> tuple[Vector, Vector]:
+    """Weight and bias in the dtype of the arithmetic on `x`, merged with Batch Renormalization's r and d, if any."""
+    dtype = work_dtype(x)
     weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
     if len(r_and_d):
-        r, d = (row.to(dtype) for row in r_and_d)
+        r, d = (row.to(dtype).to(x.device) for row in r_and_d)
         shift = d if weight is None else weight * d
         weight, bias = r if weight is None else weight * r, shift if bias is None else bias + shift
     return weight, bias
 
 
-def normalize(
-    x: Tensor, statistics: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
-) -> Tensor:
+def normalize(x: Tensor, statistics: Sequence[Tensor], weight: Vector, bias: Vector, eps: float, relu: bool) -> Tensor:
     """act((x − mean)/√(var + eps)·weight + bias), scale and shift rounded step by step, as in ATen's CPU kernel."""
     dtype = work_dtype(x)
-    mean, var, *r_and_d = (row.to(dtype).to(x.device) for row in statistics)
-    weight, bias = corrected(weight, bias, r_and_d, dtype)
+    mean, var = (row.to(dtype).to(x.device) for row in statistics[:2])
+    weight, bias = corrected(weight, bias, statistics[2:], x)
     if x.device.type == "cpu" and x.numel():
         return batch_norm(x.to(dtype), mean, var, weight, bias, False, 0.0, eps, relu).to(x.dtype)
     scale = 1 / torch.sqrt(var + eps)
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    y = torch.empty_like(x)  # ATen's own choice of strides would be another for some inputs
+    y = torch.empty_like(x)  # addcmul would give some inputs other strides
     y.copy_(torch.addcmul(along_channels(shift, x), x.to(dtype), along_channels(scale, x)))
     return y.relu_() if relu else y
 
 
 def forward(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
-    relu: bool, *moving: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, mean: Vector, var: Vector, weight: Vector, bias: Vector, eps: float, relu: bool, *moving: Any
+) -> tuple[Tensor, Tensor]:
     """Kernel of `library.batch_norm_fwd`."""
     if mean is not None and var is not None:
         statistics = torch.stack((mean, var)).to(widest(x.device))
     else:
         statistics = settle_(x, torch.ops.bnsurgery.channel_moments(x), eps, *moving)
-    return normalize(x, [*statistics], weight, bias, eps, relu), statistics
+    return normalize(x, statistics.unbind(), weight, bias, eps, relu), statistics
 
 
 def backward(
-    x: Tensor, grad: Tensor, y: Tensor | None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None,
-    eps: float, training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
+    x: Tensor, grad: Tensor, y: Tensor | None, statistics: Tensor, weight: Vector, bias: Vector, eps: float,
+    training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Kernel of `library.batch_norm_bwd`: with d = x − mean and s = 1/√(var + eps).
 
@@ -160,8 +157,8 @@ def backward(
     """
     dtype = work_dtype(x)
     mean, var, *r_and_d = (row.to(dtype).to(x.device) for row in statistics)
-    low = (statistics[0] - statistics[0].to(dtype)).to(dtype).to(x.device)  # what rounding took from the mean
-    weight, _ = corrected(weight, None, r_and_d, dtype)
+    low = (statistics[0] - statistics[0].to(dtype)).to(dtype).to(x.device)  # the mean's rounding error
+    weight, _ = corrected(weight, None, r_and_d, x)
     g = (grad if y is None else torch.ops.aten.threshold_backward(grad, y, 0)).to(dtype)
     d = x.to(dtype) - along_channels(mean, x)
     invstd = (var + eps).rsqrt()
@@ -185,7 +182,7 @@ def backward(
 
 
 def gradients(x: Tensor, wants_input: bool, wants_affine: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of input, weight and bias; none for what is not wanted."""
+    """Uninitialized gradients of input, weight and bias; empty ones if not wanted."""
     weight, bias = (x.new_empty(x.shape[1] if wants_affine else 0, dtype=work_dtype(x)) for _ in range(2))
     return torch.empty_like(x) if wants_input else x.new_empty(0), weight, bias
 

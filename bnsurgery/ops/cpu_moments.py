@@ -1,9 +1,9 @@
 """Per-channel moments on the CPU: sums about a rough mean, over cache-sized tiles.
 
-Each tile goes through four ATen kernels on one small buffer: d = x − shift, Σd, d ← d², Σd². So the input is read from
-memory once and never copied whole, and torch.sum, which adds pairwise, keeps float32 accurate. For VGG-16's convolution
-outputs (batch 8 of 224×224, 108 million float32 numbers, NCHW) two Zen 4 cores take 36 ms so, 90 by
-torch.batch_norm_update_stats, 113 by torch.native_group_norm and 298 by torch.var_mean.
+Each tile goes through four ATen kernels on one small buffer: d = x − shift, Σd, d ← d², Σd². So memory is read once and
+the input never copied whole, and torch.sum, which adds pairwise, keeps float32 accurate. For VGG-16's convolution
+outputs (batch 8 of 224×224, 108 million float32 numbers, NCHW) two Zen 4 cores take 36 ms, against 90 with
+torch.batch_norm_update_stats, 113 with torch.native_group_norm and 298 with torch.var_mean.
 """
 
 import math
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from . import layout
 
-# Smaller tiles lose more to the launch of a kernel than they win by nearer caches. Moments of VGG-16's convolution
-# outputs on two Zen 4 cores: 49 ms at 1 MiB, 38 at 4, 35 at 8.
+# Smaller tiles lose more time to kernel launches than nearer caches save: 49 ms at 1 MiB, 38 at 4, 35 at 8 for VGG-16's
+# convolution outputs on two Zen 4 cores.
 TILE_BYTES = 1 << 22
-SAMPLES = 32  # along outer and along inner, for a first guess at the mean
-# (mean − shift)²/σ² up to which one pass stands: rounding errors grow by one plus this.
+SAMPLES = 32  # along outer and along inner, for a first estimate of the mean
+# (mean − shift)²/σ² up to which one pass suffices: rounding errors grow by a factor of one plus this.
 MAX_CANCELLATION = 9.0
 
 
@@ -29,19 +29,19 @@ def channel_moments_cpu(input: Tensor) -> tuple[Tensor, Tensor]:
     x = layout.flat(input)
     shift = _rough_mean(x, work)
     mean, m2, good = _shifted_pass(x, shift)
-    if not good:  # the sample misled about some channel, or float32 overflowed: once more, from the mean just found
+    if not good:  # the sample missed some channel's mean, or float32 overflowed: again, from the mean just found
         shift = torch.where(mean.isfinite(), mean, shift.double())
         mean, m2, _ = _shifted_pass(x, shift)
     return mean, m2
 
 
 def _rough_mean(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Average of a few spread values of each channel; exact where these are all equal."""
+    """Mean of a few scattered values of each channel; exact if these are all equal."""
     sample = x[:: math.ceil(len(x) / SAMPLES), :, :: math.ceil(x.shape[2] / SAMPLES)].to(dtype)
     first = sample[:1, :, :1]
     spread = sample - first
     mean = spread.mean((0, 2)) + first[0, :, 0]
-    # A shift of few digits makes x − shift exact for most x, so that their roundings do not add up with one sign.
+    # With a shift of few digits x − shift is exact for most x, so that rounding errors of one sign do not add up.
     coarse = mean.bfloat16().to(dtype)
     return torch.where((coarse - mean).abs() < spread.abs().mean((0, 2)) / 8, coarse, mean)
 
@@ -49,7 +49,7 @@ def _rough_mean(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _shifted_pass(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Return mean and m2 by sums about `shift`, in its dtype, and whether these are accurate for every channel."""
     outer, channels, inner = x.shape
-    # A tile has `some` channels of one outer position, or `many` outer positions.
+    # A tile has `some` channels of one outer position, or all channels of `many` outer positions.
     some = max(TILE_BYTES // shift.itemsize // inner, 1)
     many = max(some // channels, 1)
     many -= many % 16 if many > 16 else 0  # for the groups of rows in `_sums`
@@ -70,8 +70,8 @@ def _shifted_pass(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, bool]:
 def _sums(d: Tensor) -> Tensor:
     """Return Σd and Σd² by channel as float64 of shape (2, C), and leave d² in `d`."""
     outer, channels, inner = d.shape
-    # In up to 16 groups of rows: torch.sum splits groups over the threads, but one group badly (channels_last: 195 ms
-    # without, 38 with).
+    # In up to 16 groups of rows, since torch.sum splits groups over the threads better than one group (channels_last:
+    # 38 ms with, 195 without).
     rows, dim = (d.view(math.gcd(outer, 16), -1, channels), 1) if inner == 1 else (d, 2)
     first = rows.sum(dim)
     second = rows.square_().sum(dim)

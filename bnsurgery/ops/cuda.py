@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: how a tensor is cut into tiles and shared out among programs."""
+"""Launches of the Triton kernels: how tiles of a tensor are shared out among programs."""
 
 import functools
 from typing import Any, NamedTuple
@@ -8,17 +8,18 @@ import triton
 from torch import Tensor
 
 from . import aten, kernels, layout
+from .aten import Vector
 from .sync import mean_over_ranks
 
 # Elements of a tile; 16 for each of a program's 256 threads, which is 2 or 4 loads of 16 bytes in flight per tensor.
 TILE, WARPS = 4096, 8
-# x·scale + shift may be one fused operation: where insertion needs it exact, scale is 1 and shift 0.
+# Fusing x·scale + shift into one operation is safe: an exact insertion has scale 1 and shift 0.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
-# Programs per multiprocessor. A reduction wants no more than run at once; an elementwise pass some in reserve, so that
-# the last ones to finish are few.
+# Programs per multiprocessor: for a reduction as many as run at once, for an elementwise pass more, so that few of them
+# finish last.
 REDUCING, STREAMING = 4, 16
 MAX_SPLITS = COMBINING = 1024  # partial results that a program of a combining kernel holds in registers
-# Tiles that one program adds up rather than share them and need another launch. A guess: no GPU has been measured yet.
+# Tiles that one program adds up alone, to save another launch. An estimate: no GPU has been measured yet.
 ALONE = 8
 
 
@@ -26,7 +27,8 @@ class Grid(NamedTuple):
     """How work items (see `kernels`) are shared out.
 
     Attributes:
-        programs: all of them, `splits` for each block of channels.
+        programs: how many there are.
+        splits: programs for each block of channels.
         sizes: arguments of the kernels: outer, inner, channels and per_split.
         blocks: constants of the kernels.
         combining: programs of `combine`, and its constants.
@@ -41,9 +43,9 @@ class Grid(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def grid(outer: int, channels: int, inner: int, programs: int, tile: int, alone: int = 0) -> Grid:
-    """About `programs` programs of equally many work items; one a block of channels where these are at most `alone`.
+    """About `programs` programs of equally many work items; a single one for a block of at most `alone` work items.
 
-    A function of the sizes alone, so results repeat. The longer side of a tile is along memory, so that loads coalesce.
+    It depends on the sizes alone, so results repeat. The longer side of a tile is along memory, so that loads coalesce.
     """
     last = inner == 1
     outer, inner = (1, outer) if last else (outer, inner)
@@ -69,9 +71,8 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
-    relu: bool, *moving: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, mean: Vector, var: Vector, weight: Vector, bias: Vector, eps: float, relu: bool, *moving: Any
+) -> tuple[Tensor, Tensor]:
     """Kernel of `library.batch_norm_fwd`."""
     x, kept = layout.dense(x), None
     y = torch.empty_like(x)
@@ -88,10 +89,10 @@ def forward(
 
 
 def _statistics(
-    x: Tensor, eps: float, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None,
-    renorm: Tensor | None, momentum: float, group: str,
+    x: Tensor, eps: float, running_mean: Vector, running_var: Vector, counter: Tensor | None, renorm: Tensor | None,
+    momentum: float, group: str,
 ) -> Tensor:  # fmt: skip
-    """As `aten.settle_` gives them: by it over several ranks or into columns of a matrix, else in one launch or two."""
+    """As `aten.settle_`, which is called for several ranks and for vectors with gaps; else in one launch or two."""
     running = running_mean, running_var
     if group or not all(vector is None or vector.is_contiguous() for vector in running):
         return aten.settle_(x, channel_moments(x), eps, *running, counter, renorm, momentum, group)
@@ -102,8 +103,8 @@ def _statistics(
 
 
 def backward(
-    x: Tensor, grad: Tensor, y: None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
+    x: Tensor, grad: Tensor, y: None, statistics: Tensor, weight: Vector, bias: Vector, eps: float, training: bool,
+    relu: bool, group: str, wants_input: bool, wants_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Kernel of `library.batch_norm_bwd`."""
     x = layout.dense(x)
@@ -126,10 +127,10 @@ def backward(
 
 
 def _reduce(
-    x: Tensor, grad: Tensor | None, statistics: Tensor, affine: tuple[Tensor | None, ...], results: tuple[Any, ...],
+    x: Tensor, grad: Tensor | None, statistics: Tensor, affine: tuple[Vector, ...], results: tuple[Any, ...],
     eps: float, flags: dict[str, bool],
 ) -> None:  # fmt: skip
-    """Launch `reduce`, and `combine` behind it where several programs share a channel."""
+    """Launch `reduce`, and then `combine` if several programs share a channel."""
     g = _grid(x, REDUCING, ALONE)
     alone = g.splits == 1
     partial = None if alone else x.new_empty(3, g.splits, x.shape[1], dtype=torch.float64)
@@ -154,6 +155,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
-    """Vectors of C elements side by side, as the kernels read them."""
+def _dense(*vectors: Vector) -> list[Vector]:
+    """The vectors without gaps, as the kernels read them."""
     return [vector if vector is None else vector.contiguous() for vector in vectors]

@@ -1,14 +1,15 @@
-"""The public functions: checks, and by what an input is normalized."""
+"""The public functions: they check their arguments and choose between ATen's kernels and our ops."""
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import aten, library
+from .aten import Vector
 from .sync import group_name
 
-# Elements up to which a CUDA tensor in training goes to ATen's kernels, whose launches cost the host less. A guess: no
-# GPU has been measured yet (benchmarks/gpu).
+# Elements up to which a CUDA tensor in training goes to ATen's kernels, whose launches take the host less time. An
+# estimate: no GPU has been measured yet (benchmarks/gpu).
 _ATEN_UP_TO = 1 << 18
 
 
@@ -22,13 +23,18 @@ def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
 
     Returns:
         The number of samples per channel; mean, in the units of `input`, and m2, in these squared: float64 of shape
-        (C,), on the device of `input`, or on the CPU where that has no float64 (MPS). An empty input gives zeros. A
-        channel with NaN or Inf gives a non-finite mean or m2, and no other channel does for that; on CUDA so does one
-        whose squares overflow float32 (beyond 1e19).
+        (C,), on the device of `input`, or on the CPU if that has no float64 (MPS). An empty input gives zeros. A
+        channel with NaN or Inf has a non-finite mean or m2, and does not affect the others; on CUDA so has one whose
+        squares overflow float32 (beyond 1e19).
 
     Raises:
         TypeError: `input` is not of floating-point dtype.
         ValueError: `input` has fewer than two dims.
+
+    Example:
+        >>> count, mean, m2 = bnsurgery.ops.channel_moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        >>> count, mean.tolist(), (m2 / count).tolist()
+        (2, [2.0, 5.0], [1.0, 0.0])
 
     References: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance" (shifted data, merging).
     """
@@ -77,23 +83,30 @@ def batch_norm(
         TypeError: `input` is not of floating-point dtype.
         ValueError: shapes do not fit, no running statistics in eval mode, or training on one value per channel.
 
+    Example:
+        >>> x, weight, bias = torch.randn(16, 3, 8, 8), torch.ones(3), torch.zeros(3)
+        >>> y = bnsurgery.ops.batch_norm(x, None, None, weight, bias, training=True, relu=True)
+        >>> torch.equal(y, nn.functional.batch_norm(x, None, None, weight, bias, training=True).relu())
+        True
+
     References: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, algorithm 1.
     """
     check(input, "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if not training and (running_mean is None or running_var is None):
-        raise ValueError("batch_norm: got no running_mean and running_var, which eval mode normalizes by")
+        raise ValueError("batch_norm: got no `running_mean` and `running_var`, which eval mode normalizes by")
     group = group_name(process_group) if training else ""
     return normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, relu, group)
 
 
 def normalize(
-    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, momentum: float | Tensor, eps: float, relu: bool, group: str = "", counter: Tensor | None = None,
+    input: Tensor, running_mean: Vector, running_var: Vector, weight: Vector, bias: Vector, training: bool,
+    momentum: float | Tensor, eps: float, relu: bool, group: str = "", counter: Tensor | None = None,
     renorm: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`batch_norm` of what was checked, by ATen's kernels or by our ops.
+    """`batch_norm` with checked arguments, by ATen's kernels or by our ops.
 
-    In training `counter` moves by one; `renorm` is that of `renorm.schedule`, whose next step begins with a counter.
+    In training `counter` moves by one. `renorm` is the state of `renorm.schedule`, whose next step begins if there is a
+    counter.
 
     Raises:
         ValueError: there is one value per channel, whose variance of 0 would erase it.
@@ -104,7 +117,7 @@ def normalize(
             "larger batches, eval mode or frozen statistics (bnsurgery.set_statistics_(model, 'running'))"
         )
     if isinstance(momentum, Tensor):
-        moved = [t if t is None else t.clone() for t in (running_mean, running_var)]  # autograd keeps what ATen moved
+        moved = [t if t is None else t.clone() for t in (running_mean, running_var)]  # autograd saves them
         rest = (weight, bias, training, 1.0, eps, relu, group, counter, renorm)
         y = normalize(input, moved[0], moved[1], *rest)
         for running, new in zip((running_mean, running_var), moved, strict=True):
@@ -125,18 +138,16 @@ def normalize(
     elif renorm is not None:
         with torch.no_grad():
             moments = library.channel_moments(input)
-            rows = aten.settle_(input, moments, eps, running_mean, running_var, counter, renorm, momentum, "")[2:]
-        dtype, running_mean, running_var = aten.work_dtype(input), None, None
-        weight, bias = aten.corrected(weight, bias, [row.to(dtype).to(input.device) for row in rows], dtype)
+            rows = aten.settle_(input, moments, eps, running_mean, running_var, counter, renorm, momentum, "")
+        running_mean = running_var = None
+        weight, bias = aten.corrected(weight, bias, rows[2:], input)
     elif counter is not None:
         counter.add_(1)
     return aten.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, relu)
 
 
-def _suits_aten(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool
-) -> bool:
-    """Whether ATen's kernels take these tensors, and no kernel of ours is better."""
+def _suits_aten(x: Tensor, mean: Vector, var: Vector, weight: Vector, bias: Vector, training: bool) -> bool:
+    """Whether ATen's kernels take these tensors, and our Triton kernels are not faster."""
     if library.takes_kernels(x) and not (training and x.numel() <= _ATEN_UP_TO) and not aten.transformed():
         return False
     dtype = aten.work_dtype(x)
@@ -144,12 +155,12 @@ def _suits_aten(
         (mean is var if mean is None or var is None else mean.dtype is var.dtype is dtype)
         and (weight is None or weight.dtype is dtype)
         and (bias is None or bias.dtype is dtype)
-        and x.numel() > 0  # with none, ATen's backward divides by zero
+        and x.numel() > 0  # or ATen's backward divides by zero
     )
 
 
-def check(input: Tensor, name: str, **per_channel: Tensor | None) -> None:
-    """Raise TypeError or ValueError where the input or a tensor of shape (C,) does not fit."""
+def check(input: Tensor, name: str, **per_channel: Vector) -> None:
+    """Raise TypeError or ValueError if the input or a vector does not fit."""
     if not input.is_floating_point():
         raise TypeError(f"{name}: got dtype {input.dtype}, expected a floating-point one")
     if input.ndim < 2:

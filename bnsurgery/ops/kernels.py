@@ -1,26 +1,26 @@
 """Triton kernels of batch norm, for any layout. Imported by `cuda` at the first call on a GPU, never before.
 
-`reduce` adds up over samples and positions, `combine` what several programs of it found, and `stream` computes number
-by number: in the forward, and where there is a gradient in the backward.
+`reduce` sums over samples and positions, `combine` sums the results of its programs, and `stream` computes elementwise:
+the output in the forward, and given a gradient dx in the backward.
 
 Every kernel sees its tensors as (outer, C, inner) in one dense order, channels_last (LAST) with C innermost and
 positions as inner, and works on tiles of BLOCK_C channels by BLOCK_INNER positions. A "work item" is one tile position
 (outer, inner block); a program takes `per_split` consecutive ones of one block of channels. Sums stay in registers, one
 per element of the tile, and leave a program as one partial result per channel: no atomics, so the same bits every run.
-What follows from the sums is stored by the same program where it has seen all (ALONE), else by a program of `combine`.
+The same program stores the final results if it has seen all of its channels (ALONE), else a program of `combine` does.
 Arithmetic is float32; what crosses programs is float64.
 """
 
 import triton
 import triton.language as tl
 
-# Compiled once for all values: a network has as many of these as it has layers and batch sizes.
+# Arguments that are not compiled in, since they differ from layer to layer and batch to batch.
 SIZES = ["outer", "inner", "per_split", "splits", "samples"]
 
 
 @triton.jit
 def _span(outer, inner, channels, per_split, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """This program's channels, its split, its first and last work item, and how many of these a plane has."""
+    """This program's channels, split, first and last work item, and the number of work items in a plane."""
     c_blocks, inner_blocks = tl.cdiv(channels, BLOCK_C), tl.cdiv(inner.to(tl.int64), BLOCK_INNER)
     program = tl.program_id(0).to(tl.int64)
     c = (program % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -31,7 +31,7 @@ def _span(outer, inner, channels, per_split, BLOCK_C: tl.constexpr, BLOCK_INNER:
 
 @triton.jit
 def _tile(item, inner_blocks, inner, channels, c, LAST: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """Offsets, in int64, of a work item's tile, and which of its elements exist."""
+    """Offsets, in int64, of a work item's tile, and the mask of its existing elements."""
     i = (item % inner_blocks) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
     if LAST:
         offsets = i[None, :] * channels + c[:, None]
@@ -42,14 +42,14 @@ def _tile(item, inner_blocks, inner, channels, c, LAST: tl.constexpr, BLOCK_INNE
 
 @triton.jit
 def _positions(first, last, inner_blocks, inner, BLOCK_INNER: tl.constexpr):
-    """How many positions some work items have: whole blocks but for the last one of each plane."""
+    """Number of positions in a range of work items: whole blocks, except for the last one of each plane."""
     ends = last // inner_blocks - first // inner_blocks
     return (last - first) * BLOCK_INNER - ends * (inner_blocks * BLOCK_INNER - inner)
 
 
 @triton.jit
 def _vector(pointer, c, channels, other: tl.constexpr):
-    """The numbers of channels `c`; `other` beyond the last one, and everywhere if there is no vector."""
+    """The elements of channels `c`; `other` beyond the last one, and everywhere if there is no vector."""
     if pointer is None:
         found = tl.full(c.shape, other, tl.float32)
     else:
@@ -97,7 +97,7 @@ def _masked(grad, x, center, scale, shift, dtype: tl.constexpr, RELU: tl.constex
 
 @triton.jit
 def _settle(mean, var, count, c, channels, statistics, moving, eps):
-    """Store the batch's statistics, with renorm's r and d; move running ones and counter: as `aten.settle_`."""
+    """Store the batch's statistics, with renorm's r and d; update running ones and counter: as `aten.settle_`."""
     running_mean, running_var, counter, renorm, momentum = moving
     exists = c < channels
     tl.store(statistics + c, mean, mask=exists)
@@ -106,7 +106,7 @@ def _settle(mean, var, count, c, channels, statistics, moving, eps):
         step, steps = _vector(renorm + 2 * channels, c, channels, 0.0), _vector(renorm + 3 * channels, c, channels, 1.0)
         if counter is None:
             anchor_mean, anchor_var = _vector(renorm, c, channels, 0.0), _vector(renorm + channels, c, channels, 1.0)
-        else:  # a step begins; what is stored is not read again, which other threads of the program might do too early
+        else:  # a step begins; nothing stored is read again, since other threads of the program might read it too early
             anchor_mean, anchor_var = _vector(running_mean, c, channels, 0.0), _vector(running_var, c, channels, 1.0)
             step += 1
             tl.store(renorm + c, anchor_mean, mask=exists)
@@ -131,7 +131,7 @@ def _settle(mean, var, count, c, channels, statistics, moving, eps):
 
 @triton.jit
 def _finish(sum_dy, sum_dy_xmu, c, channels, statistics, gradients, eps, RENORM: tl.constexpr):
-    """Store Σg and Σg·(x − mean), and what they are as gradients of weight and bias."""
+    """Store Σg and Σg·(x − mean), and the gradients of weight and bias that follow from them."""
     sums, d_weight, d_bias = gradients
     exists = c < channels
     tl.store(sums + c, sum_dy, mask=exists)
@@ -151,12 +151,12 @@ def reduce(
     ALONE: tl.constexpr, BATCH: tl.constexpr, RENORM: tl.constexpr, RELU: tl.constexpr,
     LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    """Of one split mean, centred sum of squares and count; given a gradient, Σg and Σg·(x − mean).
+    """Mean, centred sum of squares and count of one split; given a gradient, Σg and Σg·(x − mean).
 
-    Both are a sum of numbers and one of their products with d = x − middle: of d, or of g, the gradient before the
-    activation. The partial results are (3, splits, C), float64. For moments the middle is the mean of the split's first
-    tile. That tile is itself in the split, so the squared distance from middle to mean is at most (number of tiles)
-    variances: cancellation costs no more than plain rounding does.
+    Both are Σg and Σg·d with d = x − middle, where for moments g = d, else the gradient before the activation. The
+    partial results are (3, splits, C), float64. For moments the middle is the mean of the split's first tile. That tile
+    belongs to the split, so the squared distance from middle to mean is at most (number of tiles) variances:
+    cancellation costs no more than plain rounding.
     """
     c, split, first, last, inner_blocks = _span(outer, inner, channels, per_split, BLOCK_C, BLOCK_INNER)
     if grad_ptr is None:
@@ -235,10 +235,10 @@ def stream(
     BATCH: tl.constexpr, RENORM: tl.constexpr, RELU: tl.constexpr,
     LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    """Y = act((x − mean)/√(var + eps)·weight + bias): one read and one write. `kept` gets the running statistics.
+    """`out` = act((x − mean)/√(var + eps)·weight + bias): one read and one write. `kept` gets the running statistics.
 
-    Given a gradient, dx = scale·(g − mean(g) − (x − mean)/(var + eps)·mean(g·(x − mean))), where means are `sums` by
-    `samples`; scale·g with running statistics.
+    Given a gradient, dx = scale·(g − mean(g) − (x − mean)/(var + eps)·mean(g·(x − mean))), where the means are `sums`
+    divided by `samples`; with running statistics dx = scale·g.
     """
     c, split, first, last, inner_blocks = _span(outer, inner, channels, per_split, BLOCK_C, BLOCK_INNER)
     center, low, invstd, scale, shift = _coefficients(

@@ -4,7 +4,7 @@
 - `batch_norm_fwd`: one read of x and one write of y, and another read for the statistics of the batch;
 - `batch_norm_bwd`: two reads of x and of the gradient, one write of dx.
 
-ReLU's mask is computed from x again, so y need not live until the backward; where no kernel of ours runs it is kept.
+Our kernels compute ReLU's mask from x again, so that y need not live until the backward; ATen's keep y.
 """
 
 import functools
@@ -20,12 +20,12 @@ from bnsurgery.machine.devices import CPU, takes_float64
 from . import aten
 from .cpu_moments import channel_moments_cpu
 
-# Not torch.library.custom_op: that would import torch._dynamo at the first call, a second, and costs more in every one.
+# torch.library.custom_op imports torch._dynamo at the first call, which takes a second, and costs more at every call.
 _LIBRARY = torch.library.Library("bnsurgery", "DEF")
 
 
 def _define(schema: str, fake: Callable[..., Any], **kernels: Callable[..., Any]) -> Any:
-    """Define an op with its fake kernel and its kernels by dispatch key; give back what calls it."""
+    """Define an op with its fake kernel and its kernels by dispatch key, and return it."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"bnsurgery::{name}", fake, lib=_LIBRARY)
@@ -35,7 +35,7 @@ def _define(schema: str, fake: Callable[..., Any], **kernels: Callable[..., Any]
 
 
 def cuda_kernel(name: str) -> Callable[..., Any]:
-    """Our kernel, imported at the first use, or ATen's."""
+    """Our Triton kernel, imported at the first use, or ATen's steps for tensors that it does not take."""
 
     def kernel(input: Tensor, *args: Any) -> Any:
         if not takes_kernels(input):
@@ -49,7 +49,7 @@ def cuda_kernel(name: str) -> Callable[..., Any]:
 
 
 def takes_kernels(x: Tensor) -> bool:
-    """Whether our kernels run on `x`: not for float64, for nothing to do, and where no Triton takes them."""
+    """Whether our Triton kernels run on `x`: not for float64, empty tensors and without a Triton that compiles them."""
     return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and has_triton()
 
 
@@ -64,7 +64,7 @@ def has_triton() -> bool:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """`batch_norm_fwd` with `batch_norm_bwd` behind it."""
+    """`batch_norm_fwd`, differentiated by `batch_norm_bwd`."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class _BatchNorm(torch.autograd.Function):
         kept = output if relu and not takes_kernels(input) else None
         ctx.save_for_backward(input, kept, statistics, weight, bias)
         ctx.mark_non_differentiable(statistics)
-        ctx.set_materialize_grads(False)  # it would be a tensor of zeros
+        ctx.set_materialize_grads(False)  # or the statistics' gradient would be a tensor of zeros
         return output, statistics
 
     @staticmethod
@@ -94,13 +94,13 @@ def _differentiable(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[T
     """The gradients as functions of input, weight, bias and `grad`, for create_graph=True: by ATen."""
     eps, training, relu, group = ctx.settings
     if group:
-        raise NotImplementedError("batch_norm: no double backward with a process group; pass process_group=None")
+        raise NotImplementedError("batch_norm: no double backward with a process group: pass `process_group=None`")
     input, _, statistics, weight, bias = ctx.saved_tensors
     # Views, so that the gradients stop here: the three may depend on each other, as in a network that is applied twice.
     tensors: list[Any] = [t if t is None else t.view_as(t) for t in (input, weight, bias)]
     input, weight, bias = tensors
     if training and input.numel():
-        affine = aten.corrected(weight, bias, statistics[2:], aten.work_dtype(input))
+        affine = aten.corrected(weight, bias, statistics[2:], input)
         y = aten.batch_norm(input, None, None, *affine, True, 0.0, eps, relu)
     else:
         y = aten.normalize(input, statistics, weight, bias, eps, relu)
@@ -110,10 +110,9 @@ def _differentiable(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[T
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
-    """`batch_norm_fwd` past its autograd; like ATen's it does not mark as changed what other graphs may have kept."""
+    """`batch_norm_fwd` below autograd; as ATen's, it changes running statistics that other graphs may have saved."""
     with torch._C._AutoDispatchBelowAutograd():
-        results: tuple[Tensor, Tensor] = batch_norm_fwd(*args)
-    return results
+        return batch_norm_fwd(*args)
 
 
 def batch_norm(*args: Any) -> Tensor:
@@ -124,12 +123,12 @@ def batch_norm(*args: Any) -> Tensor:
 
 
 def _per_channel(x: Tensor, rows: int) -> Tensor:
-    """Rows of float64 of length C for a fake kernel, on the CPU where the device has none."""
+    """Float64 rows of length C for a fake kernel, on the CPU if the device has no float64."""
     return x.new_empty(rows, x.shape[1], dtype=torch.float64, device=x.device if takes_float64(x.device) else CPU)
 
 
-# Mean and m2 = Σ(x − mean)² of every channel of (N, C, *): float64 of shape (C,), on the CPU where the device has none;
-# zeros for an empty input.
+# Mean and m2 = Σ(x − mean)² of every channel of (N, C, *): float64 of shape (C,), on the CPU if the device has no
+# float64; zeros for an empty input.
 channel_moments = _define(
     "channel_moments(Tensor input) -> (Tensor mean, Tensor m2)",
     lambda input: (_per_channel(input, 1)[0], _per_channel(input, 1)[0]),
@@ -138,10 +137,10 @@ channel_moments = _define(
     CUDA=cuda_kernel("channel_moments"),
 )
 
-# act((x − mean)/√(var + eps)·weight + bias), laid out like the input, by mean and var, or where these are None by those
-# of the batch over all ranks of the process group called `group` ("" for none). Then the running statistics move by
-# `momentum` and the counter by one; `renorm` is that of `renorm.schedule`, and a step of it begins where a counter is.
-# The second result is mean and var, (2, C), or with Batch Renormalization's r and d (4, C).
+# act((x − mean)/√(var + eps)·weight + bias), laid out like the input. None for mean and var stands for the batch's over
+# all ranks of the process group called `group` ("" for none); then the running statistics move by `momentum` and the
+# counter by one. `renorm` is the state of `renorm.schedule`, whose next step begins if a counter is given. The second
+# result is mean and var, (2, C), or with Batch Renormalization's r and d (4, C).
 batch_norm_fwd = _define(
     "batch_norm_fwd(Tensor input, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps, bool relu, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? counter, Tensor(d!)? renorm, float momentum, "
@@ -152,9 +151,9 @@ batch_norm_fwd = _define(
     CUDA=cuda_kernel("forward"),
 )
 
-# The gradients of input, weight and bias; the latter two of this rank's samples only, which data parallelism adds up
-# itself. With `training` the statistics depend on the input. `output` may be given where reading it is cheaper than
-# computing ReLU's mask. What is not wanted comes empty.
+# The gradients of input, weight and bias, empty if unwanted. Those of weight and bias are over this rank's samples,
+# since data parallelism adds them up. With `training` the statistics depend on the input. `output`, if given, yields
+# ReLU's mask.
 batch_norm_bwd = _define(
     "batch_norm_bwd(Tensor input, Tensor grad, Tensor? output, Tensor statistics, Tensor? weight, Tensor? bias, "
     "float eps, bool training, bool relu, str group, bool wants_input, bool wants_affine) -> (Tensor, Tensor, Tensor)",

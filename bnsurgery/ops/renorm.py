@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 
-def schedule(running_mean: Tensor, done: int, steps: int) -> Tensor:
-    """Where a layer stands that took `done` steps of `steps`, before the next one begins.
+def schedule(running_mean: Tensor, taken: int, steps: int) -> Tensor:
+    """The state of a layer after `taken` of `steps` steps, before the next one begins.
 
-    Rows of (4, C), once for each channel: running mean and variance as they were when the step began, the number of
-    steps before it, and the length of the schedule.
+    Rows of (4, C), the same for each channel: running mean and variance when the step began, the number of steps before
+    it, and the length of the schedule.
     """
-    return torch.stack([torch.full_like(running_mean, value) for value in (0, 0, done - 1, steps)])
+    return torch.stack([torch.full_like(running_mean, value) for value in (0, 0, taken - 1, steps)])
 
 
 def limits(step: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
     """(r_max, d_max) at a training step: (∞, ∞) at step 0, (3, 5) half way, (1, 0) from `steps` on.
 
-    With p = step/steps: ln r_max = ln 3·(1 − p)/p and d_max = 5·(1 − p)/p. The paper opens from (1, 0) to (3, 5); here
-    the running statistics are right from the start and the weights shall come to live with plain batch norm.
+    With p = step/steps: ln r_max = ln 3·(1 − p)/p and d_max = 5·(1 − p)/p. The paper opens the limits from (1, 0) to
+    (3, 5); here they close, since the running statistics are right from the start and the weights adapt to plain BN.
 
     Args:
-        step: floating point, of any shape: the training steps done.
+        step: number of training steps so far, floating point, of any shape.
         steps: length of the schedule, above 0.
 
     References: Ioffe 2017, arXiv:1702.03275, section 4.
@@ -35,10 +35,10 @@ def limits(step: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
 def r_and_d_(
     state: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, begins: bool
 ) -> Tensor:
-    """Begin a step where one begins; then r = clip(σ_B/σ, 1/r_max, r_max) and d = clip((μ_B − μ)/σ, −d_max, d_max).
+    """Begin a step if `begins`; return r = clip(σ_B/σ, 1/r_max, r_max) and d = clip((μ_B − μ)/σ, −d_max, d_max).
 
     Rows of (2, C), constants for the gradient. Plain batch norm with weight·r and weight·d + bias then computes
-    weight·(r·x̂ + d) + bias; wide open that is the eval function, by the running statistics of the step's beginning.
+    weight·(r·x̂ + d) + bias; without limits that is the eval function, by the running statistics when the step began.
     """
     if begins:
         state[0].copy_(running_mean)

@@ -1,1 +1,1 @@
-"""How pages and figures look and are written, whatever they show."""
+"""The look of pages and figures, and how they are written, whatever they show."""

@@ -1,7 +1,7 @@
 """One self-contained HTML page from figures, tables and text: no network, no script, light and dark, for any width."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files as resources
 from pathlib import Path
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Table:
     """Headers that are terms of the glossary get their definition; columns of numbers are aligned right."""
 
-    headers: tuple[str, ...]
-    rows: tuple[tuple[object, ...], ...]
+    headers: Sequence[str]
+    rows: Sequence[Sequence[object]]
 
     @property
     def cells(self) -> list[list[str]]:
@@ -43,9 +43,9 @@ class Box:
 
     Attributes:
         name: fqn.
-        label: class and channels, short.
+        label: class and channels.
         kind: "inserted", "taken" (a ReLU that the BatchNorm applies), "conv", "dense", "activation" or "other".
-        site: of a layer with a BatchNorm: its name in the original network, as the tables have it.
+        site: name in the original network, as in the tables, if the layer has a BatchNorm.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a heading, paragraphs, then a table, a strip and figures, by name, where there are any."""
+    """A part of a page: a heading, then paragraphs, a strip of layers, a table, and figures by name."""
 
     heading: str
     paragraphs: tuple[str, ...] = ()
@@ -67,14 +67,23 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A page, and its figures.
+    """A page and its figures.
 
     Attributes:
-        title: what it is about.
+        title: heading of the page.
         verdict: the result, in a sentence.
-        good: whether that is what was to be shown; None where it is neither.
-        facts: name and value pairs under the verdict.
-        terms: of the glossary, beside those that stand in headers.
+        good: whether the result is the expected one; None if nothing is expected.
+        facts: pairs of name and value under the verdict.
+        sections: the parts of the page, in order.
+        terms: terms of the glossary to explain, besides the headers of tables and the names of facts.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+        >>> batches = torch.randn(64, 3, 16, 16).split(16)
+        >>> page = bnsurgery.report.insertion(model, bnsurgery.insert(model, batches), batches)
+        >>> page.save("page.html")
+        >>> [path.name for path in page.save_figures("figures")][:2]
+        ['moments-mean.svg', 'moments-mean.png']
     """
 
     title: str
@@ -86,21 +95,21 @@ class Report:
 
     @property
     def figures(self) -> dict[str, "Figure"]:
-        """All figures by name, as matplotlib figures."""
+        """All matplotlib figures, by name."""
         return {name: figure for section in self.sections for name, figure in section.figures.items()}
 
     def to_html(self) -> str:
-        """The page as text."""
+        """The page as HTML."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from markupsafe import Markup
 
+        headers = [header for section in self.sections if section.table for header in section.table.headers]
+        names = {*headers, *(name for name, _ in self.facts), *self.terms}
         environment = Environment(
             loader=PackageLoader(__package__, "."),
             autoescape=True,
             undefined=StrictUndefined,
-            finalize=lambda value: (
-                value if isinstance(value, Markup) or not isinstance(value, str) else cell_text(value)
-            ),
+            finalize=lambda value: cell_text(value) if type(value) is str else value,  # not Markup
             trim_blocks=True,
             lstrip_blocks=True,
         )
@@ -109,25 +118,25 @@ class Report:
             style=Markup(resources(__package__).joinpath("page.css").read_text(encoding="utf-8")),
             svg=lambda name, figure: Markup(inline_svg(figure, name)),
             terms=TERMS,
-            used=list(self._used()),
+            used=[term for term in TERMS if term in names],
             version=__version__,
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the page, whole or not at all.
+        """Write the page atomically.
 
         Raises:
-            CheckpointError: the file exists and may not be replaced, or cannot be written.
+            CheckpointError: the file exists without `overwrite`, or cannot be written.
         """
         html = self.to_html()
         with atomic_write(path, overwrite=overwrite) as temporary:
             temporary.write_text(html, encoding="utf-8", newline="\n")
 
     def save_figures(self, directory: str | Path, *, overwrite: bool = False) -> list[Path]:
-        """Write every figure as NAME.svg and NAME.png into `directory`, which is made where it is missing.
+        """Write every figure as NAME.svg and NAME.png into `directory`, which is created if it is missing.
 
         Raises:
-            CheckpointError: one of the files exists and may not be replaced, or cannot be written.
+            CheckpointError: one of the files exists without `overwrite`, or cannot be written.
         """
         folder = make_folder(directory)
         paths = [folder / f"{name}.{kind}" for name in self.figures for kind in ("svg", "png")]
@@ -137,19 +146,9 @@ class Report:
             write(self.figures[path.stem], path, overwrite=overwrite)
         return paths
 
-    def _used(self) -> Iterator[str]:
-        headers = [header for section in self.sections if section.table for header in section.table.headers]
-        names = [name for name, _ in self.facts]
-        return (term for term in TERMS if term in (*headers, *names, *self.terms))
-
 
 def require_libraries() -> None:
     """Raise BNSurgeryError where matplotlib or Jinja, the extra `report`, is not installed."""
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         raise BNSurgeryError(f"report: needs {' and '.join(missing)}: pip install 'bnsurgery[report]'")
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A `Table` from any sequences."""
-    return Table(tuple(headers), tuple(tuple(row) for row in rows))

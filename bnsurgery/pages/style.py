@@ -1,4 +1,4 @@
-"""How figures look, and how they are written: files of their own, or SVG inside a page in the page's own colours."""
+"""The look of figures, and how they are written: to PNG and SVG files, or as SVG inside a page, in its colours."""
 
 import html
 import io
@@ -13,32 +13,33 @@ from bnsurgery.text.tables import cell_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# One meaning a colour, in all figures. After Okabe and Ito's palette, which the colour-blind can tell apart; the blue
-# lighter, to stand out from black too.
-PLAIN = "#1f83c4"  # blue: the network without BatchNorm, and what its layers put out
-BN = "#009e73"  # green: BatchNorm inserted so that nothing changes, and what it makes of its input
+# One meaning a colour, in all figures. After Okabe and Ito's palette, which the colour-blind can tell apart, with a
+# lighter blue, to differ from black.
+PLAIN = "#1f83c4"  # blue: the network without BatchNorm, and its layers' outputs
+BN = "#009e73"  # green: exactly inserted BatchNorm, and its normalized input
 BN_HALF = "#cc79a7"  # pink: the same, trained for half the epochs
-WRONG = "#d55e00"  # orange: what goes wrong: BatchNorm that changes the function, dead channels
-NEARLY = "#f2a766"  # light orange: what nearly does
-NEUTRAL = "#888888"  # grey: training, and what is neither good nor bad
-INK = "#000000"  # in a page: the page's text colour; validation, what is expected, medians
+WRONG = "#d55e00"  # orange: problems: BatchNorm that changes the function, dead channels
+NEARLY = "#f2a766"  # light orange: near-problems: channels near eps
+NEUTRAL = "#888888"  # grey: training, and neither good nor bad
+INK = "#000000"  # in a page the text's colour: validation, expected values, medians
 
 _WIDTH = 4.6  # inches: about a phone's width, so that a page never has to shrink a panel
 _DPI = 144
 
 
-def new_figure(alt: str, *, rows: int = 1, columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
-    """A figure and its axes, in an array of shape (rows, columns); no window system, no global state is involved.
+def new_figure(alt: str, *, columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
+    """A figure and its axes, in an array of shape (1, columns), without a window system or global state.
 
     Args:
-        alt: what it shows, in words, for those who cannot see it; kept as the figure's label.
-        height: inches of one panel.
+        alt: description of the figure for those who cannot see it; kept as its label.
+        columns: number of panels.
+        height: inches of a panel.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH * columns, height * rows), layout="constrained", dpi=_DPI)
+    figure = Figure(figsize=(_WIDTH * columns, height), layout="constrained", dpi=_DPI)
     figure.set_label(alt)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(1, columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.4, linewidth=0.6)
@@ -47,7 +48,7 @@ def new_figure(alt: str, *, rows: int = 1, columns: int = 1, height: float = 3.2
 
 
 def log_axis(axis: Any) -> None:
-    """Logarithmic, with ticks that are written out and have room: at the powers of ten, and 2 and 5 if they are few."""
+    """Make the x axis logarithmic, with plain numbers at the powers of ten, and at 2 and 5 if there is room."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_xscale("log")
@@ -58,7 +59,7 @@ def log_axis(axis: Any) -> None:
 
 
 def draw_bars(axis: Any, values: Mapping[str, float | None], unit: str, colours: Sequence[str]) -> None:
-    """A bar a name, the first on top, each with its value and unit; "diverged" where there is none."""
+    """A bar a name, the first on top, each with its value and unit, or "diverged" for None."""
     axis.barh(list(values), [value or 0 for value in values.values()], min(0.8, 0.2 * len(values)), color=colours)
     for row, value in enumerate(values.values()):
         text = "diverged" if value is None else f"{cell_text(value)} {unit}".rstrip()
@@ -71,7 +72,7 @@ def draw_bars(axis: Any, values: Mapping[str, float | None], unit: str, colours:
 
 
 def write(figure: "Figure", path: Path, *, overwrite: bool = True) -> None:
-    """Write a figure as PNG or SVG, as the name says, atomically; the same figure gives the same bytes."""
+    """Write a figure atomically as PNG or SVG, by the path's suffix; the same figure gives the same bytes."""
     from matplotlib import rc_context
 
     kind = path.suffix.removeprefix(".")
@@ -82,7 +83,7 @@ def write(figure: "Figure", path: Path, *, overwrite: bool = True) -> None:
 
 
 def _settle(figure: "Figure") -> None:
-    """Lay the panels out once: constrained layout goes on improving by fractions of a pixel at every drawing."""
+    """Lay out the panels once, since constrained layout moves them by fractions of a pixel at every drawing."""
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -99,7 +100,7 @@ def inline_svg(figure: "Figure", name: str) -> str:
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Ids that matplotlib counts up (figure_1, text_1, ...) would be the same in every figure of a page.
+    # Matplotlib counts up ids (figure_1, text_1, ...), which would be the same in every figure of a page.
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     label = html.escape(cell_text(figure.get_label()))
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

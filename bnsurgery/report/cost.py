@@ -1,10 +1,8 @@
-"""What BatchNorm costs: parameters, and the time and memory of a training step, before and after."""
+"""The cost of BatchNorm: parameters, and the time and memory of a training step, before and after."""
 
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +20,12 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one network.
+    """The cost of one network.
 
     Attributes:
         parameters: how many numbers training changes.
-        seconds: of a forward and backward pass in train mode.
-        kept_bytes: of what autograd keeps in between, without the parameters.
+        seconds: time of a forward and backward pass in train mode.
+        kept_bytes: tensors that autograd keeps between the two, without the parameters.
     """
 
     parameters: int
@@ -36,35 +34,33 @@ class Cost:
 
 
 def measure_costs(reference: nn.Module, bn_model: nn.Module, batch: Inputs) -> tuple[Cost, Cost] | str:
-    """Time both networks on the first 4 samples of `batch`, taking turns; or say why they cannot be.
+    """Time both networks by turns on the first 4 samples of `batch`, or give the reason why that fails.
 
     Neither network is changed, nor its statistics or torch's random state.
     """
-    sample = batch.take(0, IMAGES)
+    sample, networks = batch.take(0, IMAGES), (reference, bn_model)
     if sample.samples < 2:
         return "a step in train mode needs two images"
     times: tuple[list[float], list[float]] = ([], [])
     try:
         with keeping_random(), torch.enable_grad():
-            steps = [_step(network, sample) for network in (reference, bn_model)]
-            kept = [_kept_bytes(step, network) for step, network in zip(steps, (reference, bn_model), strict=True)]
+            steps = [_step(network, sample) for network in networks]
+            kept = [_kept_bytes(step, network) for step, network in zip(steps, networks, strict=True)]
             while len(times[0]) < _ROUNDS.start or (len(times[0]) < _ROUNDS.stop and sum(map(sum, times)) < _SECONDS):
                 for step, taken in zip(steps, times, strict=True):
                     taken.append(step())
     except BNSurgeryError as error:  # a detector wants targets in train mode
         return str(error)
-    counts = [sum(p.numel() for p in network.parameters() if p.requires_grad) for network in (reference, bn_model)]
+    counts = [sum(p.numel() for p in network.parameters() if p.requires_grad) for network in networks]
     first, second = (Cost(count, min(taken), size) for count, taken, size in zip(counts, times, kept, strict=True))
     return first, second
 
 
 def _step(network: nn.Module, sample: Inputs) -> Callable[[], float]:
-    """A training step without an optimizer on a copy; it returns the seconds it took."""
+    """A training step of a copy, without an optimizer; it returns the seconds it took."""
     copy = sharing_tensors(network)
-    for module in copy.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.clone()  # train mode writes into these
+    for module in copy.modules():  # train mode writes into the buffers
+        module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
     copy.train()
     parameters = [p for p in copy.parameters() if p.requires_grad]
     device = next(iter(parameters), torch.empty(0)).device
@@ -76,7 +72,7 @@ def _step(network: nn.Module, sample: Inputs) -> Callable[[], float]:
         if isinstance(loss, Tensor) and loss.requires_grad and parameters:
             try:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
-            except RuntimeError as error:  # code that works in place on what the backward pass needs
+            except RuntimeError as error:  # code that changes tensors in place that the backward pass needs
                 raise BNSurgeryError(f"its backward pass fails: {str(error).splitlines()[0]}") from error
         synchronize(device)
         return time.perf_counter() - start
@@ -85,23 +81,15 @@ def _step(network: nn.Module, sample: Inputs) -> Callable[[], float]:
 
 
 def _kept_bytes(step: Callable[[], float], network: nn.Module) -> int:
-    """Bytes of all storages that autograd keeps in a step, but for the parameters'."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in network.parameters()}
-    with _kept_storages() as kept:
-        step()
-    return sum(size for pointer, size in kept.items() if pointer not in own)
-
-
-@contextmanager
-def _kept_storages() -> Any:
-    kept: dict[int, int] = {}
-    alive = []  # or a freed storage's address could come up again
+    """Bytes of all storages that autograd keeps in a step, without the parameters'."""
+    kept = {}  # the storages themselves, so that the address of a freed one does not come up again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(storage)
+        kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+        step()
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in network.parameters()}
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in parameters)

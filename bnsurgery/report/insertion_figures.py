@@ -1,6 +1,7 @@
-"""The figures of an insertion: statistics by site, pre-activations, channels that say nothing, train-mode drift."""
+"""The figures of an insertion: statistics by site, pre-activations, channels that say little, train-mode drift."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from bnsurgery.statistics.verification import EquivalenceReport, statistics_for
 from bnsurgery.text.tables import cell_text
 from bnsurgery.text.words import counted, percent, thousands
 
-from .sites import Histogram, SiteView, view_sites
+from .sites import SiteView, channel_counts, view_sites
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,30 +30,38 @@ def plot_moments(sites: Sites, panels: Sequence[str] = ("mean", "std")) -> "Figu
     """The channels' means μ and standard deviations σ at every site: median, quartiles, extremes.
 
     Args:
-        sites: an inserted network, or what `view_sites` gave.
+        sites: an inserted network, or the result of `view_sites`.
         panels: "mean" and "std", side by side.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+        >>> bn_model = bnsurgery.insert(model, torch.randn(64, 3, 16, 16).split(16))
+        >>> bnsurgery.report.plot_moments(bn_model).savefig("moments.png")
     """
     views = _views(sites)
-    lowest = min(views, key=lambda v: v.median_std)
-    highest = max(views, key=lambda v: v.median_std)
-    what = {"mean": "means", "std": "standard deviations"}
-    means = [view.mean.quantile(0.5).item() for view in views]
+    medians = [view.mean.quantile(0.5).item() for view in views]
+    lowest, highest = (extreme(views, key=lambda view: view.median_std) for extreme in (min, max))
+    words = {"mean": "means", "std": "standard deviations"}
     alt = (
-        f"Box plots of the channels' {' and '.join(what[p] for p in panels)} at {counted(len(views), 'site')}. "
-        f"The medians of the means lie between {min(means):.2g} and {max(means):.2g}; the median standard deviation "
-        f"goes from {lowest.median_std:.2g} at {lowest.name} to {highest.median_std:.2g} at {highest.name}."
+        f"Box plots of the channels' {' and '.join(words[p] for p in panels)} at {counted(len(views), 'site')}. "
+        f"The medians of the means lie between {min(medians):.2g} and {max(medians):.2g}; the median standard "
+        f"deviation goes from {lowest.median_std:.2g} at {lowest.name} to {highest.median_std:.2g} at {highest.name}."
     )
     figure, axes = new_figure(alt, columns=len(panels), height=_FRAME + _ROW * len(views))
     for axis, panel in zip(axes[0], panels, strict=True):
+        values = [view.mean if panel == "mean" else view.std.clamp(min=_SMALLEST) for view in views]
+        _draw_boxes(axis, [value.numpy() for value in values])
         if panel == "mean":
-            _boxes(axis, [view.mean.numpy() for view in views])
             _name_rows(axis, views, "mean of a channel, μ (activation units)")
             axis.axvline(0, color=INK, linewidth=0.8)
         else:
-            _boxes(axis, [view.std.clamp(min=_SMALLEST).numpy() for view in views])
-            _name_rows(axis, views, "deviation of a channel, σ (activation units)")
             log_axis(axis)
-            _mark_eps(axis, views[0].eps)
+            reaches_eps = axis.get_xlim()[0] < views[0].eps ** 0.5
+            # No tall letter such as √ in the label: it would move the rows against the means' beside them.
+            unit = "dashed: σ² = eps" if reaches_eps else "activation units"
+            _name_rows(axis, views, f"deviation of a channel, σ ({unit})")
+            if reaches_eps:
+                axis.axvline(views[0].eps ** 0.5, color=WRONG, linestyle="--", linewidth=1)
     return figure
 
 
@@ -62,29 +71,39 @@ def plot_preactivations(
     """Histograms of every site's pre-activations, as they are and normalized channel by channel.
 
     Args:
-        sites: an inserted network, or what `view_sites` gave for images.
-        batches: with a network: images; the first 16 are looked at.
+        sites: an inserted network, or the result of `view_sites` with images.
+        batches: with a network: images, of which the first 16 are used.
         panels: "before" and "after" normalization, side by side.
 
     Raises:
         ValueError: there are no images.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+        >>> batches = torch.randn(64, 3, 16, 16).split(16)
+        >>> figure = bnsurgery.report.plot_preactivations(bnsurgery.insert(model, batches), batches)
+        >>> figure.savefig("preactivations.png")
     """
-    views = [view for view in _views(sites, batches) if view.before and view.after]
-    if not views:
-        raise ValueError("plot_preactivations: no histograms without images: pass batches")
-    reach = max(max(-view.before.low, view.before.high) for view in views if view.before)
-    said = {
+    views = _views(sites, batches)
+    histograms = {"before": [v.before for v in views if v.before], "after": [v.after for v in views if v.after]}
+    if not histograms["before"]:
+        raise ValueError("plot_preactivations: no histograms without images: pass `batches`")
+    reach = max(max(-histogram.low, histogram.high) for histogram in histograms["before"])
+    words = {
         "before": f"As they are, from {-reach:.2g} to {reach:.2g}.",
         "after": "Normalized channel by channel; the dotted line is the normal distribution.",
     }
-    said_of = " ".join(said[panel] for panel in panels)
-    alt = f"Histograms of the pre-activations at {counted(len(views), 'site')}. {said_of}"
+    alt = f"Histograms of the pre-activations at {counted(len(views), 'site')}. {' '.join(words[p] for p in panels)}"
     figure, axes = new_figure(alt, columns=len(panels), height=_FRAME + 1.4 * _ROW * len(views))
     for axis, panel in zip(axes[0], panels, strict=True):
-        for row, view in enumerate(views):
-            found = view.before if panel == "before" else view.after
-            assert found is not None  # filtered above
-            _ridge(axis, row, found, PLAIN if panel == "before" else BN, normal=panel == "after")
+        for row, histogram in enumerate(histograms[panel]):
+            at, density = histogram.centers.numpy(), histogram.density.numpy()
+            scale = 0.95 / (density.max() or 1)  # of the row's height
+            colour = PLAIN if panel == "before" else BN
+            axis.fill_between(at, row, row - scale * density, color=colour, linewidth=0, alpha=0.8)
+            if panel == "after":
+                normal = np.exp(-(at**2) / 2) / np.sqrt(2 * np.pi)
+                axis.plot(at, row - scale * normal, color=INK, linestyle=":", linewidth=0.7)
         if panel == "before":
             _name_rows(axis, views, "before normalization, x (asinh scale)")
             _asinh_axis(axis, reach)
@@ -96,94 +115,95 @@ def plot_preactivations(
 
 
 def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
-    """The share of the channels that are dead, near eps or silent behind their ReLU, at the sites that have such.
+    """The share of dead, near-eps and silent channels, at the sites that have any.
 
     Args:
         sites: as in `plot_preactivations`.
         batches: as there; without images, silent channels are not known.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+        >>> batches = torch.randn(64, 3, 16, 16).split(16)
+        >>> bnsurgery.report.plot_channels(bnsurgery.insert(model, batches), batches).savefig("channels.png")
     """
     views = _views(sites, batches)
-    told = [view for view in views if view.dead or view.near_eps or view.silent]
-    worst = max(views, key=lambda v: v.dead / v.channels)
+    drawn = [view for view in views if view.dead or view.near_eps or view.silent]
+    worst = max(views, key=lambda view: view.dead / view.channels)
+    total, dead, near, silent = map(thousands, channel_counts(views))
+    most = f"; most dead ones at {worst.name}: {worst.dead} of {worst.channels}" if worst.dead else ""
     alt = (
-        f"Share of dead, near-eps and silent channels by site. In all, of {thousands(sum(v.channels for v in views))}: "
-        f"{thousands(sum(v.dead for v in views))} dead, {thousands(sum(v.near_eps for v in views))} near eps, "
-        f"{thousands(sum(v.silent or 0 for v in views))} silent"
-        + (f"; most dead ones at {worst.name}: {worst.dead} of {worst.channels}." if worst.dead else ".")
+        f"Share of dead, near-eps and silent channels by site. In all, of {total}: {dead} dead, {near} near eps, "
+        f"{silent} silent{most}."
     )
-    if not told:
-        figure, axes = new_figure(alt, height=_FRAME)
-        axes[0, 0].set_axis_off()
-        axes[0, 0].text(0.5, 0.5, "No channel is dead, near eps or silent.", ha="center", va="center")
-        return figure
-    figure, axes = new_figure(alt, height=_FRAME + 0.35 + _ROW * len(told))
+    figure, axes = new_figure(alt, height=_FRAME + (0.35 + _ROW * len(drawn) if drawn else 0))
     axis = axes[0, 0]
-    rows = np.arange(len(told))
-    dead = np.array([100 * v.dead / v.channels for v in told])
-    near = np.array([100 * v.near_eps / v.channels for v in told])
-    silent = np.array([100 * (v.silent or 0) / v.channels for v in told])
-    axis.barh(rows - 0.2, dead, 0.36, color=WRONG, label="dead: σ² < eps")
-    axis.barh(rows - 0.2, near, 0.36, left=dead, color=NEARLY, label="near eps: σ² < 10·eps")
-    axis.barh(rows + 0.2, silent, 0.36, color=NEUTRAL, label="silent: never above 0")
-    others = len(views) - len(told)
+    if not drawn:
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "No channel is dead, near eps or silent.", ha="center", va="center")
+        return figure
+    rows, counts = np.arange(len(drawn)), np.array([[v.dead, v.near_eps, v.silent or 0] for v in drawn])
+    shares = 100 * counts.T / [view.channels for view in drawn]
+    axis.barh(rows - 0.2, shares[0], 0.36, color=WRONG, label="dead: σ² < eps")
+    axis.barh(rows - 0.2, shares[1], 0.36, left=shares[0], color=NEARLY, label="near eps: σ² < 10·eps")
+    axis.barh(rows + 0.2, shares[2], 0.36, color=NEUTRAL, label="silent: never above 0")
+    others = len(views) - len(drawn)
     beyond = f"; none at {counted(others, 'other site')}" if others else ""
-    _name_rows(axis, told, "share of the channels (%)" + beyond)
-    axis.set_xlim(0, max(5.0, 1.05 * max((dead + near).max(), silent.max())))
+    _name_rows(axis, drawn, "share of the channels (%)" + beyond)
+    axis.set_xlim(0, max(5.0, 1.05 * max((shares[0] + shares[1]).max(), shares[2].max())))
     axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=1, fontsize="small")
     return figure
 
 
 def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
-    """Train-mode drift by batch size, with a marker for the statistics mode that the batch size asks for.
+    """Train-mode drift by batch size, with a marker for the statistics mode that suits the batch size.
 
     A batch of all images is left out: those may be the calibration images, on which the drift is rounding noise.
 
     Args:
-        result: what `verify` gave.
-        advise: whether to say modes; for a network whose mode was "batch" when it was verified.
+        result: the result of `verify`.
+        advise: whether to name modes; for a network whose mode was "batch" when it was verified.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+        >>> batches = torch.randn(64, 3, 16, 16).split(16)
+        >>> result = bnsurgery.verify(model, bnsurgery.insert(model, batches), batches)
+        >>> bnsurgery.report.plot_drift(result).savefig("drift.png")
     """
-    drift = telling_drift(result)
-    said = ", ".join(f"{percent(value, '.3g')} at {size}" for size, value in drift.items())
-    on = f" on {result.drift_inputs}" if said else ""
-    figure, axes = new_figure(f"Train-mode drift of the outputs by batch size{on}: {said or 'not measured'}.")
+    advised = advised_drift(result)
+    drifts = {size: 100 * drift for size, (drift, _, _) in advised.items()}
+    texts = {size: percent(drift, ".3g") for size, (drift, _, _) in advised.items()}
+    modes = {size: mode if advise else "" for size, (_, mode, _) in advised.items()}
+    on = f" on {result.drift_inputs}" if drifts else ""
+    measured = ", ".join(f"{text} at {size}" for size, text in texts.items()) or "not measured"
+    figure, axes = new_figure(f"Train-mode drift of the outputs by batch size{on}: {measured}.")
     axis = axes[0, 0]
-    axis.plot(list(drift), [100 * value for value in drift.values()], color=NEUTRAL, linewidth=1, zorder=1)
-    labelled = set()
-    for size, value in drift.items():
-        mode = statistics_for(size, lambda value=value: value)[0] if advise else ""  # type: ignore[misc]
-        label = mode if mode not in labelled else None
-        labelled.add(mode)
-        point = (size, 100 * value)
-        axis.scatter(*point, color=BN, marker=_MARKERS.get(mode, "o"), s=36, label=label or None, zorder=2)
-        axis.annotate(percent(value, ".3g"), point, xytext=(0, 8), textcoords="offset points", ha="center")
-    if drift:
+    axis.plot(list(drifts), list(drifts.values()), color=NEUTRAL, linewidth=1, zorder=1)
+    for mode in dict.fromkeys(modes.values()):
+        points = {size: drift for size, drift in drifts.items() if modes[size] == mode}
+        marker, label = _MARKERS.get(mode, "o"), mode or None
+        axis.scatter(list(points), list(points.values()), color=BN, marker=marker, s=36, label=label, zorder=2)
+    for size, drift in drifts.items():
+        axis.annotate(texts[size], (size, drift), xytext=(0, 8), textcoords="offset points", ha="center")
+    if drifts:
         axis.set_xscale("log", base=2)
-        axis.set_xticks(list(drift), [str(size) for size in drift])
+        axis.set_xticks(list(drifts), [str(size) for size in drifts])
         axis.minorticks_off()
         if advise:
             axis.legend(frameon=False, title="statistics mode")
-    axis.set_ylim(0, 125 * max(drift.values(), default=0) or 1)
+    axis.set_ylim(0, 1.25 * max(drifts.values(), default=0) or 1)
     axis.margins(x=0.12)
     axis.set(xlabel="images a batch", ylabel="drift of the outputs (%)")
     return figure
 
 
-def telling_drift(result: EquivalenceReport) -> dict[int, float]:
-    """The drift by batch size, without a batch of all images: calibrated on the same, its drift is rounding noise."""
-    return {size: drift for size, drift in result.train_drift.items() if size < result.drift_samples}
+def advised_drift(result: EquivalenceReport) -> dict[int, tuple[float, str, str]]:
+    """By batch size the drift, the statistics mode to set and the reason; without a batch of all images."""
+    drifts = {size: drift for size, drift in result.train_drift.items() if size < result.drift_samples}
+    return {size: (drift, *statistics_for(size, partial(float, drift))) for size, drift in drifts.items()}
 
 
 def _views(sites: Sites, batches: Iterable[Any] = ()) -> Sequence[SiteView]:
     return view_sites(sites, batches) if isinstance(sites, nn.Module) else sites
-
-
-def _mark_eps(axis: Any, eps: float) -> None:
-    """A line at σ = √eps, where the axis reaches there: left of it a channel is dead."""
-    edge = eps**0.5
-    if axis.get_xlim()[0] < edge:
-        axis.axvline(edge, color=WRONG, linestyle="--", linewidth=1)
-        # Said below, and without a tall letter such as √: it would move the rows against the means' beside them.
-        axis.set_xlabel("deviation of a channel, σ (dashed: σ² = eps)", loc="right")
 
 
 def _asinh_axis(axis: Any, reach: float) -> None:
@@ -197,31 +217,14 @@ def _asinh_axis(axis: Any, reach: float) -> None:
     axis.minorticks_off()
 
 
-def _ridge(axis: Any, row: int, found: Histogram, colour: str, *, normal: bool) -> None:
-    """A histogram standing on its row, scaled to the row's height; with the normal distribution if asked."""
-    at, density = found.centers.numpy(), found.density.numpy()
-    scale = 0.95 / (density.max() or 1)
-    axis.fill_between(at, row, row - scale * density, color=colour, linewidth=0, alpha=0.8)
-    if normal:
-        expected = np.exp(-(at**2) / 2) / np.sqrt(2 * np.pi)
-        axis.plot(at, row - scale * expected, color=INK, linestyle=":", linewidth=0.7)
-
-
-def _boxes(axis: Any, values: list[Any]) -> None:
+def _draw_boxes(axis: Any, values: list[Any]) -> None:
     """One box a row: from quartile to quartile, the median, and whiskers to the extremes."""
-    axis.boxplot(
-        values,
-        orientation="horizontal",
-        positions=range(len(values)),
-        widths=0.6,
-        whis=(0, 100),
-        patch_artist=True,
-        boxprops={"facecolor": PLAIN, "edgecolor": PLAIN, "alpha": 0.55},
-        whiskerprops={"color": PLAIN, "linewidth": 0.8},
-        capprops={"color": PLAIN, "linewidth": 0.8},
-        medianprops={"color": INK, "linewidth": 1.4},
-        manage_ticks=False,
-    )
+    line = {"color": PLAIN, "linewidth": 0.8}
+    box = {"facecolor": PLAIN, "edgecolor": PLAIN, "alpha": 0.55}
+    median = {"color": INK, "linewidth": 1.4}
+    places = {"orientation": "horizontal", "positions": range(len(values)), "widths": 0.6, "manage_ticks": False}
+    styles = {"boxprops": box, "whiskerprops": line, "capprops": line, "medianprops": median}
+    axis.boxplot(values, whis=(0, 100), patch_artist=True, **places, **styles)
 
 
 def _name_rows(axis: Any, views: Sequence[SiteView], label: str) -> None:

@@ -1,7 +1,9 @@
-"""Look at every BatchNorm of an inserted network: its statistics, and what reaches it on a few images."""
+"""The BatchNorms of an inserted network: their statistics, and what reaches them on a few images."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -9,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnsurgery.errors import CalibrationError
-from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d
+from bnsurgery.nn import BatchNorm2d, LastDimBatchNorm1d
 from bnsurgery.records.record import InsertedSite, record
-from bnsurgery.running.batches import Inputs, inputs
+from bnsurgery.running.batches import inputs
 from bnsurgery.running.calls import run
 from bnsurgery.running.modes import observing
 
-IMAGES = 16  # for the histograms: they settle early, and a histogram takes longer than a convolution
+IMAGES = 16  # for the histograms, which change little with more; a histogram takes longer than a convolution
 _BINS = 80
 _REACH = 5  # standard deviations to either side
 _NEAR = 10  # times eps
@@ -23,10 +25,10 @@ _NEAR = 10  # times eps
 
 @dataclass
 class Histogram:
-    """How often values fall into equal bins between `low` and `high`, in the units of the values.
+    """Counts of values in equal bins between `low` and `high`, in the units of the values.
 
     Attributes:
-        total: how many values were looked at, those outside of the bins included.
+        total: how many values were added, those outside of the bins included.
     """
 
     low: float
@@ -35,10 +37,9 @@ class Histogram:
     counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
 
     def add(self, values: Tensor) -> None:
-        """Count these."""
+        """Count `values`, of any shape."""
         self.total += values.numel()
-        found = torch.histc(values.float(), _BINS, self.low, self.high)
-        self.counts += found.cpu().double()
+        self.counts += torch.histc(values.float(), _BINS, self.low, self.high).cpu().double()
 
     @property
     def outside(self) -> float:
@@ -48,29 +49,40 @@ class Histogram:
     @property
     def centers(self) -> Tensor:
         """Middles of the bins."""
-        width = (self.high - self.low) / _BINS
-        return self.low + width * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
+        return self.low + self._width * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
 
     @property
     def density(self) -> Tensor:
         """Share of the counted values per unit."""
-        width = (self.high - self.low) / _BINS
-        return self.counts / (self.counts.sum().clamp(min=1) * width)
+        return self.counts / (self.counts.sum().clamp(min=1) * self._width)
+
+    @property
+    def _width(self) -> float:
+        return (self.high - self.low) / _BINS
 
 
-@dataclass(frozen=True)
+@dataclass
 class SiteView:
-    """What is to be seen of one BatchNorm.
+    """One BatchNorm, its statistics and its inputs.
 
     Attributes:
         name: fqn of the layer in the original network.
-        layer, norm: class of the layer; fqn of the BatchNorm.
-        activation: what follows, by class name, if it is an activation.
-        mean, std: running mean μ and √running_var = σ per channel, float64 on the CPU, in activation units. Where the
-            layer's bias was absorbed, μ is without it.
+        layer: class of the layer.
+        norm: fqn of the BatchNorm.
+        activation: class name of the activation that follows, if one does.
+        mean: running mean μ per channel, float64 on the CPU, in activation units; without the layer's bias where that
+            was absorbed.
+        std: √running_var = σ per channel, as `mean`.
         eps: the BatchNorm's.
-        before, after: histograms of its input x, and of (x − μ)/√(σ² + eps); None where no images were looked at.
-        largest: of x per channel over the images looked at; None as well.
+        before: histogram of the BatchNorm's input x; None if no images were given.
+        after: histogram of (x − μ)/√(σ² + eps), as `before`.
+        largest: the largest x per channel, as `before`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+        >>> bn_model = bnsurgery.insert(model, torch.randn(64, 3, 16, 16).split(16))
+        >>> [(view.name, view.channels, view.dead) for view in bnsurgery.report.view_sites(bn_model)]
+        [('0', 8, 0)]
     """
 
     name: str
@@ -118,88 +130,76 @@ class SiteView:
 
     @property
     def dead(self) -> int:
-        """How many channels are."""
+        """Number of dead channels."""
         return int(self.is_dead.sum())
 
     @property
     def near_eps(self) -> int:
-        """How many channels are."""
+        """Number of channels near eps."""
         return int(self.is_near_eps.sum())
 
     @property
     def silent(self) -> int | None:
-        """How many channels are; None where that is not known."""
-        return int(self.is_silent.sum()) if self.is_silent is not None else None
+        """Number of silent channels; None where that is not known."""
+        return None if self.is_silent is None else int(self.is_silent.sum())
 
 
 def view_sites(bn_model: nn.Module, batches: Iterable[Any] = ()) -> tuple[SiteView, ...]:
-    """All BatchNorms that `insert` put in, in order; with histograms over the first 16 images of `batches`, if any.
+    """All inserted BatchNorms, in order, with histograms over the first 16 images of `batches`, if any.
 
     Raises:
         BNSurgeryError: the model was not made by `insert` or `load`.
-        CalibrationError: a batch that the model does not take, or running statistics that are not finite.
+        CalibrationError: the model does not take a batch, or running statistics are not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+        >>> batches = torch.randn(64, 3, 16, 16).split(16)
+        >>> (view,) = bnsurgery.report.view_sites(bnsurgery.insert(model, batches), batches)
+        >>> view.before.total == 16 * 8 * 14 * 14
+        True
     """
-    views = {site.norm: _view(bn_model, site) for site in record(bn_model).sites}
-    # A pooled site is called more than once, and adds up: so the histograms are there before the first call.
-    seen: dict[str, list[Any]] = {name: [*_histograms(view), None] for name, view in views.items()}
-
-    def watcher(name: str, norm: BatchNorm1d | BatchNorm2d | BatchNorm3d) -> Callable[..., None]:
-        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2) if isinstance(norm, LastDimBatchNorm1d) else args[0]
-            before, after, largest = seen[name]
-            before.add(x)
-            after.add(F.batch_norm(x, norm.running_mean, norm.running_var, eps=views[name].eps))
-            top = x.transpose(0, 1).flatten(1).amax(1).cpu().double()
-            seen[name][2] = top if largest is None else torch.maximum(largest, top)
-
-        return watch
-
-    handles = []
-    looked = 0
-    try:
-        for name in views:
-            norm = _norm(bn_model, name)
-            handles.append(norm.register_forward_pre_hook(watcher(name, norm)))
+    views, images = [], 0
+    with ExitStack() as hooks:
+        for inserted in record(bn_model).sites:
+            norm = cast(BatchNorm2d, bn_model.get_submodule(inserted.norm))
+            views.append(_view(norm, inserted))
+            hooks.enter_context(norm.register_forward_pre_hook(partial(_look, views[-1])))
         with observing(bn_model):
-            for batch in _first(batches, IMAGES):
-                run("report", bn_model, batch)
-                looked += batch.samples
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not looked:
-        return tuple(views.values())
-    for name, view in views.items():
-        before, after, largest = seen[name]
-        if largest is None:
+            for batch in inputs(batches):
+                run("report", bn_model, batch.take(0, IMAGES - images))
+                images += batch.samples
+                if images >= IMAGES:
+                    break
+    for view in views:
+        if images and view.largest is None:
             raise CalibrationError(f"report: '{view.name}' saw no data. Pass batches that reach it.")
-        views[name] = SiteView(**{**vars(view), "before": before, "after": after, "largest": largest})
-    return tuple(views.values())
+    return tuple(views)
 
 
-def _first(batches: Iterable[Any], count: int) -> Iterator[Inputs]:
-    for batch in inputs(batches):
-        yield batch.take(0, count)
-        count -= batch.samples
-        if count <= 0:
-            return
+def channel_counts(views: Sequence[SiteView]) -> tuple[int, int, int, int]:
+    """Channels of all sites together: all of them, dead, near eps, silent."""
+    counts = [(view.channels, view.dead, view.near_eps, view.silent or 0) for view in views]
+    channels, dead, near_eps, silent = map(sum, zip(*counts, strict=True))
+    return channels, dead, near_eps, silent
 
 
-def _norm(bn_model: nn.Module, name: str) -> BatchNorm1d | BatchNorm2d | BatchNorm3d:
-    return cast(BatchNorm1d, bn_model.get_submodule(name))
-
-
-def _view(bn_model: nn.Module, inserted: InsertedSite) -> SiteView:
-    norm, site = _norm(bn_model, inserted.norm), inserted.site
+def _view(norm: BatchNorm2d, inserted: InsertedSite) -> SiteView:
     assert norm.running_mean is not None and norm.running_var is not None  # `insert` makes them so
     mean, std = norm.running_mean.cpu().double(), norm.running_var.cpu().double().sqrt()
     if not (mean.isfinite() & std.isfinite()).all():
         raise CalibrationError(f"report: '{inserted.norm}': NaN or Inf in its running statistics")
+    site = inserted.site
     return SiteView(site.name, site.layer, inserted.norm, site.activation, mean, std, norm.eps)
 
 
-def _histograms(view: SiteView) -> tuple[Histogram, Histogram]:
-    """Before: around the mean of all channels together; after: around 0."""
-    middle = view.mean.mean().item()
-    spread = (view.std.square().mean() + view.mean.var(correction=0)).sqrt().item() or 1.0
-    return Histogram(middle - _REACH * spread, middle + _REACH * spread), Histogram(-_REACH, _REACH)
+def _look(view: SiteView, norm: BatchNorm2d, args: tuple[Tensor, ...]) -> None:
+    """Add the input of one call to the view; a layer that is called twice adds both."""
+    x = args[0].flatten(0, -2) if isinstance(norm, LastDimBatchNorm1d) else args[0]
+    if view.before is None or view.after is None:
+        middle = view.mean.mean().item()
+        reach = _REACH * ((view.std.square().mean() + view.mean.var(correction=0)).sqrt().item() or 1.0)
+        view.before, view.after = Histogram(middle - reach, middle + reach), Histogram(-_REACH, _REACH)
+    view.before.add(x)
+    view.after.add(F.batch_norm(x, norm.running_mean, norm.running_var, eps=view.eps))
+    top = x.transpose(0, 1).flatten(1).amax(1).cpu().double()
+    view.largest = top if view.largest is None else torch.maximum(view.largest, top)

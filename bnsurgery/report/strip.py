@@ -1,7 +1,6 @@
-"""A network as a strip of boxes: its layers in order of definition, with what was inserted marked."""
+"""A network as a strip of boxes: its layers in order of definition, with the BatchNorms marked."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from torch import nn
 
@@ -14,24 +13,25 @@ from bnsurgery.text.tables import cell_text
 
 def boxes(bn_model: nn.Module) -> dict[str, list[Box]]:
     """The layers in order of definition, a BatchNorm behind its layer, by the network's top-level part."""
-    done = record(bn_model)
-    norms = {site.norm: site.site.channels for site in done.sites}
-    relus = {site.relu for site in done.sites if is_fused(bn_model, site)}
-    sites = {site.layer: site.site.name for site in done.sites}
-    part_of = {site.norm: _part(site.layer) for site in done.sites}  # of a norm inside its layer: the layer's
-    found: dict[str, list[Box]] = {}
+    inserted = record(bn_model).sites
+    norms = {site.norm: site for site in inserted}
+    sites = {site.layer: site.site.name for site in inserted}
+    fused = {site.relu for site in inserted if is_fused(bn_model, site)}
+    strip: dict[str, list[Box]] = {}
     for name, module in _layers(bn_model, ""):
-        box = replace(_box(name, module, norms, relus), site=sites.get(name, ""))
-        found.setdefault(part_of.get(name, _part(name)), []).append(box)
-    return found
-
-
-def _part(name: str) -> str:
-    return name.split(".")[0] if "." in name else ""
+        if name in norms:
+            box = Box(name, f"BN {norms[name].site.channels}", "inserted")
+        elif name in fused:
+            box = Box(name, "ReLU", "taken")
+        else:
+            box = Box(name, *_label_and_kind(module), sites.get(name, ""))
+        place = norms[name].layer if name in norms else name  # a norm inside its layer goes to the layer's part
+        strip.setdefault(place.split(".")[0] if "." in place else "", []).append(box)
+    return strip
 
 
 def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """What has no layers inside; a conv or dense layer as well, and behind it the BatchNorm that it carries."""
+    """Modules without children; a conv or dense layer as well, and behind it the BatchNorm that it carries."""
     children = [(key, child) for key, child in module.named_children() if key != "parametrizations"]
     if isinstance(module, LAYERS) or not children:
         yield name, module
@@ -41,15 +41,11 @@ def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _layers(child, f"{name}.{key}" if name else key)
 
 
-def _box(name: str, module: nn.Module, norms: dict[str, int], relus: set[str | None]) -> Box:
-    kind = next(cls.__name__ for cls in type(module).__mro__ if not cls.__name__.startswith(("Normed", "Parametrized")))
-    if name in norms:
-        return Box(name, f"BN {norms[name]}", "inserted")
-    if name in relus:
-        return Box(name, "ReLU", "taken")
+def _label_and_kind(module: nn.Module) -> tuple[str, str]:
+    names = (cls.__name__ for cls in type(module).__mro__)
+    name = next(name for name in names if not name.startswith(("Normed", "Parametrized")))
+    if isinstance(module, nn.Linear):
+        return f"{name} {module.out_features}", "dense"
     if isinstance(module, LAYERS):
-        dense = isinstance(module, nn.Linear)
-        return Box(
-            name, f"{kind} {module.out_features if dense else module.out_channels}", "dense" if dense else "conv"
-        )
-    return Box(name, cell_text(kind), "activation" if is_activation(module) else "other")
+        return f"{name} {module.out_channels}", "conv"
+    return cell_text(name), "activation" if is_activation(module) else "other"

@@ -1,57 +1,39 @@
-"""What calibration saw at each site, in a few numbers a line."""
+"""The summary that `bnsurgery insert` prints: the calibrated statistics, one line a site."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from bnsurgery.records.record import SurgeryRecord
 from bnsurgery.statistics.moments import ChannelMoments
 from bnsurgery.text.tables import table
 
-
-@dataclass(frozen=True)
-class SiteSummary:
-    """One site's statistics.
-
-    Attributes:
-        name: fqn of the layer in the original model.
-        norm: fqn of its BatchNorm now.
-        channels: C.
-        mean: median over the channels of |μ|, in activation units.
-        std: median over the channels of σ, in activation units.
-        dead: channels whose variance is below eps.
-    """
-
-    name: str
-    norm: str
-    channels: int
-    mean: float
-    std: float
-    dead: int
+from .sites import SiteView
 
 
 @dataclass(frozen=True)
 class InsertionSummary:
     """All sites of an insertion, in order."""
 
-    sites: tuple[SiteSummary, ...]
+    sites: tuple[SiteView, ...]
 
     def __str__(self) -> str:
-        rows = [(s.name, s.channels, s.mean, s.std, s.dead) for s in self.sites]
+        rows = [(s.name, s.channels, s.median_mean, s.median_std, s.dead) for s in self.sites]
         return table(("site", "channels", "|μ|", "σ", "σ² < eps"), rows) + (
             "\n|μ|, σ: medians over channels, in activation units; σ² < eps: dead, or nearly"
         )
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """JSON-ready."""
-        return [asdict(site) for site in self.sites]
+        """JSON-ready: name, norm, channels, mean (the median of |μ|), std (the median of σ) and dead of every site."""
+        names = {"mean": "median_mean", "std": "median_std"}
+        keys = "name", "norm", "channels", "mean", "std", "dead"
+        return [{key: getattr(site, names.get(key, key)) for key in keys} for site in self.sites]
 
 
 def summarize(record: SurgeryRecord, moments: dict[str, ChannelMoments]) -> InsertionSummary:
     """The summary of an insertion from its record and the moments it was made from."""
-    rows = []
+    views = []
     for inserted in record.sites:
-        site = moments[inserted.site.name]
-        dead = int((site.variance < record.options.eps).sum())
-        mean, std = (values.quantile(0.5).item() for values in (site.mean.abs(), site.variance.sqrt()))
-        rows.append(SiteSummary(inserted.site.name, inserted.norm, inserted.site.channels, mean, std, dead))
-    return InsertionSummary(tuple(rows))
+        site, found = inserted.site, moments[inserted.site.name]
+        deviations, eps = found.variance.sqrt(), record.options.eps
+        views.append(SiteView(site.name, site.layer, inserted.norm, site.activation, found.mean, deviations, eps))
+    return InsertionSummary(tuple(views))

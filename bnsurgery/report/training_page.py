@@ -1,10 +1,11 @@
 """The pages of fine-tuning: of a run, and of a comparison."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bnsurgery.finetune.figures import plot_comparison, plot_curves, seconds_by_arm, telling_panels
-from bnsurgery.pages.page import Report, Section, table
+from bnsurgery.pages.page import Report, Section, Table
 from bnsurgery.text.words import percent, thousands
 
 if TYPE_CHECKING:
@@ -15,90 +16,119 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
     """Report on a run.
 
     Args:
-        result: what `finetune.run` gave, or `finetune.Result.read`.
+        result: the result of `finetune.run`, or of `finetune.Result.read`.
         config: the options it was started with.
         title: of the page.
+
+    Example:
+        >>> from bnsurgery.finetune.results import Resolved, Row
+        >>> row = Row(1.0, 10, 0.1, 0.5, 0.75, 0.4, 0.8, 99.0)
+        >>> result = bnsurgery.finetune.Result(None, (row,), Resolved(0.1, "batch", "64 images", "as asked", "kept"))
+        >>> config = bnsurgery.finetune.Config(data="photos", output="runs/x", source="vgg11", epochs=1)
+        >>> bnsurgery.report.training(result, config).verdict
+        '80.00 % of the validation images right, in epoch 1 of 1.'
     """
-    best, resolved = result.best, result.resolved
-    name = config.source or config.model or "network"
-    rows = [
-        (
-            f"{r.epoch:.4g}",
-            r.step,
-            f"{r.lr:.3g}",
-            r.train_loss,
-            percent(r.train_accuracy),
-            r.val_loss,
-            percent(r.val_accuracy),
-            thousands(r.images_per_second),
-        )
-        for r in result.rows
-    ]
-    headers = (
-        "epoch",
-        "step",
-        "learning rate",
-        "training loss",
-        "training accuracy",
-        "validation loss",
-        "validation accuracy",
-        "images/s",
+    best, final, resolved = result.best, result.final, result.resolved
+    validations = _table(
+        {
+            "epoch": lambda row: f"{row.epoch:.4g}",
+            "step": lambda row: row.step,
+            "learning rate": lambda row: f"{row.lr:.3g}",
+            "training loss": lambda row: row.train_loss,
+            "training accuracy": lambda row: percent(row.train_accuracy),
+            "validation loss": lambda row: row.val_loss,
+            "validation accuracy": lambda row: percent(row.val_accuracy),
+            "images/s": lambda row: thousands(row.images_per_second),
+        },
+        result.rows,
     )
-    figures = {panel: plot_curves(result.rows, (panel,)) for panel in ("loss", "accuracy")}
     options = [(key, str(value)) for key, value in asdict(config).items() if value not in ("", None)]
+    verdict = (
+        f"{percent(best.val_accuracy)} of the validation images right, in epoch {best.epoch:.4g} of {config.epochs}."
+    )
+    if final.epoch < config.epochs:
+        verdict += f" The run was stopped, or is running: its last validation was in epoch {final.epoch:.4g}."
     return Report(
-        title=title or f"{name} fine-tuned on {config.data}",
-        verdict=f"{percent(best.val_accuracy)} of the validation images right, in epoch {best.epoch:.4g} "
-        f"of {config.epochs}.{_unfinished(result, config)}",
+        title=title or f"{config.source or config.model or 'network'} fine-tuned on {config.data}",
+        verdict=verdict,
         good=None,
         facts=(
-            ("accuracy", f"{percent(best.val_accuracy)} at best, {percent(result.final.val_accuracy)} at the end"),
+            ("accuracy", f"{percent(best.val_accuracy)} at best, {percent(final.val_accuracy)} at the end"),
             ("peak learning rate", f"{resolved.lr:.3g}: {resolved.lr_reason}"),
             ("statistics", f"{resolved.statistics}: {resolved.reason}"),
-            ("steps", thousands(result.final.step)),
+            ("steps", thousands(final.step)),
         ),
         sections=(
-            Section("Curves" if len(rows) > 1 else "The one validation", figures=figures),
-            Section("Validations", table=table(headers, rows)),
-            Section("Options", table=table(("option", "value"), options)),
+            Section(
+                "Curves" if len(result.rows) > 1 else "The one validation",
+                figures={panel: plot_curves(result.rows, (panel,)) for panel in ("loss", "accuracy")},
+            ),
+            Section("Validations", table=validations),
+            Section("Options", table=Table(("option", "value"), options)),
         ),
         terms=("accuracy", "loss", "batch", "renorm", "running"),
     )
 
 
 def comparison(result: "Comparison", *, title: str | None = None) -> Report:
-    """Report on a comparison: what `finetune.compare` gave."""
-    summary = result.summary()
-    seconds = seconds_by_arm(result)
-    judged = [
-        (
-            s.arm,
-            s.statistics or "none",
-            percent(s.accuracy),
-            percent(s.spread),
-            _rate(s.lr),
-            _rate(s.largest_lr),
-            s.steps,
-            s.to_plain,
-            seconds.get(s.arm),
-        )
-        for s in summary
-    ]
-    headers = ("arm", "statistics", "accuracy", "spread", "at rate", "trains to", "steps", "to plain's", "seconds")
+    """Report on a comparison.
+
+    Args:
+        result: the result of `finetune.compare`.
+        title: of the page.
+
+    Example:
+        >>> from bnsurgery.finetune.comparison import Trial
+        >>> from bnsurgery.finetune.results import Row
+        >>> rows = (Row(1.0, 10, 0.1, 0.5, 0.75, 0.4, 0.8, 99.0),)
+        >>> trials = tuple(Trial(arm, 0.1, 0, "batch", None, rows, 2.0) for arm in ("plain", "bn"))
+        >>> list(bnsurgery.report.comparison(bnsurgery.finetune.Comparison("digits", trials)).figures)
+        ['by-step', 'time']
+    """
+    summary, seconds = result.summary(), seconds_by_arm(result)
+    judged = _table(
+        {
+            "arm": lambda arm: arm.arm,
+            "statistics": lambda arm: arm.statistics or "none",
+            "accuracy": lambda arm: percent(arm.accuracy),
+            "spread": lambda arm: percent(arm.spread),
+            "at rate": lambda arm: _rate(arm.lr),
+            "trains to": lambda arm: _rate(arm.largest_lr),
+            "steps": lambda arm: arm.steps,
+            "to plain's": lambda arm: arm.to_plain,
+            "seconds": lambda arm: seconds.get(arm.arm),
+        },
+        summary,
+    )
     rates = sorted({trial.lr for trial in result.trials})
-    by_rate = [(s.arm, *map(s.ending, rates)) for s in summary]
+    if len(rates) == 1:
+        text = f"Only {rates[0]:g} was tried, so how the arms do at other rates is not known."
+        by_rate = Section("By learning rate", (text,))
+    else:
+        by_rate = Section(
+            "By learning rate",
+            ("Accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does.",),
+            Table(("arm", *(f"{lr:g}" for lr in rates)), [(arm.arm, *map(arm.ending, rates)) for arm in summary]),
+        )
     diverged = [f"{t.arm} at {t.lr:g}, seed {t.seed}: {t.diverged}" for t in result.trials if t.diverged]
     names = {"steps": "by-step", "rates": "by-rate"}
     panels = telling_panels(result) if result.winner else ()
-    figures = {names[panel]: plot_comparison(result, (panel,)) for panel in panels}
-    said = "Same images in the same order, same head, same recipe and budget: only the BatchNorm differs."
-    tried = Section(
-        "By learning rate",
-        ("Accuracy at the end, mean over the seeds; a rate diverges where one of the seeds does.",),
-        table(("arm", *(f"{lr:g}" for lr in rates)), by_rate),
-    )
-    if len(rates) == 1:
-        tried = Section(tried.heading, (f"One was tried, {rates[0]:g}: how the arms take to others is not known.",))
+    texts = ["Same images in the same order, same head, same recipe and budget: only the BatchNorm differs."]
+    if not result.winner:
+        texts.append("Every run diverged: there is nothing to draw.")
+    sections = [
+        Section(
+            "The arms, each at its best rate",
+            tuple(texts),
+            judged,
+            figures={names[panel]: plot_comparison(result, (panel,)) for panel in panels},
+        ),
+        by_rate,
+    ]
+    if seconds:
+        sections.append(Section("Time", figures={"time": plot_comparison(result, ("seconds",))}))
+    if diverged:
+        sections.append(Section("What diverged", tuple(diverged)))
     return Report(
         title=title or f"Does BatchNorm help? {result.task}",
         verdict=result.verdict(),
@@ -107,25 +137,14 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
             ("runs", f"{len(result.trials)}, of which {len(diverged)} diverged"),
             ("seeds", str(len({trial.seed for trial in result.trials}))),
         ),
-        sections=(
-            Section(
-                "The arms, each at its own best rate",
-                (said,) if result.winner else (said, "Every run diverged: there is nothing to draw."),
-                table(headers, judged),
-                figures=figures,
-            ),
-            tried,
-            *([Section("Time", figures={"time": plot_comparison(result, ("seconds",))})] if seconds else []),
-            *([Section("What diverged", tuple(diverged))] if diverged else []),
-        ),
+        sections=tuple(sections),
         terms=tuple(result.arms),
     )
 
 
-def _unfinished(result: "Result", config: "Config") -> str:
-    if result.final.epoch >= config.epochs:
-        return ""
-    return f" The run was stopped, or is running: its last validation was in epoch {result.final.epoch:.4g}."
+def _table(columns: dict[str, Callable[[Any], object]], items: Iterable[Any]) -> Table:
+    """One row an item, one column a header and the function that gives its cell."""
+    return Table(tuple(columns), [tuple(cell(item) for cell in columns.values()) for item in items])
 
 
 def _rate(lr: float | None) -> str | None:

@@ -67,7 +67,7 @@ def test_repr_names_the_activation():
 
 
 def test_unknown_activation_is_refused():
-    with pytest.raises(ValueError, match="activation must be None or 'relu', got 'gelu'"):
+    with pytest.raises(ValueError, match="`activation` must be None or 'relu', got 'gelu'"):
         BatchNorm2d(3, activation="gelu")
 
 

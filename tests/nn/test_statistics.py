@@ -261,7 +261,7 @@ def test_norms_of_frozen_layers_are_set_only_by_choice(images):
     assert frozen.statistics == "running"
     bnsurgery.set_statistics_(bn_model, "running")  # as it is: nothing to say
     for mode in ("batch", "renorm"):
-        with pytest.warns(BNSurgeryWarning, match="left '4' in 'running' mode: of frozen layers.*where=lambda"):
+        with pytest.warns(BNSurgeryWarning, match="left '4' in 'running' mode: frozen.*where=lambda"):
             bnsurgery.set_statistics_(bn_model, mode)
         assert frozen.statistics == "running" and bn_model[1].statistics == mode
     bnsurgery.set_statistics_(bn_model, "running", where=lambda name, norm: norm is frozen)
@@ -330,16 +330,16 @@ def test_copies_and_pickles_keep_the_mode(inserted):
 
 
 def test_refusals(custom):
-    with pytest.raises(ValueError, match="mode must be 'batch', 'running' or 'renorm', got 'frozen'"):
+    with pytest.raises(ValueError, match="`mode` must be 'batch', 'running' or 'renorm', got 'frozen'"):
         bnsurgery.set_statistics_(BatchNorm2d(3), "frozen")
-    with pytest.raises(ValueError, match="renorm_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`renorm_steps` must be at least 1, got 0"):
         bnsurgery.set_statistics_(BatchNorm2d(3), "renorm", renorm_steps=0)
-    with pytest.raises(BNSurgeryError, match="Fire has no BatchNorm that it could set: insert some first"):
+    with pytest.raises(BNSurgeryError, match="Fire has no BatchNorm that it can set: insert some first"):
         bnsurgery.set_statistics_(custom, "running")
     untracked = nn.Sequential(BatchNorm2d(3), BatchNorm2d(3, track_running_stats=False))
     with pytest.raises(BNSurgeryError, match="'1' has no running statistics, which 'running' needs"):
         bnsurgery.set_statistics_(untracked, "running")
     assert untracked[0].statistics == "batch"
-    with pytest.raises(BNSurgeryError, match=r"no BatchNorm for which where\(name, module\) is true"):
+    with pytest.raises(BNSurgeryError, match=r"no BatchNorm for which `where\(name, module\)` is true"):
         bnsurgery.set_statistics_(untracked, "running", where=lambda name, norm: False)
     bnsurgery.set_statistics_(untracked, "batch")

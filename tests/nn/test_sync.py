@@ -160,7 +160,7 @@ def test_torchs_conversion_is_refused_where_it_would_lose_something(custom, imag
     moded = nn.Sequential(BatchNorm2d(3))
     for mode in ("running", "renorm"):
         bnsurgery.set_statistics_(moded, mode)
-        with pytest.raises(BNSurgeryError, match=f"statistics='{mode}'.*set_statistics_.* there is set_process_group_"):
+        with pytest.raises(BNSurgeryError, match=f"statistics='{mode}'.*set_statistics_.* use set_process_group_"):
             nn.SyncBatchNorm.convert_sync_batchnorm(moded)
 
 

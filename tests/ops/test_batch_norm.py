@@ -322,7 +322,7 @@ def test_graphs_of_several_calls_survive_each_other(shapes, monkeypatch):
         ({"input": torch.ones(3)}, ValueError, r"shape \(3,\), expected \(N, C, \.\.\.\)"),
         ({"running_mean": torch.zeros(4)}, ValueError, r"running_mean of shape \(4,\), expected \(3,\)"),
         ({"weight": torch.zeros(1)}, ValueError, r"weight of shape \(1,\), expected \(3,\)"),
-        ({"running_mean": None}, ValueError, "no running_mean"),
+        ({"running_mean": None}, ValueError, "no `running_mean`"),
         ({"input": torch.ones(1, 3, 1, 1), "training": True}, ValueError, "more than 1 value per channel"),
     ],
 )

@@ -120,7 +120,7 @@ def test_a_mode_that_is_set_is_named_and_not_judged(odd, inserted, batches):
     page = report.insertion(odd, inserted, batches)
     assert tables(page)["Train-mode drift"].headers == ("images a batch", "drift")
     section = next(s for s in page.sections if s.heading == "Train-mode drift")
-    assert "mode that is set, running" in section.paragraphs[0]
+    assert "mode that is set: running" in section.paragraphs[0]
     assert page.figures["drift"].axes[0].get_legend() is None
 
 
@@ -379,7 +379,7 @@ def test_only_sites_with_channels_that_say_little_are_drawn(odd, batches):
     inserted = bnsurgery.insert(healthy, batches)
     page = report.insertion(healthy, inserted, batches)
     section = next(s for s in page.sections if s.heading == "Channels that say little")
-    assert section.paragraphs == ("None of 6 channels is dead, near eps or silent on the images looked at.",)
+    assert section.paragraphs == ("None of 6 channels is dead, near eps or silent on these images.",)
     assert not section.figures and section.table is None
     assert not report.plot_channels(inserted, batches).axes[0].patches
     assert "now applied by" not in page.to_html()
@@ -410,7 +410,7 @@ def test_what_has_one_point_is_drawn_as_bars():
     (rates,) = report.plot_comparison(one, ("rates",)).axes
     assert bars_of(rates) == drawn
     page = report.comparison(one)
-    assert "One was tried, 0.1" in Outline(page.to_html()).text and list(page.figures) == ["by-step", "time"]
+    assert "Only 0.1 was tried" in Outline(page.to_html()).text and list(page.figures) == ["by-step", "time"]
     assert [text.get_text() for text in page.figures["time"].axes[0].texts] == ["2712 s", "3.00 s"]
 
 
