@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", BNSurgeryWarning)
-    warnings.showwarning = lambda message, *_, **__: _complain("Warning", "yellow", str(message))
+    warnings.showwarning = lambda message, *_, **__: _complain(str(message), "Warning", "yellow")
     cli.at_hand = None
     code = 1
     try:
@@ -83,25 +83,21 @@ def main(args: Sequence[str] | None = None) -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         sys.unraisablehook = lambda _: None  # an interrupted progress bar complains when it is freed
-        _fail("interrupted; nothing was written.")
+        _complain("interrupted; nothing was written.")
         code = 130
     except BNSurgeryError as error:
-        _fail(str(error))
+        _complain(str(error))
         code = 128 + getattr(error, "signum", 1 - 128)
     except BrokenPipeError:  # the reader has gone, as in `bnsurgery archs | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MemoryError:
-        _fail("out of memory: use a smaller `batch_size` or `image_size`.")
+        _complain("out of memory: use fewer images at a time, or smaller ones.")
     except OSError as error:
-        _fail(f"{error.filename or 'standard output, perhaps after a file was written'}: {error.strerror or error}")
+        _complain(f"{error.filename or 'standard output, perhaps after a file was written'}: {error.strerror or error}")
     sys.exit(code)
 
 
-def _fail(message: str) -> None:
-    _complain("Error", "red", message)
-
-
-def _complain(kind: str, colour: str, message: str) -> None:
+def _complain(message: str, kind: str = "Error", colour: str = "red") -> None:
     color = False if os.environ.get("NO_COLOR") else None
     click.echo(f"{click.style(f'{kind}:', fg=colour, bold=True)} {_printable(message)}", err=True, color=color)
 

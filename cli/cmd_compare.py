@@ -6,7 +6,7 @@ import click
 
 from bnsurgery.finetune.config import RATES, Config
 
-from .options import COUNT, given, names, numbers, option, typed
+from .options import COUNT, given, group, names, numbers, option, typed
 from .output import Reporting, force_option, loud, print_options, report_options, show
 from .recipe_options import recipe_options, run_name
 
@@ -15,22 +15,26 @@ from .recipe_options import recipe_options, run_name
 @click.argument("source", required=False, metavar="ARCH|FILE")
 @option("data", "As for finetune.", required=True, metavar="DIR|NAME|FILE.py:FUNCTION")
 @option("output", "Where to write.  [default: runs/compare-ARCH-DATA]", "--output", "-o", metavar="DIR")
-@option(
-    "arms",
-    "plain: no BatchNorm; bn: inserted; bn-naive: inserted with weight 1, bias 0; bn-half: bn in half the epochs.",
-    type=names,
-    default="plain,bn,bn-naive",
-    metavar="A,B,...",
+@group(
+    "trials",
+    dict,
+    option(
+        "arms",
+        "plain: no BatchNorm; bn: inserted; bn-naive: inserted with weight 1, bias 0; bn-half: bn in half the epochs.",
+        type=names,
+        default="plain,bn,bn-naive",
+        metavar="A,B,...",
+    ),
+    option(
+        "rates",
+        "Peak learning rates; every arm is trained at each.",
+        type=numbers,
+        default=",".join(f"{rate:g}" for rate in RATES),
+        metavar="R,S,...",
+    ),
+    option("seeds", "Number of seeds; every trial runs once with each.", type=click.IntRange(1, 1000), default=1),
+    option("jobs", "Trials at a time.  [default: as memory and processors allow]", type=COUNT),
 )
-@option(
-    "rates",
-    "Peak learning rates; every arm is trained at each.",
-    type=numbers,
-    default=",".join(f"{rate:g}" for rate in RATES),
-    metavar="R,S,...",
-)
-@option("seeds", "Number of seeds; every trial runs once with each.", type=click.IntRange(1, 1000), default=1)
-@option("jobs", "Trials at a time.  [default: as memory and processors allow]", type=COUNT)
 @recipe_options(leave_out=("arm", "lr", "save_every", "seed"))
 @report_options
 @force_option("Replace the files of --report and --plot if they exist.")
@@ -39,10 +43,7 @@ def command(
     source: str | None,
     data: str,
     output: str | None,
-    arms: tuple[str, ...],
-    rates: tuple[float, ...],
-    seeds: int,
-    jobs: int | None,
+    trials: dict[str, Any],
     recipe: dict[str, Any],
     reporting: Reporting,
 ) -> None:
@@ -59,7 +60,7 @@ def command(
     output = output or f"runs/compare-{run_name(source, recipe['model'], data)}"
     config = Config(source=source or "", data=data, output=output, **recipe)
     reporting.check(output, source)
-    result = compare(config, arms=arms, rates=rates, seeds=seeds, jobs=jobs, show=loud())
+    result = compare(config, **trials, show=loud())
     wrote = reporting.write(lambda: comparison(result))
     after = ["report", output]
     if (best := result.winner) is not None:

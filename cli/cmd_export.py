@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Checkpoint, batches_option, bias_option, checkpoint_options, names, option, preprocess_options
+from .options import (
+    Checkpoint,
+    batches_option,
+    bias_option,
+    checkpoint_options,
+    group,
+    names,
+    option,
+    preprocess_options,
+)
 from .output import claim, output_options, overwrite, print_options, show
 
 if TYPE_CHECKING:
@@ -16,16 +25,20 @@ _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
 
 @click.command("export")
 @checkpoint_options
-@option("to", "The format, see above.", required=True, type=click.Choice(_FORMATS))
-@option("keep_bn", "Leave the BatchNorm layers in.", is_flag=True)
-@option(
-    "dynamic",
-    "Which sizes may vary in onnx and exported-program: some of batch, height, width. Each is tested at two values.",
-    type=names,
-    default="batch",
-    metavar="A,B,...",
+@group(
+    "how",
+    dict,
+    option("to", "The format, see above.", required=True, type=click.Choice(_FORMATS)),
+    option("keep_bn", "Leave the BatchNorm layers in.", is_flag=True),
+    option(
+        "dynamic",
+        "Sizes that may vary in onnx and exported-program: some of batch, height, width. Each is tested at two values.",
+        type=names,
+        default="batch",
+        metavar="A,B,...",
+    ),
+    bias_option,
 )
-@bias_option
 @preprocess_options
 @batches_option
 @output_options(
@@ -33,16 +46,7 @@ _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
     "format's suffix]"
 )
 @print_options
-def command(
-    checkpoint: Checkpoint,
-    to: str,
-    keep_bn: bool,
-    dynamic: tuple[str, ...],
-    bias: str,
-    wanted: "Wanted",
-    example: Any,
-    output: Path | None,
-) -> None:
+def command(checkpoint: Checkpoint, how: dict[str, Any], wanted: "Wanted", example: Any, output: Path | None) -> None:
     """Write the network in FILE in a format that needs no bnsurgery.
 
     \b
@@ -54,26 +58,17 @@ def command(
 
     The command reads back what it wrote and compares it before the file gets its name.
     """  # noqa: D301 (the \b is click's: leave the lines as they are)
-    from bnsurgery.exports.exporting import SUFFIXES, export
+    import bnsurgery
+    from bnsurgery.exports.exporting import SUFFIXES
     from bnsurgery.exports.programs import AXES
     from bnsurgery.images.preprocessing import NOTHING
     from bnsurgery.networks import pretrained
-    from bnsurgery.records.record import record
 
-    if not set(dynamic) <= set(AXES):
-        raise click.UsageError(f"--dynamic: got {','.join(dynamic)}, expected some of {','.join(AXES)}.")
-    output = output or Path(f"{checkpoint.stem}-{to}{SUFFIXES[to]}")
+    if not set(how["dynamic"]) <= set(AXES):
+        raise click.UsageError(f"--dynamic: got {','.join(how['dynamic'])}, expected some of {','.join(AXES)}.")
+    output = output or Path(f"{checkpoint.stem}-{how['to']}{SUFFIXES[how['to']]}")
     bn_model = checkpoint.load()
     claim(output)
-    result = export(
-        bn_model,
-        output,
-        to=to,  # type: ignore[arg-type]
-        example=example,
-        preprocessing=pretrained.preprocessing_of(record(bn_model), bn_model, wanted) if wanted != NOTHING else None,
-        keep_bn=keep_bn,
-        bias=bias,  # type: ignore[arg-type]
-        dynamic=dynamic,
-        overwrite=overwrite(),
-    )
+    seen = None if wanted == NOTHING else pretrained.preprocessing_of(bnsurgery.record(bn_model), bn_model, wanted)
+    result = bnsurgery.export(bn_model, output, example=example, preprocessing=seen, overwrite=overwrite(), **how)
     show(str(result), result.to_dict())

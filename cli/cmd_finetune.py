@@ -43,29 +43,27 @@ def command(
 
     Start it with torchrun or accelerate launch for several GPUs or machines.
     """
+    from bnsurgery import finetune, report
     from bnsurgery.files.checkpoint import read_record
-    from bnsurgery.finetune.config import Config
     from bnsurgery.finetune.network import own_name
     from bnsurgery.finetune.run_directory import RunDirectory
-    from bnsurgery.finetune.runs import resume as resume_run
-    from bnsurgery.finetune.runs import run
     from bnsurgery.networks.factories import names_code
-    from bnsurgery.report import training
 
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process:
         reporting.check(output or resume, source)
     if resume is not None:
         config = RunDirectory(resume).read_config()[0]
-        source_of = click.get_current_context().get_parameter_source
-        given = {"source": source, "data": data, "output": output}
-        given = {name: value for name, value in given.items() if value is not None}
-        given |= {name: value for name, value in recipe.items() if source_of(name) is not ParameterSource.DEFAULT}
-        pairs = {name: (getattr(config, name), new) for name, new in given.items()}
-        changed = [f"{name} {old!r}, not {new!r}" for name, (old, new) in pairs.items() if old != new]
+        context = click.get_current_context()
+        changed = [
+            f"{name} {old!r}, not {new!r}"
+            for name, new in context.params.items()
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            if (old := getattr(config, name, new)) != new
+        ]
         if changed:
             raise click.UsageError(f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave that out.")
-        result = resume_run(resume, model=recipe["model"], data=data, show=loud())
+        result = finetune.resume(resume, model=recipe["model"], data=data, show=loud())
     elif data is None:
         raise click.UsageError(
             "Missing option '--data': a folder of images, digits, a torchvision dataset, or FILE.py:FUNCTION."
@@ -73,10 +71,10 @@ def command(
     else:
         arm = "" if recipe["arm"] == "bn" else f"-{recipe['arm']}"
         output = output or f"runs/{run_name(source, recipe['model'], data)}{arm}"
-        config = Config(source=source or "", data=data, output=output, **recipe)
-        result = run(config, show=loud())
+        config = finetune.Config(source=source or "", data=data, output=output, **recipe)
+        result = finetune.run(config, show=loud())
     if is_main_process:
-        wrote = reporting.write(lambda: training(result, config))
+        wrote = reporting.write(lambda: report.training(result, config))
         best = f"{result.directory}/best.safetensors"
         own = own_name(config)
         words = [best, *(["--model", own] if own else [])]
