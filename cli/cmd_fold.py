@@ -61,7 +61,7 @@ def command(
     from bnsurgery.text.words import counted
 
     if file is not None:
-        if weights.source is not None:
+        if weights.weights is not None:
             raise click.UsageError("--weights are for a network with its own BatchNorm: leave FILE out.")
         checkpoint = Checkpoint(file, model)
         bn_model = checkpoint.load()
@@ -78,7 +78,7 @@ def command(
         from bnsurgery.surgery.foldable import OWN_NORMS
 
         output = output or Path(f"{stem(model)}-folded.safetensors")
-        network, origin = own_network(model, weights.source or "DEFAULT", choice=weights.choice)
+        network, origin = own_network(model, weights.weights or "DEFAULT", choice=weights.choice)
         claim(output)
         example = noise(network, Wanted(image_size).size) if example is None else example
         result = export_folded(network, output, example=example, bias=bias, overwrite=overwrite())  # type: ignore[arg-type]

@@ -30,17 +30,17 @@ def command(checkpoint: Checkpoint, weights: Weights, images: Images, reporting:
 
     file = checkpoint.file
     place = devices.device(images.device)
-    reporting.check(file, weights.source)
+    reporting.check(file, weights.weights)
     bn_model = checkpoint.load()
     inserted = bnsurgery.record(bn_model)
     folded = bnsurgery.fold(bn_model)
     untouched = state_digest(folded.state_dict()) == inserted.weights_digest
     reference, against = folded, "its own folded network"
-    if weights.source is not None and inserted.architecture is not None:
-        source = pretrained.load(inserted.architecture, weights.source, choice=weights.choice, progress=loud())
+    if weights.weights is not None and inserted.architecture is not None:
+        source = pretrained.load(inserted.architecture, weights.weights, choice=weights.choice, progress=loud())
         reference, against = source.model, source.weights
-    elif weights.source is not None:
-        reference, against = pretrained.own_network(str(checkpoint.model), weights.source, choice=weights.choice)
+    elif weights.weights is not None:
+        reference, against = pretrained.own_network(str(checkpoint.model), weights.weights, choice=weights.choice)
     batches = images.open(lambda: pretrained.preprocessing_of(inserted, folded, images.wanted))
     reference, bn_model = reference.to(place), bn_model.to(place)
     result = bnsurgery.verify(reference, bn_model, batches)

@@ -86,12 +86,6 @@ def _wanted(**fields: Any) -> "Wanted":
     return Wanted(**fields)
 
 
-def _choice(weights_key: str | None, weights_prefix: str | None, partial: bool) -> "Choice":
-    from bnsurgery.networks.fitting import Choice
-
-    return Choice(weights_key, weights_prefix, partial)
-
-
 def _first_batch(data: str | None) -> Any:
     from bnsurgery.networks.own_data import OwnBatches
 
@@ -128,8 +122,15 @@ PREPROCESSING = (
         type=numbers,
         metavar="R,G,B",
     ),
-    option("scale", "What white is before mean and std: 1, or 255.  [default: 1]", type=float, metavar="WHITE"),
-    option("channels", "Colour order.  [default: the checkpoint's, else rgb]", choices=("rgb", "bgr"), default=None),
+    option(
+        "scale",
+        "Value of white before mean and std: 255 for pixels from 0 to 255.  [default: 1]",
+        type=float,
+        metavar="WHITE",
+    ),
+    option(
+        "channels", "Order of the colours.  [default: the checkpoint's, else rgb]", choices=("rgb", "bgr"), default=None
+    ),
 )
 CHOICE = (
     option(
@@ -145,7 +146,7 @@ device_option = option("device", "Where to compute: cpu, cuda, cuda:1, mps, xpu,
 sites_options = group(
     "sites",
     dict,
-    option("layers", "Layers that get a BatchNorm; conv is the layout of vgg*_bn.", choices=("all", "conv", "dense")),
+    option("layers", "Layers that get a BatchNorm; conv as in vgg*_bn.", choices=("all", "conv", "dense")),
     option(
         "placement",
         "BatchNorm before the activation, as in the BN paper, or after it.",
@@ -197,11 +198,10 @@ class Images:
         from bnsurgery.networks.own_data import OwnBatches
 
         if not self.are_batches and (preprocess := preprocessing()) is not None:
-            count, size = self.num_images, self.batch_size
             return calibration_batches(
                 self.data,
-                num_images=count,
-                batch_size=size,
+                num_images=self.num_images,
+                batch_size=self.batch_size,
                 preprocess=preprocess,
                 seed=self.seed,
                 skip_bad=self.skip_bad,
@@ -234,18 +234,22 @@ data_options = group(
 class Weights:
     """Where a network's weights are, and which tensors to take from a file."""
 
-    source: str | None
-    choice: "Choice"
+    weights: str | None
+    weights_key: str | None
+    weights_prefix: str | None
+    partial: bool
+
+    @property
+    def choice(self) -> "Choice":
+        """Which tensors, as the library takes it."""
+        from bnsurgery.networks.fitting import Choice
+
+        return Choice(self.weights_key, self.weights_prefix, self.partial)
 
 
 def weights_options(help: str, metavar: str = "DEFAULT|NAME|random|PATH", default: str | None = None) -> Any:
     """--weights, --weights-key, --weights-prefix and --partial, as `weights`."""
-    return group(
-        "weights",
-        lambda weights, choice: Weights(weights, choice),
-        option("weights", help, metavar=metavar, default=default),
-        group("choice", _choice, *CHOICE),
-    )
+    return group("weights", Weights, option("weights", help, metavar=metavar, default=default), *CHOICE)
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,7 @@ def _network(source: str | None, model: str | None, weights: Weights) -> Network
     from bnsurgery.networks import factories
     from bnsurgery.records import architectures
 
-    where, choice = str(weights.source), weights.choice
+    where, choice = str(weights.weights), weights.choice
     is_file = source is not None and source not in architectures.names() and Path(source).is_file()
     file = Path(source) if source is not None and is_file else None
     if is_file and where != "DEFAULT":
