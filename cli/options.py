@@ -86,10 +86,10 @@ def _wanted(**fields: Any) -> "Wanted":
     return Wanted(**fields)
 
 
-def _first_batch(data: str | None) -> Any:
+def _first_batch(example: str | None) -> Any:
     from bnsurgery.networks.own_data import OwnBatches
 
-    return None if data is None else next(iter(OwnBatches(data)))
+    return None if example is None else next(iter(OwnBatches(example)))
 
 
 model_option = option(
@@ -158,8 +158,9 @@ batches_option = group(
     "example",
     _first_batch,
     option(
-        "data",
+        "example",
         "A function that returns batches of inputs, for networks that take no images. This runs its code.",
+        "--data",
         metavar="FILE.py:FUNCTION",
     ),
 )

@@ -197,10 +197,17 @@ def test_messages_name_options_instead_of_fields(cli, monkeypatch):
         and "--mean 0.5,1, --force, --force, `report`, --output" in err
     )
 
+    monkeypatch.setattr("bnsurgery.files.checkpoint.read_record", fail)
+    said = "pass a batch as `example`, `data=FILE.py:FUNCTION`, `keep_bn=True`, `dynamic=('batch', 'width')`"
+    code, _, err = cli("export", "net.safetensors", "--to", "onnx")
+    assert err.endswith("a batch as --data, --data FILE.py:FUNCTION, --keep-bn, --dynamic batch,width\n")
+
     monkeypatch.undo()
-    monkeypatch.setattr("bnsurgery.records.record.Options.check", lambda *_: (_ for _ in ()).throw(ValueError(said)))
+    monkeypatch.setattr(
+        "bnsurgery.records.record.Options.check", lambda *_: (_ for _ in ()).throw(ValueError("`eps=2`"))
+    )
     code, _, err = cli("insert", "vgg11")
-    assert code == 2 and f"Error: {insert}" in err
+    assert code == 2 and "Error: --eps 2\n" in err
 
 
 def test_verify_tells_a_trained_network(cli, weights):
