@@ -1,25 +1,36 @@
 """The `bnsurgery` command: one file per subcommand, loaded when it is called, so that help needs no torch."""
 
+import ast
 import importlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
 from bnsurgery._version import __version__
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, printable
+from bnsurgery.machine.system import quote
 from bnsurgery.machine.torch_version import require_torch
+
+from .options import words
 
 _COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "report", "predict", "fold", "export", "archs")
 _MAX_LINE, _MAX_LINES = 2000, 200  # characters; of a message
+_FIELD = re.compile(r"`(\w+)(?:=([^`]{1,200}))?`")
 
 
 class _LazyGroup(click.Group):
-    """Finds the subcommand `name` in the sibling module `cmd_<name>`."""
+    """Finds the subcommand `name` in the sibling module `cmd_<name>`.
+
+    Attributes:
+        at_hand: the command that runs, once it is known: messages name its options.
+    """
+
+    at_hand: click.Command | None = None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -27,8 +38,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f".cmd_{cmd_name}", __name__).command
-        return command
+        self.at_hand = importlib.import_module(f".cmd_{cmd_name}", __name__).command
+        return self.at_hand
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,54 +60,64 @@ def cli() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
+    """Run the command line and exit: 0 success, 1 refused or failed, 2 wrong usage, 130 interrupted.
 
-    The one place where errors become messages: no traceback for bad input.
+    The one place where errors and warnings become messages: bad input gives no traceback, and a message names the
+    options of the command instead of the library's fields.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8, a file name that is none
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8, a file name that is not UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", BNSurgeryWarning)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = lambda message, *_, **__: _complain(str(message), "Warning", "yellow")
+    cli.at_hand = None
+    code = 1
     try:
-        code = cli.main(args=args, prog_name="bnsurgery", standalone_mode=False)
+        returned = cli.main(args=args, prog_name="bnsurgery", standalone_mode=False)
+        code = returned if isinstance(returned, int) else 0
     except click.ClickException as error:
         error.show(usage := io.StringIO())
         click.echo(_printable(usage.getvalue()), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        sys.unraisablehook = lambda _: None  # a progress bar that was interrupted half-made complains when it is freed
-        code = _fail("interrupted; nothing was written.", 130)
+        sys.unraisablehook = lambda _: None  # an interrupted progress bar complains when it is freed
+        _complain("interrupted; nothing was written.")
+        code = 130
     except BNSurgeryError as error:
-        code = _fail(str(error), 128 + getattr(error, "signum", 1 - 128))
+        _complain(str(error))
+        code = 128 + getattr(error, "signum", 1 - 128)
     except BrokenPipeError:  # the reader has gone, as in `bnsurgery archs | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except MemoryError:
-        code = _fail("out of memory: try a smaller --batch-size or --image-size.")
+        _complain("out of memory: use fewer images at a time, or smaller ones.")
     except OSError as error:
-        code = _fail(
-            f"{error.filename or 'standard output, perhaps after a file was written'}: {error.strerror or error}"
-        )
-    sys.exit(code if isinstance(code, int) else 0)
+        _complain(f"{error.filename or 'standard output, perhaps after a file was written'}: {error.strerror or error}")
+    sys.exit(code)
 
 
-def _fail(message: str, code: int = 1) -> int:
-    _complain("Error", "red", message)
-    return code
-
-
-def _complain(what: str, colour: str, message: Warning | str) -> None:
+def _complain(message: str, kind: str = "Error", colour: str = "red") -> None:
     color = False if os.environ.get("NO_COLOR") else None
-    click.echo(f"{click.style(f'{what}:', fg=colour, bold=True)} {_printable(str(message))}", err=True, color=color)
+    click.echo(f"{click.style(f'{kind}:', fg=colour, bold=True)} {_printable(message)}", err=True, color=color)
 
 
 def _printable(message: str) -> str:
-    """Names in it come from files and their names: none steers the terminal, fills it, or passes for a message."""
-    return "\n  ".join(printable(line, _MAX_LINE) for line in message.split("\n")[:_MAX_LINES])
+    """The message with flags, in which no name from a file steers the terminal, fills it, or looks like a message."""
+    lines = _FIELD.sub(_flag, message).split("\n")[:_MAX_LINES]
+    return "\n  ".join(printable(line, _MAX_LINE) for line in lines)
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _complain("Warning", "yellow", message)
+def _flag(match: re.Match[str]) -> str:
+    """A field in backquotes as the option of the command at hand: `batch_size=8` as --batch-size 8, else as it is."""
+    field, value = match.groups()
+    for option in cli.at_hand.params if cli.at_hand else ():
+        if isinstance(option, click.Option) and field in (option.name, option.opts[0][2:].replace("-", "_")):
+            if value is None:
+                return option.opts[0]
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, SyntaxError, TypeError):  # a placeholder, such as FILE.onnx
+                return f"{option.opts[0]} {value}"
+            return " ".join(map(quote, words(option, value))) or match[0]
+    return match[0]

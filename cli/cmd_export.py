@@ -1,67 +1,53 @@
 """bnsurgery export."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import (
-    Values,
+    Checkpoint,
     batches_option,
     bias_option,
-    claim,
-    first_batch,
-    load_checkpoint,
-    model_option,
-    output_options,
+    checkpoint_options,
+    group,
+    names,
+    option,
     preprocess_options,
-    print_options,
-    show,
-    stem_of,
 )
-
-_FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
-
+from .output import claim, output_options, overwrite, print_options, show
 
 if TYPE_CHECKING:
     from bnsurgery.images.preprocessing import Wanted
 
+_FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
+
 
 @click.command("export")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--to", required=True, type=click.Choice(_FORMATS), help="The format, see above.")
-@model_option
-@click.option("--keep-bn", is_flag=True, help="Leave the BatchNorm layers in.")
-@click.option(
-    "--dynamic",
-    type=Values(str),
-    default="batch",
-    show_default=True,
-    metavar="A,B,...",
-    help="Of batch, height and width: the sizes that may be any in onnx and exported-program. Each is tried at two.",
+@checkpoint_options
+@group(
+    "how",
+    dict,
+    option("to", "The format, see above.", required=True, type=click.Choice(_FORMATS)),
+    option("keep_bn", "Leave the BatchNorm layers in.", is_flag=True),
+    option(
+        "dynamic",
+        "Sizes that may vary in onnx and exported-program: some of batch, height, width. Each is tested at two values.",
+        type=names,
+        default="batch",
+        metavar="A,B,...",
+    ),
+    bias_option,
 )
-@bias_option
 @preprocess_options
 @batches_option
 @output_options(
-    "File to write; .pth gives torch.save's format.  [default: FILE's or its run's name, the format's suffix, here]"
+    "File to write; .pth gives torch.save's format.  [default: in this folder, the name of FILE or its run with the "
+    "format's suffix]"
 )
 @print_options
-def command(
-    file: Path,
-    to: str,
-    model: str | None,
-    keep_bn: bool,
-    dynamic: tuple[str, ...],
-    bias: str,
-    wanted: "Wanted",
-    data: str | None,
-    output: Path | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Write FILE's network for those who do not have bnsurgery.
+def command(checkpoint: Checkpoint, how: dict[str, Any], wanted: "Wanted", example: Any, output: Path | None) -> None:
+    """Write the network in FILE in a format that needs no bnsurgery.
 
     \b
       state-dict         the folded network's tensors, safetensors or .pth
@@ -70,29 +56,19 @@ def command(
       onnx               the folded network, for any batch size
       exported-program   the same for torch.export.load
 
-    What was written is read back and compared before it gets its name.
+    The command reads back what it wrote and compares it before the file gets its name.
     """  # noqa: D301 (the \b is click's: leave the lines as they are)
-    from bnsurgery.exports.exporting import SUFFIXES, export
+    import bnsurgery
+    from bnsurgery.exports.exporting import SUFFIXES
     from bnsurgery.exports.programs import AXES
     from bnsurgery.images.preprocessing import NOTHING
     from bnsurgery.networks import interface
-    from bnsurgery.records.record import record
 
-    if not set(dynamic) <= set(AXES):
-        raise click.UsageError(f"--dynamic: got {','.join(dynamic)}, expected some of {','.join(AXES)}.")
-    output = output or Path(f"{stem_of(file)}-{to}{SUFFIXES[to]}")
-    bn_model = load_checkpoint(file, model)
-    claim(output, force)
-    preprocessing = interface.preprocessing_of(record(bn_model), bn_model, wanted) if wanted != NOTHING else None
-    result = export(
-        bn_model,
-        output,
-        to=to,  # type: ignore[arg-type]
-        example=None if data is None else first_batch(data),
-        preprocessing=preprocessing,
-        keep_bn=keep_bn,
-        bias=bias,  # type: ignore[arg-type]
-        dynamic=dynamic,
-        overwrite=force,
-    )
-    show(str(result), result.to_dict(), as_json, quiet)
+    if not set(how["dynamic"]) <= set(AXES):
+        raise click.UsageError(f"--dynamic: got {','.join(how['dynamic'])}, expected some of {','.join(AXES)}.")
+    output = output or Path(f"{checkpoint.stem}-{how['to']}{SUFFIXES[how['to']]}")
+    bn_model = checkpoint.load()
+    claim(output)
+    seen = None if wanted == NOTHING else interface.preprocessing_of(bnsurgery.record(bn_model), bn_model, wanted)
+    result = bnsurgery.export(bn_model, output, example=example, preprocessing=seen, overwrite=overwrite(), **how)
+    show(str(result), result.to_dict())

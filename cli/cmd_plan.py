@@ -1,118 +1,82 @@
 """bnsurgery plan."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bnsurgery.machine.system import quote
-
 from .options import (
+    PATH,
+    Network,
     batches_option,
-    claim,
-    first_batch,
     given,
     image_size_option,
-    model_option,
-    named,
-    print_options,
-    show,
+    network_options,
+    option,
     sites_options,
-    weights_options,
+    typed,
 )
+from .output import claim, force_option, overwrite, print_options, show
 
 
 @click.command("plan")
-@click.argument("source", required=False, metavar="ARCH|FILE")
-@model_option
-@click.option(
-    "--weights",
-    default="DEFAULT",
-    show_default=True,
-    metavar="DEFAULT|NAME|random|PATH",
-    help="As for insert; only a file is read.",
-)
-@weights_options
+@network_options(weights="As for insert; only a file is read.")
 @image_size_option
 @batches_option
 @sites_options
-@click.option("--dot", type=click.Path(path_type=Path), metavar="FILE", help="Write the graph for Graphviz.")
-@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the graph.")
-@click.option("--force", is_flag=True, help="Replace these files if they exist.")
+@option("dot", "Write the graph for Graphviz.", type=PATH, metavar="FILE")
+@option("svg", "Draw the graph.", type=PATH, metavar="FILE")
+@force_option("Replace these files if they exist.")
 @print_options
-@click.pass_context
 def command(
-    context: click.Context,
-    source: str | None,
-    model: str | None,
-    weights: str,
-    weights_key: str | None,
-    weights_prefix: str | None,
-    partial: bool,
-    image_size: str | None,
-    data: str | None,
-    dot: Path | None,
-    svg: Path | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    **choice: Any,
+    network: Network, image_size: str | None, example: Any, sites: dict[str, Any], dot: Path | None, svg: Path | None
 ) -> None:
-    """Show where BatchNorm would go, and for every other layer why not.
+    """Show where BatchNorm would go, and why not elsewhere.
 
-    ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is an ONNX file; or one of weights, whose architecture is
-    recognised, or that of what --model makes; or a checkpoint of `bnsurgery insert`, of which is shown what was done.
+    ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is an ONNX file, or a file of weights: of the architecture that
+    they fit, or of the network that --model makes. FILE may also be a checkpoint of `bnsurgery insert`; the command
+    then shows where BatchNorm went.
     """
     from bnsurgery.files import writing
     from bnsurgery.files.checkpoint import read_record
     from bnsurgery.graph import drawing, planning
     from bnsurgery.images.preprocessing import Wanted
     from bnsurgery.networks import factories, interface, pretrained
-    from bnsurgery.networks.fitting import Choice
-    from bnsurgery.records import architectures
     from bnsurgery.surgery.copies import on_meta
 
-    name, own, weights, is_file = named(source, model, weights)
-    taken = Choice(weights_key, weights_prefix, partial)
-    if source is not None and Path(source).is_file() and (done := read_record(source)) is not None:
-        made = str(done.provenance.get("model", "MODULE:FUNCTION"))
-        custom = f" --model {quote(made)}" if done.architecture is None else ""
-        show(f"{done}\n\nNext: bnsurgery verify {quote(source)}{custom}", {"record": done.to_dict()}, as_json, quiet)
+    if network.file is not None and (record := read_record(network.file)) is not None:
+        made = str(record.provenance.get("model", "MODULE:FUNCTION"))
+        after = typed("verify", str(network.file), *(["--model", made] if record.architecture is None else []))
+        show(f"{record}\n\nNext: {after}", {"record": record.to_dict()})
         return
-    for file in (dot, svg):
-        if file is not None:
-            claim(file, force)
-    if own:
+    drawings = [(file, draw) for file, draw in ((dot, drawing.dot), (svg, drawing.svg)) if file is not None]
+    for file, _ in drawings:
+        claim(file)
+    name, weights = network.name, network.weights
+    if network.own:
         timms = name.startswith("timm:") and weights == "DEFAULT"
-        network, _ = pretrained.own_network(name, "random" if timms else weights, choice=taken)
+        model, _ = pretrained.own_network(name, "random" if timms else weights, choice=network.choice)
+        side = None if factories.is_onnx(name) else _SIDE
+        preprocess = partial(interface.own_preprocessing, model, Wanted(image_size or side))
     else:
-        architecture = pretrained.recognise(Path(name), taken) if is_file else architectures.architecture(name)
-        if not is_file and weights not in ("DEFAULT", "random", *architecture.weight_names):
-            found = pretrained.load(architecture, weights, choice=taken, wanted=Wanted(image_size))
-            architecture, network = found.architecture or architecture, on_meta(found.model)
-        else:
-            network = architecture.build("meta")
+        architecture = network.architecture
         name = architecture.name
-    example: Any
-    if data is not None:
-        example = first_batch(data)
-    elif own:
-        wanted = Wanted(image_size or (None if factories.is_onnx(name) else _SIDE))  # an ONNX file says it
-        example = interface.example(interface.own_preprocessing(network, wanted), on_meta=False)
-    else:
-        example = interface.example(interface.preprocessing(architecture, wanted=Wanted(image_size)), on_meta=True)
-    plan = planning.plan(network, example, **choice)
-    wrote = []
-    for file, draw in ((dot, drawing.dot), (svg, drawing.svg)):
-        if file is not None:
-            text = draw(network, example, plan)
-            with writing.atomic_write(file, overwrite=force) as temporary:
-                temporary.write_text(text, encoding="utf-8", newline="\n")
-            wrote.append(f"Wrote {file}.\n")
-    words = ["bnsurgery", "insert", *given(context, leave_out=_OURS)]
-    text = f"{plan}\n\n{''.join(wrote)}Next: {' '.join(map(quote, words))}"
-    show(text, {"architecture": name, **plan.to_dict()}, as_json, quiet)
+        if network.file is None and weights not in ("DEFAULT", "random", *architecture.weight_names):
+            found = pretrained.load(architecture, weights, choice=network.choice, wanted=Wanted(image_size))
+            architecture, model = found.architecture or architecture, on_meta(found.model)
+        else:
+            model = architecture.build("meta")
+        preprocess = partial(interface.preprocessing, architecture, wanted=Wanted(image_size))
+    if example is None:
+        example = interface.example(preprocess(), on_meta=not network.own)
+    plan = planning.plan(model, example, **sites)
+    for file, draw in drawings:
+        with writing.atomic_write(file, overwrite=overwrite()) as temporary:
+            temporary.write_text(draw(model, example, plan), encoding="utf-8", newline="\n")
+    wrote = "".join(f"Wrote {file}.\n" for file, _ in drawings)
+    after = typed("insert", *given(leave_out=("dot", "svg")))
+    show(f"{plan}\n\n{wrote}Next: {after}", {"architecture": name, **plan.to_dict()})
 
 
-_OURS = ("dot", "svg", "force", "as_json", "quiet")
-_SIDE = 224  # pixels: of an own network's input where it is not said; a plan hardly depends on it
+_SIDE = 224  # pixels: of an own network's input if it is not given; the plan hardly depends on it

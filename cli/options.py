@@ -1,13 +1,10 @@
-"""Options that several commands share, and how they print."""
+"""Options that several commands share. Those that belong together reach a command as one argument."""
 
 import functools
-import json
-import os
-import re
-import sys
 from collections.abc import Callable, Container
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -20,374 +17,377 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bnsurgery.images.batches import ImageBatches
-    from bnsurgery.images.preprocessing import Preprocessing
+    from bnsurgery.images.preprocessing import Preprocessing, Wanted
+    from bnsurgery.networks.fitting import Choice
     from bnsurgery.networks.own_data import OwnBatches
+    from bnsurgery.records.architectures import Architecture
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_POSITIVE = click.IntRange(min=1)
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+SEED = click.IntRange(0, 2**63 - 1)
 
 
-def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+def option(name: str, help: str, *flags: str, choices: tuple[str, ...] = (), **more: Any) -> Callable[[F], F]:
+    """An option whose value the command gets as `name`: --name unless it has other flags; of `choices`, the first."""
+    if choices:
+        more = {"type": click.Choice(choices), "default": choices[0], **more}
+    return click.option(*(flags or ["--" + name.replace("_", "-")]), name, show_default=True, help=help, **more)
+
+
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """These options, in this order."""
+
     def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
+        for decorator in reversed(options):
+            function = decorator(function)
         return function
 
     return decorate
 
 
-model_option = click.option(
-    "--model",
+def group(argument: str, make: Callable[..., Any], *options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """These options as one argument of the command: what `make` makes of their values, passed by name."""
+    made: Any = together(*options)(functools.partial(make))
+    parameters = made.__click_params__
+
+    def decorate(function: Any) -> Any:
+        @functools.wraps(function)
+        def command(**values: Any) -> Any:
+            mine = {parameter.name: values.pop(parameter.name) for parameter in parameters}
+            return function(**{argument: made(**mine)}, **values)
+
+        vars(command)["__click_params__"] = [*vars(function).get("__click_params__", []), *parameters]
+        return command
+
+    return decorate
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The type of an option that takes one name or more, separated by commas."""
+    found = tuple(filter(None, map(str.strip, text.split(","))))
+    if not found:
+        raise click.BadParameter(f"got {text!r}, expected names, separated by commas")
+    return found
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """As `names`, for numbers."""
+    try:
+        return tuple(map(float, names(text)))
+    except (ValueError, click.BadParameter):
+        raise click.BadParameter(f"got {text!r}, expected numbers, separated by commas") from None
+
+
+def _wanted(**fields: Any) -> "Wanted":
+    from bnsurgery.images.preprocessing import Wanted
+
+    return Wanted(**fields)
+
+
+def _first_batch(example: str | None) -> Any:
+    from bnsurgery.networks.own_data import OwnBatches
+
+    return None if example is None else next(iter(OwnBatches(example)))
+
+
+model_option = option(
+    "model",
+    "Makes your own network: package.module:function, file.py:function, timm:NAME, a name in torchvision or an ONNX "
+    "file. This runs its code, and is never read from a checkpoint.",
     metavar="MODULE:FUNCTION",
-    help="What makes a network of your own: package.module:function, file.py:function, timm:NAME, a name of "
-    "torchvision's or an ONNX file. This runs its code; never taken from a checkpoint.",
 )
-
-
-class Values(click.ParamType):
-    """Values separated by commas, one or more."""
-
-    name = "list"
-
-    def __init__(self, kind: type) -> None:
-        self._kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        """Of what stands on the command line."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            found = tuple(self._kind(part) for part in map(str.strip, value.split(",")) if part)
-        except ValueError:
-            found = ()
-        if not found:
-            kind = "numbers" if self._kind is float else "names"
-            self.fail(f"got {value!r}, expected {kind}, separated by commas", param, ctx)
-        return found
-
-
-# What images go through: the fields of `bnsurgery.images.preprocessing.Wanted`, by name.
-PREPROCESSING: dict[str, dict[str, Any]] = {
-    "image_size": {
-        "metavar": "SIDE|HxW",
-        "help": "Of the input in pixels: 224, or height and width as 240x320.  [default: the checkpoint's or weights']",
-    },
-    "normalize": {
-        "type": click.Choice(["auto", "imagenet", "none"]),
-        "default": "auto",
-        "show_default": True,
-        "help": "By ImageNet's mean and deviation, or values from 0 to 1; auto: as the checkpoint or the weights say, "
-        "else ImageNet's.",
-    },
-    "mean": {
-        "type": Values(float),
-        "metavar": "R,G,B",
-        "help": "Taken off the pixels, always red, green, blue, or one number for all.  [default: as --normalize; 0 "
-        "beside --std or --scale]",
-    },
-    "std": {
-        "type": Values(float),
-        "metavar": "R,G,B",
-        "help": "What that is divided by, as --mean.  [default: as for --mean; 1]",
-    },
-    "scale": {
-        "type": float,
-        "metavar": "WHITE",
-        "help": "What white is before mean and std: 255 for pixels from 0 to 255.  [default: 1]",
-    },
-    "channels": {
-        "type": click.Choice(["rgb", "bgr"]),
-        "help": "The order that the network takes colours in.  [default: the checkpoint's, else rgb]",
-    },
-}
-
-
-# Where nothing is computed on images.
-image_size_option = click.option("--image-size", **PREPROCESSING["image_size"])
-
-
-def preprocess_options(function: F) -> F:
-    """--image-size, --normalize, --mean, --std, --scale and --channels, given to the command as one `wanted`."""
-
-    @functools.wraps(function)
-    def command(**given: Any) -> Any:
-        from bnsurgery.images.preprocessing import Wanted
-
-        return function(wanted=Wanted(**{name: given.pop(name) for name in PREPROCESSING}), **given)
-
-    options = [click.option("--" + name.replace("_", "-"), name, **said) for name, said in PREPROCESSING.items()]
-    return cast(F, _together(*options)(command))
-
-
-# Which layers get a BatchNorm.
-sites_options = _together(
-    click.option(
-        "--layers",
-        type=click.Choice(["all", "conv", "dense"]),
-        default="all",
-        show_default=True,
-        help="Which layers get a BatchNorm; conv gives torchvision's vgg*_bn layout.",
-    ),
-    click.option(
-        "--placement",
-        type=click.Choice(["pre-activation", "post-activation"]),
-        default="pre-activation",
-        show_default=True,
-        help="Before the activation, as in the BN paper, or behind it.",
-    ),
-    click.option("--head", is_flag=True, help="Also put one behind the output layer."),
+image_size_option = option(
+    "image_size", "Input size in pixels: 224, or 240x320.  [default: the checkpoint's or weights']", metavar="SIDE|HxW"
 )
-
-# Which tensors of a weights file to take.
-weights_options = _together(
-    click.option(
-        "--weights-key",
-        metavar="KEY",
-        help="Where in the file the weights are, such as state_dict or models.generator.  [default: where they fit]",
+PREPROCESSING = (
+    image_size_option,
+    option(
+        "normalize",
+        "imagenet: by ImageNet's mean and standard deviation; none: values from 0 to 1; auto: as the checkpoint or the "
+        "weights say, else as imagenet.",
+        choices=("auto", "imagenet", "none"),
     ),
-    click.option(
-        "--weights-prefix",
-        metavar="PREFIX",
-        help="What stands there before the network's names, such as backbone.  [default: what fits]",
+    option(
+        "mean",
+        "Subtracted from the pixels: red, green and blue in this order, or one number for all.  [default: as "
+        "--normalize says; 0 with --std or --scale]",
+        type=numbers,
+        metavar="R,G,B",
     ),
-    click.option("--partial", is_flag=True, help="Take from the file what fits, and leave the rest as it is made."),
+    option(
+        "std",
+        "Divides the difference, as --mean.  [default: as --normalize says; 1 with --mean or --scale]",
+        type=numbers,
+        metavar="R,G,B",
+    ),
+    option(
+        "scale",
+        "Value of white before mean and std: 255 for pixels from 0 to 255.  [default: 1]",
+        type=float,
+        metavar="WHITE",
+    ),
+    option(
+        "channels", "Order of the colours.  [default: the checkpoint's, else rgb]", choices=("rgb", "bgr"), default=None
+    ),
 )
-
-device_option = click.option(
-    "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, mps, xpu, ..."
+CHOICE = (
+    option(
+        "weights_key", "The weights' place in the file, such as state_dict.  [default: where they fit]", metavar="KEY"
+    ),
+    option(
+        "weights_prefix", "Prefix of the names there, such as backbone.  [default: the one that fits]", metavar="PREFIX"
+    ),
+    option("partial", "Load the tensors that fit, and leave the rest of the network as initialized.", is_flag=True),
 )
-
-
-# What a later command needs again to look at the same images; what they go through stands in the checkpoint.
-IMAGES = ("data", "num_images", "batch_size", "skip_bad", "seed", "device")
-
-
-# Which images, how many at a time, and what they go through: the same by default, so that figures are, too.
-data_options = _together(
-    click.option(
+preprocess_options = group("wanted", _wanted, *PREPROCESSING)
+device_option = option("device", "Where to compute: cpu, cuda, cuda:1, mps, xpu, ...", default="cpu")
+sites_options = group(
+    "sites",
+    dict,
+    option("layers", "Layers that get a BatchNorm; conv as in vgg*_bn.", choices=("all", "conv", "dense")),
+    option(
+        "placement",
+        "BatchNorm before the activation, as in the BN paper, or after it.",
+        choices=("pre-activation", "post-activation"),
+    ),
+    option("head", "Also insert one after the output layer.", is_flag=True),
+)
+batches_option = group(
+    "example",
+    _first_batch,
+    option(
+        "example",
+        "A function that returns batches of inputs, for networks that take no images. This runs its code.",
         "--data",
+        metavar="FILE.py:FUNCTION",
+    ),
+)
+bias_option = option(
+    "bias",
+    "If a BatchNorm shifts and its layer has no bias: add one, a new key in the state dict, or refuse.",
+    choices=("add", "refuse"),
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Which images or other inputs, how many at a time, in what preprocessing, and on which device."""
+
+    data: str
+    num_images: int
+    batch_size: int
+    wanted: "Wanted"
+    skip_bad: bool
+    seed: int
+    device: str
+
+    # What a later command needs again to see the same images; the checkpoint holds their preprocessing.
+    AGAIN = ("data", "num_images", "batch_size", "skip_bad", "seed", "device")
+
+    @property
+    def are_batches(self) -> bool:
+        """Whether `data` names a function that returns batches, and not images."""
+        from bnsurgery.networks.factories import names_code
+
+        return names_code(self.data)
+
+    def open(self, preprocessing: "Callable[[], Preprocessing | None]") -> "ImageBatches[Any] | OwnBatches":
+        """The batches; `preprocessing` is called for images only, which it must give."""
+        from bnsurgery.images.batches import calibration_batches
+        from bnsurgery.networks.own_data import OwnBatches
+
+        if not self.are_batches and (preprocess := preprocessing()) is not None:
+            return calibration_batches(
+                self.data,
+                num_images=self.num_images,
+                batch_size=self.batch_size,
+                preprocess=preprocess,
+                seed=self.seed,
+                skip_bad=self.skip_bad,
+            )
+        if for_images := given("batch_size", "skip_bad", *vars(self.wanted)):
+            raise click.UsageError(f"{for_images[0]} is for images: what '{self.data}' gives is taken as it is.")
+        return OwnBatches(self.data, num=self.num_images, seed=self.seed)
+
+
+data_options = group(
+    "images",
+    Images,
+    option(
+        "data",
+        "A folder, searched for images of any format that Pillow reads; two built-in photographs; or a function that "
+        "returns batches of any input that the network takes. This runs its code.",
         default="samples",
-        show_default=True,
         metavar="DIR|samples|FILE.py:FUNCTION",
-        help="Folder of images of any format that Pillow reads, searched through; two built-in photographs; or a "
-        "function that gives batches of whatever the network takes, any iterable of them. This runs its code.",
     ),
-    click.option(
-        "--num-images",
-        type=click.IntRange(1, 1_000_000),
-        default=64,
-        show_default=True,
-        help="How many images at most.",
-    ),
-    click.option("--batch-size", type=_POSITIVE, default=8, show_default=True, help="Images at a time."),
+    option("num_images", "Largest number of images.", type=click.IntRange(1, 1_000_000), default=64),
+    option("batch_size", "Images in a batch.", type=COUNT, default=8),
     preprocess_options,
-    click.option("--skip-bad", is_flag=True, help="Leave out damaged images, and count them."),
-    click.option(
-        "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice."
-    ),
+    option("skip_bad", "Leave out damaged images, and count them.", is_flag=True),
+    option("seed", "Seed of every random choice.", type=SEED, default=0),
     device_option,
 )
 
 
-# Where only the form of the input counts.
-batches_option = click.option(
-    "--data",
-    metavar="FILE.py:FUNCTION",
-    help="What gives batches of inputs, for networks that take other things than images. This runs its code.",
-)
+@dataclass(frozen=True)
+class Weights:
+    """Where a network's weights are, and which tensors to take from a file."""
+
+    weights: str | None
+    weights_key: str | None
+    weights_prefix: str | None
+    partial: bool
+
+    @property
+    def choice(self) -> "Choice":
+        """Which tensors, as the library takes it."""
+        from bnsurgery.networks.fitting import Choice
+
+        return Choice(self.weights_key, self.weights_prefix, self.partial)
 
 
-def first_batch(name: str) -> Any:
-    """The first batch of the `batches_option`."""
-    from bnsurgery.networks.own_data import OwnBatches
-
-    return next(iter(OwnBatches(name)))
+def weights_options(help: str, metavar: str = "DEFAULT|NAME|random|PATH", default: str | None = None) -> Any:
+    """--weights, --weights-key, --weights-prefix and --partial, as `weights`."""
+    return group("weights", Weights, option("weights", help, metavar=metavar, default=default), *CHOICE)
 
 
-def opened(
-    data: str,
-    preprocessing: "Callable[[], Preprocessing]",
-    *,
-    num_images: int,
-    batch_size: int,
-    seed: int,
-    skip_bad: bool,
-) -> "ImageBatches[Any] | OwnBatches":
-    """The images or batches of the `data_options`; `preprocessing` is asked for images alone."""
-    from bnsurgery.images.batches import calibration_batches
-    from bnsurgery.networks.factories import names_code
-    from bnsurgery.networks.own_data import OwnBatches
-
-    if names_code(data):
-        for_images = given(click.get_current_context(), "batch_size", "skip_bad", *PREPROCESSING)
-        if for_images:
-            raise click.UsageError(f"{for_images[0]} is for images: what '{data}' gives is taken as it is.")
-        return OwnBatches(data, num=num_images, seed=seed)
-    return calibration_batches(
-        data,
-        num_images=num_images,
-        batch_size=batch_size,
-        preprocess=preprocessing(),
-        seed=seed,
-        skip_bad=skip_bad,
-    )
-
-
-def output_options(help: str) -> Callable[[F], F]:
-    """Where to write."""
-    return _together(
-        click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help=help),
-        click.option("--force", is_flag=True, help="Replace the output file if it exists."),
-    )
-
-
-# What to do where folding needs a bias that the network has not.
-bias_option = click.option(
-    "--bias",
-    type=click.Choice(["add", "refuse"]),
-    default="add",
-    show_default=True,
-    help="Give layers without a bias one where their BatchNorm shifts, which other keys follow from, or refuse.",
-)
-
-
-def given(context: click.Context, *names: str, leave_out: Container[str] = ()) -> list[str]:
-    """What was said on the command line for these parameters, as words to say it again; without names, for all others.
-
-    Args:
-        leave_out: parameters that the words shall not have.
-    """
-    words = []
-    for parameter in context.command.params:
-        name, value = str(parameter.name), context.params[str(parameter.name)]
-        if (names and name not in names) or name in leave_out:
-            continue
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        elif isinstance(value, bool):
-            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [parameter.opts[0], text]
-    return words
-
-
-def claim(output: Path, force: bool) -> None:
-    """Make sure that `output` can be written, and keep other processes from it until the command is done."""
-    from bnsurgery.files.writing import claimed
-
-    click.get_current_context().with_resource(claimed(output, overwrite=force))
-
-
-# How to report.
-print_options = _together(
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
-    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors and warnings."),
-)
-
-
-def show(text: str, data: dict[str, Any], as_json: bool, quiet: bool = False) -> None:
-    """Print a result as the user asked for it; nothing in it steers the terminal."""
-    if as_json:
-        text = json.dumps(data, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8")
-        click.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text))
-    elif not quiet:
-        safe = "\n".join(printable(line, len(line)) for line in text.split("\n"))
-        click.echo(_coloured(safe), color=False if os.environ.get("NO_COLOR") else None)
-
-
-def _coloured(text: str) -> str:
-    """With the words that matter in colour; click takes colours out where stdout is no terminal."""
-    for pattern, style in _STYLES:
-        text = re.sub(pattern, lambda match, style=style: click.style(match[0], **style), text)  # type: ignore[misc]
-    return text
-
-
-_STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"(?m)^eval mode    different", {"fg": "red", "bold": True}),
-    (r"bit-identical|equal within [^,]*", {"fg": "green", "bold": True}),
-    (r"(?m)^Next:", {"bold": True}),
-)
-
-
-class Named(NamedTuple):
+@dataclass(frozen=True)
+class Network:
     """A network as the command line names it.
 
     Attributes:
-        name: what makes it, of a network that is not torchvision's; else the architecture, or the file of its weights.
+        name: what makes it, if it is not torchvision's; else the architecture, or the file of its weights.
         own: whether it is not torchvision's.
-        weights: where its weights are, for `pretrained.load` and `own_network`.
-        file: whether `name` is a file, whose weights are to be recognised.
+        weights: for `pretrained.load` and `own_network`.
+        file: ARCH|FILE where that is a file.
     """
 
     name: str
     own: bool
     weights: str
-    file: bool
+    choice: "Choice"
+    file: Path | None
+
+    @property
+    def architecture(self) -> "Architecture":
+        """Torchvision's architecture, by its name or recognised from the file."""
+        from bnsurgery.networks.pretrained import recognise
+        from bnsurgery.records.architectures import architecture
+
+        return architecture(self.name) if self.file is None else recognise(self.file, self.choice)
+
+    @property
+    def stem(self) -> str:
+        """For the name of an output file."""
+        return stem(self.name) if self.own or self.file is None else self.file.stem
 
 
-def named(source: str | None, model: str | None, weights: str) -> Named:
-    """What ARCH|FILE, --model and --weights name. FILE holds weights: of what --model makes, if that is given."""
+def _network(source: str | None, model: str | None, weights: Weights) -> Network:
+    """The network that ARCH|FILE, --model and --weights name; with --model, FILE holds its weights."""
     from bnsurgery.networks import factories
     from bnsurgery.records import architectures
 
+    where, choice = str(weights.weights), weights.choice
     is_file = source is not None and source not in architectures.names() and Path(source).is_file()
-    if is_file and weights != "DEFAULT":
-        raise click.UsageError(f"'{source}' is a file of weights: leave --weights {weights} out.")
+    file = Path(source) if source is not None and is_file else None
+    if is_file and where != "DEFAULT":
+        raise click.UsageError(f"'{source}' is a file of weights: leave --weights {where} out.")
     if model is not None:
         if source is not None and not is_file:
             raise click.UsageError(f"Name one network: '{source}', or --model {model} with a file of its weights.")
-        return Named(model, True, weights if source is None else source, False)
+        return Network(model, True, where if source is None else source, choice, file)
     if source is None:
         raise click.UsageError("Name a network: ARCH or FILE, or --model for one of your own.")
-    if factories.is_onnx(source):
-        return Named(source, True, weights, False)
-    own = source.startswith("timm:")
+    is_onnx = factories.is_onnx(source)
+    own = is_onnx or source.startswith("timm:")
     if not own and not is_file and ":" in source:
         raise click.UsageError(f"'{source}': did you mean --model {source}?")
-    return Named(source, own, source if is_file else weights, is_file)
+    return Network(source, own, source if is_file and not is_onnx else where, choice, file)
 
 
-def stem_of(checkpoint: Path) -> str:
-    """What to call what is made of a checkpoint: as the file, without -bn; of a run's best one, as the run."""
-    if checkpoint.name == "best.safetensors" and (checkpoint.parent / "config.json").is_file():
-        return checkpoint.resolve().parent.name
-    return checkpoint.stem.removesuffix("-bn")
+def network_options(*, weights: str) -> Callable[[F], F]:
+    """ARCH|FILE and the options that name a network and its weights, as `network`; `weights` is a help text."""
+    source = click.argument("source", required=False, metavar="ARCH|FILE")
+    return group("network", _network, source, model_option, weights_options(weights, default="DEFAULT"))
+
+
+def words(parameter: click.Parameter, value: object) -> list[str]:
+    """How to give a parameter this value on the command line; empty if that cannot be said."""
+    if not isinstance(parameter, click.Option):
+        return [str(value)]
+    if value is None or parameter.is_flag != isinstance(value, bool):
+        return []
+    if parameter.is_flag:
+        return (parameter.opts if value else parameter.secondary_opts)[:1]
+    return [parameter.opts[0], ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)]
+
+
+def given(*names: str, leave_out: Container[str] = ()) -> list[str]:
+    """The words of the command line that set these parameters, or all if no name is given, except `leave_out`."""
+    context = click.get_current_context()
+    return [
+        word
+        for parameter in context.command.params
+        if (name := str(parameter.name)) in context.params and (not names or name in names) and name not in leave_out
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        for word in words(parameter, context.params[name])
+    ]
+
+
+def typed(*words: str) -> str:
+    """A command of bnsurgery, to paste into a shell."""
+    return " ".join(["bnsurgery", *map(quote, words)])
 
 
 def stem(name: str) -> str:
-    """A file's stem for a network's name: "net.py:small" gives "small", "timm:vgg16" "vgg16"."""
-    if name.endswith(".onnx"):
-        return Path(name).stem
-    return name.rpartition(":")[2].replace("/", "-")
+    """For a file's name, from a network's: "net.py:small" gives "small", "timm:vgg16" "vgg16"."""
+    return Path(name).stem if name.endswith(".onnx") else name.rpartition(":")[2].replace("/", "-")
 
 
-def load_checkpoint(file: Path, model: str | None) -> "nn.Module":
-    """The network in FILE, of a class that --model makes where it is not torchvision's."""
-    from bnsurgery.files import checkpoint
-    from bnsurgery.networks import factories, onnx_files
+@dataclass(frozen=True)
+class Checkpoint:
+    """FILE, and what makes its network if that is not torchvision's."""
 
-    done = checkpoint.read_record(file)
-    if model is None and done is not None and "onnx" in done.provenance:
-        digest = str(done.provenance["onnx"])
-        found = onnx_files.find(digest, file.parent, Path.cwd())
-        if found is None:
-            raise CheckpointError(
-                f"'{file}' was made from an ONNX file, {printable(str(done.provenance.get('model')))}, and that is "
-                "neither beside it nor here: pass --model FILE.onnx"
-            )
-        model = str(found)
-    if model is None and done is not None and done.architecture is None:
-        made = done.provenance.get("model")
-        raise CheckpointError(
-            f"'{file}' holds {with_article(printable(done.model))}, which is not one of torchvision's: pass --model "
-            + (
-                f"{quote(printable(str(made)))}, as when it was made, if you trust its code"
-                if made
-                else "MODULE:FUNCTION, which makes it"
-            )
-        )
-    return checkpoint.load(file, model=factories.build(model) if model else None)
+    file: Path
+    model: str | None
+
+    @property
+    def stem(self) -> str:
+        """For the name of an output file: FILE's without -bn, or the run's if FILE is its best checkpoint."""
+        if self.file.name == "best.safetensors" and (self.file.parent / "config.json").is_file():
+            return self.file.resolve().parent.name
+        return self.file.stem.removesuffix("-bn")
+
+    @property
+    def words(self) -> list[str]:
+        """To name it in another command."""
+        return [str(self.file), *(["--model", self.model] if self.model else [])]
+
+    def load(self) -> "nn.Module":
+        """The network in FILE."""
+        from bnsurgery.files import checkpoint
+        from bnsurgery.networks import factories, onnx_files
+
+        file, model, record = self.file, self.model, checkpoint.read_record(self.file)
+        if model is None and record is not None:
+            made = printable(str(record.provenance.get("model", "")))
+            if "onnx" in record.provenance:
+                found = onnx_files.find(str(record.provenance["onnx"]), file.parent, Path.cwd())
+                if found is None:
+                    raise CheckpointError(
+                        f"'{file}' was made from an ONNX file, {made}, which is neither in its folder nor in this one: "
+                        "pass --model FILE.onnx"
+                    )
+                model = str(found)
+            elif record.architecture is None:
+                advice = f"{quote(made)}, as when it was made, if you trust its code" if made else ""
+                raise CheckpointError(
+                    f"'{file}' holds {with_article(printable(record.model))}, which is not one of torchvision's: pass "
+                    f"--model {advice or 'MODULE:FUNCTION, which makes it'}"
+                )
+        return checkpoint.load(file, model=factories.build(model) if model else None)
+
+
+checkpoint_options = group("checkpoint", Checkpoint, click.argument("file", type=PATH), model_option)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,12 @@ import torch
 import warm_process
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_task import tiny
 from torchvision import models
 
 import bnsurgery
 from bnsurgery.cli import cli as group
-from bnsurgery.cli.options import IMAGES
+from bnsurgery.cli.options import Images
 from bnsurgery.records.record import attach_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,9 +72,10 @@ def test_the_next_command_looks_at_the_same_images(cli, weights, photos):
 def test_insert_verify_and_report_look_at_the_same_images_by_default():
     commands = [group.get_command(None, name) for name in ("insert", "verify", "report")]
     defaults = [
-        {option.name: option.default for option in command.params if option.name in IMAGES} for command in commands
+        {option.name: option.default for option in command.params if option.name in Images.AGAIN}
+        for command in commands
     ]
-    assert defaults[0] == defaults[1] == defaults[2] and len(defaults[0]) == len(IMAGES)
+    assert defaults[0] == defaults[1] == defaults[2] and len(defaults[0]) == len(Images.AGAIN)
 
 
 def test_the_round_trip(cli, weights, photos, tmp_path):
@@ -145,6 +148,66 @@ def test_options_reach_the_network(cli, weights, options):
     assert done.architecture.num_classes == 7
     code, out, err = cli("verify", "squeezenet1_1-bn.safetensors", "--weights", weights, *FAST)
     assert code == 0, out + err
+
+
+def test_eps_and_momentum_reach_the_norms_and_the_record(cli):
+    Path("net.py").write_text("from tiny_task import tiny\n")
+    command = ["insert", "--model", "net.py:tiny", "--image-size", "8", "--num-images", "4"]
+    code, out, err = cli(*command, "--eps", "0.25", "--momentum", "0.5", "--json")
+    assert code == 0, err
+    assert json.loads(out)["equivalence"]["bit_identical"] is True
+    model = bnsurgery.load("tiny-bn.safetensors", model=tiny())
+    options = bnsurgery.record(model).options
+    assert (options.eps, options.momentum) == (0.25, 0.5)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d)]
+    assert len(norms) == 3 and all((norm.eps, norm.momentum) == (0.25, 0.5) for norm in norms)
+    for norm in norms:  # weight · 1/√(var + eps) = 1
+        torch.testing.assert_close(norm.weight.double() ** 2, norm.running_var.double() + 0.25, rtol=1e-5, atol=0)
+    for words in (["--eps", "0"], ["--eps", "1.5"], ["--eps", "nan"], ["--eps", "-1e-5"], ["--momentum", "1.5"]):
+        code, out, err = cli(*command, *words, "--force")
+        assert (code, out) == (2, "") and f"{words[0][2:]} must be" in err, err
+
+
+def test_messages_name_options_instead_of_fields(cli, monkeypatch):
+    """Of the command at hand, by the field's name or the option's; other text in backquotes stays."""
+    said = (
+        "`batch_size=8`, `batch_size`, `partial`, `partial=True`, `partial=False`, `fuse_relu=False`, "
+        "`fuse_relu=True`, `weights='random'`, `model='my net.py:f'`, `model=FILE.onnx`, `mean=(0.5, 1)`, "
+        "`overwrite=True`, `force`, `report`, `output`, `head`, `head='keep'`, `seed=None`, `source`, `lr`, "
+        "`nothing=1`, `bnsurgery archs`, `x"
+    )
+    insert = (
+        "--batch-size 8, --batch-size, --partial, --partial, `partial=False`, --no-fuse-relu, --fuse-relu, "
+        "--weights random, --model 'my net.py:f', --model FILE.onnx, --mean 0.5,1, --force, --force, "
+        "--report, --output, --head, `head='keep'`, `seed=None`, `source`, `lr`, `nothing=1`, `bnsurgery archs`, `x"
+    )
+
+    def fail(*_):
+        warnings.warn(said, bnsurgery.BNSurgeryWarning, stacklevel=1)
+        raise bnsurgery.DataError(said)
+
+    monkeypatch.setattr("bnsurgery.machine.devices.device", fail)
+    code, out, err = cli("insert", "vgg11")
+    assert (code, out) == (1, "")
+    assert err == f"Warning: {insert}\nError: {insert}\n"
+    code, _, err = cli("predict", "net.safetensors", "a.png")
+    assert code == 1
+    assert (
+        "`batch_size=8`, `batch_size`, `partial`," in err
+        and "--mean 0.5,1, --force, --force, `report`, --output" in err
+    )
+
+    monkeypatch.setattr("bnsurgery.files.checkpoint.read_record", fail)
+    said = "pass a batch as `example`, `data=FILE.py:FUNCTION`, `keep_bn=True`, `dynamic=('batch', 'width')`"
+    code, _, err = cli("export", "net.safetensors", "--to", "onnx")
+    assert err.endswith("a batch as --data, --data FILE.py:FUNCTION, --keep-bn, --dynamic batch,width\n")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "bnsurgery.records.record.Options.check", lambda *_: (_ for _ in ()).throw(ValueError("`eps=2`"))
+    )
+    code, _, err = cli("insert", "vgg11")
+    assert code == 2 and "Error: --eps 2\n" in err
 
 
 def test_verify_tells_a_trained_network(cli, weights):

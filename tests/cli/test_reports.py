@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
-from bnsurgery.cli.options import show
+from bnsurgery.cli.output import show
 from bnsurgery.text.tables import is_number, table
 from bnsurgery.text.words import counted, percent, thousands
 
@@ -203,5 +204,6 @@ def test_colours_only_on_a_terminal(terminal, variable, coloured, monkeypatch, c
     monkeypatch.delenv("NO_COLOR", raising=False)
     if variable:
         monkeypatch.setenv("NO_COLOR", variable)
-    show("eval mode    bit-identical\nNext: on", {}, as_json=False)
+    with click.Context(click.Command("x"), obj={"json": False, "quiet": False}):
+        show("eval mode    bit-identical\nNext: on", {})
     assert ("\x1b[" in capsys.readouterr().out) == coloured

@@ -1,0 +1,155 @@
+"""How commands print and write: --json, --quiet, --force, --output, --report and --plot."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bnsurgery.errors import CheckpointError, printable
+from bnsurgery.text.words import counted
+
+from .options import PATH, F, group, option, together
+
+if TYPE_CHECKING:
+    from bnsurgery.report import Report
+
+_STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"(?m)^eval mode    different", {"fg": "red", "bold": True}),
+    (r"bit-identical|equal within [^,]*", {"fg": "green", "bold": True}),
+    (r"(?m)^Next:", {"bold": True}),
+)
+
+
+def _note(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    context.ensure_object(dict)[parameter.name] = value
+
+
+def _noted_flag(name: str, help: str, *flags: str) -> Callable[[F], F]:
+    """A flag that goes into the context's object, where the functions below look, and not to the command."""
+    return option(name, help, *flags, is_flag=True, expose_value=False, callback=_note)
+
+
+print_options = together(
+    _noted_flag("json", "Print one JSON object on stdout and nothing else."),
+    _noted_flag("quiet", "Print nothing but errors and warnings.", "--quiet", "-q"),
+)
+
+
+def force_option(help: str) -> Callable[[F], F]:
+    """--force: the library's `overwrite`."""
+    return _noted_flag("overwrite", help, "--force")
+
+
+def output_options(help: str) -> Callable[[F], F]:
+    """--output, as `output`, and --force."""
+    return together(
+        option("output", help, "--output", "-o", type=PATH, metavar="FILE"),
+        force_option("Replace the output file if it exists."),
+    )
+
+
+def overwrite() -> bool:
+    """Whether --force was given."""
+    return bool(click.get_current_context().obj["overwrite"])
+
+
+def loud() -> bool:
+    """Whether to show progress: neither --json nor --quiet was given."""
+    noted = click.get_current_context().obj
+    return not (noted["json"] or noted["quiet"])
+
+
+def show(text: str, data: dict[str, Any]) -> None:
+    """Print a result as the user asked for it, as text or JSON; nothing in it steers the terminal."""
+    if click.get_current_context().obj["json"]:
+        text = json.dumps(data, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8")
+        click.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text))
+    elif loud():
+        text = "\n".join(printable(line, len(line)) for line in text.split("\n"))
+        for pattern, style in _STYLES:  # click takes the colours out if stdout is no terminal
+            text = re.sub(pattern, lambda match, style=style: click.style(match[0], **style), text)  # type: ignore[misc]
+        click.echo(text, color=False if os.environ.get("NO_COLOR") else None)
+
+
+def claim(output: Path) -> None:
+    """Make sure that `output` can be written, and keep other processes from it until the command ends."""
+    from bnsurgery.files.writing import claimed
+
+    click.get_current_context().with_resource(claimed(output, overwrite=overwrite()))
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """Where to write a report: a page, its figures, or neither."""
+
+    page: Path | None
+    plot: Path | None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to write."""
+        return self.page is not None or self.plot is not None
+
+    def check(self, *others: str | Path | None) -> None:
+        """Make sure, before the work starts, that the report can be made and written.
+
+        Args:
+            others: the other files and folders that the command reads or writes. The page must not replace one. If it
+                goes into one of these folders or that of the figures, the folder is made.
+
+        Raises:
+            CheckpointError: a file exists already, cannot be written, or is one of the others.
+            BNSurgeryError: matplotlib or Jinja is not installed.
+        """
+        from bnsurgery.files.writing import check_writable, make_folder
+        from bnsurgery.pages.page import require_libraries
+
+        page, plot = self.page, self.plot
+        if self.wanted:
+            require_libraries()
+        if plot is not None:
+            if any(make_folder(plot).iterdir()) and not overwrite():
+                raise CheckpointError(f"write: '{plot}': got a folder with files, expected an empty one, or --force")
+            check_writable(plot / "figure.svg", overwrite=True)
+        if page is not None:
+            if page.suffix.lower() not in (".html", ".htm"):
+                raise CheckpointError(f"write: '{page}': a report is an HTML page: give it a name that ends in .html")
+            # realpath, because resolve raises on a link that leads back to itself
+            places = {os.path.realpath(other) for other in (*others, plot) if other is not None}
+            if os.path.realpath(page) in places:
+                raise CheckpointError(f"write: '{page}': the command needs that file itself: name another for the page")
+            if os.path.realpath(page.parent) in places:
+                make_folder(page.parent)
+            claim(page)
+
+    def write(self, make: "Callable[[], Report]") -> str:
+        """Write what was asked for of the report that `make` makes; returns a line for each, for people."""
+        wrote = ""
+        if self.wanted:
+            report = make()
+            if self.page is not None:
+                report.save(self.page, overwrite=overwrite())
+                wrote += f"Wrote {self.page}.\n"
+            if self.plot is not None:
+                count = len(report.save_figures(self.plot, overwrite=overwrite()))
+                wrote += f"Wrote {counted(count, 'figure')} into {self.plot}.\n"
+        return wrote
+
+    def to_dict(self) -> dict[str, str]:
+        """For --json: where the report and the figures are."""
+        return {name: str(path) for name, path in (("report", self.page), ("plot", self.plot)) if path is not None}
+
+
+plot_option = option("plot", "Write every figure as SVG and PNG into this folder.", type=PATH, metavar="DIR")
+report_options = group(
+    "reporting",
+    Reporting,
+    option("page", "Write a page with figures.", "--report", type=PATH, metavar="FILE.html"),
+    plot_option,
+)
