@@ -221,7 +221,7 @@ def test_sizes_that_cannot_work_are_refused_before_anything_is_done(model, data,
         finetune.run(config(batch_size=97), model=model, data=data, save=False)
     with pytest.raises(BNSurgeryError, match="a batch of 1 has no statistics"):
         finetune.run(config(batch_size=1, statistics="batch"), model=model, data=data, save=False)
-    with pytest.raises(BNSurgeryError, match="image size.*--image-size"):
+    with pytest.raises(BNSurgeryError, match="image size.*`image_size`"):
         finetune.run(config(image_size=None), model=model, data=data, save=False)
     with pytest.raises(BNSurgeryError, match="`normalize='none'`"):
         finetune.run(config(normalize="imagenet"), model=model, data=data, save=False)
