@@ -78,12 +78,10 @@ class Report:
         terms: terms of the glossary to explain, besides the headers of tables and the names of facts.
 
     Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
-        >>> batches = torch.randn(64, 3, 16, 16).split(16)
-        >>> page = bnsurgery.report.insertion(model, bnsurgery.insert(model, batches), batches)
+        >>> page = bnsurgery.report.Report("My network", "All outputs are equal.", True, (("images", "8"),), ())
         >>> page.save("page.html")
-        >>> [path.name for path in page.save_figures("figures")][:2]
-        ['moments-mean.svg', 'moments-mean.png']
+        >>> page.save_figures("figures")
+        []
     """
 
     title: str
