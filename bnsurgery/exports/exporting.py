@@ -62,7 +62,7 @@ class Export:
         feed: the input's shape, preprocessing and class names, in words, as far as they are known.
         new_biases: layers of the folded network that had no bias and got one: their class has to have bias=True there.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
         >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)])
         >>> exported = bnsurgery.export(bn_model, "net.pth", to="state-dict", overwrite=True)
@@ -143,7 +143,7 @@ def export(
             "batch", "height" and "width", the latter of images (N, C, H, W). Each is tried at twice the example's.
         overwrite: whether an old file may be replaced.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
         >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)])
         >>> exported = bnsurgery.export(bn_model, "net.pt2", to="exported-program", overwrite=True)

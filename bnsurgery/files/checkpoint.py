@@ -45,7 +45,7 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
     the architecture that the model has now, with a head that was replaced after the insertion. `load` restores which
     ReLUs are fused, and which layers and norms take no gradient.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
         >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)])
         >>> bnsurgery.save(bn_model, "net-bn.safetensors", overwrite=True)
@@ -103,7 +103,7 @@ def load(
         model: the original network, for one that is not torchvision's; used as the skeleton, not changed.
         map_location: the device to put it on.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
         >>> bnsurgery.save(bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)]), "net-bn.safetensors", overwrite=True)
         >>> loaded = bnsurgery.load("net-bn.safetensors", model=model)

@@ -87,7 +87,7 @@ class Comparison:
     Attributes:
         task: network and data, in words.
 
-    Example:
+    Examples:
         >>> from bnsurgery.finetune.comparison import Comparison, Trial
         >>> from bnsurgery.finetune.results import Row
         >>> rows = {arm: Row(1.0, 10, 0.1, 0.5, 0.8, 0.6, end, 99.0) for arm, end in (("plain", 0.7), ("bn", 0.8))}

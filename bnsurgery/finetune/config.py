@@ -108,7 +108,7 @@ class Config:
     Raises:
         BNSurgeryError: a value has the wrong type or is out of range.
 
-    Example:
+    Examples:
         >>> config = bnsurgery.finetune.Config(source="vgg16", data="photos", output="runs/photos", epochs=5)
         >>> config.batch_size, config.arm
         (64, 'bn')

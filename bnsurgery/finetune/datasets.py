@@ -77,7 +77,7 @@ class Data:
         passed_over: files whose names are not those of images, or which are in no class's folder.
         examples: inputs to train and to validate on, where a user's code gives inputs and not images.
 
-    Example:
+    Examples:
         >>> from bnsurgery import finetune
         >>> images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
         >>> data = finetune.from_tensors((images, labels), (images, labels), ["cat", "dog"])
@@ -126,7 +126,7 @@ def from_tensors(
     Raises:
         DataError: other types or shapes, or a class has no image.
 
-    Example:
+    Examples:
         >>> from bnsurgery import finetune
         >>> images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
         >>> data = finetune.from_tensors((images, labels), (images[:2], labels[:2]), ["cat", "dog"])

@@ -24,7 +24,7 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
         rows: the validations of a run, `finetune.Result.rows`.
         panels: "loss" and "accuracy", side by side.
 
-    Example:
+    Examples:
         >>> from bnsurgery.finetune.results import Row
         >>> rows = [Row(epoch, 10 * epoch, 0.1, 1 / epoch, 0.5, 1 / epoch, 0.6, 99.0) for epoch in (1, 2)]
         >>> len(bnsurgery.report.plot_curves(rows).axes)
@@ -61,7 +61,7 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
 def plot_rate_range(rates: Sequence[float], losses: Sequence[float], chosen: float) -> "Figure":
     """Smoothed training loss by learning rate, with the chosen rate marked.
 
-    Example:
+    Examples:
         >>> figure = bnsurgery.report.plot_rate_range([0.01, 0.1, 1.0], [2.0, 1.0, 9.0], chosen=0.1)
         >>> figure.axes[0].get_xlabel()
         'learning rate'
@@ -87,7 +87,7 @@ def plot_comparison(result: "Comparison", panels: Sequence[str] = ()) -> "Figure
             "rates" (accuracy at the end by learning rate, a cross where a seed diverged), "seconds" (of a run). By
             default "steps", and "rates" if there is more than one rate. A panel with single points has bars.
 
-    Example:
+    Examples:
         >>> from bnsurgery.finetune.comparison import Comparison, Trial
         >>> from bnsurgery.finetune.results import Row
         >>> rows = {arm: Row(1.0, 10, 0.1, 0.5, 0.8, 0.6, end, 99.0) for arm, end in (("plain", 0.7), ("bn", 0.8))}

@@ -38,7 +38,7 @@ class HeadFit:
         accuracy: of the fit on these images, 0 to 1.
         seconds: the time it took, reading the images included.
 
-    Example:
+    Examples:
         >>> print(bnsurgery.finetune.HeadFit(None, images=500, loss=0.21, accuracy=0.95, seconds=2.5))
         fitted on 500 images in 2.5 s, training accuracy 95.00 %
     """
@@ -91,7 +91,7 @@ def fit_head_(model: nn.Module, loader: Iterable[Any], head: nn.Module | None = 
     References: Kumar et al. 2022, "Fine-tuning can distort pretrained features", arXiv:2202.10054 (first the head, then
     all); Liu & Nocedal 1989 (L-BFGS).
 
-    Example:
+    Examples:
         >>> features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> model = nn.Sequential(features, nn.Linear(8, 2))
         >>> images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 2

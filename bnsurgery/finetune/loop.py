@@ -39,7 +39,7 @@ _LOOK_EVERY = 10  # steps between two reads of the loss, if a read makes the dev
 class DivergedError(BNSurgeryError):
     """The loss, a weight or a statistic became NaN or infinite, after `seconds` of training.
 
-    Example:
+    Examples:
         >>> bnsurgery.finetune.DivergedError("finetune: diverged at step 8").seconds
         0.0
     """

@@ -17,7 +17,7 @@ class Row:
         val_loss, val_accuracy: of the network as it would be kept.
         images_per_second: in training, over all processes.
 
-    Example:
+    Examples:
         >>> print(bnsurgery.finetune.Row(1.0, 8, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0))
         epoch 1      training loss 0.7000, 50.00 %   validation loss 0.6000, 75.00 %   99 img/s
     """
@@ -48,7 +48,7 @@ class Resolved:
         statistics: mode of the BatchNorm layers, for the reason `reason`.
         head: "kept" or "new", why, and how a new one was initialized.
 
-    Example:
+    Examples:
         >>> bnsurgery.finetune.Resolved(0.05, "batch", "as asked", "the default for a batch of 64", "kept: as asked").lr
         0.05
     """

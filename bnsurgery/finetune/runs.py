@@ -39,7 +39,7 @@ class Result:
         resolved: the learning rate, statistics mode and head it ran with.
         seconds: that this process spent on training and validation, without the setup; None if read from a directory.
 
-    Example:
+    Examples:
         >>> first = bnsurgery.finetune.Row(1.0, 5, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0)
         >>> rows = (first, bnsurgery.finetune.Row(2.0, 10, 0.0, 0.5, 0.6, 0.7, 0.5, 99.0))
         >>> resolved = bnsurgery.finetune.Resolved(0.1, "batch", "as asked", "as asked", "kept: as asked")
@@ -106,7 +106,7 @@ def run(
         Interrupted: SIGINT or SIGTERM; the run is saved and `resume` continues it.
         BNSurgeryError: any other refusal: see `bnsurgery.insert`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
         >>> images, labels = torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8), torch.arange(32) % 2
         >>> data = bnsurgery.finetune.from_tensors((images, labels), (images, labels), ["even", "odd"])
@@ -137,7 +137,7 @@ def resume(
         DataError: the data has changed.
         BNSurgeryError: as `run`.
 
-    Example:
+    Examples:
         >>> bnsurgery.finetune.resume("no-run")
         Traceback (most recent call last):
         bnsurgery.errors.CheckpointError: run 'no-run': no config.json: there is no run to resume

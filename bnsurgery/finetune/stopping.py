@@ -12,7 +12,7 @@ from bnsurgery.errors import BNSurgeryError
 class Interrupted(BNSurgeryError):
     """The run was saved and stopped by the signal `signum`.
 
-    Example:
+    Examples:
         >>> bnsurgery.finetune.Interrupted("finetune: stopped by SIGTERM", 15).signum
         15
     """

@@ -72,7 +72,7 @@ def compare(
         BNSurgeryError: see `run`; or the directory holds another comparison.
         Interrupted: SIGINT or SIGTERM; finished trials are kept.
 
-    Example:
+    Examples:
         >>> from bnsurgery import finetune
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
         >>> config = finetune.Config(data="digits", image_size=8, limit=64, epochs=1, output="runs/compared")

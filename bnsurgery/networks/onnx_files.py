@@ -93,7 +93,7 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
     largest output. A Reshape to a batch of 1 is changed to take any batch. If the module still takes only one input at
     a time, there is a warning.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
         >>> bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 16, 16)])
         >>> exported = bnsurgery.export(bn_model, "net.onnx", to="onnx", overwrite=True)

@@ -215,7 +215,7 @@ class BatchNorm1d(Insertable, nn.BatchNorm1d):
         ValueError: `activation` is neither None nor "relu", the input has the wrong number of dimensions, or train mode
             gets one value per channel.
 
-    Example:
+    Examples:
         >>> norm = bnsurgery.nn.BatchNorm1d(3, activation="relu")
         >>> x = torch.randn(16, 3)
         >>> torch.equal(norm(x), nn.BatchNorm1d(3)(x).relu())
@@ -231,7 +231,7 @@ class LastDimBatchNorm1d(BatchNorm1d):
     Raises:
         ValueError: as `BatchNorm1d`; the input has fewer than 2 dimensions.
 
-    Example:
+    Examples:
         >>> bnsurgery.nn.LastDimBatchNorm1d(8)(torch.randn(4, 10, 8)).shape
         torch.Size([4, 10, 8])
     """
@@ -249,7 +249,7 @@ class LastDimBatchNorm1d(BatchNorm1d):
 class BatchNorm2d(Insertable, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`, for (N, C, H, W), with an optional ReLU, `activation="relu"`: see `BatchNorm1d`.
 
-    Example:
+    Examples:
         >>> bnsurgery.nn.BatchNorm2d(8, activation="relu")(torch.randn(2, 8, 5, 5)).min() >= 0
         tensor(True)
     """
@@ -258,7 +258,7 @@ class BatchNorm2d(Insertable, nn.BatchNorm2d):
 class BatchNorm3d(Insertable, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`, for (N, C, D, H, W), with an optional ReLU, `activation="relu"`: see `BatchNorm1d`.
 
-    Example:
+    Examples:
         >>> bnsurgery.nn.BatchNorm3d(8)(torch.randn(2, 8, 4, 5, 5)).shape
         torch.Size([2, 8, 4, 5, 5])
     """

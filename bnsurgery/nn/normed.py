@@ -12,7 +12,7 @@ from torch import nn
 class Normed(nn.Module):
     """Mixin in front of a layer class: forward is `norm(layer(x))`. `insert` makes such layers, `fold` unmakes them.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3)})
         >>> bnsurgery.nn.normed.attach_(model["conv"], nn.BatchNorm2d(8))
         >>> isinstance(model["conv"], bnsurgery.nn.Normed), list(model.state_dict())[:3]

@@ -57,7 +57,7 @@ def set_statistics_(
         BNSurgeryError: the model has no BatchNorm that can be set, `where` chooses none, or one that it chooses has no
             running statistics.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> bnsurgery.set_statistics_(model, "running")
         >>> type(model[1]), model[1].statistics
@@ -152,7 +152,7 @@ def set_process_group_(bn_model: nn.Module, process_group: ProcessGroup | None) 
     Raises:
         BNSurgeryError: the model has no layer of `bnsurgery.nn`, or None is given and nothing is shared.
 
-    Example:
+    Examples:
         >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), bnsurgery.nn.BatchNorm2d(8))
         >>> bnsurgery.set_process_group_(model, torch.distributed.group.WORLD)

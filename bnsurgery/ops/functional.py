@@ -31,7 +31,7 @@ def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
         TypeError: `input` is not of floating-point dtype.
         ValueError: `input` has fewer than two dims.
 
-    Example:
+    Examples:
         >>> count, mean, m2 = bnsurgery.ops.channel_moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
         >>> count, mean.tolist(), (m2 / count).tolist()
         (2, [2.0, 5.0], [1.0, 0.0])
@@ -83,7 +83,7 @@ def batch_norm(
         TypeError: `input` is not of floating-point dtype.
         ValueError: shapes do not fit, no running statistics in eval mode, or training on one value per channel.
 
-    Example:
+    Examples:
         >>> x, weight, bias = torch.randn(16, 3, 8, 8), torch.ones(3), torch.zeros(3)
         >>> y = bnsurgery.ops.batch_norm(x, None, None, weight, bias, training=True, relu=True)
         >>> torch.equal(y, nn.functional.batch_norm(x, None, None, weight, bias, training=True).relu())

@@ -77,7 +77,7 @@ class Report:
         sections: the parts of the page, in order.
         terms: terms of the glossary to explain, besides the headers of tables and the names of facts.
 
-    Example:
+    Examples:
         >>> page = bnsurgery.report.Report("My network", "All outputs are equal.", True, (("images", "8"),), ())
         >>> page.save("page.html")
         >>> page.save_figures("figures")

@@ -33,7 +33,7 @@ def plot_moments(sites: Sites, panels: Sequence[str] = ("mean", "std")) -> "Figu
         sites: an inserted network, or the result of `view_sites`.
         panels: "mean" and "std", side by side.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
         >>> bn_model = bnsurgery.insert(model, torch.randn(64, 3, 16, 16).split(16))
         >>> bnsurgery.report.plot_moments(bn_model).savefig("moments.png")
@@ -78,7 +78,7 @@ def plot_preactivations(
     Raises:
         ValueError: there are no images.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
         >>> batches = torch.randn(64, 3, 16, 16).split(16)
         >>> figure = bnsurgery.report.plot_preactivations(bnsurgery.insert(model, batches), batches)
@@ -121,7 +121,7 @@ def plot_channels(sites: Sites, batches: Iterable[Any] = ()) -> "Figure":
         sites: as in `plot_preactivations`.
         batches: as there; without images, silent channels are not known.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
         >>> batches = torch.randn(64, 3, 16, 16).split(16)
         >>> bnsurgery.report.plot_channels(bnsurgery.insert(model, batches), batches).savefig("channels.png")
@@ -163,7 +163,7 @@ def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
         result: the result of `verify`.
         advise: whether to name modes; for a network whose mode was "batch" when it was verified.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
         >>> batches = torch.randn(64, 3, 16, 16).split(16)
         >>> result = bnsurgery.verify(model, bnsurgery.insert(model, batches), batches)

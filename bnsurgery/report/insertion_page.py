@@ -55,7 +55,7 @@ def insertion(
         CalibrationError: there is no data, or a network does not take a batch.
         ValueError: `batches` can be read only once.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
         >>> batches = torch.randn(64, 3, 16, 16).split(16)
         >>> page = bnsurgery.report.insertion(model, bnsurgery.insert(model, batches), batches)

@@ -78,7 +78,7 @@ class SiteView:
         after: histogram of (x − μ)/√(σ² + eps), as `before`.
         largest: the largest x per channel, as `before`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
         >>> bn_model = bnsurgery.insert(model, torch.randn(64, 3, 16, 16).split(16))
         >>> [(view.name, view.channels, view.dead) for view in bnsurgery.report.view_sites(bn_model)]
@@ -151,7 +151,7 @@ def view_sites(bn_model: nn.Module, batches: Iterable[Any] = ()) -> tuple[SiteVi
         BNSurgeryError: the model was not made by `insert` or `load`.
         CalibrationError: the model does not take a batch, or running statistics are not finite.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
         >>> batches = torch.randn(64, 3, 16, 16).split(16)
         >>> (view,) = bnsurgery.report.view_sites(bnsurgery.insert(model, batches), batches)

@@ -20,7 +20,7 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         config: the options it was started with.
         title: of the page.
 
-    Example:
+    Examples:
         >>> from bnsurgery.finetune.results import Resolved, Row
         >>> row = Row(1.0, 10, 0.1, 0.5, 0.75, 0.4, 0.8, 99.0)
         >>> result = bnsurgery.finetune.Result(None, (row,), Resolved(0.1, "batch", "64 images", "as asked", "kept"))
@@ -77,7 +77,7 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         result: the result of `finetune.compare`.
         title: of the page.
 
-    Example:
+    Examples:
         >>> from bnsurgery.finetune.comparison import Trial
         >>> from bnsurgery.finetune.results import Row
         >>> rows = (Row(1.0, 10, 0.1, 0.5, 0.75, 0.4, 0.8, 99.0),)
