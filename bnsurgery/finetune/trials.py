@@ -156,7 +156,7 @@ def _outcomes(pending: Pending, model: nn.Module | None, data: Data, jobs: int |
             yield from _in_processes(pending, model, data, jobs or 1, stop)
             return
         for key, config in pending:
-            with suppress(Interrupted):  # the next line says so in this function's words
+            with suppress(Interrupted):  # raised again below, naming what was kept
                 yield run_trial(key, config, model, data)
             _raise_if_stopped(stop)
 
