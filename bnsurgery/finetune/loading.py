@@ -4,6 +4,7 @@ These depend neither on the number of processes or workers nor on where a resume
 therefore the same to the bit, and several processes compute what one does.
 """
 
+import atexit
 import hashlib
 import itertools
 import signal
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from bnsurgery.records.task import Task
 Key = tuple[int, int]  # epoch and number of the image
 _CROP_AREA = (0.35, 1.0)  # of the photograph; from-scratch training takes from 0.08, which is harsh on a fine-tune
 EVALUATED = -1  # stands for the epoch where nothing is random
+_started: WeakSet["Loader"] = WeakSet()  # loaders that may have workers
 
 
 def joint_seed(*numbers: int) -> int:
@@ -162,8 +165,12 @@ class Loader(DataLoader[Any]):
         Raises:
             DataError: an image is damaged, a user's code fails, or a worker died.
         """
+        _started.add(self)
+        atexit.unregister(_end_all_workers)
         try:
-            yield from started(super().__iter__)
+            batches = started(super().__iter__)
+            atexit.register(_end_all_workers)  # the last to be registered runs first: before torch's functions
+            yield from batches
         except DataError as error:  # a worker's holds the worker's traceback, too
             self._end_workers()
             raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
@@ -181,6 +188,12 @@ class Loader(DataLoader[Any]):
         if self._iterator is not None:
             self._iterator._shutdown_workers()  # type: ignore[attr-defined]  # which has no public name
             self._iterator = None
+
+
+def _end_all_workers() -> None:
+    """At exit, end the workers of loaders that a traceback still holds: the process waits for them, for ever."""
+    for loader in list(_started):
+        loader._end_workers()
 
 
 def collated(samples: list[tuple[Any, int]]) -> tuple[Any, Tensor]:

@@ -34,7 +34,7 @@ _EXPECTED = (
 
 
 def open_own(config: Config, show: bool = False) -> Data:
-    """The data that the function "file.py:function" or "package.module:function" returns which `config.data` names.
+    """The data returned by the function that `config.data` names: "file.py:function" or "package.module:function".
 
     It is called once, without arguments, with torch's random numbers seeded by 0 whatever `config.seed` is: it draws
     the same in every run, rank and trial. It returns (training, validation) or (training, validation, classes).

@@ -75,7 +75,8 @@ def compare(
     Examples:
         >>> from bnsurgery import finetune
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-        >>> config = finetune.Config(data="digits", image_size=8, limit=64, epochs=1, output="runs/compared")
+        >>> options = {"data": "digits", "image_size": 8, "limit": 64, "epochs": 1, "num_workers": 0}
+        >>> config = finetune.Config(output="runs/compared", **options)
         >>> finetune.compare(config, arms=("plain", "bn"), rates=(0.1,), model=model).arms
         ('plain', 'bn')
     """
@@ -156,7 +157,7 @@ def _outcomes(pending: Pending, model: nn.Module | None, data: Data, jobs: int |
             yield from _in_processes(pending, model, data, jobs or 1, stop)
             return
         for key, config in pending:
-            with suppress(Interrupted):  # the next line says so in this function's words
+            with suppress(Interrupted):  # raised again below, naming what was kept
                 yield run_trial(key, config, model, data)
             _raise_if_stopped(stop)
 

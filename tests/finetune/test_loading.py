@@ -1,6 +1,10 @@
 """Order and augmentation depend on seed, epoch and image alone."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -134,6 +138,26 @@ def test_a_damaged_image_is_named_without_a_traceback(workers):
         everything(evaluation(data, 2, workers))
     assert str(error.value) == "image 'third.png': cannot be decoded"
     assert not multiprocessing.active_children()  # though `error` holds the loader
+
+
+@pytest.mark.slow
+def test_a_process_that_holds_a_loader_ends(tmp_path):
+    """As the last traceback of a script does, whatever error ended its run."""
+    code = """
+        from tiny_task import patterns
+        from bnsurgery.finetune import from_tensors
+        from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches
+        from bnsurgery.records.task import Task
+        split = from_tensors(patterns(50, 1), patterns(8, 2), "abcd").train
+        loader = Loader(Prepared(split, Task(tuple("abcd"), None, None), "none", 0), TrainBatches(50, 12, 7, 0, 1), 1)
+        batches = iter(loader)
+        next(batches)
+        print("read")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
 
 
 class _Dying:
