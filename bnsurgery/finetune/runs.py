@@ -151,7 +151,7 @@ def resume(
     ):
         if code and given != code and not isinstance(given, kind):
             raise BNSurgeryError(
-                f"resume: '{directory}': the {field} comes from running '{code}': pass `{field}={code!r}` again if you "
+                f"resume: '{directory}': its {field} is made by running '{code}': pass `{field}={code!r}` again if you "
                 "trust it"
             )
     model = None if isinstance(model, str) else model

@@ -125,7 +125,7 @@ def test_any_kind_of_input_is_trained_on(net, data, shape, options, own):
     code, _, err = own("predict", best, "photo.png", *model)
     assert (code, f"was fine-tuned on 'data.py:{data}', not on images" in err) == (1, True)
     code, _, err = own("finetune", "--resume", f"runs/nets-{data}", *model)
-    assert (code, "name it again, with --data" in err) == (1, True)
+    assert (code, f"pass --data data.py:{data} again" in err) == (1, True)
     code, out, err = own("finetune", "--resume", f"runs/nets-{data}", *model, "--data", f"data.py:{data}")
     assert code == 0, err
     if shape:

@@ -148,7 +148,7 @@ def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(name, own, model, monkeyp
         finetune.resume(own(name).output, model=model, data=f"own.py:{name}")
     assert saves[3] % 7 and saves[9] % 7  # both within an epoch
     with pytest.raises(
-        BNSurgeryError, match=rf"the data comes from running 'own.py:{name}': pass `data='own.py:{name}'` again"
+        BNSurgeryError, match=rf"its data is made by running 'own.py:{name}': pass `data='own.py:{name}'` again"
     ):
         finetune.resume(own(name).output, model=model)
     result = finetune.resume(own(name).output, model=model, data=f"own.py:{name}")
