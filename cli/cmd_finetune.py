@@ -17,7 +17,7 @@ from .recipe_options import recipe_options, run_name
 @option(
     "data",
     "Folder with one folder per class (or train/ and val/), a dataset, or a function that returns training and "
-    "validation data of any kind. This runs its code, and is never read from a run.",
+    "validation data of any kind. This runs its code; never taken from a run.",
     metavar="DIR|NAME|FILE.py:FUNCTION",
 )
 @option("output", "The run's directory.  [default: runs/ARCH-DATA]", "--output", "-o", metavar="RUN")

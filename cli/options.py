@@ -95,7 +95,7 @@ def _first_batch(example: str | None) -> Any:
 model_option = option(
     "model",
     "Makes your own network: package.module:function, file.py:function, timm:NAME, a name in torchvision or an ONNX "
-    "file. This runs its code, and is never read from a checkpoint.",
+    "file. This runs its code; never taken from a checkpoint.",
     metavar="MODULE:FUNCTION",
 )
 image_size_option = option(

@@ -115,7 +115,7 @@ class Reporting:
             require_libraries()
         if plot is not None:
             if any(make_folder(plot).iterdir()) and not overwrite():
-                raise CheckpointError(f"write: '{plot}': got a folder with files, expected an empty one, or --force")
+                raise CheckpointError(f"write: '{plot}': got a non-empty folder, expected an empty one, or --force")
             check_writable(plot / "figure.svg", overwrite=True)
         if page is not None:
             if page.suffix.lower() not in (".html", ".htm"):
