@@ -76,6 +76,14 @@ def predict(
         CalibrationError: the network does not take the input in its record.
         ArchitectureError: its input is not known: a network of one's own, of which no size was recorded or given.
         BNSurgeryError: the model carries no record.
+
+    Examples:
+        >>> from PIL import Image
+        >>> Image.new("RGB", (64, 64), "green").save("green.png")
+        >>> model = torchvision.models.squeezenet1_1(weights=None, num_classes=3).eval()
+        >>> bn_model = bnsurgery.insert(model, [torch.randn(4, 3, 64, 64)])
+        >>> [found.image for found in bnsurgery.predict(bn_model, ["green.png"], top=1)]
+        ['green.png']
     """
     the_record = record(model)
     preprocess, names = preprocessing_of(the_record, model, wanted), classes_of(the_record)
