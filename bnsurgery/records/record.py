@@ -123,7 +123,7 @@ class SurgeryRecord:
     def __str__(self) -> str:
         rows = [(s.site.name, s.norm, s.site.channels, s.site.activation) for s in self.sites]
         text = table(("site", "BatchNorm", "channels", "activation"), rows)
-        frozen = f", {counted(len(self.frozen), 'parameter')} frozen" if self.frozen else ""
+        frozen = f", {counted(len(self.frozen), 'parameter')} frozen at the insertion" if self.frozen else ""
         layers = f"{counted(len(self.sites), 'BatchNorm layer')}, {self.plan.placement}, layers={self.plan.layers}"
         return f"{text}\n\n{self.model}: {layers}{frozen}"
 

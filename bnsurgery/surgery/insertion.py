@@ -205,7 +205,9 @@ def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMomen
     for site in plan.sites:
         layer = modules.get(site.name)
         named = {site.anchor, site.relu, site.next_layer} - {None}
-        channels = getattr(layer, "out_features", getattr(layer, "out_channels", site.channels))
+        channels = getattr(layer, "out_channels", site.channels)
+        if isinstance(layer, nn.Linear):  # converters may leave `out_features` wrong
+            channels = len(layer.weight)
         if type(layer).__name__ != site.layer or not named <= modules.keys() or channels != site.channels:
             raise BNSurgeryError(
                 f"insert: the plan is of another network: {type(model).__name__} has no {site.layer} '{site.name}' of "

@@ -504,4 +504,4 @@ def test_train_mode_of_a_frozen_network_is_nothing_to_warn_of(images, recwarn):
     model = frozen_start().requires_grad_(False).train()
     bn_model = insert(model, [images(8, 12)])
     assert torch.equal(bn_model(images(2, 12)), model(images(2, 12)))
-    assert not recwarn and str(bnsurgery.record(bn_model)).endswith(", 8 parameters frozen")
+    assert not recwarn and str(bnsurgery.record(bn_model)).endswith(", 8 parameters frozen at the insertion")

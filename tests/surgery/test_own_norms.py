@@ -236,7 +236,7 @@ def test_a_dense_layer_on_sequences():
     """(N, T, C): BatchNorm1d normalizes T, which with T = C only an example tells from C."""
     model = trained(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)))
     assert_refused(model, "'1': normalizes another dimension than the channels of '0'", example=torch.randn(2, 4, 5))
-    assert_refused(model, "'1': may normalize another dimension than the features of '0': pass example=")
+    assert_refused(model, "'1': may normalize another dimension than the features of '0': pass `example`")
     assert_refused(trained(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(3))), "another dimension")
     assert_refused(trained(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm2d(4))), "another dimension")
 
