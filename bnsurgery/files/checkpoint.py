@@ -152,7 +152,10 @@ def read_record(path: str | PathLike[str]) -> SurgeryRecord | None:
     text = metadata[_KEY].partition(" ")[2]
     if metadata[_KEY] != _sealed(text):
         raise CheckpointError(f"'{path}': the record in its metadata is damaged (its SHA-256 differs)")
-    return SurgeryRecord.from_json(text)
+    try:
+        return SurgeryRecord.from_json(text)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{path}': {error}") from error
 
 
 def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -162,9 +162,9 @@ class SurgeryRecord:
             known = f"this bnsurgery reads up to {FORMAT_VERSION}: upgrade it"
             raise CheckpointError(f"record: written in format version {shown(version)}; {known}")
         if version < 3:
-            data = {**data, "task": _newer(data.get("task")), "frozen": []}
+            data = {**data, "task": _upgraded_task(data.get("task")), "frozen": []}
         if version < 4:
-            data = _with_plan_and_options({**data, "frozen_at_save": None})
+            data = _upgraded_to_format_4({**data, "frozen_at_save": None})
         plan = parse(Plan, data.get("plan"), "record.plan")
         sites = data.get("sites")
         if not isinstance(sites, list) or len(sites) != len(plan.sites) or not all(isinstance(s, dict) for s in sites):
@@ -186,7 +186,7 @@ class SurgeryRecord:
             _expect(0 <= dropout <= 1, "architecture.dropout", dropout, "0 to 1")
 
 
-def _with_plan_and_options(data: dict[str, Any]) -> dict[str, Any]:
+def _upgraded_to_format_4(data: dict[str, Any]) -> dict[str, Any]:
     """Convert a record of formats 1 to 3, which had these fields in itself and each site in full."""
     old = dict(data)
     sites: Any = old.get("sites")
@@ -198,7 +198,7 @@ def _with_plan_and_options(data: dict[str, Any]) -> dict[str, Any]:
     return {**old, "plan": {**where, "sites": planned, "skipped": [], "lrn": []}, "options": how, "sites": sites}
 
 
-def _newer(task: Any) -> Any:
+def _upgraded_task(task: Any) -> Any:
     """Convert a task of format 1 or 2, in which images were square, scaled to 0 to 1, and RGB or grey."""
     if not isinstance(task, dict):
         return task
