@@ -10,7 +10,7 @@ import importlib.util
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -139,8 +139,14 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
     module.meta = {  # type: ignore[assignment]
         _KEY: Source(digest, original, _places(module, nodes, plain), before, example, any_batch)
     }
-    module.pretrained_cfg = {"input_size": tuple(noise[0].shape[1:])}  # type: ignore[assignment]  # timm's attribute
+    if not channels_last(noise[0].shape):
+        module.pretrained_cfg = {"input_size": tuple(noise[0].shape[1:])}  # type: ignore[assignment]  # timm's
     return module
+
+
+def channels_last(sizes: Sequence[int]) -> bool:
+    """Whether these are the sizes of images (N, H, W, C), as TensorFlow has them; 0 stands for an open size."""
+    return len(sizes) == 4 and sizes[1] not in (1, 3) and sizes[3] in (1, 3)
 
 
 def find(digest: str, *folders: Path) -> Path | None:
@@ -340,7 +346,7 @@ def _any_batch(plain: "ModelProto") -> "ModelProto":
 def _noise(graph: "GraphProto") -> tuple[Tensor, ...]:
     """Inputs to try a file with: noise where it takes real numbers, zeros elsewhere.
 
-    An open batch is 1, open channels are 3, open sides 224.
+    An open batch is 1, open channels are 3, open sides 224. Where the last size is 1 or 3, that is the channels.
     """
     from onnx import helper
 
@@ -349,7 +355,8 @@ def _noise(graph: "GraphProto") -> tuple[Tensor, ...]:
     noise = []
     for kind in (value.type.tensor_type for value in graph.input if value.name not in weights):
         sizes = [dim.dim_value for dim in kind.shape.dim]
-        shape = [size or (_SIDE if at > 1 else 3 if at else 1) for at, size in enumerate(sizes)]
+        channels = 3 if channels_last(sizes) else 1
+        shape = [size or (1 if not at else 3 if at == channels else _SIDE) for at, size in enumerate(sizes)]
         dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
         array = generator.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
         noise.append(torch.from_numpy(array.astype(dtype)))

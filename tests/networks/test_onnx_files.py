@@ -11,8 +11,9 @@ from torch.ao.quantization import get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import bnsurgery
-from bnsurgery import BNSurgeryWarning, CheckpointError, ExportError, from_onnx
-from bnsurgery.networks import onnx_files
+from bnsurgery import ArchitectureError, BNSurgeryWarning, CheckpointError, ExportError, from_onnx
+from bnsurgery.images.preprocessing import Wanted
+from bnsurgery.networks import interface, onnx_files
 
 onnx = pytest.importorskip("onnx")
 for _package in ("onnxruntime", "onnx2torch", "onnx2pytorch"):
@@ -337,3 +338,14 @@ def test_a_deployed_face_detector(real, tmp_path):
     with torch.no_grad():
         for got, expected in zip(run(batch), bn_model(batch), strict=True):
             assert_close(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 3), (1, None, None, 3), (1, 16, 8, 1)])
+def test_images_of_channels_last_are_refused(tmp_path, shape):
+    """As TensorFlow writes them: a Transpose comes first."""
+    nodes = [("Transpose", ["x"], "1", {"perm": [0, 3, 1, 2]}), ("Conv", ["1", "w"], "y", {})]
+    output = ("y", 1, 4, shape[1], shape[2])
+    model = from_onnx(saved(tmp_path / "net.onnx", nodes, weights(w=(4, shape[3], 1, 1)), ("x", *shape), output))
+    assert model(torch.zeros(2, 8, 6, shape[3])).shape == (2, 4, 8, 6)
+    with pytest.raises(ArchitectureError, match=r"shape \(N, H, W, C\).*`data=FILE.py:FUNCTION`"):
+        interface.own_preprocessing(model, Wanted(32))
