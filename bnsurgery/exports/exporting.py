@@ -43,7 +43,6 @@ _PROGRAMS = {"onnx": ".onnx", "exported-program": ".pt2"}
 SUFFIXES = dict.fromkeys(("torchvision-bn", "torchvision", "state-dict"), ".safetensors") | _PROGRAMS
 _PICKLES = (".pth", ".pt")
 _NAMED = 3  # layers in a line
-_MAX_INPUT = 2**26  # numbers in an input of noise: a quarter of a gigabyte
 _TOLERANCE = 1e-5  # of the largest output: the float32 rounding of a deep network stays below
 
 
@@ -283,7 +282,7 @@ def _example(bn_model: nn.Module, record: SurgeryRecord, example: Any, preproces
         raise ExportError(
             f"export: the input of {with_article(record.model)} is not known: pass `example`, a batch of its inputs"
         )
-    if math.prod(shape) > _MAX_INPUT:  # a file can name any shape
+    if math.prod(shape) > onnx_files.MAX_INPUT:  # a file can name any shape
         raise ExportError(f"export: an input of shape {shown(shape)} is too large to try: pass `example`")
     # Any input shows whether two networks are one function; noise needs no data.
     return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))

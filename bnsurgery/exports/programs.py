@@ -85,11 +85,21 @@ def write_onnx(job: Job) -> Callable[..., list[Tensor]]:
 
     A network that came from an ONNX file goes back into the same graph.
     """
-    origin = onnx_files.source(job.network)
+    origin, model = onnx_files.source(job.network), job.record.model
     if origin is not None and not job.keep_bn:
         onnx_files.write(job.network, origin, job.temporary, job.labels)
+    else:
+        _write_graph(job)
+    try:
         return onnx_files.session(job.temporary)
-    exported, model = _capture(job), job.record.model  # as for the other format, and with its errors
+    except Exception as error:  # onnxruntime's have no common base
+        dtype = next((str(p.dtype) for p in job.network.parameters() if p.dtype != torch.float32), None)
+        advice = f" It has few operations in {dtype.removeprefix('torch.')}: export model.float()" if dtype else ""
+        raise ExportError(f"export: onnxruntime cannot load {model}: {reason(error)}.{advice}") from error
+
+
+def _write_graph(job: Job) -> None:
+    exported = _capture(job)  # as for the other format, and with its errors
     try:
         program = torch.onnx.export(
             exported,
@@ -99,17 +109,13 @@ def write_onnx(job: Job) -> Callable[..., list[Tensor]]:
             output_names=_output_names(job),
         )
     except Exception as error:  # the exporter's, of many kinds
-        raise ExportError(f"export: torch.onnx cannot export {model}: {reason(error.__cause__ or error)}") from error
+        raise ExportError(
+            f"export: torch.onnx cannot export {job.record.model}: {reason(error.__cause__ or error)}"
+        ) from error
     assert program is not None
     proto = program.model_proto  # a new one on every access
     _label(proto, job.axes, job.labels)
     job.temporary.write_bytes(proto.SerializeToString())
-    try:
-        return onnx_files.session(job.temporary)
-    except Exception as error:  # onnxruntime's have no common base
-        dtype = next((str(p.dtype) for p in job.network.parameters() if p.dtype != torch.float32), None)
-        advice = f" It has few operations in {dtype.removeprefix('torch.')}: export model.float()" if dtype else ""
-        raise ExportError(f"export: onnxruntime cannot load {model}: {reason(error)}.{advice}") from error
 
 
 def _label(model: Any, axes: Sequence[Mapping[int, str]], metadata: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ initializer became which tensor is found by comparing bytes, so that neither con
 import copy
 import hashlib
 import importlib.util
+import math
 import operator
 import warnings
 from collections import Counter
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from bnsurgery.errors import BNSurgeryWarning, CheckpointError, ExportError
+from bnsurgery.errors import BNSurgeryWarning, CheckpointError, ExportError, shown
 from bnsurgery.files.checkpoint import same_bits
 from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.running.batches import Inputs
@@ -29,12 +30,13 @@ from bnsurgery.running.calls import outputs
 from .third_party import quiet, reason
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 SUFFIX = ".onnx"
 _KEY = "bnsurgery_onnx"
 _NEEDED = ("onnx", "onnxruntime", "onnx2torch", "onnx2pytorch")
 _OUTPUTS = 64  # of one node, at most
+MAX_INPUT = 2**26  # numbers in an input of noise: a quarter of a gigabyte
 _SIDE = 224  # pixels: of an input whose size the file leaves open
 # Of the largest output: the float32 rounding of a deep network in two runtimes stays below.
 _TOLERANCE = 1e-4
@@ -111,15 +113,22 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
             raise ExportError(f"ONNX files need {needed}, which is not installed: pip install 'bnsurgery[onnx]'")
     import onnx
 
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"'{path}': no regular file, expected an ONNX model")
     try:
         digest = _digest(path)
+        if not path.stat().st_size:
+            raise CheckpointError(f"'{path}': an empty file, expected an ONNX model")
+        _require_external(path)
         original = onnx.load(str(path))
         onnx.checker.check_model(original)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"'{path}': cannot be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf's and onnx's, of many kinds
         raise CheckpointError(f"'{path}': not an ONNX model, or a damaged one: {reason(error)}") from error
-    noise = _noise(original.graph)
+    noise = _noise(path, original.graph)
     try:
         expected = session(path)(*noise)
     except Exception as error:  # onnxruntime's have no common base
@@ -155,6 +164,30 @@ def find(digest: str, *folders: Path) -> Path | None:
     return next((path for path in paths if path.is_file() and _digest(path) == digest), None)
 
 
+def _require_external(path: Path) -> None:
+    """Refuse a file whose tensors are in other files that are missing."""
+    import onnx
+
+    for name in _external(onnx.load(str(path), load_external_data=False).graph):
+        if not (path.parent / name).is_file():
+            raise CheckpointError(f"'{path}': its tensors are in {shown(name)}, and there is no such file beside it")
+
+
+def _external(graph: "GraphProto") -> list[str]:
+    """The names of the files beside it that an ONNX file keeps tensors in."""
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    return sorted({str(ExternalDataInfo(tensor).location) for tensor in _tensors(graph) if uses_external_data(tensor)})
+
+
+def _tensors(graph: "GraphProto") -> Iterator["TensorProto"]:
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
+
+
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -167,7 +200,7 @@ def write(network: nn.Module, origin: Source, temporary: Path, metadata: Mapping
     it.
 
     Raises:
-        ExportError: a tensor has changed, and its place in the file is not known.
+        ExportError: a tensor has another shape or type, or has changed, and its place in the file is not known.
     """
     from onnx import helper, numpy_helper
 
@@ -184,6 +217,10 @@ def write(network: nn.Module, origin: Source, temporary: Path, metadata: Mapping
             raise ExportError(
                 f"export: '{key}' is {tuple(tensor.shape)}, and {tuple(was.shape)} in the ONNX file, whose graph is "
                 "kept"
+            )
+        if was is not None and tensor.dtype != was.dtype:
+            raise ExportError(
+                f"export: '{key}' is {tensor.dtype}, and {was.dtype} in the ONNX file: export model.to({was.dtype})"
             )
         place = origin.places.get(key) or _place_of_bias(key, origin, nodes)
         if place is None:
@@ -265,8 +302,13 @@ def _onnx2pytorch(model: "ModelProto") -> tuple[nn.Module, _Nodes]:
     from onnx2pytorch import ConvertModel
 
     module: Any = ConvertModel(copy.deepcopy(model))  # it changes its argument
-    forward = _FORWARDS[len(module.input_names)]
+    forward = _FORWARDS.get(len(module.input_names))
+    if forward is None:
+        raise NotImplementedError(f"{len(module.input_names)} inputs, at most {max(_FORWARDS)} are supported")
     module.__class__ = type("OnnxNetwork", (ConvertModel,), {"forward": forward(ConvertModel.forward)})
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):  # it may hold these the wrong way round
+            layer.out_features, layer.in_features = layer.weight.shape
     traced = fx.GraphModule(module, _Children().trace(module.eval()))
     producers = {name: node for node in model.graph.node for name in node.output}
     nodes = {}
@@ -343,23 +385,38 @@ def _any_batch(plain: "ModelProto") -> "ModelProto":
     return model
 
 
-def _noise(graph: "GraphProto") -> tuple[Tensor, ...]:
+def _noise(path: Path, graph: "GraphProto") -> tuple[Tensor, ...]:
     """Inputs to try a file with: noise where it takes real numbers, zeros elsewhere.
 
     An open batch is 1, open channels are 3, open sides 224. Where the last size is 1 or 3, that is the channels.
+
+    Raises:
+        CheckpointError: there is no input, or one is no tensor of numbers, or too large to try.
     """
     from onnx import helper
 
     weights = {tensor.name for tensor in graph.initializer}  # old files list them among the inputs
     generator = np.random.default_rng(0)
     noise = []
-    for kind in (value.type.tensor_type for value in graph.input if value.name not in weights):
+    for value in (value for value in graph.input if value.name not in weights):
+        kind = value.type.tensor_type
         sizes = [dim.dim_value for dim in kind.shape.dim]
         channels = 3 if channels_last(sizes) else 1
         shape = [size or (1 if not at else 3 if at == channels else _SIDE) for at, size in enumerate(sizes)]
-        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        array = generator.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
-        noise.append(torch.from_numpy(array.astype(dtype)))
+        if min(shape, default=1) < 0 or math.prod(shape) > MAX_INPUT:
+            raise CheckpointError(
+                f"'{path}': input {shown(value.name)}: a shape of {shown(tuple(shape))} cannot be tried"
+            )
+        try:
+            dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            array = generator.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
+            noise.append(torch.from_numpy(array.astype(dtype)))
+        except (KeyError, TypeError) as error:  # a sequence, strings, or a kind of number that numpy does not have
+            raise CheckpointError(
+                f"'{path}': input {shown(value.name)}: expected a tensor of numbers such as float32: {reason(error)}"
+            ) from error
+    if not noise:
+        raise CheckpointError(f"'{path}': a network without inputs")
     return tuple(noise)
 
 

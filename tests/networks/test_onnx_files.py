@@ -1,5 +1,6 @@
 """Networks from ONNX files and back; the oracle is onnxruntime on the file."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -259,7 +260,12 @@ def test_a_converter_that_makes_something_else_is_passed_over(net, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content, words", [(b"", "not an ONNX model"), (b"\x08\x08garbage", "not an ONNX model"), (None, "cannot be read")]
+    "content, words",
+    [
+        (b"", "an empty file, expected an ONNX model"),
+        (b"\x08\x08garbage", "not an ONNX model"),
+        (None, "cannot be read"),
+    ],
 )
 def test_files_that_are_none(tmp_path, content, words):
     path = tmp_path / "net.onnx"
@@ -349,3 +355,66 @@ def test_images_of_channels_last_are_refused(tmp_path, shape):
     assert model(torch.zeros(2, 8, 6, shape[3])).shape == (2, 4, 8, 6)
     with pytest.raises(ArchitectureError, match=r"shape \(N, H, W, C\).*`data=FILE.py:FUNCTION`"):
         interface.own_preprocessing(model, Wanted(32))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files on this system")
+def test_a_pipe_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "net.onnx")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        from_onnx(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 2**30, 2**30), (1, 3, -5, 8), (1, 3, 40000, 40000)])
+def test_inputs_that_cannot_be_tried(tmp_path, shape):
+    net = saved(tmp_path / "net.onnx", [("Conv", ["x", "w"], "y", {})], weights(w=(4, 3, 1, 1)), ("x", *shape))
+    with pytest.raises(CheckpointError, match=r"input 'x': a shape of .* cannot be tried"):
+        from_onnx(net)
+
+
+def test_inputs_of_no_numbers(tmp_path):
+    model = onnx.load(saved(tmp_path / "net.onnx", [("Identity", ["x"], "y", {})], {}))
+    for kind in (TensorProto.STRING, TensorProto.BFLOAT16):
+        for entry in (*model.graph.input, *model.graph.output):
+            entry.type.tensor_type.elem_type = kind
+        onnx.save(model, tmp_path / "net.onnx")
+        with pytest.raises(CheckpointError, match="input 'x': expected a tensor of numbers"):
+            from_onnx(tmp_path / "net.onnx")
+    model = onnx.load(saved(tmp_path / "net.onnx", [("Relu", ["w"], "y", {})], weights(w=(1, 5))))
+    del model.graph.input[:]
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(CheckpointError, match="without inputs"):
+        from_onnx(tmp_path / "net.onnx")
+
+
+def test_four_inputs_are_too_many_for_a_converter(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "_CONVERTERS", {"onnx2pytorch": onnx_files._onnx2pytorch})
+    nodes = [("Sum", ["x", "b", "c", "d"], "1", {}), ("Conv", ["1", "w"], "y", {})]
+    model = onnx.load(saved(tmp_path / "net.onnx", nodes, weights(w=(4, 3, 1, 1)), output=("y", 1, 4, 8, 8)))
+    model.graph.input.extend(value(name, 1, 3, 8, 8) for name in "bcd")
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(CheckpointError, match="onnx2pytorch: NotImplementedError: 4 inputs, at most 3"):
+        from_onnx(tmp_path / "net.onnx")
+
+
+@pytest.fixture
+def external(tmp_path):
+    """Its tensors are in a file of their own."""
+    net = saved(
+        tmp_path / "net.onnx", [("Conv", ["x", "w"], "y", {})], weights(w=(4, 3, 1, 1)), output=("y", 1, 4, 8, 8)
+    )
+    onnx.save(onnx.load(net), net, save_as_external_data=True, location="net.bin", size_threshold=0)
+    return net
+
+
+def test_a_missing_file_of_tensors_is_named(external):
+    assert from_onnx(external)(torch.zeros(2, 3, 8, 8)).shape == (2, 4, 8, 8)
+    external.with_name("net.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"its tensors are in 'net\.bin', and there is no such file"):
+        from_onnx(external)
+
+
+def test_other_numbers_than_the_graph_takes(net, tmp_path):
+    x = torch.randn(4, 3, 8, 8)
+    bn_model = bnsurgery.insert(from_onnx(net), [x]).double()
+    with pytest.raises(ExportError, match=r"float64, and torch.float32 in the ONNX file: export model\.to\(torch"):
+        bnsurgery.export(bn_model, tmp_path / "out.onnx", to="onnx", example=x.double())
