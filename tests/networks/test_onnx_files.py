@@ -12,7 +12,8 @@ from torch.ao.quantization import get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import bnsurgery
-from bnsurgery import ArchitectureError, BNSurgeryWarning, CheckpointError, ExportError, from_onnx
+from bnsurgery import ArchitectureError, BNSurgeryWarning, CheckpointError, ExportError, finetune, from_onnx
+from bnsurgery.finetune import network
 from bnsurgery.images.preprocessing import Wanted
 from bnsurgery.networks import interface, onnx_files
 
@@ -418,3 +419,43 @@ def test_other_numbers_than_the_graph_takes(net, tmp_path):
     bn_model = bnsurgery.insert(from_onnx(net), [x]).double()
     with pytest.raises(ExportError, match=r"float64, and torch.float32 in the ONNX file: export model\.to\(torch"):
         bnsurgery.export(bn_model, tmp_path / "out.onnx", to="onnx", example=x.double())
+
+
+def classifier(path):
+    arrays = weights(w=(4, 3, 3, 3), b=(4,), v=(6, 4, 3, 3), c=(6,), d=(5, 6), e=(5,))
+    nodes = [
+        ("Conv", ["x", "w", "b"], "1", {}),
+        ("Relu", ["1"], "2", {}),
+        ("Conv", ["2", "v", "c"], "3", {}),
+        ("Relu", ["3"], "4", {}),
+        ("GlobalAveragePool", ["4"], "5", {}),
+        ("Flatten", ["5"], "6", {}),
+        ("Gemm", ["6", "d", "e"], "y", {"transB": 1}),
+    ]
+    return saved(path, nodes, arrays)
+
+
+def finetuned(source, classes="abcde"):
+    """As `finetune` starts it, on the CPU and untrained; `source` is the only name it gets."""
+    config = finetune.Config(source=str(source), data="x", output="x", normalize="none")
+    images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
+    data = finetune.from_tensors(*2 * [(images, torch.arange(8) % len(classes))], list(classes))
+    found = network.find(config)
+    task, head = network.task_of(found, data, config)
+    return network.prepare(found, task, head, config, [torch.rand(8, 3, 8, 8)])
+
+
+def test_finetuning_takes_a_file_and_finds_it_again_for_its_checkpoint(tmp_path):
+    net = classifier(tmp_path / "net.onnx")
+    model = finetuned(net)
+    provenance = bnsurgery.record(model).provenance
+    assert provenance["model"] == str(net) and provenance["onnx"] == onnx_files.source(from_onnx(net)).digest
+    bnsurgery.save(model, tmp_path / "bn.safetensors")
+    net.rename(tmp_path / "renamed.onnx")
+    again = finetuned(tmp_path / "bn.safetensors")
+    assert onnx_files.source(again) is not None and bnsurgery.record(again).provenance == {
+        **provenance, "weights": "checkpoint bn.safetensors",
+    }  # fmt: skip
+    (tmp_path / "renamed.onnx").unlink()
+    with pytest.raises(CheckpointError, match=r"from an ONNX file, .*net\.onnx, .*: pass `model=FILE\.onnx`"):
+        finetuned(tmp_path / "bn.safetensors")
