@@ -175,7 +175,10 @@ def export(
         folds_back = not stays and state_digest(network.state_dict()) == record.weights_digest
         with atomic_write(path, overwrite=overwrite) as temporary, quiet():
             known = labels(preprocessing, classes)
-            written = _WRITERS[to](Job(network, temporary, inputs, path.suffix, record, keep_bn, axes, known))
+            job = Job(
+                network, temporary, inputs, path.suffix, record, keep_bn, axes, known, onnx_files.source(bn_model)
+            )
+            written = _WRITERS[to](job)
             equivalence = verify(written, bn_model, [inputs], drift_batch_sizes=())
             _require_same(path, equivalence)
             for axis in dict.fromkeys(name for names in axes for name in names.values()):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 SUFFIX = ".onnx"
-_KEY = "bnsurgery_onnx"
+_KEY, _PRESERVED = "bnsurgery_onnx", "_user_preserved_attributes"  # the latter is torch.fx's
 _NEEDED = ("onnx", "onnxruntime", "onnx2torch", "onnx2pytorch")
 _OUTPUTS = 64  # of one node, at most
 MAX_INPUT = 2**26  # numbers in an input of noise: a quarter of a gigabyte
@@ -84,8 +84,8 @@ class Source:
 
 def source(model: nn.Module) -> Source | None:
     """The ONNX file that `model`, or the model it was copied from, was made from; None for other networks."""
-    found = getattr(model, "meta", None)
-    return found.get(_KEY) if isinstance(found, dict) else None
+    meta = model.meta if isinstance(model, fx.GraphModule) else {}
+    return getattr(model, _KEY, None) or meta.get(_PRESERVED, {}).get(_KEY)
 
 
 def from_onnx(path: str | PathLike[str]) -> nn.Module:
@@ -145,9 +145,10 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
         )
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     example = tuple(tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in noise) if any_batch else noise
-    module.meta = {  # type: ignore[assignment]
-        _KEY: Source(digest, original, _places(module, nodes, plain), before, example, any_batch)
-    }
+    found = Source(digest, original, _places(module, nodes, plain), before, example, any_batch)
+    # Pickles of a torch.fx.GraphModule keep its attributes; its copies keep those in `meta`.
+    setattr(module, _KEY, found)
+    module.meta = {_PRESERVED: {_KEY: found}}  # type: ignore[assignment]
     if not channels_last(noise[0].shape):
         module.pretrained_cfg = {"input_size": tuple(noise[0].shape[1:])}  # type: ignore[assignment]  # timm's
     return module

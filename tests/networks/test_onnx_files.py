@@ -1,6 +1,8 @@
 """Networks from ONNX files and back; the oracle is onnxruntime on the file."""
 
+import copy
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -459,3 +461,13 @@ def test_finetuning_takes_a_file_and_finds_it_again_for_its_checkpoint(tmp_path)
     (tmp_path / "renamed.onnx").unlink()
     with pytest.raises(CheckpointError, match=r"from an ONNX file, .*net\.onnx, .*: pass `model=FILE\.onnx`"):
         finetuned(tmp_path / "bn.safetensors")
+
+
+def test_copies_and_pickles_know_their_file(net, converter, tmp_path):
+    bn_model = bnsurgery.insert(from_onnx(net), [torch.randn(4, 3, 8, 8)])
+    for number, again in enumerate(
+        (copy.deepcopy(bn_model), pickle.loads(pickle.dumps(bn_model)), copy.copy(bn_model))
+    ):
+        assert onnx_files.source(again).model == onnx.load(net)
+        bnsurgery.export(again, tmp_path / f"{number}.onnx", to="onnx")
+        assert (tmp_path / f"{number}.onnx").read_bytes() == net.read_bytes()
