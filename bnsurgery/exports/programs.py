@@ -63,6 +63,18 @@ def _shapes(job: Job) -> Any:
     return tree_map(lambda leaf: {n: kinds[name] for n, name in axes.get(id(leaf), {}).items()} or None, dict(given))
 
 
+def compare(written: Callable[..., Any], bn_model: nn.Module, inputs: Inputs, problem: str) -> EquivalenceReport:
+    """Compare what was written with the network.
+
+    Raises:
+        ExportError: it fails; the message begins with `problem`.
+    """
+    try:
+        return verify(written, bn_model, [inputs], drift_batch_sizes=())
+    except Exception as error:  # the network's, or of whatever runs the file
+        raise ExportError(f"export: {problem}: {reason(error.__cause__ or error)}") from error
+
+
 def compare_doubled(
     written: Callable[..., Any], bn_model: nn.Module, inputs: Inputs, axes: Sequence[dict[int, str]], axis: str
 ) -> EquivalenceReport:
@@ -73,12 +85,8 @@ def compare_doubled(
         number = next(numbers) if isinstance(leaf, Tensor) else None
         return leaf if number is None else torch.cat([leaf, leaf], number)
 
-    try:
-        return verify(written, bn_model, [inputs.map(doubled)], drift_batch_sizes=())
-    except Exception as error:  # the network's, or of whatever runs the file
-        raise ExportError(
-            f"export: {axis} cannot be of any size here: twice the example's fails: {reason(error.__cause__ or error)}"
-        ) from error
+    problem = f"{axis} cannot be of any size here: twice the example's fails"
+    return compare(written, bn_model, inputs.map(doubled), problem)
 
 
 def write_onnx(job: Job) -> Callable[..., list[Tensor]]:

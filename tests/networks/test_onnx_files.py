@@ -471,3 +471,20 @@ def test_copies_and_pickles_know_their_file(net, converter, tmp_path):
         assert onnx_files.source(again).model == onnx.load(net)
         bnsurgery.export(again, tmp_path / f"{number}.onnx", to="onnx")
         assert (tmp_path / f"{number}.onnx").read_bytes() == net.read_bytes()
+
+
+def test_a_shape_that_torch_export_cannot_follow(tmp_path):
+    """As torch.onnx.export writes it with dynamo=True."""
+    nodes = [
+        ("Conv", ["x", "w"], "1", {}),
+        ("Relu", ["1"], "2", {}),
+        ("Reshape", ["2", "shape"], "3", {"allowzero": 1}),
+        ("Gemm", ["3", "d"], "y", {"transB": 1}),
+    ]
+    arrays = weights(w=(4, 3, 3, 3), d=(5, 144)) | {"shape": np.array([-1, 144])}
+    net = saved(tmp_path / "net.onnx", nodes, arrays, ("x", "n", 3, 8, 8), ("y", "n", 5), opset=18)
+    bn_model = bnsurgery.insert(from_onnx(net), [torch.randn(8, 3, 8, 8)])
+    bnsurgery.export(bn_model, tmp_path / "same.onnx", to="onnx")
+    with pytest.raises(ExportError, match="as exported-program, the network cannot be run|cannot export"):
+        bnsurgery.export(bn_model, tmp_path / "out.pt2", to="exported-program")
+    assert not (tmp_path / "out.pt2").exists()
