@@ -36,7 +36,7 @@ class Job:
     keep_bn: bool
     axes: list[dict[int, str]]  # of every tensor in the inputs, the names of the dimensions of any size
     labels: dict[str, str]
-    origin: onnx_files.Source | None  # the ONNX file that the network came from
+    origin: onnx_files.Source | None  # the ONNX file whose graph is kept
 
 
 def axes_of(inputs: Inputs, dynamic: Sequence[str]) -> list[dict[int, str]]:
@@ -95,7 +95,7 @@ def write_onnx(job: Job) -> Callable[..., list[Tensor]]:
     A network that came from an ONNX file goes back into the same graph.
     """
     model = job.record.model
-    if job.origin is not None and not job.keep_bn:
+    if job.origin is not None:
         onnx_files.write(job.network, job.origin, job.temporary, job.labels)
     else:
         _write_graph(job)

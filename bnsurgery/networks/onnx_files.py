@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from bnsurgery.errors import BNSurgeryWarning, CheckpointError, ExportError, shown
+from bnsurgery.errors import BNSurgeryWarning, CheckpointError, ExportError, printable, shown
 from bnsurgery.files.checkpoint import same_bits
 from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.running.batches import Inputs
@@ -30,7 +30,7 @@ from bnsurgery.running.calls import outputs
 from .third_party import quiet, reason
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 SUFFIX = ".onnx"
 _KEY, _PRESERVED = "bnsurgery_onnx", "_user_preserved_attributes"  # the latter is torch.fx's
@@ -77,6 +77,14 @@ class Source:
     before: dict[str, Tensor]
     example: tuple[Tensor, ...]
     any_batch: bool
+
+    @property
+    def shapes(self) -> list[str]:
+        """The shapes of the file's inputs, with the names of open sizes."""
+        sizes = [value.type.tensor_type.shape.dim for value in _inputs(self.model.graph)]
+        return [
+            f"({', '.join(str(dim.dim_value or printable(dim.dim_param) or 'any') for dim in dims)})" for dims in sizes
+        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Source":
         return self  # nothing in it changes
@@ -386,6 +394,11 @@ def _any_batch(plain: "ModelProto") -> "ModelProto":
     return model
 
 
+def _inputs(graph: "GraphProto") -> list["ValueInfoProto"]:
+    weights = {tensor.name for tensor in graph.initializer}  # old files list them among the inputs
+    return [value for value in graph.input if value.name not in weights]
+
+
 def _noise(path: Path, graph: "GraphProto") -> tuple[Tensor, ...]:
     """Inputs to try a file with: noise where it takes real numbers, zeros elsewhere.
 
@@ -396,10 +409,9 @@ def _noise(path: Path, graph: "GraphProto") -> tuple[Tensor, ...]:
     """
     from onnx import helper
 
-    weights = {tensor.name for tensor in graph.initializer}  # old files list them among the inputs
     generator = np.random.default_rng(0)
     noise = []
-    for value in (value for value in graph.input if value.name not in weights):
+    for value in _inputs(graph):
         kind = value.type.tensor_type
         sizes = [dim.dim_value for dim in kind.shape.dim]
         channels = 3 if channels_last(sizes) else 1

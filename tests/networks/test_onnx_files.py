@@ -107,6 +107,7 @@ def test_in_and_out_again(net, converter, tmp_path):
     ]  # fmt: skip
     result = bnsurgery.export(bn_model, tmp_path / "same.onnx", to="onnx")
     assert result.folds_back
+    assert result.feed == "input of shape (1, 3, 8, 8)"  # the module takes any batch, the file does not
     assert (tmp_path / "same.onnx").read_bytes() == net.read_bytes()
 
 
@@ -484,7 +485,8 @@ def test_a_shape_that_torch_export_cannot_follow(tmp_path):
     arrays = weights(w=(4, 3, 3, 3), d=(5, 144)) | {"shape": np.array([-1, 144])}
     net = saved(tmp_path / "net.onnx", nodes, arrays, ("x", "n", 3, 8, 8), ("y", "n", 5), opset=18)
     bn_model = bnsurgery.insert(from_onnx(net), [torch.randn(8, 3, 8, 8)])
-    bnsurgery.export(bn_model, tmp_path / "same.onnx", to="onnx")
+    result = bnsurgery.export(bn_model, tmp_path / "same.onnx", to="onnx")
+    assert result.feed == "input of shape (n, 3, 8, 8)"
     with pytest.raises(ExportError, match="as exported-program, the network cannot be run|cannot export"):
         bnsurgery.export(bn_model, tmp_path / "out.pt2", to="exported-program")
     assert not (tmp_path / "out.pt2").exists()
