@@ -12,6 +12,7 @@ import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -62,7 +63,7 @@ class Source:
     """The file that a module was made from; kept with the module and shared by all its copies.
 
     Attributes:
-        digest: SHA-256 of the file.
+        digest: SHA-256 of the file, followed by the digests of the files that it keeps tensors in, if any.
         model: its content.
         places: by the names of the module's state dict, for the tensors that were found in the file.
         before: the state dict as converted.
@@ -116,18 +117,15 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
         ExportError: a package is missing.
     """
     path = Path(path)
-    for needed in _NEEDED:
-        if importlib.util.find_spec(needed) is None:
-            raise ExportError(f"ONNX files need {needed}, which is not installed: pip install 'bnsurgery[onnx]'")
+    _require_packages()
     import onnx
 
     if path.exists() and not path.is_file() and not path.is_dir():
         raise CheckpointError(f"'{path}': no regular file, expected an ONNX model")
     try:
-        digest = _digest(path)
         if not path.stat().st_size:
             raise CheckpointError(f"'{path}': an empty file, expected an ONNX model")
-        _require_external(path)
+        digest = _digest(path)
         original = onnx.load(str(path))
         onnx.checker.check_model(original)
     except CheckpointError:
@@ -168,18 +166,41 @@ def channels_last(sizes: Sequence[int]) -> bool:
 
 
 def find(digest: str, *folders: Path) -> Path | None:
-    """The ONNX file of that SHA-256 in one of these folders."""
-    paths = (path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}")))
-    return next((path for path in paths if path.is_file() and _digest(path) == digest), None)
+    """The ONNX file of that SHA-256, see `Source`, in one of these folders.
+
+    Raises:
+        ExportError: a package is missing.
+    """
+    _require_packages()
+    for path in (path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}")) if path.is_file()):
+        with suppress(Exception):  # another file, which is no ONNX model, or a damaged one
+            if _digest(path) == digest:
+                return path
+    return None
 
 
-def _require_external(path: Path) -> None:
-    """Refuse a file whose tensors are in other files that are missing."""
+def _require_packages() -> None:
+    for needed in _NEEDED:
+        if importlib.util.find_spec(needed) is None:
+            raise ExportError(f"ONNX files need {needed}, which is not installed: pip install 'bnsurgery[onnx]'")
+
+
+def _digest(path: Path) -> str:
+    """See `Source`.
+
+    Raises:
+        CheckpointError: a file of tensors is missing, or outside the folder.
+    """
     import onnx
 
-    for name in _external(onnx.load(str(path), load_external_data=False).graph):
-        if not (path.parent / name).is_file():
-            raise CheckpointError(f"'{path}': its tensors are in {shown(name)}, and there is no such file beside it")
+    content = path.read_bytes()
+    found = hashlib.sha256(content)
+    for name in _external(onnx.load_model_from_string(content).graph):
+        data, outside = path.parent / name, Path(name).is_absolute() or ".." in Path(name).parts
+        if outside or not data.is_file():
+            raise CheckpointError(f"'{path}': its tensors are in {shown(name)}, and its folder has no such file")
+        found.update(hashlib.sha256(data.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def _external(graph: "GraphProto") -> list[str]:
@@ -195,10 +216,6 @@ def _tensors(graph: "GraphProto") -> Iterator["TensorProto"]:
         yield from (attribute.t, *attribute.tensors)
         for inner in (attribute.g, *attribute.graphs):
             yield from _tensors(inner)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write(network: nn.Module, origin: Source, temporary: Path, metadata: Mapping[str, str]) -> None:

@@ -413,8 +413,19 @@ def external(tmp_path):
 def test_a_missing_file_of_tensors_is_named(external):
     assert from_onnx(external)(torch.zeros(2, 3, 8, 8)).shape == (2, 4, 8, 8)
     external.with_name("net.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"its tensors are in 'net\.bin', and there is no such file"):
+    with pytest.raises(CheckpointError, match=r"its tensors are in 'net\.bin', and its folder has no such file"):
         from_onnx(external)
+
+
+@pytest.mark.parametrize("outside", ["/net.bin", "../net.bin"])
+def test_tensors_outside_the_folder_are_not_read(external, outside):
+    (external.parent / "sub").mkdir()
+    model = onnx.load(external, load_external_data=False)
+    (entry,) = (e for e in model.graph.initializer[0].external_data if e.key == "location")
+    entry.value = outside if outside.startswith("..") else str(external.with_name("net.bin"))
+    onnx.save(model, external.parent / "sub" / "net.onnx")
+    with pytest.raises(CheckpointError, match="its folder has no such file"):
+        from_onnx(external.parent / "sub" / "net.onnx")
 
 
 def test_other_numbers_than_the_graph_takes(net, tmp_path):
@@ -490,3 +501,15 @@ def test_a_shape_that_torch_export_cannot_follow(tmp_path):
     with pytest.raises(ExportError, match="as exported-program, the network cannot be run|cannot export"):
         bnsurgery.export(bn_model, tmp_path / "out.pt2", to="exported-program")
     assert not (tmp_path / "out.pt2").exists()
+
+
+def test_a_digest_is_of_the_tensors_too(external):
+    digest, folder = onnx_files.source(from_onnx(external)).digest, external.parent
+    (folder / "a.onnx").write_bytes(b"junk")
+    assert onnx_files.find(digest, folder) == external
+    content = bytearray((folder / "net.bin").read_bytes())
+    content[0] ^= 1
+    (folder / "net.bin").write_bytes(content)
+    assert onnx_files.source(from_onnx(external)).digest != digest and onnx_files.find(digest, folder) is None
+    (folder / "net.bin").unlink()
+    assert onnx_files.find(digest, folder) is None
