@@ -36,14 +36,13 @@ from bnsurgery.surgery.stock import to_torch
 from bnsurgery.text.tables import WIDTH
 from bnsurgery.text.words import with_article
 
-from .programs import AXES, Job, axes_of, compare_doubled, write_onnx, write_program
+from .programs import AXES, Job, axes_of, compare, compare_doubled, write_onnx, write_program
 
 Format = Literal["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
 _PROGRAMS = {"onnx": ".onnx", "exported-program": ".pt2"}
 SUFFIXES = dict.fromkeys(("torchvision-bn", "torchvision", "state-dict"), ".safetensors") | _PROGRAMS
 _PICKLES = (".pth", ".pt")
 _NAMED = 3  # layers in a line
-_MAX_INPUT = 2**26  # numbers in an input of noise: a quarter of a gigabyte
 _TOLERANCE = 1e-5  # of the largest output: the float32 rounding of a deep network stays below
 
 
@@ -123,7 +122,8 @@ def export(
     - "torchvision": the same, after a check that torchvision's own class takes it.
     - "torchvision-bn": for torchvision's vgg*_bn: BatchNorm after the convolutions stays, the rest is folded.
     - "onnx": the folded network in eval mode for any batch size, or for one image where it takes no more at a time; run
-      once in onnxruntime. A network from `from_onnx` keeps its graph and gets new initializers where tensors changed.
+      once in onnxruntime. A network from `from_onnx` keeps its graph, with the batch size that this is for, and gets
+      new initializers where tensors changed.
     - "exported-program": the same by `torch.export`.
 
     The file gets the preprocessing of images and the names of the classes, where they are known, as JSON called
@@ -166,6 +166,7 @@ def export(
     classes = interface.classes_of(record)
     inputs = _accepted(bn_model, _example(bn_model, record, example, preprocessing))
     axes = axes_of(inputs, dynamic) if to in _PROGRAMS else []
+    origin = None if keep_bn else onnx_files.source(bn_model)  # whose graph stays
     stays = keep_bn or to == "torchvision-bn"
     with evaluating(bn_model):
         if stays:
@@ -176,16 +177,20 @@ def export(
         folds_back = not stays and state_digest(network.state_dict()) == record.weights_digest
         with atomic_write(path, overwrite=overwrite) as temporary, quiet():
             known = labels(preprocessing, classes)
-            written = _WRITERS[to](Job(network, temporary, inputs, path.suffix, record, keep_bn, axes, known))
-            equivalence = verify(written, bn_model, [inputs], drift_batch_sizes=())
+            job = Job(
+                network, temporary, inputs, path.suffix, record, keep_bn, axes, known, onnx_files.source(bn_model)
+            )
+            written = _WRITERS[to](job)
+            equivalence = compare(written, bn_model, inputs, f"as {to}, the network cannot be run")
             _require_same(path, equivalence)
             for axis in dict.fromkeys(name for names in axes for name in names.values()):
                 _require_same(path, compare_doubled(written, bn_model, inputs, axes, axis), f", with {axis} doubled,")
-    origin = "with its BatchNorm" if stays else origin_of(record, folds_back)
+    weights = "with its BatchNorm" if stays else origin_of(record, folds_back)
     gained = () if stays else tuple(gained_biases(bn_model, record.sites).values())
     usage = _usage(to, path, record, keep_bn, gained)
-    feed = _feed(inputs, axes, preprocessing, classes, in_file=path.suffix not in _PICKLES)
-    return Export(str(path), to, _name(to, record), origin, folds_back, equivalence, usage, feed, gained)
+    shapes = _shapes(inputs, axes) if origin is None or to != "onnx" else origin.shapes
+    feed = _feed(shapes, preprocessing, classes, in_file=path.suffix not in _PICKLES)
+    return Export(str(path), to, _name(to, record), weights, folds_back, equivalence, usage, feed, gained)
 
 
 def export_folded(
@@ -224,7 +229,7 @@ def export_folded(
     usage = (
         f"model = ...  # a {name} with nn.Identity for BatchNorm{with_bias}\n      model.load_state_dict({_load(path)})"
     )
-    feed = _feed(inputs, [], None, (), in_file=False)
+    feed = _feed(_shapes(inputs), None, (), in_file=False)
     return Export(str(path), "state-dict", name, "its own BatchNorm folded", False, equivalence, usage, feed, biases)
 
 
@@ -283,7 +288,7 @@ def _example(bn_model: nn.Module, record: SurgeryRecord, example: Any, preproces
         raise ExportError(
             f"export: the input of {with_article(record.model)} is not known: pass `example`, a batch of its inputs"
         )
-    if math.prod(shape) > _MAX_INPUT:  # a file can name any shape
+    if math.prod(shape) > onnx_files.MAX_INPUT:  # a file can name any shape
         raise ExportError(f"export: an input of shape {shown(shape)} is too large to try: pass `example`")
     # Any input shows whether two networks are one function; noise needs no data.
     return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
@@ -358,18 +363,15 @@ def _require_same(path: Path, equivalence: EquivalenceReport, when: str = "") ->
         )
 
 
-def _feed(
-    inputs: Inputs,
-    axes: Sequence[dict[int, str]],
-    preprocessing: Preprocessing | None,
-    classes: Sequence[str],
-    *,
-    in_file: bool,
-) -> str:
-    lines = [
-        f"input of shape ({', '.join(str(names.get(n, size)) for n, size in enumerate(tensor.shape))})"
+def _shapes(inputs: Inputs, axes: Sequence[dict[int, str]] = ()) -> list[str]:
+    return [
+        f"({', '.join(str(names.get(n, size)) for n, size in enumerate(tensor.shape))})"
         for tensor, names in zip(inputs.tensors, axes or [{0: "batch"}] * len(inputs.tensors), strict=True)
     ]
+
+
+def _feed(shapes: Sequence[str], preprocessing: Preprocessing | None, classes: Sequence[str], *, in_file: bool) -> str:
+    lines = [f"input of shape {shape}" for shape in shapes]
     if preprocessing is not None:
         lines += textwrap.wrap(str(preprocessing), WIDTH - 6)
     if classes:

@@ -36,6 +36,7 @@ class Job:
     keep_bn: bool
     axes: list[dict[int, str]]  # of every tensor in the inputs, the names of the dimensions of any size
     labels: dict[str, str]
+    origin: onnx_files.Source | None  # the ONNX file whose graph is kept
 
 
 def axes_of(inputs: Inputs, dynamic: Sequence[str]) -> list[dict[int, str]]:
@@ -62,6 +63,18 @@ def _shapes(job: Job) -> Any:
     return tree_map(lambda leaf: {n: kinds[name] for n, name in axes.get(id(leaf), {}).items()} or None, dict(given))
 
 
+def compare(written: Callable[..., Any], bn_model: nn.Module, inputs: Inputs, problem: str) -> EquivalenceReport:
+    """Compare what was written with the network.
+
+    Raises:
+        ExportError: it fails; the message begins with `problem`.
+    """
+    try:
+        return verify(written, bn_model, [inputs], drift_batch_sizes=())
+    except Exception as error:  # the network's, or of whatever runs the file
+        raise ExportError(f"export: {problem}: {reason(error.__cause__ or error)}") from error
+
+
 def compare_doubled(
     written: Callable[..., Any], bn_model: nn.Module, inputs: Inputs, axes: Sequence[dict[int, str]], axis: str
 ) -> EquivalenceReport:
@@ -72,12 +85,8 @@ def compare_doubled(
         number = next(numbers) if isinstance(leaf, Tensor) else None
         return leaf if number is None else torch.cat([leaf, leaf], number)
 
-    try:
-        return verify(written, bn_model, [inputs.map(doubled)], drift_batch_sizes=())
-    except Exception as error:  # the network's, or of whatever runs the file
-        raise ExportError(
-            f"export: {axis} cannot be of any size here: twice the example's fails: {reason(error.__cause__ or error)}"
-        ) from error
+    problem = f"{axis} cannot be of any size here: twice the example's fails"
+    return compare(written, bn_model, inputs.map(doubled), problem)
 
 
 def write_onnx(job: Job) -> Callable[..., list[Tensor]]:
@@ -85,11 +94,21 @@ def write_onnx(job: Job) -> Callable[..., list[Tensor]]:
 
     A network that came from an ONNX file goes back into the same graph.
     """
-    origin = onnx_files.source(job.network)
-    if origin is not None and not job.keep_bn:
-        onnx_files.write(job.network, origin, job.temporary, job.labels)
+    model = job.record.model
+    if job.origin is not None:
+        onnx_files.write(job.network, job.origin, job.temporary, job.labels)
+    else:
+        _write_graph(job)
+    try:
         return onnx_files.session(job.temporary)
-    exported, model = _capture(job), job.record.model  # as for the other format, and with its errors
+    except Exception as error:  # onnxruntime's have no common base
+        dtype = next((str(p.dtype) for p in job.network.parameters() if p.dtype != torch.float32), None)
+        advice = f" It has few operations in {dtype.removeprefix('torch.')}: export model.float()" if dtype else ""
+        raise ExportError(f"export: onnxruntime cannot load {model}: {reason(error)}.{advice}") from error
+
+
+def _write_graph(job: Job) -> None:
+    exported = _capture(job)  # as for the other format, and with its errors
     try:
         program = torch.onnx.export(
             exported,
@@ -99,17 +118,13 @@ def write_onnx(job: Job) -> Callable[..., list[Tensor]]:
             output_names=_output_names(job),
         )
     except Exception as error:  # the exporter's, of many kinds
-        raise ExportError(f"export: torch.onnx cannot export {model}: {reason(error.__cause__ or error)}") from error
+        raise ExportError(
+            f"export: torch.onnx cannot export {job.record.model}: {reason(error.__cause__ or error)}"
+        ) from error
     assert program is not None
     proto = program.model_proto  # a new one on every access
     _label(proto, job.axes, job.labels)
     job.temporary.write_bytes(proto.SerializeToString())
-    try:
-        return onnx_files.session(job.temporary)
-    except Exception as error:  # onnxruntime's have no common base
-        dtype = next((str(p.dtype) for p in job.network.parameters() if p.dtype != torch.float32), None)
-        advice = f" It has few operations in {dtype.removeprefix('torch.')}: export model.float()" if dtype else ""
-        raise ExportError(f"export: onnxruntime cannot load {model}: {reason(error)}.{advice}") from error
 
 
 def _label(model: Any, axes: Sequence[Mapping[int, str]], metadata: Mapping[str, str]) -> None:

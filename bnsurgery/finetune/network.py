@@ -16,7 +16,7 @@ from bnsurgery.files.labels import noted_classes
 from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.graph.planning import Plan
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.networks import factories, interface, pretrained
+from bnsurgery.networks import factories, interface, onnx_files, pretrained
 from bnsurgery.networks.fitting import BEST_FIT, Choice
 from bnsurgery.nn import set_statistics_
 from bnsurgery.records import architectures
@@ -63,16 +63,18 @@ def find(config: Config) -> Source:
     if not config.source and not config.model:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass `model`")
     path, of_images = Path(config.source), not factories.names_code(config.data)
-    is_file = bool(config.source) and path.is_file() and config.source not in architectures.names()
+    is_onnx = factories.is_onnx(config.source)
+    is_file = bool(config.source) and path.is_file() and not is_onnx and config.source not in architectures.names()
     if is_file and config.weights != "DEFAULT":
         raise CheckpointError(f"finetune: '{path}' is a file of weights: leave `weights={config.weights!r}` out")
     choice, wanted = Choice(config.weights_key, config.weights_prefix, config.partial), config.wanted
-    if is_file and read_record(path) is not None:
+    if is_file and (saved := read_record(path)) is not None:
         if choice != BEST_FIT:
             raise CheckpointError(
                 f"'{path}' is a whole checkpoint: `weights_key`, `weights_prefix` and `partial` are for plain weights"
             )
-        model = load(path, model=factories.build(config.model) if config.model else None)
+        name = config.model or factories.original(saved, path)
+        model = load(path, model=factories.build(name) if name else None)
         known = record(model)
         preprocess = interface.preprocessing_of(known, model, wanted) if of_images else None
         return Source(model, f"checkpoint {path.name}", preprocess, known.task, interface.classes_of(known))
@@ -90,7 +92,8 @@ def find(config: Config) -> Source:
 
 def own_name(config: Config) -> str | None:
     """The name from which `factories.build` makes the network, unless it is torchvision's."""
-    return config.model or (config.source if factories.is_timm(config.source) else None)
+    is_own = factories.is_timm(config.source) or factories.is_onnx(config.source)
+    return config.model or (config.source if is_own else None)
 
 
 def given(model: nn.Module) -> Source:
@@ -217,6 +220,8 @@ def prepare(
     own = own_name(config)
     provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
     provenance |= {"model": own} if own else {}
+    if origin := onnx_files.source(model):
+        provenance["onnx"] = origin.digest
     shape = example.shape if example else record(model).input_shape
     attach_record(model, replace(record(model), task=task, provenance=provenance, input_shape=shape))
     if config.arm != "plain":

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from bnsurgery.errors import CheckpointError, DataError, shown
+from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, shown
 
 MAX_SIDE = 4096  # pixels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,6 +56,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
+        _set_numbers(self, CheckpointError)
         count = 1 if self.channels == "grey" else 3
         counted = f"{count}, one for each colour of {self.channels} images"
         pixels = f"as white is {self.scale:g}; that of pixels from 0 to 255 needs `scale=255`"
@@ -148,6 +149,7 @@ class Wanted:
     channels: str | None = None
 
     def __post_init__(self) -> None:
+        _set_numbers(self, DataError)
         if self.normalize not in NORMALIZE or self.channels not in (None, "rgb", "bgr"):
             raise DataError(
                 f"got normalize {shown(self.normalize)} and channels {shown(self.channels)}, expected "
@@ -200,6 +202,18 @@ class Wanted:
             return replace(own, **changes)
         except CheckpointError as error:
             raise DataError(str(error)) from None
+
+
+def _set_numbers(found: Preprocessing | Wanted, error: type[BNSurgeryError]) -> None:
+    """Make mean and std tuples and scale a float, which files give back as they are, of lists, arrays and tensors."""
+    for name in ("mean", "std", "scale"):
+        value = getattr(found, name)
+        try:
+            made = value if value is None else float(value) if name == "scale" else tuple(float(v) for v in value)
+        except (TypeError, ValueError):
+            expected = "a number" if name == "scale" else "a tuple of numbers"
+            raise error(f"preprocessing: {name}: got {shown(value)}, expected {expected}") from None
+        object.__setattr__(found, name, made)
 
 
 NOTHING = Wanted()

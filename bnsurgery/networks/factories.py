@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 from torchvision import models
 
-from bnsurgery.errors import ArchitectureError, CheckpointError
+from bnsurgery.errors import ArchitectureError, CheckpointError, printable
+from bnsurgery.records.record import SurgeryRecord
 from bnsurgery.text.words import with_article
 
 from . import onnx_files
@@ -74,6 +75,26 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
             f"model '{name}': returned {with_article(type(model).__name__)}, expected a torch.nn.Module"
         )
     return model.eval()
+
+
+def original(record: SurgeryRecord, file: Path) -> str | None:
+    """The ONNX file that the network in a checkpoint was made from, beside `file` or in the current folder.
+
+    None where it was made from something else.
+
+    Raises:
+        CheckpointError: the ONNX file is in neither folder.
+    """
+    if "onnx" not in record.provenance:
+        return None
+    found = onnx_files.find(str(record.provenance["onnx"]), file.parent, Path.cwd())
+    if found is None:
+        made = printable(str(record.provenance.get("model", "")))
+        raise CheckpointError(
+            f"'{file}' was made from an ONNX file, {made}, which is neither in its folder nor in this one: pass "
+            "`model=FILE.onnx`"
+        )
+    return str(found)
 
 
 def names_code(name: str) -> bool:

@@ -17,6 +17,8 @@ from bnsurgery.records.record import record as record_of
 from bnsurgery.surgery.copies import sharing_tensors
 from bnsurgery.surgery.folding import strip_
 
+from . import onnx_files
+
 _CROP, _RESIZE = 224, 256  # torchvision's
 
 
@@ -42,10 +44,17 @@ def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessi
         wanted: changes to it.
 
     Raises:
-        ArchitectureError: the size is not known, or the first layer takes neither 1 nor 3 channels.
+        ArchitectureError: the size is not known, the first layer takes neither 1 nor 3 channels, or the network comes
+            from an ONNX file of inputs (N, H, W, C).
         DataError: the changes do not go with the network.
     """
     config = _timm_config(model)
+    origin = onnx_files.source(model)
+    if origin is not None and onnx_files.channels_last(origin.example[0].shape):
+        raise ArchitectureError(
+            f"the ONNX file takes inputs of shape (N, H, W, C), here {tuple(origin.example[0].shape)}, and images are "
+            "read as (N, C, H, W). Pass `data=FILE.py:FUNCTION`, a function that gives batches of its inputs"
+        )
     channels = input_channels(model)
     if channels not in (1, 3):
         raise ArchitectureError(

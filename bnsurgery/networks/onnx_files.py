@@ -7,10 +7,12 @@ initializer became which tensor is found by comparing bytes, so that neither con
 import copy
 import hashlib
 import importlib.util
+import math
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from bnsurgery.errors import BNSurgeryWarning, CheckpointError, ExportError
+from bnsurgery.errors import BNSurgeryWarning, CheckpointError, ExportError, printable, shown
 from bnsurgery.files.checkpoint import same_bits
 from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.running.batches import Inputs
@@ -29,12 +31,13 @@ from bnsurgery.running.calls import outputs
 from .third_party import quiet, reason
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 SUFFIX = ".onnx"
-_KEY = "bnsurgery_onnx"
+_KEY, _PRESERVED = "bnsurgery_onnx", "_user_preserved_attributes"  # the latter is torch.fx's
 _NEEDED = ("onnx", "onnxruntime", "onnx2torch", "onnx2pytorch")
 _OUTPUTS = 64  # of one node, at most
+MAX_INPUT = 2**26  # numbers in an input of noise: a quarter of a gigabyte
 _SIDE = 224  # pixels: of an input whose size the file leaves open
 # Of the largest output: the float32 rounding of a deep network in two runtimes stays below.
 _TOLERANCE = 1e-4
@@ -60,7 +63,7 @@ class Source:
     """The file that a module was made from; kept with the module and shared by all its copies.
 
     Attributes:
-        digest: SHA-256 of the file.
+        digest: SHA-256 of the file, followed by the digests of the files that it keeps tensors in, if any.
         model: its content.
         places: by the names of the module's state dict, for the tensors that were found in the file.
         before: the state dict as converted.
@@ -76,14 +79,22 @@ class Source:
     example: tuple[Tensor, ...]
     any_batch: bool
 
+    @property
+    def shapes(self) -> list[str]:
+        """The shapes of the file's inputs, with the names of open sizes."""
+        sizes = [value.type.tensor_type.shape.dim for value in _inputs(self.model.graph)]
+        return [
+            f"({', '.join(str(dim.dim_value or printable(dim.dim_param) or 'any') for dim in dims)})" for dims in sizes
+        ]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Source":
         return self  # nothing in it changes
 
 
 def source(model: nn.Module) -> Source | None:
     """The ONNX file that `model`, or the model it was copied from, was made from; None for other networks."""
-    found = getattr(model, "meta", None)
-    return found.get(_KEY) if isinstance(found, dict) else None
+    meta = model.meta if isinstance(model, fx.GraphModule) else {}
+    return getattr(model, _KEY, None) or meta.get(_PRESERVED, {}).get(_KEY)
 
 
 def from_onnx(path: str | PathLike[str]) -> nn.Module:
@@ -106,20 +117,24 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
         ExportError: a package is missing.
     """
     path = Path(path)
-    for needed in _NEEDED:
-        if importlib.util.find_spec(needed) is None:
-            raise ExportError(f"ONNX files need {needed}, which is not installed: pip install 'bnsurgery[onnx]'")
+    _require_packages()
     import onnx
 
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"'{path}': no regular file, expected an ONNX model")
     try:
+        if not path.stat().st_size:
+            raise CheckpointError(f"'{path}': an empty file, expected an ONNX model")
         digest = _digest(path)
         original = onnx.load(str(path))
         onnx.checker.check_model(original)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"'{path}': cannot be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf's and onnx's, of many kinds
         raise CheckpointError(f"'{path}': not an ONNX model, or a damaged one: {reason(error)}") from error
-    noise = _noise(original.graph)
+    noise = _noise(path, original.graph)
     try:
         expected = session(path)(*noise)
     except Exception as error:  # onnxruntime's have no common base
@@ -136,21 +151,71 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
         )
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     example = tuple(tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in noise) if any_batch else noise
-    module.meta = {  # type: ignore[assignment]
-        _KEY: Source(digest, original, _places(module, nodes, plain), before, example, any_batch)
-    }
-    module.pretrained_cfg = {"input_size": tuple(noise[0].shape[1:])}  # type: ignore[assignment]  # timm's attribute
+    found = Source(digest, original, _places(module, nodes, plain), before, example, any_batch)
+    # Pickles of a torch.fx.GraphModule keep its attributes; its copies keep those in `meta`.
+    setattr(module, _KEY, found)
+    module.meta = {_PRESERVED: {_KEY: found}}  # type: ignore[assignment]
+    if not channels_last(noise[0].shape):
+        module.pretrained_cfg = {"input_size": tuple(noise[0].shape[1:])}  # type: ignore[assignment]  # timm's
     return module
 
 
+def channels_last(sizes: Sequence[int]) -> bool:
+    """Whether these are the sizes of images (N, H, W, C), as TensorFlow has them; 0 stands for an open size."""
+    return len(sizes) == 4 and sizes[1] not in (1, 3) and sizes[3] in (1, 3)
+
+
 def find(digest: str, *folders: Path) -> Path | None:
-    """The ONNX file of that SHA-256 in one of these folders."""
-    paths = (path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}")))
-    return next((path for path in paths if path.is_file() and _digest(path) == digest), None)
+    """The ONNX file of that SHA-256, see `Source`, in one of these folders.
+
+    Raises:
+        ExportError: a package is missing.
+    """
+    _require_packages()
+    for path in (path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}")) if path.is_file()):
+        with suppress(Exception):  # another file, which is no ONNX model, or a damaged one
+            if _digest(path) == digest:
+                return path
+    return None
+
+
+def _require_packages() -> None:
+    for needed in _NEEDED:
+        if importlib.util.find_spec(needed) is None:
+            raise ExportError(f"ONNX files need {needed}, which is not installed: pip install 'bnsurgery[onnx]'")
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """See `Source`.
+
+    Raises:
+        CheckpointError: a file of tensors is missing, or outside the folder.
+    """
+    import onnx
+
+    content = path.read_bytes()
+    found = hashlib.sha256(content)
+    for name in _external(onnx.load_model_from_string(content).graph):
+        data, outside = path.parent / name, Path(name).is_absolute() or ".." in Path(name).parts
+        if outside or not data.is_file():
+            raise CheckpointError(f"'{path}': its tensors are in {shown(name)}, and its folder has no such file")
+        found.update(hashlib.sha256(data.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def _external(graph: "GraphProto") -> list[str]:
+    """The names of the files beside it that an ONNX file keeps tensors in."""
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    return sorted({str(ExternalDataInfo(tensor).location) for tensor in _tensors(graph) if uses_external_data(tensor)})
+
+
+def _tensors(graph: "GraphProto") -> Iterator["TensorProto"]:
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
 
 
 def write(network: nn.Module, origin: Source, temporary: Path, metadata: Mapping[str, str]) -> None:
@@ -161,7 +226,7 @@ def write(network: nn.Module, origin: Source, temporary: Path, metadata: Mapping
     it.
 
     Raises:
-        ExportError: a tensor has changed, and its place in the file is not known.
+        ExportError: a tensor has another shape or type, or has changed, and its place in the file is not known.
     """
     from onnx import helper, numpy_helper
 
@@ -178,6 +243,10 @@ def write(network: nn.Module, origin: Source, temporary: Path, metadata: Mapping
             raise ExportError(
                 f"export: '{key}' is {tuple(tensor.shape)}, and {tuple(was.shape)} in the ONNX file, whose graph is "
                 "kept"
+            )
+        if was is not None and tensor.dtype != was.dtype:
+            raise ExportError(
+                f"export: '{key}' is {tensor.dtype}, and {was.dtype} in the ONNX file: export model.to({was.dtype})"
             )
         place = origin.places.get(key) or _place_of_bias(key, origin, nodes)
         if place is None:
@@ -259,8 +328,13 @@ def _onnx2pytorch(model: "ModelProto") -> tuple[nn.Module, _Nodes]:
     from onnx2pytorch import ConvertModel
 
     module: Any = ConvertModel(copy.deepcopy(model))  # it changes its argument
-    forward = _FORWARDS[len(module.input_names)]
+    forward = _FORWARDS.get(len(module.input_names))
+    if forward is None:
+        raise NotImplementedError(f"{len(module.input_names)} inputs, at most {max(_FORWARDS)} are supported")
     module.__class__ = type("OnnxNetwork", (ConvertModel,), {"forward": forward(ConvertModel.forward)})
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):  # it may hold these the wrong way round
+            layer.out_features, layer.in_features = layer.weight.shape
     traced = fx.GraphModule(module, _Children().trace(module.eval()))
     producers = {name: node for node in model.graph.node for name in node.output}
     nodes = {}
@@ -337,22 +411,42 @@ def _any_batch(plain: "ModelProto") -> "ModelProto":
     return model
 
 
-def _noise(graph: "GraphProto") -> tuple[Tensor, ...]:
+def _inputs(graph: "GraphProto") -> list["ValueInfoProto"]:
+    weights = {tensor.name for tensor in graph.initializer}  # old files list them among the inputs
+    return [value for value in graph.input if value.name not in weights]
+
+
+def _noise(path: Path, graph: "GraphProto") -> tuple[Tensor, ...]:
     """Inputs to try a file with: noise where it takes real numbers, zeros elsewhere.
 
-    An open batch is 1, open channels are 3, open sides 224.
+    An open batch is 1, open channels are 3, open sides 224. Where the last size is 1 or 3, that is the channels.
+
+    Raises:
+        CheckpointError: there is no input, or one is no tensor of numbers, or too large to try.
     """
     from onnx import helper
 
-    weights = {tensor.name for tensor in graph.initializer}  # old files list them among the inputs
     generator = np.random.default_rng(0)
     noise = []
-    for kind in (value.type.tensor_type for value in graph.input if value.name not in weights):
+    for value in _inputs(graph):
+        kind = value.type.tensor_type
         sizes = [dim.dim_value for dim in kind.shape.dim]
-        shape = [size or (_SIDE if at > 1 else 3 if at else 1) for at, size in enumerate(sizes)]
-        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        array = generator.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
-        noise.append(torch.from_numpy(array.astype(dtype)))
+        channels = 3 if channels_last(sizes) else 1
+        shape = [size or (1 if not at else 3 if at == channels else _SIDE) for at, size in enumerate(sizes)]
+        if min(shape, default=1) < 0 or math.prod(shape) > MAX_INPUT:
+            raise CheckpointError(
+                f"'{path}': input {shown(value.name)}: a shape of {shown(tuple(shape))} cannot be tried"
+            )
+        try:
+            dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            array = generator.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
+            noise.append(torch.from_numpy(array.astype(dtype)))
+        except (KeyError, TypeError) as error:  # a sequence, strings, or a kind of number that numpy does not have
+            raise CheckpointError(
+                f"'{path}': input {shown(value.name)}: expected a tensor of numbers such as float32: {reason(error)}"
+            ) from error
+    if not noise:
+        raise CheckpointError(f"'{path}': a network without inputs")
     return tuple(noise)
 
 

@@ -198,3 +198,29 @@ def test_records_of_older_formats():
         del old["image_size"]
         with pytest.raises(CheckpointError, match="preprocessing: fields missing"):
             SurgeryRecord.from_json(json.dumps({**second, "task": old}))
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor], ids=["list", "array", "tensor"])
+def test_numbers_in_other_containers_are_tuples(tmp_path, kind):
+    mean, std = (0.5, 0.25, 0.125), (1.0, 0.5, 2.0)
+    given = Preprocessing(8, 8, 8, kind(mean), kind(std), np.float32(1))
+    assert given == Preprocessing(8, 8, 8, mean, std) and type(given.scale) is float
+    assert Wanted(mean=kind(mean), std=kind(std)).of(CAFFE) == replace(CAFFE, mean=mean, std=std, scale=1.0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    bn_model = bnsurgery.insert(model, [torch.randn(8, 3, 8, 8)], preprocessing=given)
+    bnsurgery.save(bn_model, tmp_path / "bn.safetensors")
+    again = bnsurgery.load(tmp_path / "bn.safetensors", model=model)
+    assert record(again).task.preprocessing == given
+
+
+@pytest.mark.parametrize(
+    "made, error", [(lambda **n: Preprocessing(8, 8, 8, **n), CheckpointError), (Wanted, DataError)]
+)
+def test_numbers_that_are_none(made, error):
+    for numbers, words in (
+        ({"mean": 0.5}, "a tuple of numbers"),
+        ({"std": "abc"}, "a tuple"),
+        ({"scale": "x"}, "a number"),
+    ):
+        with pytest.raises(error, match=f"{next(iter(numbers))}: got .*, expected {words}"):
+            made(**numbers)

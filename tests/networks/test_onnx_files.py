@@ -1,5 +1,8 @@
 """Networks from ONNX files and back; the oracle is onnxruntime on the file."""
 
+import copy
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,10 @@ from torch.ao.quantization import get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import bnsurgery
-from bnsurgery import BNSurgeryWarning, CheckpointError, ExportError, from_onnx
-from bnsurgery.networks import onnx_files
+from bnsurgery import ArchitectureError, BNSurgeryWarning, CheckpointError, ExportError, finetune, from_onnx
+from bnsurgery.finetune import network
+from bnsurgery.images.preprocessing import Wanted
+from bnsurgery.networks import interface, onnx_files
 
 onnx = pytest.importorskip("onnx")
 for _package in ("onnxruntime", "onnx2torch", "onnx2pytorch"):
@@ -102,6 +107,7 @@ def test_in_and_out_again(net, converter, tmp_path):
     ]  # fmt: skip
     result = bnsurgery.export(bn_model, tmp_path / "same.onnx", to="onnx")
     assert result.folds_back
+    assert result.feed == "input of shape (1, 3, 8, 8)"  # the module takes any batch, the file does not
     assert (tmp_path / "same.onnx").read_bytes() == net.read_bytes()
 
 
@@ -258,7 +264,12 @@ def test_a_converter_that_makes_something_else_is_passed_over(net, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content, words", [(b"", "not an ONNX model"), (b"\x08\x08garbage", "not an ONNX model"), (None, "cannot be read")]
+    "content, words",
+    [
+        (b"", "an empty file, expected an ONNX model"),
+        (b"\x08\x08garbage", "not an ONNX model"),
+        (None, "cannot be read"),
+    ],
 )
 def test_files_that_are_none(tmp_path, content, words):
     path = tmp_path / "net.onnx"
@@ -337,3 +348,168 @@ def test_a_deployed_face_detector(real, tmp_path):
     with torch.no_grad():
         for got, expected in zip(run(batch), bn_model(batch), strict=True):
             assert_close(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 3), (1, None, None, 3), (1, 16, 8, 1)])
+def test_images_of_channels_last_are_refused(tmp_path, shape):
+    """As TensorFlow writes them: a Transpose comes first."""
+    nodes = [("Transpose", ["x"], "1", {"perm": [0, 3, 1, 2]}), ("Conv", ["1", "w"], "y", {})]
+    output = ("y", 1, 4, shape[1], shape[2])
+    model = from_onnx(saved(tmp_path / "net.onnx", nodes, weights(w=(4, shape[3], 1, 1)), ("x", *shape), output))
+    assert model(torch.zeros(2, 8, 6, shape[3])).shape == (2, 4, 8, 6)
+    with pytest.raises(ArchitectureError, match=r"shape \(N, H, W, C\).*`data=FILE.py:FUNCTION`"):
+        interface.own_preprocessing(model, Wanted(32))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files on this system")
+def test_a_pipe_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "net.onnx")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        from_onnx(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 2**30, 2**30), (1, 3, -5, 8), (1, 3, 40000, 40000)])
+def test_inputs_that_cannot_be_tried(tmp_path, shape):
+    net = saved(tmp_path / "net.onnx", [("Conv", ["x", "w"], "y", {})], weights(w=(4, 3, 1, 1)), ("x", *shape))
+    with pytest.raises(CheckpointError, match=r"input 'x': a shape of .* cannot be tried"):
+        from_onnx(net)
+
+
+def test_inputs_of_no_numbers(tmp_path):
+    model = onnx.load(saved(tmp_path / "net.onnx", [("Identity", ["x"], "y", {})], {}))
+    for kind in (TensorProto.STRING, TensorProto.BFLOAT16):
+        for entry in (*model.graph.input, *model.graph.output):
+            entry.type.tensor_type.elem_type = kind
+        onnx.save(model, tmp_path / "net.onnx")
+        with pytest.raises(CheckpointError, match="input 'x': expected a tensor of numbers"):
+            from_onnx(tmp_path / "net.onnx")
+    model = onnx.load(saved(tmp_path / "net.onnx", [("Relu", ["w"], "y", {})], weights(w=(1, 5))))
+    del model.graph.input[:]
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(CheckpointError, match="without inputs"):
+        from_onnx(tmp_path / "net.onnx")
+
+
+def test_four_inputs_are_too_many_for_a_converter(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "_CONVERTERS", {"onnx2pytorch": onnx_files._onnx2pytorch})
+    nodes = [("Sum", ["x", "b", "c", "d"], "1", {}), ("Conv", ["1", "w"], "y", {})]
+    model = onnx.load(saved(tmp_path / "net.onnx", nodes, weights(w=(4, 3, 1, 1)), output=("y", 1, 4, 8, 8)))
+    model.graph.input.extend(value(name, 1, 3, 8, 8) for name in "bcd")
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(CheckpointError, match="onnx2pytorch: NotImplementedError: 4 inputs, at most 3"):
+        from_onnx(tmp_path / "net.onnx")
+
+
+@pytest.fixture
+def external(tmp_path):
+    """Its tensors are in a file of their own."""
+    net = saved(
+        tmp_path / "net.onnx", [("Conv", ["x", "w"], "y", {})], weights(w=(4, 3, 1, 1)), output=("y", 1, 4, 8, 8)
+    )
+    onnx.save(onnx.load(net), net, save_as_external_data=True, location="net.bin", size_threshold=0)
+    return net
+
+
+def test_a_missing_file_of_tensors_is_named(external):
+    assert from_onnx(external)(torch.zeros(2, 3, 8, 8)).shape == (2, 4, 8, 8)
+    external.with_name("net.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"its tensors are in 'net\.bin', and its folder has no such file"):
+        from_onnx(external)
+
+
+@pytest.mark.parametrize("outside", ["/net.bin", "../net.bin"])
+def test_tensors_outside_the_folder_are_not_read(external, outside):
+    (external.parent / "sub").mkdir()
+    model = onnx.load(external, load_external_data=False)
+    (entry,) = (e for e in model.graph.initializer[0].external_data if e.key == "location")
+    entry.value = outside if outside.startswith("..") else str(external.with_name("net.bin"))
+    onnx.save(model, external.parent / "sub" / "net.onnx")
+    with pytest.raises(CheckpointError, match="its folder has no such file"):
+        from_onnx(external.parent / "sub" / "net.onnx")
+
+
+def test_other_numbers_than_the_graph_takes(net, tmp_path):
+    x = torch.randn(4, 3, 8, 8)
+    bn_model = bnsurgery.insert(from_onnx(net), [x]).double()
+    with pytest.raises(ExportError, match=r"float64, and torch.float32 in the ONNX file: export model\.to\(torch"):
+        bnsurgery.export(bn_model, tmp_path / "out.onnx", to="onnx", example=x.double())
+
+
+def classifier(path):
+    arrays = weights(w=(4, 3, 3, 3), b=(4,), v=(6, 4, 3, 3), c=(6,), d=(5, 6), e=(5,))
+    nodes = [
+        ("Conv", ["x", "w", "b"], "1", {}),
+        ("Relu", ["1"], "2", {}),
+        ("Conv", ["2", "v", "c"], "3", {}),
+        ("Relu", ["3"], "4", {}),
+        ("GlobalAveragePool", ["4"], "5", {}),
+        ("Flatten", ["5"], "6", {}),
+        ("Gemm", ["6", "d", "e"], "y", {"transB": 1}),
+    ]
+    return saved(path, nodes, arrays)
+
+
+def finetuned(source, classes="abcde"):
+    """As `finetune` starts it, on the CPU and untrained; `source` is the only name it gets."""
+    config = finetune.Config(source=str(source), data="x", output="x", normalize="none")
+    images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
+    data = finetune.from_tensors(*2 * [(images, torch.arange(8) % len(classes))], list(classes))
+    found = network.find(config)
+    task, head = network.task_of(found, data, config)
+    return network.prepare(found, task, head, config, [torch.rand(8, 3, 8, 8)])
+
+
+def test_finetuning_takes_a_file_and_finds_it_again_for_its_checkpoint(tmp_path):
+    net = classifier(tmp_path / "net.onnx")
+    model = finetuned(net)
+    provenance = bnsurgery.record(model).provenance
+    assert provenance["model"] == str(net) and provenance["onnx"] == onnx_files.source(from_onnx(net)).digest
+    bnsurgery.save(model, tmp_path / "bn.safetensors")
+    net.rename(tmp_path / "renamed.onnx")
+    again = finetuned(tmp_path / "bn.safetensors")
+    assert onnx_files.source(again) is not None and bnsurgery.record(again).provenance == {
+        **provenance, "weights": "checkpoint bn.safetensors",
+    }  # fmt: skip
+    (tmp_path / "renamed.onnx").unlink()
+    with pytest.raises(CheckpointError, match=r"from an ONNX file, .*net\.onnx, .*: pass `model=FILE\.onnx`"):
+        finetuned(tmp_path / "bn.safetensors")
+
+
+def test_copies_and_pickles_know_their_file(net, converter, tmp_path):
+    bn_model = bnsurgery.insert(from_onnx(net), [torch.randn(4, 3, 8, 8)])
+    for number, again in enumerate(
+        (copy.deepcopy(bn_model), pickle.loads(pickle.dumps(bn_model)), copy.copy(bn_model))
+    ):
+        assert onnx_files.source(again).model == onnx.load(net)
+        bnsurgery.export(again, tmp_path / f"{number}.onnx", to="onnx")
+        assert (tmp_path / f"{number}.onnx").read_bytes() == net.read_bytes()
+
+
+def test_a_shape_that_torch_export_cannot_follow(tmp_path):
+    """As torch.onnx.export writes it with dynamo=True."""
+    nodes = [
+        ("Conv", ["x", "w"], "1", {}),
+        ("Relu", ["1"], "2", {}),
+        ("Reshape", ["2", "shape"], "3", {"allowzero": 1}),
+        ("Gemm", ["3", "d"], "y", {"transB": 1}),
+    ]
+    arrays = weights(w=(4, 3, 3, 3), d=(5, 144)) | {"shape": np.array([-1, 144])}
+    net = saved(tmp_path / "net.onnx", nodes, arrays, ("x", "n", 3, 8, 8), ("y", "n", 5), opset=18)
+    bn_model = bnsurgery.insert(from_onnx(net), [torch.randn(8, 3, 8, 8)])
+    result = bnsurgery.export(bn_model, tmp_path / "same.onnx", to="onnx")
+    assert result.feed == "input of shape (n, 3, 8, 8)"
+    with pytest.raises(ExportError, match="as exported-program, the network cannot be run|cannot export"):
+        bnsurgery.export(bn_model, tmp_path / "out.pt2", to="exported-program")
+    assert not (tmp_path / "out.pt2").exists()
+
+
+def test_a_digest_is_of_the_tensors_too(external):
+    digest, folder = onnx_files.source(from_onnx(external)).digest, external.parent
+    (folder / "a.onnx").write_bytes(b"junk")
+    assert onnx_files.find(digest, folder) == external
+    content = bytearray((folder / "net.bin").read_bytes())
+    content[0] ^= 1
+    (folder / "net.bin").write_bytes(content)
+    assert onnx_files.source(from_onnx(external)).digest != digest and onnx_files.find(digest, folder) is None
+    (folder / "net.bin").unlink()
+    assert onnx_files.find(digest, folder) is None
