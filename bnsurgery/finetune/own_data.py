@@ -47,7 +47,7 @@ def open_own(config: Config, show: bool = False) -> Data:
 
     Inputs are a tensor, a tuple of several or a dict of keyword arguments; targets are integers, a tensor (N,) for a
     batch of N. Classes are names, in the order of the targets. Without them the classes are called by their numbers,
-    up to the largest target.
+    up to the largest target, and each has a training sample.
 
     Raises:
         ArchitectureError: there is no such function, or it fails.
@@ -64,10 +64,10 @@ def open_own(config: Config, show: bool = False) -> Data:
         if not isinstance(found, tuple) or len(found) not in (2, 3):
             got = f"a tuple of {len(found)}" if isinstance(found, tuple) else with_article(type(found).__name__)
             raise DataError(f"data '{name}': returned {got}, {_EXPECTED}")
-        names = _names(name, found[2]) if len(found) == 3 else ()
+        names = _names(name, found[2]) if len(found) == 3 else None
         wheres = [f"data '{name}': {part}" for part in ("training", "validation")]
         train, val = splits = [_part(name, where, given, show) for where, given in zip(wheres, found, strict=False)]
-        names = names or tuple(map(str, range(max(train.labels) + 1)))
+        names = _numbers(wheres[0], train.labels) if names is None else names
         if len(names) < 2:
             raise DataError(f"data '{name}': got one class, expected two or more to learn")
         for where, split in zip(wheres, splits, strict=True):
@@ -100,7 +100,21 @@ def in_its_batches(config: Config, data: Data) -> Config:
 def _names(name: str, classes: Any) -> tuple[str, ...]:
     if isinstance(classes, str) or not isinstance(classes, Sequence) or not all(isinstance(c, str) for c in classes):
         raise DataError(f"data '{name}': classes: got {type(classes).__name__}, expected a list of names")
+    if not classes:
+        raise DataError(f"data '{name}': classes: got no name, expected one for each class. Without names leave it out")
     return tuple(classes)
+
+
+def _numbers(where: str, labels: Collection[int]) -> tuple[str, ...]:
+    """The names of classes without names. A number far above the others is rather an id, or an error."""
+    largest, present = max(labels), set(labels)
+    missing = next((label for label in range(largest) if label not in present), None)
+    if missing is not None:
+        raise DataError(
+            f"{where}: targets: the largest is {largest}, but none is {missing}. Number the classes from 0 without "
+            "gaps, or return their names, too: (training, validation, classes)"
+        )
+    return tuple(map(str, range(largest + 1)))
 
 
 def _part(name: str, where: str, given: Any, show: bool) -> Split | Stream:

@@ -269,6 +269,10 @@ class _Samples(Dataset):
         ((torch.zeros(4, 1), GOOD), "training: got a Tensor, expected"),
         ((iter(GOOD), GOOD), "training: got a list_iterator, which can be gone through once"),
         ((GOOD, GOOD, 4), "classes: got int, expected a list of names"),
+        ((GOOD, GOOD, []), "classes: got no name, expected one for each class"),
+        ((_pairs(torch.tensor([0, 1, 2, 2**62])), GOOD), f"training: targets: the largest is {2**62}, but none is 3."),
+        ((_pairs(torch.tensor([1, 2, 3, 1])), GOOD), "training: targets: the largest is 3, but none is 0."),
+        ((_Samples(*((torch.zeros(1), n) for n in (0, 2, 2))), GOOD), "targets: the largest is 2, but none is 1."),
         ((GOOD, GOOD, "abcd"), "classes: got str, expected a list of names"),
         (([], GOOD), "training: gave no batch"),
         ((_Samples(), GOOD), "training: gave no sample"),
@@ -297,7 +301,7 @@ class _Samples(Dataset):
         ((_Samples((torch.zeros(1), 0.5)), GOOD), "training sample 0: target: got a float, expected an integer"),
         ((_Samples((torch.zeros(1), torch.tensor(1.0))), GOOD), "target: got a Tensor of torch.float32, expected an"),
         ((_Samples(*((torch.zeros(n + 1), n) for n in range(4))), GOOD), "training: data: the inputs do not go into"),
-        ((_Samples(("a", 0), ("b", 3)), GOOD), "training: batches: got list"),
+        ((_Samples(*(("a", n) for n in range(4))), GOOD), "training: batches: got list"),
     ],
 )
 def test_what_is_no_labelled_data_is_refused(value, message, config, monkeypatch):
