@@ -136,7 +136,8 @@ class _Samples:
     """The inputs of a user's Dataset, by number.
 
     Attributes:
-        targets: class index of every sample, from the Dataset's attribute `targets`, or read with the inputs.
+        targets: class index of every sample, from the Dataset's attribute `targets`, or read with the inputs where
+            there is none or a transform may change them.
     """
 
     def __init__(self, name: str, where: str, dataset: Any, show: bool) -> None:
@@ -147,7 +148,7 @@ class _Samples:
             raise DataError(f"{where}: a Dataset without a length: give it a __len__") from None
         if not count:
             raise DataError(f"{where}: gave no sample")
-        known = getattr(dataset, "targets", None)
+        known = None if _changes_targets(dataset) else getattr(dataset, "targets", None)
         if isinstance(known, Collection) and len(known) == count:
             self.targets = tuple(self._integer(target, index) for index, target in enumerate(known))
         else:
@@ -184,11 +185,18 @@ class _Samples:
             ) from None
 
 
+def _changes_targets(dataset: Any) -> bool:
+    """Whether transforms, as torchvision's datasets have them, may give other targets than the attribute `targets`."""
+    target, joint, alone = (getattr(dataset, name, None) for name in ("target_transform", "transforms", "transform"))
+    return target is not None or (joint is not None and alone is None)  # with both, `transforms` only wraps `transform`
+
+
 def _example(where: str, split: Split | Stream) -> Inputs:
     """Up to two inputs, as the network will get them."""
     if isinstance(split, Stream):
         return next(split.once(0))[0].take(0, 2)
+    pairs = [(split.read(index), split.labels[index]) for index in range(min(2, len(split)))]
     try:
-        return Inputs.of(collated([(split.read(index), split.labels[index]) for index in range(min(2, len(split)))]))
+        return Inputs.of(collated(pairs))
     except (CalibrationError, DataError) as error:
         raise DataError(f"{where}: {error}") from error

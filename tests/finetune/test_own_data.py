@@ -24,6 +24,7 @@ CODE = """
     import torch
     from tiny_task import patterns
     from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+    from torchvision.datasets import VisionDataset
 
     def both():
         return [(images.float() / 255, labels) for images, labels in (patterns(96, 1), patterns(40, 2))]
@@ -43,6 +44,19 @@ CODE = """
         @property
         def targets(self):
             return self.tensors[1].roll(1)
+
+    class Shifted(VisionDataset):  # by its transforms: targets 4 to 7 become classes
+        def __init__(self, part, **transforms):
+            super().__init__(**transforms)
+            self.images, self.targets = part[0], (part[1] + 4).tolist()
+        def __len__(self):
+            return len(self.targets)
+        def __getitem__(self, index):
+            pair = self.images[index], self.targets[index]
+            return pair if self.transforms is None else self.transforms(*pair)
+    def shifted(): return tuple(Shifted(part, target_transform=lambda target: target - 4) for part in both())
+    def jointly(): return tuple(Shifted(part, transforms=lambda image, target: (image, target - 4)) for part in both())
+    def unchanged(): return *(Shifted(part, transform=lambda image: image) for part in both()), list("abcdefgh")
 
     def dataset(): return tuple(TensorDataset(*part) for part in both())
     def counted(): return tuple(Counted(*part) for part in both())
@@ -224,8 +238,13 @@ def test_targets_are_read_with_the_samples_or_from_the_attribute(own):
         assert data.train.labels == tuple(patterns(96, 1)[1].tolist()) and len(data.val) == 40
     assert reads == [96 + 40 + 4, 4]  # two of each are examples
     assert open_own(own("counted")).classes == ("0", "1", "2", "3")
-    with pytest.raises(DataError, match=r"own.py:lying': training: .* sample 0: its target is 0, but was 3 before"):
+    with pytest.raises(DataError, match=r"^data 'own.py:lying': training sample 0: its target is 0, but was 3 before"):
         open_own(own("lying"))
+
+
+@pytest.mark.parametrize(("name", "shift"), [("shifted", 0), ("jointly", 0), ("unchanged", 4)])
+def test_targets_are_those_that_transforms_give(name, shift, own):
+    assert open_own(own(name)).train.labels == tuple((patterns(96, 1)[1] + shift).tolist())
 
 
 class _Wrong(Dataset):
