@@ -47,9 +47,11 @@ class Resolved:
         lr: the peak learning rate, for the reason `lr_reason`.
         statistics: mode of the BatchNorm layers, for the reason `reason`.
         head: "kept" or "new", why, and how a new one was initialized.
+        augment: the augmentation, for the reason `augment_reason`.
 
     Example:
-        >>> bnsurgery.finetune.Resolved(0.05, "batch", "as asked", "the default for a batch of 64", "kept: as asked").lr
+        >>> reasons = ("as asked", "the default for a batch of 64", "kept: as asked")
+        >>> bnsurgery.finetune.Resolved(0.05, "batch", *reasons, "crop", "as asked").lr
         0.05
     """
 
@@ -58,3 +60,5 @@ class Resolved:
     reason: str
     lr_reason: str
     head: str
+    augment: str
+    augment_reason: str

@@ -160,7 +160,7 @@ def build(
     task, head = task_of(source, data, config)
     source.model.to(accelerator.device)
 
-    augment = data.augment if config.augment == "auto" else config.augment
+    augment, augment_reason = (resolved.augment, "") if resolved else _choose_augment(config, data)
     prepared = as_taken(data.train, task, augment, config.seed)
     share: dict[str, Any] = {
         "rank": accelerator.process_index,
@@ -182,7 +182,7 @@ def build(
     for example in examples:
         _check_network(config, network, example, len(data.classes))
     if resolved is None:
-        resolved = _resolve(config, network, prepared)
+        resolved = replace(_resolve(config, network, prepared), augment=augment, augment_reason=augment_reason)
     if config.arm == "bn-naive":
         forget_(network)
         recalibrate_(network, calibration)  # the inputs of every layer have changed
@@ -221,9 +221,19 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) ->
         return report.train_drift[size]
 
     statistics, reason = choose_statistics(config, drift)
-    if config.lr in (None, "auto"):
-        return Resolved(recipe.default_rate(config), statistics, reason, f"the default for a batch of {size}", head="")
-    return Resolved(float(config.lr), statistics, reason, "as asked", head="")
+    rate, rate_reason = recipe.default_rate(config), f"the default for a batch of {size}"
+    if config.lr not in (None, "auto"):
+        rate, rate_reason = float(config.lr), "as asked"
+    return Resolved(rate, statistics, reason, rate_reason, head="", augment="", augment_reason="")
+
+
+def _choose_augment(config: Config, data: Data) -> tuple[str, str]:
+    """The augmentation, and the reason."""
+    if data.examples:
+        return "none", "a function's data is taken as it is"
+    if config.augment != "auto":
+        return config.augment, "as asked"
+    return data.augment, f"the default for {data.kind or data.description}"
 
 
 def _initialize_head_(config: Config, network: nn.Module, head: nn.Module, loader: Loader | Share) -> str:
@@ -259,6 +269,8 @@ def _facts(config: Config, source: Source, data: Data, resolved: Resolved, left:
         facts.append(f"left out     {counted(len(data.skipped), 'damaged image')}, the first: {data.skipped[0]}")
     if data.passed_over:
         facts.append(f"left out     {told_of(data.passed_over, 'no images by name or in no class folder')}")
+    if not data.examples:
+        facts.append(f"augment      {resolved.augment}: {resolved.augment_reason}")
     if config.arm != "plain":
         facts.append(f"statistics   {resolved.statistics}: {resolved.reason}")
     return facts

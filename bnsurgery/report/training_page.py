@@ -23,7 +23,8 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
     Example:
         >>> from bnsurgery.finetune.results import Resolved, Row
         >>> row = Row(1.0, 10, 0.1, 0.5, 0.75, 0.4, 0.8, 99.0)
-        >>> result = bnsurgery.finetune.Result(None, (row,), Resolved(0.1, "batch", "64 images", "as asked", "kept"))
+        >>> resolved = Resolved(0.1, "batch", "64 images", "as asked", "kept", "crop", "as asked")
+        >>> result = bnsurgery.finetune.Result(None, (row,), resolved)
         >>> config = bnsurgery.finetune.Config(data="photos", output="runs/x", source="vgg11", epochs=1)
         >>> bnsurgery.report.training(result, config).verdict
         '80.00 % of the validation images right, in epoch 1 of 1.'

@@ -438,3 +438,13 @@ def test_the_seconds_of_a_run_leave_setting_up_out(config, model, data, monkeypa
 
 def diverge(trainer):
     raise finetune.DivergedError("no number")
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "reason"), [("auto", "crop", "the default for tensors"), ("none", "none", "as asked")]
+)
+def test_the_augmentation_is_printed_and_recorded(asked, chosen, reason, config, model, data, capsys):
+    finetune.run(config(augment=asked, epochs=1), model=model, data=data, show=True)
+    assert f"augment      {chosen}: {reason}\n" in capsys.readouterr().out
+    resolved = RunDirectory(config().output).read_config()[2]
+    assert (resolved.augment, resolved.augment_reason) == (chosen, reason)

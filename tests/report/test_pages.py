@@ -31,7 +31,7 @@ def rows(*accuracies):
     )
 
 
-RESOLVED = Resolved(0.1, "batch", "a batch of 64 is large enough", "as asked", "kept")
+RESOLVED = Resolved(0.1, "batch", "a batch of 64 is large enough", "as asked", "kept", "crop", "as asked")
 RESULT = finetune.Result(None, rows(0.5, 0.75), RESOLVED)
 COMPARISON = Comparison(
     "tiny on patterns",
