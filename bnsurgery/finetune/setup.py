@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +178,7 @@ def build(
     name = head.name_in(network)
     layer = network.get_submodule(name)
     recipe.set_dropout_(network, config.dropout)
-    recipe.choose_parameters_(network, config.train, layer)
+    unfrozen = recipe.choose_parameters_(network, config.train, layer)
     examples = data.examples or [Inputs((torch.zeros(2, *task.preprocessing.shape),))]  # type: ignore[union-attr]
     for example in examples:
         _check_network(config, network, example, len(data.classes))
@@ -206,7 +207,7 @@ def build(
         for parameter in network.parameters():  # those of Conv2d: Module.to refuses a Conv3d's
             if parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
-    facts = _facts(config, source, data, resolved, batches.left_over)
+    facts = _facts(config, source, data, resolved, batches.left_over, unfrozen)
     return Setup(config, accelerator, network, conditioner, resolved, facts, prepared, batches, train, calibration, val)
 
 
@@ -255,13 +256,21 @@ def _initialize_head_(config: Config, network: nn.Module, head: nn.Module, loade
     return f"; random, {fit}"
 
 
-def _facts(config: Config, source: Source, data: Data, resolved: Resolved, left: int) -> list[str]:
+def _facts(
+    config: Config, source: Source, data: Data, resolved: Resolved, left: int, unfrozen: Sequence[str]
+) -> list[str]:
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {thousands(len(data.train))} training and "
         f"{counted(len(data.val), f'validation {data.thing}')}, {len(data.classes)} classes",
         f"head         {resolved.head}",
     ]
+    if unfrozen:
+        count = counted(len(unfrozen), "parameter")
+        facts.append(
+            f"trained      {config.train}, {count} of which took no gradient before, the first: {unfrozen[0]}. `train` "
+            "chooses what is trained"
+        )
     if left:
         others = "" if isinstance(data.train, Stream) else ", others every time"
         facts.append(f"left out     {counted(left, data.thing)} in each epoch{others}: too few for a batch")

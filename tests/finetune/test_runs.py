@@ -448,3 +448,11 @@ def test_the_augmentation_is_printed_and_recorded(asked, chosen, reason, config,
     assert f"augment      {chosen}: {reason}\n" in capsys.readouterr().out
     resolved = RunDirectory(config().output).read_config()[2]
     assert (resolved.augment, resolved.augment_reason) == (chosen, reason)
+
+
+@pytest.mark.parametrize("train", ["all", "head"])
+def test_frozen_parameters_that_are_trained_are_printed(train, config, model, data, capsys):
+    model[0].requires_grad_(False)
+    finetune.run(config(arm="plain", train=train, epochs=1), model=model, data=data, show=True)
+    line = "trained      all, 2 parameters of which took no gradient before, the first: 0.weight. "
+    assert (line in capsys.readouterr().out) is (train == "all")
