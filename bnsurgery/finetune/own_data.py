@@ -21,7 +21,7 @@ from .loading import Split, collated
 from .streams import Stream, check_classes
 
 # Options that only images have, or only data that this package divides.
-_FOR_IMAGES = (
+FOR_IMAGES = (
     *("image_size", "normalize", "mean", "std", "scale", "channels", "augment"),
     *("root", "download", "val_fraction", "limit", "skip_bad"),
 )
@@ -54,7 +54,7 @@ def open_own(config: Config, show: bool = False) -> Data:
         DataError: it returns something else, or an option for images was given, too.
     """
     name = config.data
-    odd = next((field for field in _FOR_IMAGES if getattr(config, field) != _DEFAULTS[field]), None)
+    odd = next((field for field in FOR_IMAGES if getattr(config, field) != _DEFAULTS[field]), None)
     if odd is not None:
         raise DataError(f"finetune: `{odd}` is for images: what '{name}' gives is taken as it is. Leave `{odd}` out")
     call = factories.function(name, "data", "(training, validation)")

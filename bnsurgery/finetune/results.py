@@ -48,10 +48,11 @@ class Resolved:
         statistics: mode of the BatchNorm layers, for the reason `reason`.
         head: "kept" or "new", why, and how a new one was initialized.
         augment: the augmentation, for the reason `augment_reason`.
+        batch_size: samples per step, over all processes; of a function's own batches the largest.
 
     Example:
         >>> reasons = ("as asked", "the default for a batch of 64", "kept: as asked")
-        >>> bnsurgery.finetune.Resolved(0.05, "batch", *reasons, "crop", "as asked").lr
+        >>> bnsurgery.finetune.Resolved(0.05, "batch", *reasons, "crop", "as asked", 64).lr
         0.05
     """
 
@@ -62,3 +63,4 @@ class Resolved:
     head: str
     augment: str
     augment_reason: str
+    batch_size: int

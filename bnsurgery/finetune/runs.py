@@ -42,7 +42,7 @@ class Result:
     Example:
         >>> first = bnsurgery.finetune.Row(1.0, 5, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0)
         >>> rows = (first, bnsurgery.finetune.Row(2.0, 10, 0.0, 0.5, 0.6, 0.7, 0.5, 99.0))
-        >>> resolved = bnsurgery.finetune.Resolved(0.1, "batch", *["as asked"] * 2, "kept", "crop", "as asked")
+        >>> resolved = bnsurgery.finetune.Resolved(0.1, "batch", *["as asked"] * 2, "kept", "crop", "as asked", 64)
         >>> print(bnsurgery.finetune.Result(None, rows, resolved))
         best         75.00 % of the validation images right, in epoch 1
         last         50.00 %, after 10 steps

@@ -225,7 +225,7 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) ->
     rate, rate_reason = recipe.default_rate(config), f"the default for a batch of {size}"
     if config.lr not in (None, "auto"):
         rate, rate_reason = float(config.lr), "as asked"
-    return Resolved(rate, statistics, reason, rate_reason, head="", augment="", augment_reason="")
+    return Resolved(rate, statistics, reason, rate_reason, head="", augment="", augment_reason="", batch_size=size)
 
 
 def _choose_augment(config: Config, data: Data) -> tuple[str, str]:
