@@ -17,8 +17,10 @@ from bnsurgery.finetune.loading import EVALUATED, Prepared, TrainBatches
 from bnsurgery.finetune.own_data import open_own
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.streams import Share, Stream
+from bnsurgery.networks.own_data import OwnBatches
 from bnsurgery.records.record import record
 from bnsurgery.records.task import Task
+from bnsurgery.running.batches import Inputs
 
 CODE = """
     import torch
@@ -379,3 +381,36 @@ def test_a_comparison_makes_the_data_in_every_process(jobs, own, model):
         alone = finetune.run(own("shuffled", epochs=1, arm=trial.arm), model=model, save=False).final
         assert trial.rows[-1].val_loss == pytest.approx(alone.val_loss, rel=1e-5)
     assert finetune.compare(own("shuffled", output="compared", epochs=1), **both).trials == result.trials
+
+
+@pytest.mark.parametrize("name", ["dataset", "named", "noisy", "shuffled", "mixed", "many"])
+def test_insert_and_verify_take_the_training_part_of_the_same_function(name, own, tmp_path):
+    with (tmp_path / "own.py").open("a") as file:
+        file.write("def many():\n    return tuple(tuple(zip(x.split(8), y.split(8))) for x, y in both())\n")
+    name = f"own.py:{name}"
+    batches, again = list(OwnBatches(name, num=40)), list(OwnBatches(name, num=40))
+    images = torch.cat([batch[0][:, :, 1:, 1:] if batch[0].shape[-1] == 8 else batch[0] for batch in batches])
+    assert images.shape[0] >= 32 and all(torch.equal(one[0], two[0]) for one, two in zip(batches, again, strict=True))
+    training = patterns(96, 1)[0][:, :, 1:, 1:].flatten(1).float() / 255
+    near = torch.cdist(images.flatten(1), training).min(1)
+    assert near.values.max() < (2 if name in ("own.py:noisy", "own.py:shuffled") else 1e-2)
+    assert len(near.indices.unique()) >= 16
+    if name == "own.py:dataset":
+        assert near.indices.tolist() != sorted(near.indices.tolist())  # as data sorted by class would come
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "inputs"),
+    [
+        ((torch.zeros(2, 3), torch.ones(2, 3)), 2, 1),  # two batches without targets
+        (([torch.zeros(2, 3), torch.tensor([0, 1])],) * 2, 2, 1),  # as a DataLoader makes them
+        ((((torch.zeros(2, 3), torch.tensor([3, 2])), torch.tensor([0, 1])),) * 3, 3, 2),  # of two inputs, one integers
+        (([((torch.zeros(2, 3), torch.tensor([3, 2])), torch.tensor([0, 1]))] * 2, [], ["a", "b"]), 2, 2),
+        ((_Samples(*[((torch.zeros(3), torch.tensor(3)), 0)] * 10), _Samples()), 2, 2),
+        (_Samples(*[(torch.zeros(3), 0)] * 10), 2, 1),
+    ],
+)
+def test_a_tuple_of_batches_is_no_division(given, count, inputs, monkeypatch):
+    _returns(monkeypatch, given)
+    batches = [Inputs.of(batch) for batch in OwnBatches("x.py:f")]
+    assert [len(batch.args) for batch in batches] == [inputs] * count
