@@ -224,7 +224,7 @@ class Trainer:
             desc=f"epoch {epoch + 1}/{self.config.epochs}",
             total=self.setup.batches.images,
             initial=self.setup.batches.start * self.config.batch_size,
-            unit="img",
+            unit="sample",
             disable=None if self.show else True,  # None: unless stderr is a terminal
             leave=False,
         )

@@ -19,7 +19,7 @@ class Row:
 
     Example:
         >>> print(bnsurgery.finetune.Row(1.0, 8, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0))
-        epoch 1      training loss 0.7000, 50.00 %   validation loss 0.6000, 75.00 %   99 img/s
+        epoch 1      training loss 0.7000, 50.00 %   validation loss 0.6000, 75.00 %   99 samples/s
     """
 
     epoch: float
@@ -35,7 +35,7 @@ class Row:
         return (
             f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {percent(self.train_accuracy)}   "
             f"validation loss {self.val_loss:.4f}, {percent(self.val_accuracy)}   "
-            f"{thousands(self.images_per_second)} img/s"
+            f"{thousands(self.images_per_second)} samples/s"
         )
 
 

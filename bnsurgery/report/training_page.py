@@ -47,9 +47,8 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
     )
     chosen = {"augment": resolved.augment, "batch_size": resolved.batch_size}
     options = [(key, str(chosen.get(key, value))) for key, value in _applying(config).items()]
-    verdict = (
-        f"{percent(best.val_accuracy)} of the validation images right, in epoch {best.epoch:.4g} of {config.epochs}."
-    )
+    right = f"{percent(best.val_accuracy)} of the validation {result.thing}s right"
+    verdict = f"{right}, in epoch {best.epoch:.4g} of {config.epochs}."
     if final.epoch < config.epochs:
         verdict += f" The run was stopped, or is running: its last validation was in epoch {final.epoch:.4g}."
     return Report(

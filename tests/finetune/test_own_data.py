@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import bnsurgery
-from bnsurgery import finetune
+from bnsurgery import finetune, report
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.finetune.loading import EVALUATED, Prepared, TrainBatches
 from bnsurgery.finetune.own_data import open_own
@@ -116,6 +116,10 @@ def own(config, tmp_path, monkeypatch):
 def test_a_dataset_is_trained_like_the_same_images(own, config, data, model):
     images = finetune.run(config(augment="none"), model=model, data=data)
     ours = finetune.run(own("named", output="own"), model=model)
+    for run, thing in ((images, "image"), (ours, "sample")):
+        assert f"of the validation {thing}s right" in str(run)
+        assert f"of the validation {thing}s right" in report.training(run, own("named")).verdict
+    assert replace(ours, seconds=None) == finetune.Result.read(ours.directory)
     assert images.rows[-1].val_loss < images.rows[0].val_loss
     for one, two in zip(images.rows, ours.rows, strict=True):
         assert replace(one, images_per_second=0) == replace(two, images_per_second=0)
