@@ -257,7 +257,7 @@ def test_a_model_named_in_a_file_is_never_imported(folder, sentinel, capfd):
     sentinel.unlink()
 
 
-RESOLVED = Resolved(0.05, "batch", "as asked", "as asked", "kept")
+RESOLVED = Resolved(0.05, "batch", "as asked", "as asked", "kept", "crop", "as asked", 64)
 
 
 def test_help_says_whose_code_runs(capfd):

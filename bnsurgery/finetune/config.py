@@ -71,7 +71,8 @@ class Config:
             checkpoint or the weights; without these it is ImageNet's for colour images, and 0 to 1 for grey ones.
         mean, std, scale, channels: instead of `normalize`, see `bnsurgery.images.preprocessing.Preprocessing`.
         augment: "none"; "crop" (shifts), "crop-flip", "resized-crop" (also flips), "trivial" (also TrivialAugment);
-            "auto" depends on the data.
+            "auto" is "crop" for a folder of images below 64 pixels a side, "resized-crop" for one of larger images,
+            and depends on the data set otherwise.
         num_workers: processes that read images; None for one less than the processors, at most 8. On macOS and Windows
             they import the main module: a script must start its run under `if __name__ == "__main__":`.
 

@@ -26,6 +26,7 @@ from .loading import Split
 if TYPE_CHECKING:
     from .streams import Stream
 
+_SMALL = 64  # pixels: the shorter side of images below is no photograph's, and zooming loses what they show
 # For each of torchvision's datasets: the arguments that give its training and its validation images, or all images, to
 # be divided by the seed; and the augmentation. Datasets without one label an image are left out.
 _TRAIN, _SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
@@ -72,6 +73,7 @@ class Data:
     Attributes:
         description: where the images come from, in words.
         augment: the augmentation that `Config.augment` "auto" stands for.
+        kind: of images, in words, which `augment` is for; the description where empty.
         photographs: whether the images are larger than the input and are cut to its shape.
         skipped: damaged images that were left out.
         passed_over: files whose names are not those of images, or which are in no class's folder.
@@ -90,6 +92,7 @@ class Data:
     classes: tuple[str, ...]
     description: str
     augment: str = "crop"
+    kind: str = ""
     photographs: bool = False
     skipped: tuple[str, ...] = ()
     passed_over: tuple[Path, ...] = ()
@@ -176,12 +179,15 @@ def _folder(directory: Path, config: Config, show: bool) -> Data:
     splits, (classes, *others), skipped, passed_over = zip(*found, strict=True)
     if odd := ", ".join(sorted(set(classes).symmetric_difference(*others))) if others else "":
         raise DataError(f"data '{directory}': train/ and val/ must have the same classes, but only one has: {odd}")
+    size = _first_size(splits[0])
+    small = size is not None and min(size) < _SMALL
     return Data(
         *_train_and_val(splits, config),
         classes,
         f"folder {directory}",
-        "resized-crop",
-        photographs=True,
+        "crop" if small else "resized-crop",
+        "small images, such as {}x{}".format(*size) if size and small else "photographs",
+        photographs=not small,
         skipped=tuple(itertools.chain(*skipped)),
         passed_over=tuple(itertools.chain(*passed_over)),
     )
@@ -224,6 +230,14 @@ def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple
         ) from error
     split = Split(tuple(labels), tuple(labels.values()), names, load_image)
     return split, tuple(folder.name for folder in folders), bad, others
+
+
+def _first_size(split: Split) -> tuple[int, int] | None:
+    """Width and height of the first image; None where it is damaged, which is said when it is used."""
+    try:
+        return split.read(0).size if len(split) else None
+    except DataError:
+        return None
 
 
 def _digits(config: Config) -> Data:

@@ -40,7 +40,7 @@ class HeadFit:
 
     Examples:
         >>> print(bnsurgery.finetune.HeadFit(None, images=500, loss=0.21, accuracy=0.95, seconds=2.5))
-        fitted on 500 images in 2.5 s, training accuracy 95.00 %
+        fitted on 500 samples in 2.5 s, training accuracy 95.00 %
     """
 
     refusal: str | None
@@ -52,7 +52,7 @@ class HeadFit:
     def __str__(self) -> str:
         if self.refusal is not None:
             return f"not fitted: {self.refusal}"
-        return f"fitted on {self.images} images in {self.seconds:.1f} s, training accuracy {percent(self.accuracy)}"
+        return f"fitted on {self.images} samples in {self.seconds:.1f} s, training accuracy {percent(self.accuracy)}"
 
 
 class _Refused(Exception):
@@ -151,7 +151,7 @@ def _call(model: nn.Module, layer: nn.Module, batch: Inputs) -> tuple[Tensor, Te
     finally:
         handle.remove()
     if len(seen) != 1 or len(seen[0][0]) != batch.samples:
-        raise _Refused("the head does not run once a batch, on all of its images")
+        raise _Refused("the head does not run once a batch, on all of its samples")
     return *seen[0], result
 
 
@@ -167,12 +167,12 @@ def _features(model: nn.Module, layer: Any, loader: Iterable[Any]) -> tuple[Tens
             first = first or batch
             if target.is_floating_point() or target.shape != (batch.samples,):
                 shape = tuple(target.shape)
-                raise _Refused(f"labels of {target.dtype} and shape {shape} are not classes, one per image")
+                raise _Refused(f"labels of {target.dtype} and shape {shape} are not classes, one per sample")
             found = _call(model, layer, batch)[0].to(place)
             if bad := found.isfinite().all(1).logical_not().nonzero().flatten().tolist():
                 raise NonFiniteError(
                     f"fit_head_: the head's input is NaN or Inf in sample {', '.join(map(str, bad[:8]))} of batch "
-                    f"{number} (both counted from 0). Leave these images out, or look for non-finite weights."
+                    f"{number} (both counted from 0). Leave these samples out, or look for non-finite weights."
                 )
             features.append(found)
             labels.append(target.to(place, torch.long))
@@ -186,7 +186,7 @@ def _solve(features: Tensor, labels: Tensor, classes: int, intercept: bool) -> t
     present, expected = set(labels.unique().tolist()), set(range(classes))
     if present != expected:
         odd, missing = present - expected, expected - present
-        what = f"there is a label {min(odd)}" if odd else f"no image is of class {min(missing)}"
+        what = f"there is a label {min(odd)}" if odd else f"no sample is of class {min(missing)}"
         raise _Refused(f"{what}, and the head has outputs for classes 0 to {classes - 1}")
     count, size = features.shape
     parts = features.split(max(1, _NUMBERS // size))

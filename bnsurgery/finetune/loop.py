@@ -28,6 +28,7 @@ from bnsurgery.text.typed_json import parse
 from bnsurgery.text.words import counted, percent
 
 from . import recipe
+from .config import Config
 from .results import Row
 from .run_directory import RunDirectory
 from .setup import Setup
@@ -223,7 +224,7 @@ class Trainer:
             desc=f"epoch {epoch + 1}/{self.config.epochs}",
             total=self.setup.batches.images,
             initial=self.setup.batches.start * self.config.batch_size,
-            unit="img",
+            unit="sample",
             disable=None if self.show else True,  # None: unless stderr is a terminal
             leave=False,
         )
@@ -388,10 +389,12 @@ class Trainer:
         kept = ""
         if self.directory is not None and self.directory.last.exists():
             kept = f" Kept: {self.directory.last}" + (f" and {self.directory.best}" if self.rows else "") + "."
-        rate = self.setup.resolved.lr
+        rate, default, clip = self.setup.resolved.lr, recipe.default_rate(self.config), self.config.clip
+        lower = default if rate > 10 * default else float(f"{rate / 3:.1g}")
+        first, last = "" if clip else f"`clip={Config.clip:g}`, then ", " or `clip=1`" if clip > 1 else ""
         return DivergedError(
             f"finetune: diverged at step {step} (epoch {math.ceil(step / self.steps_per_epoch)}), peak learning rate "
-            f"{rate:.3g}: {what}.{kept} Try `lr={rate / 3:.1g}` or `clip=1`, with another `output`."
+            f"{rate:.3g}: {what}.{kept} Try {first}`lr={lower:g}`{last}, with another `output`."
         )
 
     def _resumable(self) -> str:

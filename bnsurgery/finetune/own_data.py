@@ -21,7 +21,7 @@ from .loading import Split, collated
 from .streams import Stream, check_classes
 
 # Options that only images have, or only data that this package divides.
-_FOR_IMAGES = (
+FOR_IMAGES = (
     *("image_size", "normalize", "mean", "std", "scale", "channels", "augment"),
     *("root", "download", "val_fraction", "limit", "skip_bad"),
 )
@@ -47,14 +47,14 @@ def open_own(config: Config, show: bool = False) -> Data:
 
     Inputs are a tensor, a tuple of several or a dict of keyword arguments; targets are integers, a tensor (N,) for a
     batch of N. Classes are names, in the order of the targets. Without them the classes are called by their numbers,
-    up to the largest target.
+    up to the largest target, and each has a training sample.
 
     Raises:
         ArchitectureError: there is no such function, or it fails.
         DataError: it returns something else, or an option for images was given, too.
     """
     name = config.data
-    odd = next((field for field in _FOR_IMAGES if getattr(config, field) != _DEFAULTS[field]), None)
+    odd = next((field for field in FOR_IMAGES if getattr(config, field) != _DEFAULTS[field]), None)
     if odd is not None:
         raise DataError(f"finetune: `{odd}` is for images: what '{name}' gives is taken as it is. Leave `{odd}` out")
     call = factories.function(name, "data", "(training, validation)")
@@ -64,10 +64,10 @@ def open_own(config: Config, show: bool = False) -> Data:
         if not isinstance(found, tuple) or len(found) not in (2, 3):
             got = f"a tuple of {len(found)}" if isinstance(found, tuple) else with_article(type(found).__name__)
             raise DataError(f"data '{name}': returned {got}, {_EXPECTED}")
-        names = _names(name, found[2]) if len(found) == 3 else ()
+        names = _names(name, found[2]) if len(found) == 3 else None
         wheres = [f"data '{name}': {part}" for part in ("training", "validation")]
         train, val = splits = [_part(name, where, given, show) for where, given in zip(wheres, found, strict=False)]
-        names = names or tuple(map(str, range(max(train.labels) + 1)))
+        names = _numbers(wheres[0], train.labels) if names is None else names
         if len(names) < 2:
             raise DataError(f"data '{name}': got one class, expected two or more to learn")
         for where, split in zip(wheres, splits, strict=True):
@@ -100,7 +100,21 @@ def in_its_batches(config: Config, data: Data) -> Config:
 def _names(name: str, classes: Any) -> tuple[str, ...]:
     if isinstance(classes, str) or not isinstance(classes, Sequence) or not all(isinstance(c, str) for c in classes):
         raise DataError(f"data '{name}': classes: got {type(classes).__name__}, expected a list of names")
+    if not classes:
+        raise DataError(f"data '{name}': classes: got no name, expected one for each class. Without names leave it out")
     return tuple(classes)
+
+
+def _numbers(where: str, labels: Collection[int]) -> tuple[str, ...]:
+    """The names of classes without names. A number far above the others is rather an id, or an error."""
+    largest, present = max(labels), set(labels)
+    missing = next((label for label in range(largest) if label not in present), None)
+    if missing is not None:
+        raise DataError(
+            f"{where}: targets: the largest is {largest}, but none is {missing}. Number the classes from 0 without "
+            "gaps, or return their names, too: (training, validation, classes)"
+        )
+    return tuple(map(str, range(largest + 1)))
 
 
 def _part(name: str, where: str, given: Any, show: bool) -> Split | Stream:
@@ -122,7 +136,8 @@ class _Samples:
     """The inputs of a user's Dataset, by number.
 
     Attributes:
-        targets: class index of every sample, from the Dataset's attribute `targets`, or read with the inputs.
+        targets: class index of every sample, from the Dataset's attribute `targets`, or read with the inputs where
+            there is none or a transform may change them.
     """
 
     def __init__(self, name: str, where: str, dataset: Any, show: bool) -> None:
@@ -133,7 +148,7 @@ class _Samples:
             raise DataError(f"{where}: a Dataset without a length: give it a __len__") from None
         if not count:
             raise DataError(f"{where}: gave no sample")
-        known = getattr(dataset, "targets", None)
+        known = None if _changes_targets(dataset) else getattr(dataset, "targets", None)
         if isinstance(known, Collection) and len(known) == count:
             self.targets = tuple(self._integer(target, index) for index, target in enumerate(known))
         else:
@@ -170,11 +185,18 @@ class _Samples:
             ) from None
 
 
+def _changes_targets(dataset: Any) -> bool:
+    """Whether transforms, as torchvision's datasets have them, may give other targets than the attribute `targets`."""
+    target, joint, alone = (getattr(dataset, name, None) for name in ("target_transform", "transforms", "transform"))
+    return target is not None or (joint is not None and alone is None)  # with both, `transforms` only wraps `transform`
+
+
 def _example(where: str, split: Split | Stream) -> Inputs:
     """Up to two inputs, as the network will get them."""
     if isinstance(split, Stream):
         return next(split.once(0))[0].take(0, 2)
+    pairs = [(split.read(index), split.labels[index]) for index in range(min(2, len(split)))]
     try:
-        return Inputs.of(collated([(split.read(index), split.labels[index]) for index in range(min(2, len(split)))]))
+        return Inputs.of(collated(pairs))
     except (CalibrationError, DataError) as error:
         raise DataError(f"{where}: {error}") from error

@@ -40,12 +40,14 @@ def set_dropout_(model: nn.Module, probability: float | None) -> None:
             module.p = min(module.p, _DROPOUT) if probability is None else probability
 
 
-def choose_parameters_(model: nn.Module, train: str, head: nn.Module) -> None:
-    """Let only the parameters take a gradient that `Config.train` names."""
+def choose_parameters_(model: nn.Module, train: str, head: nn.Module) -> list[str]:
+    """Let only the parameters take a gradient that `Config.train` names; return the names of those that took none."""
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     model.requires_grad_(train == "all")
     for module in model.modules():
         if (isinstance(module, _BatchNorm) and "bn" in train) or (module is head and "head" in train):
             module.requires_grad_()
+    return [name for name, parameter in frozen.items() if parameter.requires_grad]
 
 
 def optimizer(config: Config, model: nn.Module, rate: float) -> torch.optim.Optimizer:

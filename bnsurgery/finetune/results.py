@@ -19,7 +19,7 @@ class Row:
 
     Examples:
         >>> print(bnsurgery.finetune.Row(1.0, 8, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0))
-        epoch 1      training loss 0.7000, 50.00 %   validation loss 0.6000, 75.00 %   99 img/s
+        epoch 1      training loss 0.7000, 50.00 %   validation loss 0.6000, 75.00 %   99 samples/s
     """
 
     epoch: float
@@ -35,7 +35,7 @@ class Row:
         return (
             f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {percent(self.train_accuracy)}   "
             f"validation loss {self.val_loss:.4f}, {percent(self.val_accuracy)}   "
-            f"{thousands(self.images_per_second)} img/s"
+            f"{thousands(self.images_per_second)} samples/s"
         )
 
 
@@ -47,9 +47,12 @@ class Resolved:
         lr: the peak learning rate, for the reason `lr_reason`.
         statistics: mode of the BatchNorm layers, for the reason `reason`.
         head: "kept" or "new", why, and how a new one was initialized.
+        augment: the augmentation, for the reason `augment_reason`.
+        batch_size: samples per step, over all processes; of a function's own batches the largest.
 
     Examples:
-        >>> bnsurgery.finetune.Resolved(0.05, "batch", "as asked", "the default for a batch of 64", "kept: as asked").lr
+        >>> reasons = ("as asked", "the default for a batch of 64", "kept: as asked")
+        >>> bnsurgery.finetune.Resolved(0.05, "batch", *reasons, "crop", "as asked", 64).lr
         0.05
     """
 
@@ -58,3 +61,6 @@ class Resolved:
     reason: str
     lr_reason: str
     head: str
+    augment: str
+    augment_reason: str
+    batch_size: int

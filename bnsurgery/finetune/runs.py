@@ -38,11 +38,12 @@ class Result:
         rows: the measurements, one per validation.
         resolved: the learning rate, statistics mode and head it ran with.
         seconds: that this process spent on training and validation, without the setup; None if read from a directory.
+        thing: the word for what is classified: "image" or "sample".
 
     Examples:
         >>> first = bnsurgery.finetune.Row(1.0, 5, 0.1, 0.7, 0.5, 0.6, 0.75, 99.0)
         >>> rows = (first, bnsurgery.finetune.Row(2.0, 10, 0.0, 0.5, 0.6, 0.7, 0.5, 99.0))
-        >>> resolved = bnsurgery.finetune.Resolved(0.1, "batch", "as asked", "as asked", "kept: as asked")
+        >>> resolved = bnsurgery.finetune.Resolved(0.1, "batch", *["as asked"] * 2, "kept", "crop", "as asked", 64)
         >>> print(bnsurgery.finetune.Result(None, rows, resolved))
         best         75.00 % of the validation images right, in epoch 1
         last         50.00 %, after 10 steps
@@ -52,6 +53,7 @@ class Result:
     rows: tuple[Row, ...]
     resolved: Resolved
     seconds: float | None = None
+    thing: str = "image"
 
     @classmethod
     def read(cls, directory: str | Path) -> "Result":
@@ -61,7 +63,9 @@ class Result:
             CheckpointError: there was no validation yet, or a file is damaged.
         """
         place = RunDirectory(directory)
-        return cls(place.path, place.read_metrics(), place.read_config()[2])
+        config, _, resolved = place.read_config()
+        thing = "sample" if factories.names_code(config.data) else "image"
+        return cls(place.path, place.read_metrics(), resolved, thing=thing)
 
     @property
     def best(self) -> Row:
@@ -75,8 +79,9 @@ class Result:
 
     def __str__(self) -> str:
         best = self.best
+        right = f"{percent(best.val_accuracy)} of the validation {self.thing}s right"
         return (
-            f"best         {percent(best.val_accuracy)} of the validation images right, in epoch {best.epoch:.4g}\n"
+            f"best         {right}, in epoch {best.epoch:.4g}\n"
             f"last         {percent(self.final.val_accuracy)}, after {counted(self.final.step, 'step')}"
         )
 
@@ -243,7 +248,8 @@ def _train(
             print(f"peak rate    {setup.resolved.lr:.3g}: {setup.resolved.lr_reason}", flush=True)
         with listening() as stop:
             trainer.fit(stop)
-    return Result(directory.path if directory else None, tuple(trainer.rows), setup.resolved, trainer.seconds)
+    path = directory.path if directory else None
+    return Result(path, tuple(trainer.rows), setup.resolved, trainer.seconds, data.thing)
 
 
 def _refuse_other_data(before: Fingerprint, now: Fingerprint) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,7 @@ def build(
     task, head = task_of(source, data, config)
     source.model.to(accelerator.device)
 
-    augment = data.augment if config.augment == "auto" else config.augment
+    augment, augment_reason = (resolved.augment, "") if resolved else _choose_augment(config, data)
     prepared = as_taken(data.train, task, augment, config.seed)
     share: dict[str, Any] = {
         "rank": accelerator.process_index,
@@ -177,12 +178,12 @@ def build(
     name = head.name_in(network)
     layer = network.get_submodule(name)
     recipe.set_dropout_(network, config.dropout)
-    recipe.choose_parameters_(network, config.train, layer)
+    unfrozen = recipe.choose_parameters_(network, config.train, layer)
     examples = data.examples or [Inputs((torch.zeros(2, *task.preprocessing.shape),))]  # type: ignore[union-attr]
     for example in examples:
         _check_network(config, network, example, len(data.classes))
     if resolved is None:
-        resolved = _resolve(config, network, prepared)
+        resolved = replace(_resolve(config, network, prepared), augment=augment, augment_reason=augment_reason)
     if config.arm == "bn-naive":
         forget_(network)
         recalibrate_(network, calibration)  # the inputs of every layer have changed
@@ -206,7 +207,7 @@ def build(
         for parameter in network.parameters():  # those of Conv2d: Module.to refuses a Conv3d's
             if parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
-    facts = _facts(config, source, data, resolved, batches.left_over)
+    facts = _facts(config, source, data, resolved, batches.left_over, unfrozen)
     return Setup(config, accelerator, network, conditioner, resolved, facts, prepared, batches, train, calibration, val)
 
 
@@ -221,9 +222,19 @@ def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) ->
         return report.train_drift[size]
 
     statistics, reason = choose_statistics(config, drift)
-    if config.lr in (None, "auto"):
-        return Resolved(recipe.default_rate(config), statistics, reason, f"the default for a batch of {size}", head="")
-    return Resolved(float(config.lr), statistics, reason, "as asked", head="")
+    rate, rate_reason = recipe.default_rate(config), f"the default for a batch of {size}"
+    if config.lr not in (None, "auto"):
+        rate, rate_reason = float(config.lr), "as asked"
+    return Resolved(rate, statistics, reason, rate_reason, head="", augment="", augment_reason="", batch_size=size)
+
+
+def _choose_augment(config: Config, data: Data) -> tuple[str, str]:
+    """The augmentation, and the reason."""
+    if data.examples:
+        return "none", "a function's data is taken as it is"
+    if config.augment != "auto":
+        return config.augment, "as asked"
+    return data.augment, f"the default for {data.kind or data.description}"
 
 
 def _initialize_head_(config: Config, network: nn.Module, head: nn.Module, loader: Loader | Share) -> str:
@@ -245,13 +256,21 @@ def _initialize_head_(config: Config, network: nn.Module, head: nn.Module, loade
     return f"; random, {fit}"
 
 
-def _facts(config: Config, source: Source, data: Data, resolved: Resolved, left: int) -> list[str]:
+def _facts(
+    config: Config, source: Source, data: Data, resolved: Resolved, left: int, unfrozen: Sequence[str]
+) -> list[str]:
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {thousands(len(data.train))} training and "
         f"{counted(len(data.val), f'validation {data.thing}')}, {len(data.classes)} classes",
         f"head         {resolved.head}",
     ]
+    if unfrozen:
+        count = counted(len(unfrozen), "parameter")
+        facts.append(
+            f"trained      {config.train}, {count} of which took no gradient before, the first: {unfrozen[0]}. `train` "
+            "chooses what is trained"
+        )
     if left:
         others = "" if isinstance(data.train, Stream) else ", others every time"
         facts.append(f"left out     {counted(left, data.thing)} in each epoch{others}: too few for a batch")
@@ -259,6 +278,8 @@ def _facts(config: Config, source: Source, data: Data, resolved: Resolved, left:
         facts.append(f"left out     {counted(len(data.skipped), 'damaged image')}, the first: {data.skipped[0]}")
     if data.passed_over:
         facts.append(f"left out     {told_of(data.passed_over, 'no images by name or in no class folder')}")
+    if not data.examples:
+        facts.append(f"augment      {resolved.augment}: {resolved.augment_reason}")
     if config.arm != "plain":
         facts.append(f"statistics   {resolved.statistics}: {resolved.reason}")
     return facts

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from bnsurgery.errors import DataError
 from bnsurgery.running.batches import Inputs
@@ -13,12 +14,16 @@ from bnsurgery.text.words import with_article
 
 from . import factories
 
+_TOGETHER = 8  # samples of a Dataset
+
 
 class OwnBatches:
     """The batches that "file.py:function" or "package.module:function" gives, as `insert` takes them.
 
     The function is called without arguments, and returns any iterable of batches or is a generator itself. It is called
-    anew for every pass, with torch's random numbers seeded, so that it draws and shuffles the same.
+    anew for every pass, with torch's random numbers seeded, so that it draws and shuffles the same. Of a function that
+    returns (training, validation), as fine-tuning takes it, these are the training batches. A Dataset is shuffled, and
+    gives batches of 8.
 
     Attributes:
         description: the function's name.
@@ -58,6 +63,9 @@ class OwnBatches:
         """
         torch.manual_seed(self._seed)
         found = self._call()
+        found = found[0] if _is_divided(found) else found
+        if isinstance(found, Dataset) and not isinstance(found, IterableDataset):
+            found = _batched(found)
         if isinstance(found, (Tensor, Mapping)) or not isinstance(found, Iterable):
             kind = with_article(type(found).__name__)
             raise DataError(f"data '{self.description}': returned {kind}, expected an iterable of batches, as a list")
@@ -72,3 +80,27 @@ class OwnBatches:
             yield batch
         if not given:
             raise DataError(f"data '{self.description}': gave no batch")
+
+
+def _is_divided(found: Any) -> bool:
+    """Whether it is (training, validation) or (training, validation, classes), and no tuple of batches."""
+    if not isinstance(found, tuple) or len(found) not in (2, 3):
+        return False
+    training = found[0]
+    if isinstance(training, (tuple, list)):  # as a batch may be, too, but a batch is no row of labelled ones
+        return bool(training) and all(map(_is_labelled, training))
+    return isinstance(training, (Dataset, Iterable)) and not isinstance(training, (Tensor, Mapping))
+
+
+def _is_labelled(batch: Any) -> bool:
+    """Whether it is a pair of inputs and integers, a number for each input."""
+    targets = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    return isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+
+
+def _batched(dataset: Any) -> Iterator[tuple[Any, None]]:
+    """The inputs of a Dataset of pairs (inputs, target), in a random order; inputs that are a tuple stay one."""
+    for indices in torch.randperm(len(dataset)).split(_TOGETHER):
+        inputs = [dataset[index][0] for index in indices.tolist()]
+        joined = default_collate(inputs)
+        yield (tuple(joined) if isinstance(inputs[0], tuple) else joined), None

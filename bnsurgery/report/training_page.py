@@ -5,6 +5,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bnsurgery.finetune.figures import plot_comparison, plot_curves, seconds_by_arm, telling_panels
+from bnsurgery.finetune.own_data import FOR_IMAGES
+from bnsurgery.networks import factories
 from bnsurgery.pages.page import Report, Section, Table
 from bnsurgery.text.words import percent, thousands
 
@@ -23,7 +25,8 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
     Examples:
         >>> from bnsurgery.finetune.results import Resolved, Row
         >>> row = Row(1.0, 10, 0.1, 0.5, 0.75, 0.4, 0.8, 99.0)
-        >>> result = bnsurgery.finetune.Result(None, (row,), Resolved(0.1, "batch", "64 images", "as asked", "kept"))
+        >>> resolved = Resolved(0.1, "batch", "64 images", "as asked", "kept", "crop", "as asked", 64)
+        >>> result = bnsurgery.finetune.Result(None, (row,), resolved)
         >>> config = bnsurgery.finetune.Config(data="photos", output="runs/x", source="vgg11", epochs=1)
         >>> bnsurgery.report.training(result, config).verdict
         '80.00 % of the validation images right, in epoch 1 of 1.'
@@ -42,10 +45,10 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         },
         result.rows,
     )
-    options = [(key, str(value)) for key, value in asdict(config).items() if value not in ("", None)]
-    verdict = (
-        f"{percent(best.val_accuracy)} of the validation images right, in epoch {best.epoch:.4g} of {config.epochs}."
-    )
+    chosen = {"augment": resolved.augment, "batch_size": resolved.batch_size}
+    options = [(key, str(chosen.get(key, value))) for key, value in _applying(config).items()]
+    right = f"{percent(best.val_accuracy)} of the validation {result.thing}s right"
+    verdict = f"{right}, in epoch {best.epoch:.4g} of {config.epochs}."
     if final.epoch < config.epochs:
         verdict += f" The run was stopped, or is running: its last validation was in epoch {final.epoch:.4g}."
     return Report(
@@ -56,6 +59,8 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
             ("accuracy", f"{percent(best.val_accuracy)} at best, {percent(final.val_accuracy)} at the end"),
             ("peak learning rate", f"{resolved.lr:.3g}: {resolved.lr_reason}"),
             ("statistics", f"{resolved.statistics}: {resolved.reason}"),
+            ("head", resolved.head),
+            ("augmentation", f"{resolved.augment}: {resolved.augment_reason}"),
             ("steps", thousands(final.step)),
         ),
         sections=(
@@ -68,6 +73,15 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         ),
         terms=("accuracy", "loss", "batch", "renorm", "running"),
     )
+
+
+def _applying(config: "Config") -> dict[str, Any]:
+    """The options that have a value and mean something for the network and data of `config`."""
+    idle = {*FOR_IMAGES} if factories.names_code(config.data) else set()
+    named = config.model or config.source
+    if config.weights == "DEFAULT" and not (factories.is_timm(named) or factories.is_torchvision(named)):
+        idle.add("weights")
+    return {key: value for key, value in asdict(config).items() if value not in ("", None) and key not in idle}
 
 
 def comparison(result: "Comparison", *, title: str | None = None) -> Report:

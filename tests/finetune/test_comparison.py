@@ -113,7 +113,7 @@ def test_a_divergence_is_a_result(model, data, config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("head", "jobs", "text"), [("new", 1, "new: as asked; fitted on 96 images in "), ("keep", 2, "kept: as asked")]
+    ("head", "jobs", "text"), [("new", 1, "new: as asked; fitted on 96 samples in "), ("keep", 2, "kept: as asked")]
 )
 def test_it_says_once_what_became_of_the_head(model, data, config, capsys, head, jobs, text):
     both = {"arms": ("plain", "bn"), "rates": (0.1,), "jobs": jobs}

@@ -51,6 +51,22 @@ def test_a_train_folder_alone_is_split(tmp_path):
     assert (len(data.train), len(data.val)) == (6, 2)
 
 
+@pytest.mark.parametrize(
+    ("size", "augment", "kind"),
+    [
+        ((28, 28), "crop", "small images, such as 28x28"),
+        ((200, 63), "crop", "small images, such as 200x63"),
+        ((64, 200), "resized-crop", "photographs"),
+        (None, "resized-crop", "photographs"),  # damaged
+    ],
+)
+def test_small_images_are_no_photographs(size, augment, kind, tmp_path):
+    first = folder(tmp_path, cat=4, dog=4) / "cat" / "0.png"
+    first.write_bytes(b"") if size is None else Image.new("L", size).save(first)
+    data = load(tmp_path)
+    assert (data.augment, data.kind, data.photographs) == (augment, kind, kind == "photographs")
+
+
 def test_a_changed_file_changes_the_fingerprint(tmp_path):
     before = load(folder(tmp_path, cat=4, dog=4)).fingerprint
     Image.new("RGB", (60, 60), (1, 2, 3)).save(tmp_path / "dog" / "0.png")

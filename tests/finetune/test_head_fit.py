@@ -235,7 +235,7 @@ UNFIT = {
         lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y[:, None].repeat(1, 9), "are not classes",
     ),
     "one class": (
-        lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y * 0, "no image is of class 1",
+        lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y * 0, "no sample is of class 1",
     ),
     "other classes": (lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y + 1, "is a label 4"),
     "negative labels": (lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y - 1, "is a label -1"),
@@ -300,7 +300,7 @@ def test_a_run_starts_with_a_fitted_head(arm, model, data, config, capsys, monke
     chosen = config(arm=arm, epochs=1, head="new")
     result = finetune.run(chosen, model=model, data=data, show=True)
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("head  "))
-    assert re.match(r"head         new: .*; fitted on 96 images in ", said) and "training accuracy" in said
+    assert re.match(r"head         new: .*; fitted on 96 samples in ", said) and "training accuracy" in said
     assert said.endswith(result.resolved.head)
     monkeypatch.setattr(setup, "fit_head_", None)  # what is resumed is not fitted again
     assert finetune.resume(chosen.output, model=model, data=data).resolved == result.resolved
@@ -320,7 +320,7 @@ def test_every_arm_fits_its_own_features_and_a_kept_head_stays(model, data, conf
         x = seen[0].numpy()
         weight, bias, *_ = solution(x, y)
         np.testing.assert_allclose(centred(logits), centred(x @ weight.T + bias), atol=5e-3)
-        assert re.match("new: .*; fitted on 96 images in ", made.resolved.head)
+        assert re.match("new: .*; fitted on 96 samples in ", made.resolved.head)
     assert torch.equal(heads["plain"].weight, heads["bn"].weight)
     assert not torch.allclose(heads["bn"].weight, heads["bn-naive"].weight, rtol=0.1)
     kept, random = "kept: as asked", "new: as asked; random"
@@ -335,7 +335,7 @@ def test_every_arm_fits_its_own_features_and_a_kept_head_stays(model, data, conf
 def test_batchnorm_alone_is_trained_behind_a_fitted_head(model, data, config, tmp_path):
     setup_only = setup.build(config(head="new"), setup.processes(config()), model, data, None, False)
     result = finetune.run(config(head="new", train="bn"), model=model, data=data)
-    assert "; fitted on 96 images in " in result.resolved.head
+    assert "; fitted on 96 samples in " in result.resolved.head
     trained = bnsurgery.load(result.directory / "best.safetensors", model=model)
     assert torch.equal(head_of(trained).weight, head_of(setup_only.network).weight)
     assert not torch.equal(trained[1].weight, setup_only.network[1].weight)

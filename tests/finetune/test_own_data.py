@@ -11,19 +11,22 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import bnsurgery
-from bnsurgery import finetune
+from bnsurgery import finetune, report
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.finetune.loading import EVALUATED, Prepared, TrainBatches
 from bnsurgery.finetune.own_data import open_own
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.streams import Share, Stream
+from bnsurgery.networks.own_data import OwnBatches
 from bnsurgery.records.record import record
 from bnsurgery.records.task import Task
+from bnsurgery.running.batches import Inputs
 
 CODE = """
     import torch
     from tiny_task import patterns
     from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+    from torchvision.datasets import VisionDataset
 
     def both():
         return [(images.float() / 255, labels) for images, labels in (patterns(96, 1), patterns(40, 2))]
@@ -43,6 +46,19 @@ CODE = """
         @property
         def targets(self):
             return self.tensors[1].roll(1)
+
+    class Shifted(VisionDataset):  # by its transforms: targets 4 to 7 become classes
+        def __init__(self, part, **transforms):
+            super().__init__(**transforms)
+            self.images, self.targets = part[0], (part[1] + 4).tolist()
+        def __len__(self):
+            return len(self.targets)
+        def __getitem__(self, index):
+            pair = self.images[index], self.targets[index]
+            return pair if self.transforms is None else self.transforms(*pair)
+    def shifted(): return tuple(Shifted(part, target_transform=lambda target: target - 4) for part in both())
+    def jointly(): return tuple(Shifted(part, transforms=lambda image, target: (image, target - 4)) for part in both())
+    def unchanged(): return *(Shifted(part, transform=lambda image: image) for part in both()), list("abcdefgh")
 
     def dataset(): return tuple(TensorDataset(*part) for part in both())
     def counted(): return tuple(Counted(*part) for part in both())
@@ -100,6 +116,10 @@ def own(config, tmp_path, monkeypatch):
 def test_a_dataset_is_trained_like_the_same_images(own, config, data, model):
     images = finetune.run(config(augment="none"), model=model, data=data)
     ours = finetune.run(own("named", output="own"), model=model)
+    for run, thing in ((images, "image"), (ours, "sample")):
+        assert f"of the validation {thing}s right" in str(run)
+        assert f"of the validation {thing}s right" in report.training(run, own("named")).verdict
+    assert replace(ours, seconds=None) == finetune.Result.read(ours.directory)
     assert images.rows[-1].val_loss < images.rows[0].val_loss
     for one, two in zip(images.rows, ours.rows, strict=True):
         assert replace(one, images_per_second=0) == replace(two, images_per_second=0)
@@ -224,8 +244,13 @@ def test_targets_are_read_with_the_samples_or_from_the_attribute(own):
         assert data.train.labels == tuple(patterns(96, 1)[1].tolist()) and len(data.val) == 40
     assert reads == [96 + 40 + 4, 4]  # two of each are examples
     assert open_own(own("counted")).classes == ("0", "1", "2", "3")
-    with pytest.raises(DataError, match=r"own.py:lying': training: .* sample 0: its target is 0, but was 3 before"):
+    with pytest.raises(DataError, match=r"^data 'own.py:lying': training sample 0: its target is 0, but was 3 before"):
         open_own(own("lying"))
+
+
+@pytest.mark.parametrize(("name", "shift"), [("shifted", 0), ("jointly", 0), ("unchanged", 4)])
+def test_targets_are_those_that_transforms_give(name, shift, own):
+    assert open_own(own(name)).train.labels == tuple((patterns(96, 1)[1] + shift).tolist())
 
 
 class _Wrong(Dataset):
@@ -269,6 +294,10 @@ class _Samples(Dataset):
         ((torch.zeros(4, 1), GOOD), "training: got a Tensor, expected"),
         ((iter(GOOD), GOOD), "training: got a list_iterator, which can be gone through once"),
         ((GOOD, GOOD, 4), "classes: got int, expected a list of names"),
+        ((GOOD, GOOD, []), "classes: got no name, expected one for each class"),
+        ((_pairs(torch.tensor([0, 1, 2, 2**62])), GOOD), f"training: targets: the largest is {2**62}, but none is 3."),
+        ((_pairs(torch.tensor([1, 2, 3, 1])), GOOD), "training: targets: the largest is 3, but none is 0."),
+        ((_Samples(*((torch.zeros(1), n) for n in (0, 2, 2))), GOOD), "targets: the largest is 2, but none is 1."),
         ((GOOD, GOOD, "abcd"), "classes: got str, expected a list of names"),
         (([], GOOD), "training: gave no batch"),
         ((_Samples(), GOOD), "training: gave no sample"),
@@ -297,7 +326,7 @@ class _Samples(Dataset):
         ((_Samples((torch.zeros(1), 0.5)), GOOD), "training sample 0: target: got a float, expected an integer"),
         ((_Samples((torch.zeros(1), torch.tensor(1.0))), GOOD), "target: got a Tensor of torch.float32, expected an"),
         ((_Samples(*((torch.zeros(n + 1), n) for n in range(4))), GOOD), "training: data: the inputs do not go into"),
-        ((_Samples(("a", 0), ("b", 3)), GOOD), "training: batches: got list"),
+        ((_Samples(*(("a", n) for n in range(4))), GOOD), "training: batches: got list"),
     ],
 )
 def test_what_is_no_labelled_data_is_refused(value, message, config, monkeypatch):
@@ -356,3 +385,36 @@ def test_a_comparison_makes_the_data_in_every_process(jobs, own, model):
         alone = finetune.run(own("shuffled", epochs=1, arm=trial.arm), model=model, save=False).final
         assert trial.rows[-1].val_loss == pytest.approx(alone.val_loss, rel=1e-5)
     assert finetune.compare(own("shuffled", output="compared", epochs=1), **both).trials == result.trials
+
+
+@pytest.mark.parametrize("name", ["dataset", "named", "noisy", "shuffled", "mixed", "many"])
+def test_insert_and_verify_take_the_training_part_of_the_same_function(name, own, tmp_path):
+    with (tmp_path / "own.py").open("a") as file:
+        file.write("def many():\n    return tuple(tuple(zip(x.split(8), y.split(8))) for x, y in both())\n")
+    name = f"own.py:{name}"
+    batches, again = list(OwnBatches(name, num=40)), list(OwnBatches(name, num=40))
+    images = torch.cat([batch[0][:, :, 1:, 1:] if batch[0].shape[-1] == 8 else batch[0] for batch in batches])
+    assert images.shape[0] >= 32 and all(torch.equal(one[0], two[0]) for one, two in zip(batches, again, strict=True))
+    training = patterns(96, 1)[0][:, :, 1:, 1:].flatten(1).float() / 255
+    near = torch.cdist(images.flatten(1), training).min(1)
+    assert near.values.max() < (2 if name in ("own.py:noisy", "own.py:shuffled") else 1e-2)
+    assert len(near.indices.unique()) >= 16
+    if name == "own.py:dataset":
+        assert near.indices.tolist() != sorted(near.indices.tolist())  # as data sorted by class would come
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "inputs"),
+    [
+        ((torch.zeros(2, 3), torch.ones(2, 3)), 2, 1),  # two batches without targets
+        (([torch.zeros(2, 3), torch.tensor([0, 1])],) * 2, 2, 1),  # as a DataLoader makes them
+        ((((torch.zeros(2, 3), torch.tensor([3, 2])), torch.tensor([0, 1])),) * 3, 3, 2),  # of two inputs, one integers
+        (([((torch.zeros(2, 3), torch.tensor([3, 2])), torch.tensor([0, 1]))] * 2, [], ["a", "b"]), 2, 2),
+        ((_Samples(*[((torch.zeros(3), torch.tensor(3)), 0)] * 10), _Samples()), 2, 2),
+        (_Samples(*[(torch.zeros(3), 0)] * 10), 2, 1),
+    ],
+)
+def test_a_tuple_of_batches_is_no_division(given, count, inputs, monkeypatch):
+    _returns(monkeypatch, given)
+    batches = [Inputs.of(batch) for batch in OwnBatches("x.py:f")]
+    assert [len(batch.args) for batch in batches] == [inputs] * count

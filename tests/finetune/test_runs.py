@@ -438,3 +438,39 @@ def test_the_seconds_of_a_run_leave_setting_up_out(config, model, data, monkeypa
 
 def diverge(trainer):
     raise finetune.DivergedError("no number")
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "reason"), [("auto", "crop", "the default for tensors"), ("none", "none", "as asked")]
+)
+def test_the_augmentation_is_printed_and_recorded(asked, chosen, reason, config, model, data, capsys):
+    finetune.run(config(augment=asked, epochs=1), model=model, data=data, show=True)
+    assert f"augment      {chosen}: {reason}\n" in capsys.readouterr().out
+    resolved = RunDirectory(config().output).read_config()[2]
+    assert (resolved.augment, resolved.augment_reason) == (chosen, reason)
+
+
+@pytest.mark.parametrize("train", ["all", "head"])
+def test_frozen_parameters_that_are_trained_are_printed(train, config, model, data, capsys):
+    model[0].requires_grad_(False)
+    finetune.run(config(arm="plain", train=train, epochs=1), model=model, data=data, show=True)
+    line = "trained      all, 2 parameters of which took no gradient before, the first: 0.weight. "
+    assert (line in capsys.readouterr().out) is (train == "all")
+
+
+@pytest.mark.parametrize(
+    ("lr", "clip", "advice"),
+    [
+        (900.0, 5.0, "`lr=0.0125` or `clip=1`"),  # the default for a batch of 16
+        (900.0, 0.0, "`clip=5`, then `lr=0.0125`"),
+        (0.0125, 1.0, "`lr=0.004`"),
+    ],
+)
+def test_a_diverged_run_advises_what_was_not_tried(lr, clip, advice, config, model, data, monkeypatch):
+    def forward(self, labels, images):
+        return self.network(images).sum() * torch.nan, labels.sum()
+
+    monkeypatch.setattr(loop.Objective, "forward", forward)
+    with pytest.raises(finetune.DivergedError) as error:
+        finetune.run(config(lr=lr, clip=clip, statistics="batch"), model=model, data=data)
+    assert str(error.value).endswith(f" Try {advice}, with another `output`.")

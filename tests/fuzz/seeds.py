@@ -170,7 +170,7 @@ def main() -> None:
     run = {
         "config": config,
         "data": fingerprint,
-        "resolved": asdict(Resolved(0.05, "batch", "as asked", "as asked", "kept")),
+        "resolved": asdict(Resolved(0.05, "batch", "as asked", "as asked", "kept", "crop", "as asked", 64)),
     }
     trials = [asdict(Trial(arm, lr, 0, "batch", None, (_ROW,), 1.0)) for arm in ("plain", "bn") for lr in (0.1, 1.0)]
     diverged = asdict(Trial("bn-naive", 1.0, 0, "", "the loss is nan", (), 1.0))

@@ -31,7 +31,7 @@ def rows(*accuracies):
     )
 
 
-RESOLVED = Resolved(0.1, "batch", "a batch of 64 is large enough", "as asked", "kept")
+RESOLVED = Resolved(0.1, "batch", "a batch of 64 is large enough", "as asked", "kept", "crop", "as asked", 64)
 RESULT = finetune.Result(None, rows(0.5, 0.75), RESOLVED)
 COMPARISON = Comparison(
     "tiny on patterns",
@@ -209,6 +209,19 @@ def test_comparison():
     labels = {name: figure.get_label() for name, figure in page.figures.items()}
     assert "× at 1" in labels["by-rate"] and "bn ends at 80.0 % at rate 1" in labels["by-step"]
     assert "plain 2" in labels["time"] and "bn 4" in labels["time"]  # without the one that diverged
+
+
+def test_only_options_that_mean_something_are_shown():
+    """A function's own batches have their size, and a network of one's own has the weights that its function gives."""
+    config = finetune.Config(data="sounds.py:six", model="sounds.py:net", output="runs/x", epochs=2)
+    resolved = dataclasses.replace(RESOLVED, batch_size=16, augment="none")
+    page = report.training(dataclasses.replace(RESULT, resolved=resolved), config)
+    options = dict(page.sections[-1].table.rows)
+    assert options["batch_size"] == "16" and dict(page.facts)["head"] == "kept"
+    assert not {"weights", "val_fraction", "augment", "normalize", "root", "download", "skip_bad"} & {*options}
+    images = report.training(RESULT, dataclasses.replace(config, data="photos", model=None, source="vgg11"))
+    options = dict(images.sections[-1].table.rows)
+    assert (options["weights"], options["augment"], options["val_fraction"]) == ("DEFAULT", "crop", "0.2")
 
 
 def test_training(tmp_path):
