@@ -63,7 +63,7 @@ def fold(
         FoldError: a norm cannot be folded: there is no layer for it, it or the layer is gone, was replaced, has hooks
             or no running statistics, or the layer's output is used elsewhere, or its weight is tied, computed or used
             in a custom forward. The message names the norm and the reason.
-        BNSurgeryError: the model carries no record, and has no BatchNorm.
+        BNSurgeryError: the model has no BatchNorm.
         UntraceableModelError: nothing of the forward pass of a network that came with norms can be followed.
         ValueError: `bias` is neither of the two.
 
@@ -77,7 +77,9 @@ def fold(
     """
     if bias not in ("add", "refuse"):
         raise ValueError(f"fold: bias must be 'add' or 'refuse', got {bias!r}")
-    if not carries_record(bn_model) and any(isinstance(module, OWN_NORMS) for module in bn_model.modules()):
+    if not carries_record(bn_model):
+        if not any(isinstance(module, OWN_NORMS) for module in bn_model.modules()):
+            raise BNSurgeryError(f"fold: {type(bn_model).__name__} has no BatchNorm to fold")
         return _fold_own(bn_model, allow_partial, bias, example)
     sites = record(bn_model).sites
     obstacles = {inserted.norm: _obstacle(bn_model, inserted) for inserted in sites}
