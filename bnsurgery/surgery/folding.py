@@ -28,7 +28,7 @@ from .relu_fusion import give_back_, is_fused
 _NAMED = 8  # layers in a message
 _NO_BIAS = "shifts, and '{}' has no bias that could take the shift: `bias='add'` gives it one"
 _NOT_FINITE = "its parameters or statistics are not finite"
-_PARTIAL = "`allow_partial=True` leaves such norms in place."
+_PARTIAL = "`allow_partial=True` leaves such norms in place."  # a note: the command line does not print these
 
 
 def fold(
@@ -107,7 +107,7 @@ def fold(
         warnings.warn(
             f"fold: {_layers(gained.values())} had no bias and got one, since the BatchNorm there shifts. Load the "
             "weights into a network that has bias=True there: load_state_dict with strict=False would drop the shift, "
-            "which changes the outputs. `bias='refuse'` folds nothing then.",
+            "which changes the outputs.",
             BNSurgeryWarning,
             stacklevel=2,
         )
@@ -198,7 +198,7 @@ def fold_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
         FoldError: as `fold`.
     """
     sites = list(sites)
-    _refuse({inserted.norm: _obstacle(model, inserted) for inserted in sites}, "")
+    _refuse({inserted.norm: _obstacle(model, inserted) for inserted in sites})
     for inserted in sites:
         layer, now = _layer(model, inserted.layer), _target(inserted)[0]
         scale, shift = _scale_shift(model.get_submodule(inserted.norm))
@@ -209,11 +209,14 @@ def fold_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
     strip_(model, sites)
 
 
-def _refuse(obstacles: dict[str, str | None], advice: str) -> None:
+def _refuse(obstacles: dict[str, str | None], *notes: str) -> None:
     refused = [(norm, reason) for norm, reason in obstacles.items() if reason]
     if refused:
         more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
-        raise FoldError(f"fold: '{refused[0][0]}': {refused[0][1]}{more}. {advice}".rstrip())
+        error = FoldError(f"fold: '{refused[0][0]}': {refused[0][1]}{more}")
+        for note in notes:
+            error.add_note(note)
+        raise error
 
 
 def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:

@@ -698,6 +698,7 @@ def test_fold_a_network_with_its_own_norms(cli):
 def test_fold_refuses_by_name(cli):
     code, _out, err = cli("fold", "--model", "net.py:stubborn", "--image-size", "16")
     assert (code, "fold: '5': does not stand behind a conv or dense layer, but behind ReLU '4'" in err) == (1, True)
+    assert "allow_partial" not in err  # the command line has no such option
     code, _out, err = cli("fold", "--model", "net.py:normed", "--image-size", "16", "--bias", "refuse")
     assert (code, "'0' has no bias that could take the shift" in err) == (1, True)
     code, _out, err = cli("fold", "--model", "net.py:grey", "--image-size", "16")
