@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from bnsurgery.errors import ArchitectureError
 from bnsurgery.images.decoding import load_image
 from bnsurgery.images.preprocessing import NOTHING, Wanted
 from bnsurgery.records.record import record
@@ -17,7 +18,7 @@ from bnsurgery.running.modes import evaluate
 from bnsurgery.text.tables import table
 from bnsurgery.text.words import percent
 
-from .interface import classes_of, preprocessing_of
+from .interface import classes_of, preprocessing_of, takes_images
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def predict(
     Raises:
         DataError: an image cannot be read.
         CalibrationError: the network does not take the input in its record.
-        ArchitectureError: its input is not known: a network of one's own, of which no size was recorded or given.
+        ArchitectureError: its input is no image, or not known: a network of one's own, of which no size was recorded
+            or given.
         BNSurgeryError: the model carries no record.
 
     Examples:
@@ -86,6 +88,11 @@ def predict(
         ['green.png']
     """
     the_record = record(model)
+    if not takes_images(the_record, model):
+        raise ArchitectureError(
+            f"predict: {type(model).__name__} takes other inputs than images: load it with bnsurgery.load and call it "
+            "on a batch of them"
+        )
     preprocess, names = preprocessing_of(the_record, model, wanted), classes_of(the_record)
     for path in images:
         tensor = preprocess(load_image(path))
