@@ -261,7 +261,10 @@ def test_inputs_of_any_kind(net, data, used, size, own_data):
     assert f"Next: bnsurgery insert --model net.py:{net} --data data.py:{data}" in out
     code, out, err = own_data("insert", *own, *given, "-o", "bn.safetensors")
     assert code == 0, err
-    assert f"images       {used}: data.py:{data}" in out and f"bit-identical on {size}\n" in out
+    assert (
+        f"weights      its own weights\nimages       {used}: data.py:{data}" in out
+        and f"bit-identical on {size}\n" in out
+    )
     assert "no result" in err and "no result" not in out
     after = next(line for line in out.splitlines() if line.startswith("Next: "))
     code, verified, err = own_data(*after.split()[2:])
@@ -493,7 +496,8 @@ def test_pictures(cli):
             1,
             "no such file, nor one of DEFAULT, random",
         ),
-        (["insert", "--model", "net.py:grey", "--normalize", "imagenet", *FEW], 1, "grey images"),
+        (["insert", "--model", "net.py:grey", "--normalize", "imagenet", *FEW], 1, "pass --normalize none, or one"),
+        (["insert", "--model", "net.py:grey", "--channels", "bgr", *FEW], 1, "colours: leave --channels out"),
         (["plan"], 2, "Name a network: ARCH or FILE, or --model"),
         *(([command, "net.py"], 1, "makes the network: --model net.py:FUNCTION") for command in ("plan", "insert")),
         (["finetune", "net.py", "--data", "digits"], 1, "makes the network: --model net.py:FUNCTION"),
