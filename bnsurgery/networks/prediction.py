@@ -15,7 +15,7 @@ from bnsurgery.images.preprocessing import NOTHING, Wanted
 from bnsurgery.records.record import record
 from bnsurgery.running.batches import Inputs
 from bnsurgery.running.modes import evaluate
-from bnsurgery.text.tables import table
+from bnsurgery.text.tables import cell_text, table
 from bnsurgery.text.words import percent
 
 from .interface import classes_of, preprocessing_of, takes_images
@@ -38,13 +38,19 @@ class Prediction:
 
 
 def predictions_table(predictions: Sequence[Prediction]) -> str:
-    """One line an image: its file, then the likeliest classes, each with its probability in percent."""
+    """One line an image: its file, then the likeliest classes, each with its probability in percent.
+
+    If a path would be wrapped, each stands in a line of its own.
+    """
     headers = ["image", *(f"class {rank}" for rank in _ranks(predictions))]
     rows = [
         (p.image, *(f"{percent(share, '.1f')} {name}" for name, share in zip(p.classes, p.probabilities, strict=True)))
         for p in predictions
     ]
-    return table(headers, rows)
+    text = table(headers, rows)
+    if all(cell_text(image) in text for image, *_ in rows):
+        return text
+    return "\n".join(f"{cell_text(image)}\n  {', '.join(map(cell_text, classes))}" for image, *classes in rows)
 
 
 def predictions_csv(predictions: Sequence[Prediction]) -> str:
