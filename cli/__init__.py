@@ -20,7 +20,7 @@ from .options import words
 
 _COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "report", "predict", "fold", "export", "archs")
 _MAX_LINE, _MAX_LINES = 2000, 200  # characters; of a message
-_FIELD = re.compile(r"`(\w+)(?:=([^`]{1,200}))?`")
+_FIELD = re.compile(r"(, or [^`,.:;]*)?`(\w+)(?:=([^`]{1,200}))?`")
 
 
 class _LazyGroup(click.Group):
@@ -109,15 +109,19 @@ def _printable(message: str) -> str:
 
 
 def _flag(match: re.Match[str]) -> str:
-    """A field in backquotes as the option of the command at hand: `batch_size=8` as --batch-size 8, else as it is."""
-    field, value = match.groups()
+    """A field in backquotes as the option of the command at hand: `batch_size=8` as --batch-size 8, else as it is.
+
+    "..., or skip them by `skip_bad=True`" is left out for a command without such an option.
+    """
+    lead, field, value = match[1] or "", match[2], match[3]
     for option in cli.at_hand.params if cli.at_hand else ():
         if isinstance(option, click.Option) and field in (option.name, option.opts[0][2:].replace("-", "_")):
             if value is None:
-                return option.opts[0]
+                return lead + option.opts[0]
             try:
                 value = ast.literal_eval(value)
             except (ValueError, SyntaxError, TypeError):  # a placeholder, such as FILE.onnx
-                return f"{option.opts[0]} {value}"
-            return " ".join(map(quote, words(option, value))) or match[0]
-    return match[0]
+                return f"{lead}{option.opts[0]} {value}"
+            given = " ".join(map(quote, words(option, value)))
+            return lead + given if given else match[0]
+    return "" if lead and value else match[0]

@@ -10,6 +10,7 @@ from .options import (
     batches_option,
     bias_option,
     checkpoint_options,
+    given,
     group,
     names,
     option,
@@ -69,6 +70,10 @@ def command(checkpoint: Checkpoint, how: dict[str, Any], wanted: "Wanted", examp
     output = output or Path(f"{checkpoint.stem}-{how['to']}{SUFFIXES[how['to']]}")
     bn_model = checkpoint.load()
     claim(output)
-    seen = None if wanted == NOTHING else interface.preprocessing_of(bnsurgery.record(bn_model), bn_model, wanted)
+    seen, record = None, bnsurgery.record(bn_model)
+    if wanted != NOTHING and not interface.takes_images(record, bn_model):
+        raise click.UsageError(f"{given(*vars(wanted))[0]} is for images, and the network takes other inputs.")
+    if wanted != NOTHING:
+        seen = interface.preprocessing_of(record, bn_model, wanted)
     result = bnsurgery.export(bn_model, output, example=example, preprocessing=seen, overwrite=overwrite(), **how)
     show(str(result), result.to_dict())

@@ -30,6 +30,7 @@ from bnsurgery.running.calls import placed
 from bnsurgery.running.modes import evaluate, evaluating
 from bnsurgery.statistics.verification import EquivalenceReport, verify
 from bnsurgery.surgery.copies import on_meta
+from bnsurgery.surgery.foldable import OWN_NORMS
 from bnsurgery.surgery.folding import fold as fold_model
 from bnsurgery.surgery.folding import gained_biases
 from bnsurgery.surgery.stock import to_torch
@@ -42,7 +43,16 @@ Format = Literal["torchvision-bn", "torchvision", "state-dict", "onnx", "exporte
 _PROGRAMS = {"onnx": ".onnx", "exported-program": ".pt2"}
 SUFFIXES = dict.fromkeys(("torchvision-bn", "torchvision", "state-dict"), ".safetensors") | _PROGRAMS
 _PICKLES = (".pth", ".pt")
-_NAMED = 3  # layers in a line
+_LOAD_FOLDED = """\
+model = ...  # the {} with BatchNorm
+state = {}
+for name, module in list(model.named_modules()):
+    if hasattr(module, "running_var") and f"{{name}}.running_var" not in state:
+        model.set_submodule(name, torch.nn.Identity())
+    elif f"{{name}}.bias" in state and module.bias is None:
+        module.bias = torch.nn.Parameter(state[f"{{name}}.bias"])
+model.load_state_dict(state)
+"""
 _TOLERANCE = 1e-5  # of the largest output: the float32 rounding of a deep network stays below
 
 
@@ -224,11 +234,13 @@ def export_folded(
     gained = {key.removesuffix(".bias") for key in folded.state_dict().keys() - model.state_dict().keys()}
     biases = tuple(name for name, _ in folded.named_modules() if name in gained)
     name = type(model).__name__
-    more = f" and {len(biases) - _NAMED} more" if len(biases) > _NAMED else ""
-    with_bias = f", bias=True in {', '.join(biases[:_NAMED])}{more}" if biases else ""
-    usage = (
-        f"model = ...  # a {name} with nn.Identity for BatchNorm{with_bias}\n      model.load_state_dict({_load(path)})"
-    )
+    norms = [fqn for fqn, module in model.named_modules() if isinstance(module, OWN_NORMS)]
+    if all(type(folded.get_submodule(fqn)) is nn.Identity for fqn in norms):
+        usage = textwrap.indent(_LOAD_FOLDED.format(name, _load(path)), " " * 6).strip()
+    else:
+        with_bias = f", and bias=True in {', '.join(biases)}" if biases else ""
+        made = f"...  # {with_article(name)} with each norm's activation, or nn.Identity, in its place{with_bias}"
+        usage = f"model = {made}\n      model.load_state_dict({_load(path)})"
     feed = _feed(_shapes(inputs), None, (), in_file=False)
     return Export(str(path), "state-dict", name, "its own BatchNorm folded", False, equivalence, usage, feed, biases)
 

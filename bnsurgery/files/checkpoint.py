@@ -118,7 +118,10 @@ def load(
     record = read_record(path)
     if record is None:
         read_tensors(path)  # raises for a missing or damaged file
-        raise CheckpointError(f"load: '{path}': not a bnsurgery checkpoint: its metadata holds no record")
+        raise CheckpointError(
+            f"load: '{path}': not a bnsurgery checkpoint: its metadata holds no record. A file that `bnsurgery fold` "
+            "wrote is a plain state dict: load it with load_state_dict"
+        )
     skeleton = _skeleton(path, record, model)
     expected = skeleton.state_dict()
     state = read_tensors(path)

@@ -182,7 +182,9 @@ class Wanted:
             DataError: the network takes grey images, and colours are wanted; or mean or std have another number of
                 values, or cannot be those of images.
         """
-        if own.channels == "grey" and (self.normalize == "imagenet" or self.channels is not None):
+        if own.channels == "grey" and self.channels is not None:
+            raise DataError("the network takes grey images, which have no order of colours: leave `channels` out")
+        if own.channels == "grey" and self.normalize == "imagenet":
             raise DataError(
                 "the network takes grey images, and ImageNet's are in colour: pass `normalize='none'`, or one number "
                 "each for `mean` and `std`"

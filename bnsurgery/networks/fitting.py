@@ -43,11 +43,13 @@ class Fit:
         names: their names in the file, by the network's keys.
         left_out: by the names of the file's other tensors, the keys that they would have in the network; empty for
             those in another place.
+        rivals: other places, where all of the network's tensors are as well.
     """
 
     file: WeightsFile
     names: dict[str, str]
     left_out: dict[str, str]
+    rivals: tuple[str, ...]
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -109,7 +111,8 @@ def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) 
     left_out = {
         name: plain[len(at) :] if plain.startswith(at) else "" for plain, name in theirs.items() if name not in taken
     }
-    return Fit(file, names, left_out)
+    rivals = tuple(sorted({place[:-1] for place, _ in fitting} - {at[:-1], ""})) if best[0] == len(ours) else ()
+    return Fit(file, names, left_out, rivals)
 
 
 def fill_(model: nn.Module, name: str, file: WeightsFile, choice: Choice) -> None:
@@ -142,6 +145,9 @@ def fill_(model: nn.Module, name: str, file: WeightsFile, choice: Choice) -> Non
     model.load_state_dict(tensors, strict=False, assign=True)
     notes = [f"its {shown(found)} is taken for '{key}'" for key, found in fit.names.items() if key != found][:1]
     notes += [f"left out: {_listed(fit.left_out)}"] if fit.left_out else []
+    notes += (
+        [f"{_listed(fit.rivals)} would fit as well: `weights_key` or `weights_prefix` chooses"] if fit.rivals else []
+    )
     notes += [f"not in it, and left as they were made: {_listed(absent)}"] if absent else []
     if notes:
         warnings.warn(f"weights '{file.path}': {'; '.join(notes)}", BNSurgeryWarning, stacklevel=2)

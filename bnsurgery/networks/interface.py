@@ -109,6 +109,14 @@ def preprocessing_of(record: SurgeryRecord, model: nn.Module, wanted: Wanted = N
     return wanted.of(own_preprocessing(model, Wanted(wanted.image_size or size, str(kind))))
 
 
+def takes_images(record: SurgeryRecord, model: nn.Module) -> bool:
+    """Whether a checkpoint's input is an image, as far as its record and its first layer tell."""
+    if record.task is not None:
+        return record.task.preprocessing is not None
+    is_image = record.input_shape is None or len(record.input_shape) == 3
+    return record.architecture is not None or (is_image and input_channels(model) in (1, 3))
+
+
 def classes_of(record: SurgeryRecord) -> tuple[str, ...]:
     """The names of a checkpoint's outputs: its task's classes, or those of torchvision's weights."""
     if record.task is not None and record.task.classes:

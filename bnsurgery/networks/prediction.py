@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from bnsurgery.errors import ArchitectureError
 from bnsurgery.images.decoding import load_image
 from bnsurgery.images.preprocessing import NOTHING, Wanted
 from bnsurgery.records.record import record
 from bnsurgery.running.batches import Inputs
 from bnsurgery.running.modes import evaluate
-from bnsurgery.text.tables import table
+from bnsurgery.text.tables import cell_text, table
 from bnsurgery.text.words import percent
 
-from .interface import classes_of, preprocessing_of
+from .interface import classes_of, preprocessing_of, takes_images
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,19 @@ class Prediction:
 
 
 def predictions_table(predictions: Sequence[Prediction]) -> str:
-    """One line an image: its file, then the likeliest classes, each with its probability in percent."""
+    """One line an image: its file, then the likeliest classes, each with its probability in percent.
+
+    If a path would be wrapped, each stands in a line of its own.
+    """
     headers = ["image", *(f"class {rank}" for rank in _ranks(predictions))]
     rows = [
         (p.image, *(f"{percent(share, '.1f')} {name}" for name, share in zip(p.classes, p.probabilities, strict=True)))
         for p in predictions
     ]
-    return table(headers, rows)
+    text = table(headers, rows)
+    if all(cell_text(image) in text for image, *_ in rows):
+        return text
+    return "\n".join(f"{cell_text(image)}\n  {', '.join(map(cell_text, classes))}" for image, *classes in rows)
 
 
 def predictions_csv(predictions: Sequence[Prediction]) -> str:
@@ -74,7 +81,8 @@ def predict(
     Raises:
         DataError: an image cannot be read.
         CalibrationError: the network does not take the input in its record.
-        ArchitectureError: its input is not known: a network of one's own, of which no size was recorded or given.
+        ArchitectureError: its input is no image, or not known: a network of one's own, of which no size was recorded
+            or given.
         BNSurgeryError: the model carries no record.
 
     Examples:
@@ -86,6 +94,11 @@ def predict(
         ['green.png']
     """
     the_record = record(model)
+    if not takes_images(the_record, model):
+        raise ArchitectureError(
+            f"predict: {type(model).__name__} takes other inputs than images: load it with bnsurgery.load and call it "
+            "on a batch of them"
+        )
     preprocess, names = preprocessing_of(the_record, model, wanted), classes_of(the_record)
     for path in images:
         tensor = preprocess(load_image(path))

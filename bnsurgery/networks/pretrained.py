@@ -129,7 +129,7 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choi
         member = models.get_model_weights(name).DEFAULT
         fill_(model, name, download(member, progress=False), BEST_FIT)
         return model, str(member)
-    return model, f"file {Path(name).name}" if factories.is_onnx(name) else "as they are made"
+    return model, f"file {Path(name).name}" if factories.is_onnx(name) else "its own weights"
 
 
 def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:

@@ -28,7 +28,7 @@ from .relu_fusion import give_back_, is_fused
 _NAMED = 8  # layers in a message
 _NO_BIAS = "shifts, and '{}' has no bias that could take the shift: `bias='add'` gives it one"
 _NOT_FINITE = "its parameters or statistics are not finite"
-_PARTIAL = "`allow_partial=True` leaves such norms in place."
+_PARTIAL = "`allow_partial=True` leaves such norms in place."  # a note: the command line does not print these
 
 
 def fold(
@@ -63,7 +63,7 @@ def fold(
         FoldError: a norm cannot be folded: there is no layer for it, it or the layer is gone, was replaced, has hooks
             or no running statistics, or the layer's output is used elsewhere, or its weight is tied, computed or used
             in a custom forward. The message names the norm and the reason.
-        BNSurgeryError: the model carries no record, and has no BatchNorm.
+        BNSurgeryError: the model has no BatchNorm.
         UntraceableModelError: nothing of the forward pass of a network that came with norms can be followed.
         ValueError: `bias` is neither of the two.
 
@@ -77,7 +77,9 @@ def fold(
     """
     if bias not in ("add", "refuse"):
         raise ValueError(f"fold: bias must be 'add' or 'refuse', got {bias!r}")
-    if not carries_record(bn_model) and any(isinstance(module, OWN_NORMS) for module in bn_model.modules()):
+    if not carries_record(bn_model):
+        if not any(isinstance(module, OWN_NORMS) for module in bn_model.modules()):
+            raise BNSurgeryError(f"fold: {type(bn_model).__name__} has no BatchNorm to fold")
         return _fold_own(bn_model, allow_partial, bias, example)
     sites = record(bn_model).sites
     obstacles = {inserted.norm: _obstacle(bn_model, inserted) for inserted in sites}
@@ -105,7 +107,7 @@ def fold(
         warnings.warn(
             f"fold: {_layers(gained.values())} had no bias and got one, since the BatchNorm there shifts. Load the "
             "weights into a network that has bias=True there: load_state_dict with strict=False would drop the shift, "
-            "which changes the outputs. `bias='refuse'` folds nothing then.",
+            "which changes the outputs.",
             BNSurgeryWarning,
             stacklevel=2,
         )
@@ -196,7 +198,7 @@ def fold_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
         FoldError: as `fold`.
     """
     sites = list(sites)
-    _refuse({inserted.norm: _obstacle(model, inserted) for inserted in sites}, "")
+    _refuse({inserted.norm: _obstacle(model, inserted) for inserted in sites})
     for inserted in sites:
         layer, now = _layer(model, inserted.layer), _target(inserted)[0]
         scale, shift = _scale_shift(model.get_submodule(inserted.norm))
@@ -207,11 +209,14 @@ def fold_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
     strip_(model, sites)
 
 
-def _refuse(obstacles: dict[str, str | None], advice: str) -> None:
+def _refuse(obstacles: dict[str, str | None], *notes: str) -> None:
     refused = [(norm, reason) for norm, reason in obstacles.items() if reason]
     if refused:
         more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
-        raise FoldError(f"fold: '{refused[0][0]}': {refused[0][1]}{more}. {advice}".rstrip())
+        error = FoldError(f"fold: '{refused[0][0]}': {refused[0][1]}{more}")
+        for note in notes:
+            error.add_note(note)
+        raise error
 
 
 def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:

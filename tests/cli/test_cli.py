@@ -187,10 +187,10 @@ def test_messages_name_options_instead_of_fields(cli, monkeypatch):
         raise bnsurgery.DataError(said)
 
     monkeypatch.setattr("bnsurgery.machine.devices.device", fail)
-    code, out, err = cli("insert", "vgg11")
+    code, out, err = cli("insert", "vgg11", fields=True)
     assert (code, out) == (1, "")
     assert err == f"Warning: {insert}\nError: {insert}\n"
-    code, _, err = cli("predict", "net.safetensors", "a.png")
+    code, _, err = cli("predict", "net.safetensors", "a.png", fields=True)
     assert code == 1
     assert (
         "`batch_size=8`, `batch_size`, `partial`," in err
@@ -366,7 +366,8 @@ def test_predict_where_there_is_nothing(cli, weights, photos):
     """A typing error is no damaged image: nothing is said of leaving it out; the others are predicted."""
     assert cli("insert", "squeezenet1_1", "--weights", weights, "--data", photos, *FAST, "-o", "bn.safetensors")[0] == 0
     code, out, err = cli("predict", "bn.safetensors", photos / "0.png", "nowhere/", "no.jpg", "--image-size", "64")
-    assert code == 1 and "0.png" in out and "--skip-bad" not in err
+    assert code == 1 and "--skip-bad" not in err
+    assert out.splitlines()[0] == str(photos / "0.png") and " %" in out.splitlines()[1]  # a long path stays whole
     assert "image: 'nowhere/': no such file or folder. Check the path." in err and "image: 'no.jpg': no such" in err
 
 
@@ -376,8 +377,10 @@ def test_bad_images(cli, weights, photos):
     code, _, err = cli(*command)
     assert code == 1
     assert "bad.jpg" in err
-    code, out, err = cli(*command, "--skip-bad", "--json")
+    assert "Leave it out, or skip all such files by --skip-bad." in err
+    code, out, err = cli(*command, "--skip-bad", "--json", "-o", "bn.safetensors")
     assert code == 0, err
+    assert cli("predict", "bn.safetensors", photos / "bad.jpg")[2].endswith("TIFF. Leave it out.\n")
     result = json.loads(out)
     assert result["images"] == 5
     assert [Path(path).name for path in result["skipped_images"]] == ["bad.jpg"]

@@ -123,7 +123,11 @@ def test_any_kind_of_input_is_trained_on(net, data, shape, options, own):
     assert code == 0, err
     Path("photo.png").touch()
     code, _, err = own("predict", best, "photo.png", *model)
-    assert (code, f"was fine-tuned on 'data.py:{data}', not on images" in err) == (1, True)
+    assert (code, "takes other inputs than images" in err, "data" in err) == (1, True, False)
+    code, _, err = own("export", best, *model, "--to", "onnx", "--image-size", "9")
+    assert (code, "--image-size is for images" in err) == (2, True)
+    code, _, err = own("verify", best, *model)
+    assert code == 1 and f"fine-tuned on 'data.py:{data}', not on images: pass --data FILE.py:FUNCTION" in err
     code, _, err = own("finetune", "--resume", f"runs/nets-{data}", *model)
     assert (code, f"pass --data data.py:{data} again" in err) == (1, True)
     code, out, err = own("finetune", "--resume", f"runs/nets-{data}", *model, "--data", f"data.py:{data}")

@@ -50,7 +50,8 @@ def assert_refused(model, *words, **options):
     before = snapshot(model)
     with pytest.raises(FoldError) as refusal:
         fold(model, **options)
-    assert all(word in str(refusal.value) for word in ("fold: '", *words, "allow_partial=True")), refusal.value
+    assert all(word in str(refusal.value) for word in ("fold: '", *words)), refusal.value
+    assert "allow_partial=True" in refusal.value.__notes__[0]
     with pytest.warns(BNSurgeryWarning) as warned:
         partly = fold(model, allow_partial=True, **options)
     assert_unchanged(model, before)
@@ -310,7 +311,7 @@ def test_everything_else_is_for_what_was_inserted():
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     with pytest.raises(BNSurgeryError, match=r"its norm '1' is its own. bnsurgery.fold\(model\) folds it"):
         bnsurgery.record(model)
-    with pytest.raises(BNSurgeryError, match="carries no record"):
+    with pytest.raises(BNSurgeryError, match="fold: Sequential has no BatchNorm to fold"):
         fold(fold(model))
     with pytest.raises(BNSurgeryError, match=r"pass model.module"):
         fold(nn.DataParallel(model))
