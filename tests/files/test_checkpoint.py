@@ -226,7 +226,9 @@ def test_deep_json_is_refused(saved):
 
 def test_other_files_are_refused(tmp_path, squeezenet):
     save_file(squeezenet.state_dict(), tmp_path / "plain.safetensors")
-    with pytest.raises(CheckpointError, match="not a bnsurgery checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="not a bnsurgery checkpoint.*`bnsurgery fold` wrote is a plain state dict"
+    ):
         load(tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="missing.safetensors"):
         load(tmp_path / "missing.safetensors")
