@@ -1,5 +1,6 @@
 """bnsurgery export."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,9 @@ _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
     "format's suffix]"
 )
 @print_options
-def command(checkpoint: Checkpoint, how: dict[str, Any], wanted: "Wanted", example: Any, output: Path | None) -> None:
+def command(
+    checkpoint: Checkpoint, how: dict[str, Any], wanted: "Wanted", example: Callable[[], Any], output: Path | None
+) -> None:
     """Write the network in FILE in a format that needs no bnsurgery.
 
     \b
@@ -75,5 +78,5 @@ def command(checkpoint: Checkpoint, how: dict[str, Any], wanted: "Wanted", examp
         raise click.UsageError(f"{given(*vars(wanted))[0]} is for images, and the network takes other inputs.")
     if wanted != NOTHING:
         seen = interface.preprocessing_of(record, bn_model, wanted)
-    result = bnsurgery.export(bn_model, output, example=example, preprocessing=seen, overwrite=overwrite(), **how)
+    result = bnsurgery.export(bn_model, output, example=example(), preprocessing=seen, overwrite=overwrite(), **how)
     show(str(result), result.to_dict())

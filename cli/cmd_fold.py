@@ -1,5 +1,6 @@
 """bnsurgery fold."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def command(
     weights: Weights,
     image_size: str | None,
     bias: str,
-    example: Any,
+    example: Callable[[], Any],
     output: Path | None,
 ) -> None:
     """Fold BatchNorm into the layers.
@@ -70,7 +71,7 @@ def command(
         if output.suffix != SUFFIXES["onnx"]:
             to = "state-dict"
         claim(output)
-        result = export(bn_model, output, to=to, example=example, bias=bias, overwrite=overwrite())  # type: ignore[arg-type]
+        result = export(bn_model, output, to=to, example=example(), bias=bias, overwrite=overwrite())  # type: ignore[arg-type]
         done = f"{counted(len(record(bn_model).sites), 'BatchNorm layer')} folded away; gives {result.origin}"
     elif model is not None:
         from bnsurgery.images.preprocessing import Wanted
@@ -81,8 +82,9 @@ def command(
         output = output or Path(f"{stem(model)}-folded.safetensors")
         network, origin = own_network(model, weights.weights or "DEFAULT", choice=weights.choice)
         claim(output)
-        example = noise(network, Wanted(image_size).size) if example is None else example
-        result = export_folded(network, output, example=example, bias=bias, overwrite=overwrite())  # type: ignore[arg-type]
+        batch = example()
+        batch = noise(network, Wanted(image_size).size) if batch is None else batch
+        result = export_folded(network, output, example=batch, bias=bias, overwrite=overwrite())  # type: ignore[arg-type]
         count = sum(isinstance(module, OWN_NORMS) for module in network.modules())
         done = f"{model}: {counted(count, 'BatchNorm layer')} folded away\nweights      {origin}"
     else:

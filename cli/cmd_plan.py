@@ -1,5 +1,6 @@
 """bnsurgery plan."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ from .output import claim, force_option, overwrite, print_options, show
 @force_option("Replace these files if they exist.")
 @print_options
 def command(
-    network: Network, image_size: str | None, example: Any, sites: dict[str, Any], dot: Path | None, svg: Path | None
+    network: Network,
+    image_size: str | None,
+    example: Callable[[], Any],
+    sites: dict[str, Any],
+    dot: Path | None,
+    svg: Path | None,
 ) -> None:
     """Show where BatchNorm would go, and why not elsewhere.
 
@@ -68,12 +74,13 @@ def command(
         else:
             model = architecture.build("meta")
         preprocess = partial(interface.preprocessing, architecture, wanted=Wanted(image_size))
-    if example is None:
-        example = interface.example(preprocess(), on_meta=not network.own)
-    plan = planning.plan(model, example, **sites)
+    batch = example()
+    if batch is None:
+        batch = interface.example(preprocess(), on_meta=not network.own)
+    plan = planning.plan(model, batch, **sites)
     for file, draw in drawings:
         with writing.atomic_write(file, overwrite=overwrite()) as temporary:
-            temporary.write_text(draw(model, example, plan), encoding="utf-8", newline="\n")
+            temporary.write_text(draw(model, batch, plan), encoding="utf-8", newline="\n")
     wrote = "".join(f"Wrote {file}.\n" for file, _ in drawings)
     after = typed("insert", *given(leave_out=("dot", "svg")))
     show(f"{plan}\n\n{wrote}Next: {after}", {"architecture": name, **plan.to_dict()})

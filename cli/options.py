@@ -86,10 +86,15 @@ def _wanted(**fields: Any) -> "Wanted":
     return Wanted(**fields)
 
 
-def _first_batch(example: str | None) -> Any:
-    from bnsurgery.networks.own_data import OwnBatches
+def _first_batch(example: str | None) -> "Callable[[], Any]":
+    """A function that gives it: the user's code runs after the command's own checks."""
 
-    return None if example is None else next(iter(OwnBatches(example)))
+    def first() -> Any:
+        from bnsurgery.networks.own_data import OwnBatches
+
+        return None if example is None else next(iter(OwnBatches(example)))
+
+    return first
 
 
 model_option = option(

@@ -38,7 +38,7 @@ _LOOK_EVERY = 10  # steps between two reads of the loss, if a read makes the dev
 
 
 class DivergedError(BNSurgeryError):
-    """The loss, a weight or a statistic became NaN or infinite, after `seconds` of training.
+    """The loss, a weight or a statistic became NaN or infinite, after `seconds` of training, for a `reason`.
 
     Examples:
         >>> bnsurgery.finetune.DivergedError("finetune: diverged at step 8").seconds
@@ -46,6 +46,7 @@ class DivergedError(BNSurgeryError):
     """
 
     seconds = 0.0
+    reason = ""
 
 
 class Objective(nn.Module):
@@ -392,10 +393,11 @@ class Trainer:
         rate, default, clip = self.setup.resolved.lr, recipe.default_rate(self.config), self.config.clip
         lower = default if rate > 10 * default else float(f"{rate / 3:.1g}")
         first, last = "" if clip else f"`clip={Config.clip:g}`, then ", " or `clip=1`" if clip > 1 else ""
-        return DivergedError(
-            f"finetune: diverged at step {step} (epoch {math.ceil(step / self.steps_per_epoch)}), peak learning rate "
-            f"{rate:.3g}: {what}.{kept} Try {first}`lr={lower:g}`{last}, with another `output`."
-        )
+        epoch = math.ceil(step / self.steps_per_epoch)
+        reason = f"finetune: diverged at step {step} (epoch {epoch}), peak learning rate {rate:.3g}: {what}."
+        error = DivergedError(f"{reason}{kept} Try {first}`lr={lower:g}`{last}, with another `output`.")
+        error.reason = reason
+        return error
 
     def _resumable(self) -> str:
         """How far the run is saved, and how to resume it; empty if there is no run."""
