@@ -136,7 +136,7 @@ def run_trial(key: Key, config: Config, model: nn.Module | None, data: Data | No
     try:
         result = run(config, model=model, data=data, save=False)
     except DivergedError as error:
-        return Trial(*key, "", error.reason, (), error.seconds), "", peak_memory()
+        return Trial(*key, "", error.reason or str(error), (), error.seconds), "", peak_memory()
     trial = Trial(*key, result.resolved.statistics, None, result.rows, result.seconds or 0.0)
     return trial, result.resolved.head, peak_memory()
 
