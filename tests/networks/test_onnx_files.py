@@ -513,3 +513,22 @@ def test_a_digest_is_of_the_tensors_too(external):
     assert onnx_files.source(from_onnx(external)).digest != digest and onnx_files.find(digest, folder) is None
     (folder / "net.bin").unlink()
     assert onnx_files.find(digest, folder) is None
+
+
+def test_a_new_head_gets_a_new_graph(tmp_path):
+    model = trained(finetuned(classifier(tmp_path / "net.onnx"), classes="abc"))
+    result = bnsurgery.export(model, tmp_path / "out.onnx", to="onnx")
+    assert result.origin.endswith("a new graph, since the head is new") and "(batch, 3, 8, 8)" in result.feed
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        assert_close(onnx_files.session(tmp_path / "out.onnx")(x)[0], model(x))
+    kept = bnsurgery.export(trained(finetuned(tmp_path / "net.onnx")), tmp_path / "kept.onnx", to="onnx")
+    assert "graph" not in kept.origin
+
+
+def test_with_its_batchnorm_it_gets_a_new_graph(tmp_path):
+    model = bnsurgery.insert(from_onnx(classifier(tmp_path / "net.onnx")), [torch.randn(8, 3, 8, 8)])
+    result = bnsurgery.export(model, tmp_path / "out.onnx", to="onnx", keep_bn=True)
+    assert result.feed == "input of shape (batch, 3, 8, 8)"
+    graph = onnx.load(tmp_path / "out.onnx").graph
+    assert sum(node.op_type == "BatchNormalization" for node in graph.node) == 2
