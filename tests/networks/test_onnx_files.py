@@ -532,3 +532,24 @@ def test_with_its_batchnorm_it_gets_a_new_graph(tmp_path):
     assert result.feed == "input of shape (batch, 3, 8, 8)"
     graph = onnx.load(tmp_path / "out.onnx").graph
     assert sum(node.op_type == "BatchNormalization" for node in graph.node) == 2
+
+
+def test_layers_that_cannot_go_back_or_are_none_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "_CONVERTERS", {"onnx2torch": onnx_files._onnx2torch})
+    nodes = [
+        ("Gemm", ["x", "w", "b"], "1", {"alpha": 0.5, "beta": 2.0}),
+        ("Relu", ["1"], "2", {}),
+        ("MatMul", ["2", "v"], "3", {}),
+        ("Relu", ["3"], "4", {}),
+        ("Gemm", ["4", "u", "c"], "y", {}),
+    ]
+    arrays = weights(w=(6, 4), b=(4,), v=(4, 4), u=(4, 5), c=(5,))
+    net = saved(tmp_path / "net.onnx", nodes, arrays, inputs=("x", 1, 6))
+    with pytest.warns(BNSurgeryWarning) as caught:
+        model = from_onnx(net)
+    messages = [str(warning.message) for warning in caught if warning.category is BNSurgeryWarning]
+    assert any("'Gemm' cannot be exported to ONNX once trained" in message for message in messages)
+    assert any("'3' are no layers for the converter" in message for message in messages) and len(messages) == 2
+    assert all("test_onnx_files.py" in w.filename for w in caught if w.category is BNSurgeryWarning)
+    sites = bnsurgery.record(bnsurgery.insert(model, [torch.randn(16, 6)])).sites
+    assert [site.site.name for site in sites] == ["Gemm"]
