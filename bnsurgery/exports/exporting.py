@@ -395,7 +395,10 @@ def _usage(to: str, path: Path, record: SurgeryRecord, keep_bn: bool, gained: Se
     task = record.task
     head = f", with {len(task.classes)} classes" if task is not None and task.head is not None else ""
     with_bias = f", with bias=True in {', '.join(gained)}" if gained else ""
-    made = f"...  # what {record.provenance.get('model', record.model)} makes{head}{with_bias}"
+    model = str(record.provenance.get("model", record.model))
+    made = f"...  # what {model} makes{head}{with_bias}"
+    if "onnx" in record.provenance:
+        made = f'bnsurgery.from_onnx("{model}")' + (f"  # {(head + with_bias)[2:]}" if head or with_bias else "")
     if record.architecture is not None:
         made = f"torchvision.models.{_name(to, record)}(num_classes={record.architecture.num_classes})"
     return {

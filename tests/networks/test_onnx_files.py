@@ -465,6 +465,8 @@ def test_finetuning_takes_a_file_and_finds_it_again_for_its_checkpoint(tmp_path)
     provenance = bnsurgery.record(model).provenance
     assert provenance["model"] == str(net) and provenance["onnx"] == onnx_files.source(from_onnx(net)).digest
     bnsurgery.save(model, tmp_path / "bn.safetensors")
+    usage = bnsurgery.export(model, tmp_path / "out.pth", to="state-dict").usage
+    assert usage.startswith(f'model = bnsurgery.from_onnx("{net}")\n')
     net.rename(tmp_path / "renamed.onnx")
     again = finetuned(tmp_path / "bn.safetensors")
     assert onnx_files.source(again) is not None and bnsurgery.record(again).provenance == {
