@@ -133,7 +133,7 @@ def export(
     - "torchvision-bn": for torchvision's vgg*_bn: BatchNorm after the convolutions stays, the rest is folded.
     - "onnx": the folded network in eval mode for any batch size, or for one image where it takes no more at a time; run
       once in onnxruntime. A network from `from_onnx` keeps its graph, with the batch size that this is for, and gets
-      new initializers where tensors changed.
+      new initializers where tensors changed. With the new head of a fine-tuning, torch.onnx writes a new graph.
     - "exported-program": the same by `torch.export`.
 
     The file gets the preprocessing of images and the names of the classes, where they are known, as JSON called
@@ -176,7 +176,9 @@ def export(
     classes = interface.classes_of(record)
     inputs = _accepted(bn_model, _example(bn_model, record, example, preprocessing))
     axes = axes_of(inputs, dynamic) if to in _PROGRAMS else []
-    origin = None if keep_bn else onnx_files.source(bn_model)  # whose graph stays
+    in_file = onnx_files.source(bn_model)
+    new_head = record.task is not None and record.task.head is not None
+    origin = None if keep_bn or new_head else in_file  # whose graph stays
     stays = keep_bn or to == "torchvision-bn"
     with evaluating(bn_model):
         if stays:
@@ -187,15 +189,15 @@ def export(
         folds_back = not stays and state_digest(network.state_dict()) == record.weights_digest
         with atomic_write(path, overwrite=overwrite) as temporary, quiet():
             known = labels(preprocessing, classes)
-            job = Job(
-                network, temporary, inputs, path.suffix, record, keep_bn, axes, known, onnx_files.source(bn_model)
-            )
+            job = Job(network, temporary, inputs, path.suffix, record, keep_bn, axes, known, origin)
             written = _WRITERS[to](job)
             equivalence = compare(written, bn_model, inputs, f"as {to}, the network cannot be run")
             _require_same(path, equivalence)
             for axis in dict.fromkeys(name for names in axes for name in names.values()):
                 _require_same(path, compare_doubled(written, bn_model, inputs, axes, axis), f", with {axis} doubled,")
     weights = "with its BatchNorm" if stays else origin_of(record, folds_back)
+    if to == "onnx" and in_file is not None and new_head:
+        weights += "; a new graph, since the head is new"
     gained = () if stays else tuple(gained_biases(bn_model, record.sites).values())
     usage = _usage(to, path, record, keep_bn, gained)
     shapes = _shapes(inputs, axes) if origin is None or to != "onnx" else origin.shapes
@@ -405,7 +407,10 @@ def _usage(to: str, path: Path, record: SurgeryRecord, keep_bn: bool, gained: Se
     task = record.task
     head = f", with {len(task.classes)} classes" if task is not None and task.head is not None else ""
     with_bias = f", with bias=True in {', '.join(gained)}" if gained else ""
-    made = f"...  # what {record.provenance.get('model', record.model)} makes{head}{with_bias}"
+    model = str(record.provenance.get("model", record.model))
+    made = f"...  # what {model} makes{head}{with_bias}"
+    if "onnx" in record.provenance:
+        made = f'bnsurgery.from_onnx("{model}")' + (f"  # {(head + with_bias)[2:]}" if head or with_bias else "")
     if record.architecture is not None:
         made = f"torchvision.models.{_name(to, record)}(num_classes={record.architecture.num_classes})"
     return {

@@ -53,7 +53,7 @@ def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessi
     if origin is not None and onnx_files.channels_last(origin.example[0].shape):
         raise ArchitectureError(
             f"the ONNX file takes inputs of shape (N, H, W, C), here {tuple(origin.example[0].shape)}, and images are "
-            "read as (N, C, H, W). Pass `data=FILE.py:FUNCTION`, a function that gives batches of its inputs"
+            "read as (N, C, H, W). Name a function that gives batches of its inputs: FILE.py:FUNCTION"
         )
     channels = input_channels(model)
     if channels not in (1, 3):

@@ -38,6 +38,7 @@ _KEY, _PRESERVED = "bnsurgery_onnx", "_user_preserved_attributes"  # the latter 
 _NEEDED = ("onnx", "onnxruntime", "onnx2torch", "onnx2pytorch")
 _OUTPUTS = 64  # of one node, at most
 MAX_INPUT = 2**26  # numbers in an input of noise: a quarter of a gigabyte
+_NAMED = 3  # layers in a warning
 _SIDE = 224  # pixels: of an input whose size the file leaves open
 # Of the largest output: the float32 rounding of a deep network in two runtimes stays below.
 _TOLERANCE = 1e-4
@@ -154,6 +155,7 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
     found = Source(digest, original, _places(module, nodes, plain), before, example, any_batch)
     # Pickles of a torch.fx.GraphModule keep its attributes; its copies keep those in `meta`.
     setattr(module, _KEY, found)
+    _warn_of_limits(path, module, nodes, plain, found)
     module.meta = {_PRESERVED: {_KEY: found}}  # type: ignore[assignment]
     if not channels_last(noise[0].shape):
         module.pretrained_cfg = {"input_size": tuple(noise[0].shape[1:])}  # type: ignore[assignment]  # timm's
@@ -487,6 +489,30 @@ def _places(module: nn.Module, nodes: _Nodes, plain: "ModelProto") -> dict[str, 
                     del inputs[number]
                     break
     return places
+
+
+def _warn_of_limits(path: Path, module: nn.Module, nodes: _Nodes, plain: "ModelProto", found: Source) -> None:
+    """Tell which layers get no BatchNorm, and which cannot go back into the file, before anyone trains them."""
+    in_file = {tuple(node.output): node for node in found.model.graph.node}
+    layers = {name: inner for name, inner in module.named_modules() if isinstance(inner, LAYERS)}
+    lost = dict.fromkeys(
+        name
+        for name, layer in layers.items()
+        for key in layer.state_dict(prefix=f"{name}.")
+        if key not in found.places and _place_of_bias(key, found, in_file) is None
+    )
+    made = {output for name, made_of in nodes.items() if name in layers for node in made_of for output in node.output}
+    weights = {tensor.name for tensor in plain.graph.initializer}
+    products = [node for node in plain.graph.node if node.op_type == "MatMul" and weights.intersection(node.input)]
+    constant = [node.name or node.output[0] for node in products if node.output[0] not in made]
+    for names, problem in (
+        (lost, "cannot be exported to ONNX once trained: the file does not hold their weights as they are"),
+        (constant, "are no layers for the converter: they get no BatchNorm, and their weights do not change"),
+    ):
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            listed = ", ".join(f"'{printable(name)}'" for name in list(names)[:_NAMED]) + more
+            warnings.warn(f"'{path}': {listed} {problem}", BNSurgeryWarning, stacklevel=3)
 
 
 def _is_transposed(node: "NodeProto") -> bool:

@@ -357,7 +357,7 @@ def test_images_of_channels_last_are_refused(tmp_path, shape):
     output = ("y", 1, 4, shape[1], shape[2])
     model = from_onnx(saved(tmp_path / "net.onnx", nodes, weights(w=(4, shape[3], 1, 1)), ("x", *shape), output))
     assert model(torch.zeros(2, 8, 6, shape[3])).shape == (2, 4, 8, 6)
-    with pytest.raises(ArchitectureError, match=r"shape \(N, H, W, C\).*`data=FILE.py:FUNCTION`"):
+    with pytest.raises(ArchitectureError, match=r"shape \(N, H, W, C\).*Name a function .*: FILE.py:FUNCTION"):
         interface.own_preprocessing(model, Wanted(32))
 
 
@@ -465,6 +465,8 @@ def test_finetuning_takes_a_file_and_finds_it_again_for_its_checkpoint(tmp_path)
     provenance = bnsurgery.record(model).provenance
     assert provenance["model"] == str(net) and provenance["onnx"] == onnx_files.source(from_onnx(net)).digest
     bnsurgery.save(model, tmp_path / "bn.safetensors")
+    usage = bnsurgery.export(model, tmp_path / "out.pth", to="state-dict").usage
+    assert usage.startswith(f'model = bnsurgery.from_onnx("{net}")\n')
     net.rename(tmp_path / "renamed.onnx")
     again = finetuned(tmp_path / "bn.safetensors")
     assert onnx_files.source(again) is not None and bnsurgery.record(again).provenance == {
@@ -513,3 +515,43 @@ def test_a_digest_is_of_the_tensors_too(external):
     assert onnx_files.source(from_onnx(external)).digest != digest and onnx_files.find(digest, folder) is None
     (folder / "net.bin").unlink()
     assert onnx_files.find(digest, folder) is None
+
+
+def test_a_new_head_gets_a_new_graph(tmp_path):
+    model = trained(finetuned(classifier(tmp_path / "net.onnx"), classes="abc"))
+    result = bnsurgery.export(model, tmp_path / "out.onnx", to="onnx")
+    assert result.origin.endswith("a new graph, since the head is new") and "(batch, 3, 8, 8)" in result.feed
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        assert_close(onnx_files.session(tmp_path / "out.onnx")(x)[0], model(x))
+    kept = bnsurgery.export(trained(finetuned(tmp_path / "net.onnx")), tmp_path / "kept.onnx", to="onnx")
+    assert "graph" not in kept.origin
+
+
+def test_with_its_batchnorm_it_gets_a_new_graph(tmp_path):
+    model = bnsurgery.insert(from_onnx(classifier(tmp_path / "net.onnx")), [torch.randn(8, 3, 8, 8)])
+    result = bnsurgery.export(model, tmp_path / "out.onnx", to="onnx", keep_bn=True)
+    assert result.feed == "input of shape (batch, 3, 8, 8)"
+    graph = onnx.load(tmp_path / "out.onnx").graph
+    assert sum(node.op_type == "BatchNormalization" for node in graph.node) == 2
+
+
+def test_layers_that_cannot_go_back_or_are_none_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "_CONVERTERS", {"onnx2torch": onnx_files._onnx2torch})
+    nodes = [
+        ("Gemm", ["x", "w", "b"], "1", {"alpha": 0.5, "beta": 2.0}),
+        ("Relu", ["1"], "2", {}),
+        ("MatMul", ["2", "v"], "3", {}),
+        ("Relu", ["3"], "4", {}),
+        ("Gemm", ["4", "u", "c"], "y", {}),
+    ]
+    arrays = weights(w=(6, 4), b=(4,), v=(4, 4), u=(4, 5), c=(5,))
+    net = saved(tmp_path / "net.onnx", nodes, arrays, inputs=("x", 1, 6))
+    with pytest.warns(BNSurgeryWarning) as caught:
+        model = from_onnx(net)
+    messages = [str(warning.message) for warning in caught if warning.category is BNSurgeryWarning]
+    assert any("'Gemm' cannot be exported to ONNX once trained" in message for message in messages)
+    assert any("'3' are no layers for the converter" in message for message in messages) and len(messages) == 2
+    assert all("test_onnx_files.py" in w.filename for w in caught if w.category is BNSurgeryWarning)
+    sites = bnsurgery.record(bnsurgery.insert(model, [torch.randn(16, 6)])).sites
+    assert [site.site.name for site in sites] == ["Gemm"]
