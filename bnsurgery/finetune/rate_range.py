@@ -31,9 +31,10 @@ _LEAST = 1e-12  # a loss of 0 has no logarithm
 
 @dataclass(frozen=True)
 class RateRange:
-    """Smoothed losses by rate, the peak rate chosen from them, and the reason."""
+    """Losses of single batches and smoothed ones by rate, the peak rate chosen from them, and the reason."""
 
     rates: tuple[float, ...]
+    measured: tuple[float, ...]
     losses: tuple[float, ...]
     chosen: float
     reason: str
@@ -87,10 +88,10 @@ def choose(rates: Sequence[float], losses: Sequence[float], default: float) -> R
     if curve[0] - curve[low] <= _CLEAR * scatter:
         chosen, why = default, "the loss falls at no rate, so the default"
     elif not broke and low >= len(curve) - _REACH:
-        chosen, why = default, f"the loss still falls at {rates[-1]:.2g}, where the test ended, so the default"
+        chosen, why = default, f"the loss falls up to the last rate tried, {rates[-1]:.2g}, so the default"
     else:
         chosen, why = rates[floor], f"the loss is lowest from {rates[floor]:.2g} to {rates[low]:.2g}"
-    return RateRange(tuple(rates), tuple(np.exp(curve).tolist()), chosen, f"range test: {why}")
+    return RateRange(tuple(rates), tuple(losses), tuple(np.exp(curve).tolist()), chosen, f"range test: {why}")
 
 
 def _read(losses: Sequence[float]) -> tuple[NDArray[np.float64], int, float, bool]:

@@ -5,9 +5,9 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from bnsurgery.text.typed_json import loads, parse
 
 from .config import Config
 from .datasets import Fingerprint
-from .figures import plot_curves
+from .figures import plot_curves, plot_rate_range
 from .results import Resolved, Row
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _PEAK = "peak_lr"  # a column of metrics.csv
-_FILES = ("config.json", "metrics.csv", "*.png", "best.safetensors", "last", "last/state.pt", "tensorboard")
+_FILES = ("config.json", "*.csv", "*.png", "best.safetensors", "last", "last/state.pt", "tensorboard")
 
 
 class RunDirectory:
@@ -140,6 +140,14 @@ class RunDirectory:
             raise CheckpointError(f"'{self.last}': of version {version}, expected {_VERSION}")
         return state
 
+    def log_rate_range(
+        self, rates: Sequence[float], measured: Sequence[float], smoothed: Sequence[float], chosen: float
+    ) -> None:
+        """Write the losses of a range test to lr_range.csv, and their figure to lr_range.png."""
+        columns = ("lr", "loss", "smoothed_loss")
+        self._write_table("lr_range.csv", columns, zip(rates, measured, smoothed, strict=True))
+        write_figure(plot_rate_range(rates, smoothed, chosen), self.path / "lr_range.png")
+
     def log(self, rows: Sequence[Row], best: nn.Module | None, peak: float) -> None:
         """Write the rows to metrics.csv, curves.png and TensorBoard, and `best` to best.safetensors.
 
@@ -151,11 +159,7 @@ class RunDirectory:
             kept = sharing_tensors(best)
             unfuse_relu_(kept)  # as other tools expect it
             checkpoint.save(kept, self.best, overwrite=True)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [*Row.__dataclass_fields__, _PEAK], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**asdict(row), _PEAK: peak} for row in rows)
-        self._write_text("metrics.csv", text.getvalue())
+        self._write_table("metrics.csv", (*Row.__dataclass_fields__, _PEAK), ((*astuple(row), peak) for row in rows))
         write_figure(plot_curves(rows), self.path / "curves.png")
         scalars = asdict(rows[-1])
         del scalars["epoch"]
@@ -182,6 +186,11 @@ class RunDirectory:
         for row in rows:
             row.pop(_PEAK, None)
         return tuple(parse(Row, row, f"{where}, line {number}") for number, row in enumerate(rows, start=2))
+
+    def _write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        self._write_text(name, text.getvalue())
 
     def _write_text(self, name: str, text: str) -> None:
         with atomic_write(self.path / name, overwrite=True) as temporary:

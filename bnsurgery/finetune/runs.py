@@ -12,13 +12,11 @@ from torch import nn
 from bnsurgery.errors import BNSurgeryError, DataError
 from bnsurgery.machine.devices import keeping_random
 from bnsurgery.networks import factories
-from bnsurgery.pages.style import write as write_figure
 from bnsurgery.running.calls import out_of_memory
 from bnsurgery.text.words import counted, percent
 
 from .config import Config
 from .datasets import Data, Fingerprint
-from .figures import plot_rate_range
 from .own_data import in_its_batches
 from .results import Resolved, Row
 from .run_directory import RunDirectory
@@ -234,8 +232,7 @@ def _train(
             found = find_rate(setup, show)
             setup.resolved = replace(setup.resolved, lr=found.chosen, lr_reason=found.reason)
             if writes is not None:
-                figure = plot_rate_range(found.rates, found.losses, found.chosen)
-                write_figure(figure, writes.path / "lr_range.png")
+                writes.log_rate_range(found.rates, found.measured, found.losses, found.chosen)
         if writes is not None and before is None:  # not earlier: a refused start leaves no run behind
             writes.write_config(config, data.fingerprint, setup.resolved)
         torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout

@@ -71,7 +71,7 @@ def test_a_loss_that_falls_nowhere_speaks_for_no_rate(scatter):
 def test_the_end_of_the_test_is_never_chosen(steps):
     """It falls to the end: of all rates, or of those before the loss is no number."""
     found = choose(RATES[:steps], noisy(valley(RATES[steps - 1], 1e9), 0, 0.01)[:steps], 0.05)
-    assert found.chosen == 0.05 and f"still falls at {RATES[steps - 1]:.2g}" in found.reason
+    assert found.chosen == 0.05 and f"falls up to the last rate tried, {RATES[steps - 1]:.2g}, so" in found.reason
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 12])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
-from bnsurgery.finetune import loop, network, recipe, runs
+from bnsurgery.finetune import loop, network, rate_range, recipe, runs
 from bnsurgery.finetune.loading import Prepared, TrainBatches
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import build, processes
@@ -113,11 +113,16 @@ def test_the_run_directory_holds_what_it_should(model, data, config):
     result = finetune.run(config(lr="auto"), model=model, data=data)
     files = {path.name for path in result.directory.iterdir()}
     assert files == {
-        "best.safetensors", "config.json", "curves.png", "last", "lr_range.png", "metrics.csv", "tensorboard",
+        "best.safetensors", "config.json", "curves.png", "last", "lr_range.csv", "lr_range.png", "metrics.csv",
+        "tensorboard",
     }  # fmt: skip
     with (result.directory / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["val_accuracy"]) for row in rows] == [row.val_accuracy for row in result.rows]
+    with (result.directory / "lr_range.csv").open() as file:
+        tried = [(float(row["lr"]), float(row["loss"])) for row in csv.DictReader(file)]
+    assert tried[0][0] == pytest.approx(1e-5) and tried == sorted(tried, key=lambda pair: pair[0])
+    assert len(tried) > 50 and rate_range.choose(*zip(*tried, strict=True), 0.0125).chosen == result.resolved.lr
     stored = json.loads((result.directory / "config.json").read_text())
     assert stored["config"]["lr"] == "auto"
     assert stored["data"]["train_images"] == 96

@@ -118,8 +118,8 @@ def _image(data: bytes) -> None:
 
 
 def _config(data: bytes) -> None:
-    Path("run", "config.json").write_bytes(data)
-    RunDirectory("run").read_config()
+    Path("empty", "config.json").write_bytes(data)
+    RunDirectory("empty").read_config()
 
 
 def _state(data: bytes) -> None:
