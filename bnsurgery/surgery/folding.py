@@ -160,9 +160,8 @@ def gained_biases(model: nn.Module, sites: Iterable[InsertedSite]) -> dict[str, 
     found = {}
     for inserted in sites:
         now, name = _target(inserted)
-        if now is None or name is None or inserted.absorbed_bias or _layer(model, now).bias is not None:
-            continue
-        if _scale_shift(model.get_submodule(inserted.norm))[1].any():
+        shifts = bool(_scale_shift(model.get_submodule(inserted.norm))[1].any())
+        if shifts and not inserted.absorbed_bias and now and name and _layer(model, now).bias is None:
             found[inserted.norm] = name
     return found
 

@@ -39,7 +39,8 @@ def cell_text(cell: object) -> str:
         return "–"
     if isinstance(cell, float) and not 100 <= abs(cell) < 1e6:
         return f"{cell:#.3g}"
-    text = thousands(cell) if isinstance(cell, (int, float)) else str(cell)
+    number = isinstance(cell, (int, float)) and not isinstance(cell, bool)
+    text = thousands(cell) if number else str(cell)  # type: ignore[arg-type]
     # Names can come from an untrusted file: nothing in them may control the terminal.
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return "".join(c if c.isprintable() else "�" for c in text)

@@ -141,7 +141,7 @@ def test_damaged_and_empty_places(folder):
     for place, message in (
         ("empty", "neither a run of finetune"),
         ("cmp", "comparison.json"),
-        ("run", "no metrics.csv"),
+        ("run", "metrics.csv: there was no validation yet"),
         ("run2", "metrics.csv cannot be read"),
     ):
         code, out, err = folder("report", place, "-o", "x.html")
