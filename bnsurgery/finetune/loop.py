@@ -305,7 +305,7 @@ class Trainer:
                 totals[0] += F.cross_entropy(logits, labels, reduction="sum")
                 totals[1] += (logits.argmax(1) == labels).sum()
                 totals[2] += len(labels)
-        loss, right, count = self.accelerator.reduce(totals, "sum").tolist()
+        loss, right, count = self.accelerator.reduce(totals, "sum").cpu().tolist()
         if not math.isfinite(loss):
             raise self._diverged(self.step, "the validation loss is not finite")
         return loss / count, right / count
