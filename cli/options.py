@@ -373,20 +373,13 @@ class Checkpoint:
     def load(self) -> "nn.Module":
         """The network in FILE."""
         from bnsurgery.files import checkpoint
-        from bnsurgery.networks import factories, onnx_files
+        from bnsurgery.networks import factories
 
         file, model, record = self.file, self.model, checkpoint.read_record(self.file)
         if model is None and record is not None:
-            made = printable(str(record.provenance.get("model", "")))
-            if "onnx" in record.provenance:
-                found = onnx_files.find(str(record.provenance["onnx"]), file.parent, Path.cwd())
-                if found is None:
-                    raise CheckpointError(
-                        f"'{file}' was made from an ONNX file, {made}, which is neither in its folder nor in this one: "
-                        "pass --model FILE.onnx"
-                    )
-                model = str(found)
-            elif record.architecture is None:
+            model = factories.original(record, file)
+            if model is None and record.architecture is None:
+                made = printable(str(record.provenance.get("model", "")))
                 advice = f"{quote(made)}, as when it was made, if you trust its code" if made else ""
                 raise CheckpointError(
                     f"'{file}' holds {with_article(printable(record.model))}, which is not one of torchvision's: pass "
