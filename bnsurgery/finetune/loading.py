@@ -157,7 +157,6 @@ class Loader(DataLoader[Any]):
             collate_fn=collated,
             worker_init_fn=_leave_signals_to_the_parent,
         )
-        self.workers, self.pinned = workers, pinned
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:  # type: ignore[override]
         """One pass.

@@ -129,7 +129,7 @@ class Share:
         left_over: samples that do not.
     """
 
-    workers, pinned = 0, False
+    num_workers, pin_memory = 0, False
 
     def __init__(
         self, stream: Stream, seed: int, rank: int, world: int, *, train: bool, most: float = math.inf
