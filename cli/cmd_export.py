@@ -57,7 +57,7 @@ def command(
       state-dict         the folded network's tensors, safetensors or .pth
       torchvision        the same, for torchvision's own class
       torchvision-bn     for torchvision's vgg*_bn: BatchNorm stays
-      onnx               the folded network, for any batch size
+      onnx               the folded network, for any batch size it allows
       exported-program   the same for torch.export.load
 
     The command reads back what it wrote and compares it before the file gets its name.
