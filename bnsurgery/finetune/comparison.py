@@ -1,4 +1,4 @@
-"""Did BatchNorm help? The results of the same fine-tuning with and without it, over learning rates and seeds."""
+"""The results of the same fine-tuning with and without BatchNorm, over learning rates and seeds."""
 
 import math
 import statistics
@@ -101,7 +101,7 @@ class Comparison:
 
     @classmethod
     def read(cls, path: str | Path) -> "Comparison":
-        """The comparison that `compare` wrote: its directory, or the file comparison.json.
+        """The comparison in the directory, or in the file comparison.json, that `compare` wrote.
 
         Raises:
             CheckpointError: it has not finished, or the file is damaged.
@@ -109,7 +109,7 @@ class Comparison:
         path = Path(path)
         path = path / "comparison.json" if path.is_dir() else path
         if not path.exists():
-            raise CheckpointError(f"'{path}': no such file: no comparison has finished in that place")
+            raise CheckpointError(f"'{path}': no such file: no comparison has finished there")
         data = read_json(path)
         if not isinstance(data, dict) or not {"task", "trials"} <= set(data):
             raise CheckpointError(f"'{path}': holds no comparison")
@@ -140,22 +140,22 @@ class Comparison:
 
     def summary(self) -> tuple[ArmSummary, ...]:
         """Every arm, judged at its best rate."""
-        _, plain = _best(self._by_rate("plain"))
+        plain = self._summary("plain", None).accuracy
         return tuple(self._summary(arm, plain) for arm in self.arms)
 
-    def _by_rate(self, arm: str) -> dict[float, float | None]:
-        return {lr: _mean_end(self.of(arm, lr)) for lr in self.rates if self.of(arm, lr)}
-
     def _summary(self, arm: str, plain: float | None) -> ArmSummary:
-        trials, by_rate = self.of(arm), self._by_rate(arm)
+        """An arm beside the final accuracy of plain, None where that always diverged."""
+        trials = self.of(arm)
         modes = " or ".join(dict.fromkeys(trial.statistics for trial in trials if trial.statistics))
         steps = max((trial.rows[-1].step for trial in trials if trial.rows), default=0)
-        lr, accuracy = _best(by_rate)
-        if lr is None or accuracy is None:
+        by_rate = {lr: _mean_end(self.of(arm, lr)) for lr in sorted({trial.lr for trial in trials})}
+        ended = {lr: accuracy for lr, accuracy in by_rate.items() if accuracy is not None}
+        lr = max(ended, key=ended.__getitem__, default=None)  # the first of equals
+        if lr is None:
             return ArmSummary(arm, modes, None, None, None, None, steps, None, by_rate)
-        ends = [trial.rows[-1].val_accuracy for trial in self.of(arm, lr)]
+        accuracy, ends = ended[lr], [trial.rows[-1].val_accuracy for trial in self.of(arm, lr)]
         spread = max(ends) - min(ends) if len(ends) > 1 else None
-        largest = max(rate for rate, value in by_rate.items() if value is not None and value >= accuracy - _TRAINS)
+        largest = max(rate for rate, value in ended.items() if value >= accuracy - _TRAINS)
         reached = (step for step, mean, _, _ in self.curve(arm, lr) if plain is not None and mean >= plain)
         return ArmSummary(arm, modes, accuracy, spread, lr, largest, steps, next(reached, None), by_rate)
 
@@ -236,10 +236,3 @@ def _mean_end(trials: Sequence[Trial]) -> float | None:
     """Mean accuracy at the end; None if one of the trials diverged."""
     ended = not any(trial.diverged for trial in trials)
     return statistics.fmean(trial.rows[-1].val_accuracy for trial in trials) if ended else None
-
-
-def _best(by_rate: dict[float, float | None]) -> tuple[float | None, float | None]:
-    """The rate with the highest accuracy, the first of equals, and that accuracy; None if every rate diverged."""
-    ended = {lr: accuracy for lr, accuracy in by_rate.items() if accuracy is not None}
-    lr = max(ended, key=ended.__getitem__, default=None)
-    return lr, None if lr is None else ended[lr]

@@ -7,6 +7,7 @@ import operator
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,11 +147,7 @@ def from_tensors(
 
 
 def open_data(config: Config, show: bool = False) -> Data:
-    """The images that `config` names.
-
-    Raises:
-        DataError: there are none of that name, a class is empty, there is only one, or a file is damaged or missing.
-    """
+    """The images that `config` names."""
     name = config.data
     known = {known.lower(): known for known in _TORCHVISION}
     if Path(name).is_dir():
@@ -179,25 +176,25 @@ def _folder(directory: Path, config: Config, show: bool) -> Data:
     splits, (classes, *others), skipped, passed_over = zip(*found, strict=True)
     if odd := ", ".join(sorted(set(classes).symmetric_difference(*others))) if others else "":
         raise DataError(f"data '{directory}': train/ and val/ must have the same classes, but only one has: {odd}")
-    size = _first_size(splits[0])
-    small = size is not None and min(size) < _SMALL
+    augment, kind = "resized-crop", "photographs"
+    with suppress(DataError, IndexError):  # a damaged image is reported when it is used
+        width, height = splits[0].read(0).size
+        if min(width, height) < _SMALL:
+            augment, kind = "crop", f"small images, such as {width}x{height}"
     return Data(
         *_train_and_val(splits, config),
         classes,
         f"folder {directory}",
-        "crop" if small else "resized-crop",
-        "small images, such as {}x{}".format(*size) if size and small else "photographs",
-        photographs=not small,
+        augment,
+        kind,
+        photographs=augment == "resized-crop",
         skipped=tuple(itertools.chain(*skipped)),
         passed_over=tuple(itertools.chain(*passed_over)),
     )
 
 
 def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple[str, ...], list[str], list[Path]]:
-    """The images and classes of `directory`, the damaged images, and the files passed over.
-
-    Every folder in it is a class; the images of a class are found at any depth.
-    """
+    """The images, at any depth, and classes of `directory`, the damaged images, and the files passed over."""
     try:
         entries = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
         folders = [path for path in entries if path.is_dir()]
@@ -230,14 +227,6 @@ def _labelled(directory: Path, skip_bad: bool, show: bool) -> tuple[Split, tuple
         ) from error
     split = Split(tuple(labels), tuple(labels.values()), names, load_image)
     return split, tuple(folder.name for folder in folders), bad, others
-
-
-def _first_size(split: Split) -> tuple[int, int] | None:
-    """Width and height of the first image; None where it is damaged, which is said when it is used."""
-    try:
-        return split.read(0).size if len(split) else None
-    except DataError:
-        return None
 
 
 def _digits(config: Config) -> Data:
@@ -286,18 +275,15 @@ def _train_and_val(splits: Sequence[Split], config: Config) -> tuple[Split, Spli
     """The two splits; of a single one, a share of every class is held out: an image or more, but not all of them."""
     if len(splits) == 2:
         return splits[0], splits[1]
-    chosen = random.Random(config.seed)
-    train: list[int] = []
-    val: list[int] = []
+    chosen, whole = random.Random(config.seed), splits[0]
     by_class: dict[int, list[int]] = defaultdict(list)
-    for index, label in enumerate(splits[0].labels):
+    for index, label in enumerate(whole.labels):
         by_class[label].append(index)
+    val: set[int] = set()
     for indices in by_class.values():
         chosen.shuffle(indices)
-        held_out = min(max(1, round(config.val_fraction * len(indices))), len(indices) - 1)
-        val += indices[:held_out]
-        train += indices[held_out:]
-    return splits[0].take(sorted(train)), splits[0].take(sorted(val))
+        val.update(indices[: min(max(1, round(config.val_fraction * len(indices))), len(indices) - 1)])
+    return whole.take([index for index in range(len(whole)) if index not in val]), whole.take(sorted(val))
 
 
 def _checked(data: Data) -> Data:
