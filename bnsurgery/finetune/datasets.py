@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,7 @@ from bnsurgery.images.decoding import find_images, load_image
 from bnsurgery.running.batches import Inputs
 
 from .config import Config
-from .loading import Split
-
-if TYPE_CHECKING:
-    from .streams import Stream
+from .parts import Split, Stream
 
 _SMALL = 64  # pixels: the shorter side of images below is no photograph's, and zooming loses what they show
 # For each of torchvision's datasets: the arguments that give its training and its validation images, or all images, to
@@ -88,8 +85,8 @@ class Data:
         (4, ('cat', 'dog'))
     """
 
-    train: "Split | Stream"
-    val: "Split | Stream"
+    train: Split | Stream
+    val: Split | Stream
     classes: tuple[str, ...]
     description: str
     augment: str = "crop"

@@ -1,30 +1,30 @@
-"""Labelled images by number, and batches in an order and with an augmentation set by seed, epoch and image alone.
+"""Batches in an order and with an augmentation set by seed, epoch and image alone.
 
 These depend neither on the number of processes or workers nor on where a resumed epoch starts. A resumed run is
 therefore the same to the bit, and several processes compute what one does.
 """
 
 import atexit
-import hashlib
 import itertools
+import math
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset, default_collate
-from torchvision.transforms import v2
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from bnsurgery.errors import DataError
 from bnsurgery.machine.system import processors
 from bnsurgery.records.task import Task
+from bnsurgery.running.batches import Inputs
+
+from . import recipe
+from .parts import Split, Stream, collated, started
 
 Key = tuple[int, int]  # epoch and number of the image
-_CROP_AREA = (0.35, 1.0)  # of the photograph; from-scratch training takes from 0.08, which is harsh on a fine-tune
 EVALUATED = -1  # stands for the epoch where nothing is random
 _started: WeakSet["Loader"] = WeakSet()  # loaders that may have workers
 
@@ -34,48 +34,13 @@ def joint_seed(*numbers: int) -> int:
     return hash(numbers) & (2**63 - 1)
 
 
-@dataclass(frozen=True)
-class Split:
-    """The training or the validation part of labelled data, each image of which is read by its number.
-
-    Attributes:
-        items: a tensor, paths or a Dataset, indexed by number.
-        labels: class index of every image.
-        names: what tells the images apart: paths and sizes, or a digest; the labels alone where empty.
-        load: makes of an item a PIL image, a uint8 tensor (C, H, W), or a user's inputs; None where it is one.
-    """
-
-    items: Any
-    labels: tuple[int, ...]
-    names: tuple[str, ...] = ()
-    load: Callable[[Any], Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> Any:
-        """Read the image number `index`."""
-        item = self.items[index]
-        return item if self.load is None else self.load(item)
-
-    def take(self, indices: Sequence[int]) -> "Split":
-        """Some of the images, in that order."""
-        names = tuple(self.names[i] for i in indices) if self.names else ()
-        return Split(Subset(self.items, indices), tuple(self.labels[i] for i in indices), names, self.load)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over labels and names: another one means other images."""
-        return hashlib.sha256(repr((self.labels, self.names)).encode(errors="surrogateescape")).hexdigest()
-
-
 class Prepared(Dataset[tuple[Any, int]]):
     """A split's images as the network takes them, by epoch and number; a user's own inputs as they are."""
 
     def __init__(self, split: Split, task: Task, augment: str, seed: int) -> None:
         self._split = split
         self._plain = task.preprocessing or nn.Identity()
-        self.augmented = augmentation(task, augment)
+        self.augmented = recipe.augmentation(task.preprocessing, augment) if task.preprocessing else nn.Identity()
         self._seed = seed
 
     def __len__(self) -> int:
@@ -88,24 +53,6 @@ class Prepared(Dataset[tuple[Any, int]]):
             torch.default_generator.manual_seed(joint_seed(self._seed, epoch, index))
             image = self._split.read(index)  # a user's code may draw random numbers
             return (self._plain if epoch == EVALUATED else self.augmented)(image), self._split.labels[index]
-
-
-def augmentation(task: Task, kind: str) -> Callable[[Any], Any]:
-    """The training images' way to the network's input: `Config.augment`."""
-    if task.preprocessing is None:
-        return nn.Identity()
-    size = height, width = task.preprocessing.shape[1:]
-    resize, flip = v2.Resize(size), v2.RandomHorizontalFlip()
-    shift = v2.RandomCrop(size, padding=[max(1, width // 8), max(1, height // 8)], padding_mode="edge")
-    zoom = v2.RandomResizedCrop(size, scale=_CROP_AREA)
-    steps: dict[str, list[v2.Transform]] = {
-        "none": [],
-        "crop": [resize, shift],
-        "crop-flip": [resize, shift, flip],
-        "resized-crop": [zoom, flip],
-        "trivial": [zoom, flip, v2.TrivialAugmentWide()],
-    }
-    return task.preprocessing.transform(*steps[kind]) if steps[kind] else task.preprocessing
 
 
 class TrainBatches(Sampler[list[Key]]):
@@ -195,38 +142,6 @@ def _end_all_workers() -> None:
         loader._end_workers()
 
 
-def collated(samples: list[tuple[Any, int]]) -> tuple[Any, Tensor]:
-    """One batch of samples; inputs that are a tuple stay one.
-
-    Raises:
-        DataError: the inputs differ in shape, type or keys.
-    """
-    inputs, labels = zip(*samples, strict=True)
-    try:
-        joined = default_collate(list(inputs))
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(
-            f"data: the inputs do not go into one batch: {reason}. Make them alike, or return a DataLoader with a "
-            "collate_fn"
-        ) from error
-    return tuple(joined) if isinstance(inputs[0], tuple) else joined, torch.tensor(labels)
-
-
-def started(begin: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """The pass that `begin` starts, which learns of a dead worker only when it asks for a batch.
-
-    Torch's handler of SIGCHLD raises at once, wherever the process is: between two assignments, or writing a file. The
-    first loader of a process installs it and this function puts the old handler back, for later loaders too.
-    """
-    child = getattr(signal, "SIGCHLD", None)  # Windows has none
-    before = None if child is None else signal.getsignal(child)
-    iterator = begin()
-    if child is not None and before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(child, before)
-    return iterator
-
-
 def default_workers() -> int:
     """Processes that read images: one less than the processors, since the network needs one too; at most 8."""
     return min(8, processors() - 1)
@@ -239,3 +154,108 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Share:
+    """This rank's share of a stream's batches, from batch `start` on. Every rank goes through all batches.
+
+    In training a multiple of `world` samples of a batch take part, two or more unless all batches have one: see
+    `TrainBatches`.
+
+    Attributes:
+        per_epoch: batches in a whole pass.
+        images: samples that take part in a pass, over all ranks.
+        left_over: samples that do not.
+    """
+
+    num_workers, pin_memory = 0, False
+
+    def __init__(
+        self, stream: Stream, seed: int, rank: int, world: int, *, train: bool, most: float = math.inf
+    ) -> None:
+        """A pass ends with the batch that reaches `most` samples."""
+        self._stream, self._seed, self._rank, self._world = stream, seed, rank, world
+        self._train, self._most = train, most
+        used = list(filter(None, map(self._used, stream.sizes)))
+        self.per_epoch, self.images = len(used), sum(used)
+        self.left_over = len(stream) - self.images
+        self.epoch, self.start = 0 if train else EVALUATED, 0
+
+    def _used(self, size: int) -> int:
+        """Number of samples that take part, of a batch of `size`."""
+        if not self._train:
+            return size
+        whole = size // self._world * self._world
+        return whole if whole >= min(2, max(self._stream.sizes)) else 0
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """One pass.
+
+        Raises:
+            DataError: as `Stream`; or the pass has more or fewer batches than the first.
+        """
+        given = seen = 0
+        for inputs, labels in self._stream.once(joint_seed(self._seed, self.epoch)):
+            used = self._used(len(labels))
+            if used:
+                given += 1
+                if given > self.per_epoch:
+                    break
+                if given > self.start and used > self._rank:
+                    yield inputs.take(self._rank, used, self._world), labels[self._rank : used : self._world]
+            seen += len(labels)
+            if seen >= self._most:
+                return
+        if given != self.per_epoch:
+            raise DataError(
+                f"{self._stream.where}: gave {'more' if given > self.per_epoch else given} batches, and "
+                f"{self.per_epoch} in the first pass. The schedule counts them: give the same number in each pass"
+            )
+
+
+def source(split: Split | Stream, task: Task, augment: str, seed: int) -> Prepared | Stream:
+    """The training or validation data as the network takes it."""
+    return split if isinstance(split, Stream) else Prepared(split, task, augment, seed)
+
+
+def training(
+    data: Prepared | Stream,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    pinned: bool = False,
+) -> tuple[TrainBatches, Loader] | tuple[Share, Share]:
+    """This rank's share of the training batches and their loader; a stream's batches keep their sizes."""
+    if isinstance(data, Stream):
+        share = Share(data, seed, rank, world, train=True)
+        return share, share
+    batches = TrainBatches(len(data), batch_size, seed, rank, world)
+    return batches, Loader(data, batches, workers, pinned)
+
+
+def evaluation(
+    data: Prepared | Stream,
+    batch_size: int,
+    workers: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    images: int | None = None,
+    pinned: bool = False,
+) -> Loader | Share:
+    """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
+
+    Data often comes sorted by class, and statistics of a batch want all classes in it. A last batch of one image, which
+    has no statistics, goes to the batch before. Of a stream these are the first batches, with `images` samples or a few
+    more.
+    """
+    if isinstance(data, Stream):
+        return Share(data, 0, rank, world, train=False, most=math.inf if images is None else images)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
+    batches = list(BatchSampler(order[rank::world], batch_size, drop_last=False))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return Loader(data, [[(EVALUATED, index) for index in batch] for batch in batches], workers, pinned)

@@ -17,8 +17,7 @@ from bnsurgery.text.words import with_article
 
 from .config import Config
 from .datasets import Data
-from .loading import Split, collated
-from .streams import Stream, check_classes
+from .parts import Split, Stream, check_classes, collated
 
 # Options that only images have, or only data that this package divides.
 FOR_IMAGES = (

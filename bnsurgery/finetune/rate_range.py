@@ -17,9 +17,9 @@ from bnsurgery.nn.batchnorm import Insertable
 from bnsurgery.surgery.copies import independent
 
 from . import recipe
+from .loading import training
 from .loop import Objective, moved
 from .setup import Setup
-from .streams import training
 
 _FROM, _TO, _STEPS = 1e-5, 10.0, 100
 _BELL = 3.0  # steps, the standard deviation of the smoothing kernel: a factor of 1.5 in the rate

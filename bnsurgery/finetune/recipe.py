@@ -1,20 +1,42 @@
-"""The parts of the recipe: trained parameters, weight decay, learning rate, dropout, and the head's gradients."""
+"""The parts of the recipe: augmentation, trained parameters, weight decay, learning rate, dropout, head's gradients."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torchvision.transforms import v2
+
+from bnsurgery.images.preprocessing import Preprocessing
 
 from .config import Config
+
+_CROP_AREA = (0.35, 1.0)  # of the photograph; from-scratch training takes from 0.08, which is harsh on a fine-tune
 
 _MOMENTUM = 0.9
 _DROPOUT = 0.2
 _RATE_AT_64 = {"sgd": 0.05, "adamw": 1e-3}
 _LARGEST_RATE = {"sgd": 0.2, "adamw": 3e-3}
 _DECAY = {"sgd": 1e-4, "adamw": 0.01}
+
+
+def augmentation(preprocessing: Preprocessing, kind: str) -> Callable[[Any], Any]:
+    """The training images' way to the network's input: `Config.augment`."""
+    size = height, width = preprocessing.shape[1:]
+    resize, flip = v2.Resize(size), v2.RandomHorizontalFlip()
+    shift = v2.RandomCrop(size, padding=[max(1, width // 8), max(1, height // 8)], padding_mode="edge")
+    zoom = v2.RandomResizedCrop(size, scale=_CROP_AREA)
+    steps: dict[str, list[v2.Transform]] = {
+        "none": [],
+        "crop": [resize, shift],
+        "crop-flip": [resize, shift, flip],
+        "resized-crop": [zoom, flip],
+        "trivial": [zoom, flip, v2.TrivialAugmentWide()],
+    }
+    return preprocessing.transform(*steps[kind]) if steps[kind] else preprocessing
 
 
 def default_rate(config: Config) -> float:

@@ -25,12 +25,12 @@ from . import recipe
 from .config import Config
 from .datasets import Data, open_data
 from .head_fit import fit_head_
-from .loading import Loader, Prepared, TrainBatches, default_workers
+from .loading import Loader, Prepared, Share, TrainBatches, default_workers, evaluation, training
+from .loading import source as as_taken
 from .network import Source, choose_statistics, find, forget_, fuse_for_training_, given, prepare, task_of
 from .own_data import open_own
+from .parts import Stream
 from .results import Resolved
-from .streams import Share, Stream, evaluation, training
-from .streams import source as as_taken
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

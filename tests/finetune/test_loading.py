@@ -13,8 +13,8 @@ from tiny_task import patterns
 
 from bnsurgery.errors import DataError
 from bnsurgery.finetune import from_tensors
-from bnsurgery.finetune.loading import Loader, Prepared, Split, TrainBatches
-from bnsurgery.finetune.streams import evaluation
+from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches, evaluation
+from bnsurgery.finetune.parts import Split
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.records.task import Task
 

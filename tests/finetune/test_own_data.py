@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 import bnsurgery
 from bnsurgery import finetune, report
 from bnsurgery.errors import BNSurgeryError, DataError
-from bnsurgery.finetune.loading import EVALUATED, Prepared, TrainBatches
+from bnsurgery.finetune.loading import EVALUATED, Prepared, Share, TrainBatches
 from bnsurgery.finetune.own_data import open_own
+from bnsurgery.finetune.parts import Stream
 from bnsurgery.finetune.run_directory import RunDirectory
-from bnsurgery.finetune.streams import Share, Stream
 from bnsurgery.networks.own_data import OwnBatches
 from bnsurgery.records.record import record
 from bnsurgery.records.task import Task

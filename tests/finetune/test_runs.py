@@ -14,10 +14,9 @@ import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune import loop, network, rate_range, recipe, runs
-from bnsurgery.finetune.loading import Prepared, TrainBatches
+from bnsurgery.finetune.loading import Prepared, TrainBatches, evaluation
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import build, processes
-from bnsurgery.finetune.streams import evaluation
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.records.task import Task
 
