@@ -284,7 +284,7 @@ def test_a_trial_without_an_end_is_no_result(tmp_path):
     ],
 )  # fmt: skip
 def test_a_configuration_names_the_field_that_is_wrong(field, value):
-    with pytest.raises(BNSurgeryError, match=f"^finetune: {field}: got "):
+    with pytest.raises(BNSurgeryError, match=f"^finetune: `?{field}`?: got "):
         Config(**{"output": "run", field: value})
 
 

@@ -170,9 +170,8 @@ class Config:
             value = getattr(self, name)
             _check(value is None or low <= value < high, name, value, expected)
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
-        lr = self.lr
-        sound = lr is None or lr == "auto" or (not isinstance(lr, str) and 0 < lr < 1e3)
-        _check(sound, "lr", lr, "above 0 and below 1000, or auto")
+        sound = self.lr in (None, "auto") or (not isinstance(self.lr, str) and 0 < self.lr < 1e3)
+        _check(sound, "lr", self.lr, "above 0 and below 1000, or auto")
         # safetensors writes no file of another name, and would fail after the first epoch.
         _check(self.output != "" and is_utf8(self.output), "output", self.output, "the run's directory, in UTF-8")
         try:
@@ -201,7 +200,7 @@ class Config:
 
 def _check(sound: bool, name: str, got: Any, expected: str) -> None:
     if not sound:
-        raise BNSurgeryError(f"finetune: {name}: got {shown(got)}, expected {expected}")
+        raise BNSurgeryError(f"finetune: `{name}`: got {shown(got)}, expected {expected}")
 
 
 def _is_a(hint: Any, value: object) -> bool:

@@ -33,11 +33,7 @@ class EventFile:
         self._write(Event(file_version="brain.Event:2"), Event(step=first_step, session_log=start))
 
     def add(self, scalars: Mapping[str, float], step: int) -> None:
-        """Write one point of every curve.
-
-        Raises:
-            CheckpointError: the file cannot be written.
-        """
+        """Write one point of every curve."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 

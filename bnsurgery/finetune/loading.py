@@ -106,11 +106,7 @@ class Loader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:  # type: ignore[override]
-        """One pass.
-
-        Raises:
-            DataError: an image is damaged, a user's code fails, or a worker died.
-        """
+        """One pass."""
         _started.add(self)
         atexit.unregister(_end_all_workers)
         try:
@@ -189,11 +185,7 @@ class Share:
         return whole if whole >= min(2, max(self._stream.sizes)) else 0
 
     def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
-        """One pass.
-
-        Raises:
-            DataError: as `Stream`; or the pass has more or fewer batches than the first.
-        """
+        """One pass, refused if it has more or fewer batches than the first."""
         given = seen = 0
         for inputs, labels in self._stream.once(joint_seed(self._seed, self.epoch)):
             used = self._used(len(labels))

@@ -108,7 +108,6 @@ class Trainer:
         self.losses: list[float] = []  # since the last validation, like the accuracies
         self.accuracies: list[float] = []
         self._unread: list[tuple[Tensor, Tensor]] = []  # losses and accuracies of the last steps, still on the device
-        self._unseen = 0  # images of these steps
         alone_on_cpu = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
         self._look_every = 1 if alone_on_cpu else _LOOK_EVERY
         self._saved = time.monotonic()
@@ -119,13 +118,8 @@ class Trainer:
     def fit(self, stop: StopRequest) -> None:
         """Train from the current step to the last, with validations and checkpoints.
 
-        Raises:
-            Interrupted: `stop` was requested; the run is saved.
-            DivergedError: the loss, a weight or a statistic is not finite; the last checkpoint stays.
-            DataError: an image is damaged, or a process that reads images died; in training on one process the run is
-                saved, otherwise the last checkpoint stays.
-            CheckpointError: a file cannot be written; the last checkpoint stays.
-            BNSurgeryError: the device ran out of memory or failed; the last checkpoint stays.
+        Interrupted, and a DataError in training on one process, leave the run saved at the last step; other errors
+        leave the last checkpoint.
         """
         begun = time.perf_counter()
         self.objective.train()
@@ -149,6 +143,7 @@ class Trainer:
     def _train_epoch(self, bar: Any, stop: StopRequest) -> None:
         for images, labels in self._batches(bar, stop):
             self.train_step(images, labels)
+            bar.update(len(labels) * self.accelerator.num_processes)
             validate = self._validation_is_due()
             if validate or self.step % self._look_every == 0:
                 self._look(bar)
@@ -195,13 +190,11 @@ class Trainer:
             get_ema_multi_avg_fn(self.config.ema)(self.average, self.trained, self.step)
         self._unread.append((loss.detach(), accuracy))
         self.step += 1
-        taken = len(labels) * self.accelerator.num_processes
-        self._unseen += taken
-        self._timed += taken
+        self._timed += len(labels) * self.accelerator.num_processes
 
     @contextmanager
     def _naming_inputs(self, inputs: Inputs) -> Iterator[None]:
-        """Inside, an error of the network names the inputs, if they come from a user's function."""
+        """Inside, let an error of the network name the inputs, if they come from a user's function."""
         try:
             yield
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
@@ -245,8 +238,6 @@ class Trainer:
         self.accuracies += values[:, 1].tolist()
         loss, accuracy = (statistics.fmean(recent[-_LOOK_EVERY:]) for recent in (self.losses, self.accuracies))
         bar.set_postfix(loss=f"{loss:.3f}", acc=percent(accuracy, ".1f"), refresh=False)
-        bar.update(self._unseen)
-        self._unseen = 0
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -276,13 +267,13 @@ class Trainer:
 
     @contextmanager
     def _as_kept(self) -> Iterator[None]:
-        """Inside, the network is as it would be kept: averaged weights and population statistics."""
+        """Inside, give the network the weights and statistics it would be kept with: averaged, and the population's."""
         replaced = self.trained if self.average else []
         changed = [(tensor, tensor.detach().clone()) for tensor in [*replaced, *self.network.buffers()]]
         try:
             for parameter, average in zip(replaced, self.average, strict=True):
                 parameter.copy_(average)
-            if self.setup.recalibrates:
+            if self.config.arm != "plain" and self.setup.resolved.statistics != "running":  # trained with, these stay
                 with self.accelerator.autocast():
                     recalibrate_(self.network, self.setup.calibration)
             yield
@@ -352,11 +343,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state that `state_dict` returned, which is not trusted.
-
-        Raises:
-            CheckpointError: the state is of another run, or damaged.
-        """
+        """Continue from the state that `state_dict` returned, which is not trusted."""
         try:
             if state["started_from"] != record(self.network).weights_digest:
                 raise ValueError("the weights that it started from have changed")

@@ -55,16 +55,11 @@ class Source:
 
 
 def find(config: Config) -> Source:
-    """The network that `config` names, with or without BatchNorm.
-
-    Raises:
-        ArchitectureError, CheckpointError: no such architecture or file, or the file holds no network.
-    """
+    """The network that `config` names, with or without BatchNorm."""
     if not config.source and not config.model:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass `model`")
     path, of_images = Path(config.source), not factories.names_code(config.data)
-    is_onnx = factories.is_onnx(config.source)
-    is_file = bool(config.source) and path.is_file() and not is_onnx and config.source not in architectures.names()
+    is_file = path.is_file() and not factories.is_onnx(config.source) and config.source not in architectures.names()
     if is_file and config.weights != "DEFAULT":
         raise CheckpointError(f"finetune: '{path}' is a file of weights: leave `weights={config.weights!r}` out")
     choice, wanted = Choice(config.weights_key, config.weights_prefix, config.partial), config.wanted
@@ -127,15 +122,8 @@ class Head:
 def choose_head(source: Source, shape: Sequence[int] | Inputs | None, classes: tuple[str, ...], config: Config) -> Head:
     """Find the output layer, and decide whether the network keeps it.
 
-    By default it is kept if it is for these classes: the same names in the same order or, if its names are not known,
-    the same number.
-
-    Args:
-        shape: as for `find_head`.
-        classes: of the data.
-
-    Raises:
-        BNSurgeryError: no head is found, or the kept one has another number of outputs.
+    By default it is kept if it is for the data's classes: the same names in the same order or, if its names are not
+    known, the same number.
     """
     layer = source.model.get_submodule(find_head(source.model, shape))
     outputs = outputs_of(layer)
@@ -159,12 +147,7 @@ def choose_head(source: Source, shape: Sequence[int] | Inputs | None, classes: t
 
 
 def task_of(source: Source, data: Data, config: Config) -> tuple[Task, Head]:
-    """The task, with image size and colours from the network and classes from the data; and the head for it.
-
-    Raises:
-        BNSurgeryError: the image size is not known, the preprocessing in `config` does not fit the network, the network
-            takes neither 1 nor 3 channels, or as `choose_head`.
-    """
+    """The task, with image size and colours from the network and classes from the data; and the head for it."""
     preprocessing = None
     if not data.examples:
         found = config.wanted.of(source.preprocess or interface.own_preprocessing(source.model, config.wanted))
@@ -197,10 +180,7 @@ def prepare(
         source: its model is used up.
         task, head: from `task_of`.
         batches: training images to calibrate on.
-        example: an input, if they are no images.
-
-    Raises:
-        BNSurgeryError: as `bnsurgery.insert`; or nothing trains the new head, and it is not fitted either.
+        example: an input, if these are no images.
     """
     model = source.model
     if not head.kept and (config.train, config.head_init) == ("bn", "random"):
@@ -213,7 +193,8 @@ def prepare(
     if not head.kept:
         replace_head_(model, head.name_in(model), len(task.classes), config.seed)
     if config.arm == "plain":
-        model = insert(model, batches, plan=_nowhere(model), moments={}, share_weights=True)
+        nowhere = Plan(type(model).__name__, (), (), "pre-activation", "all", head=False)
+        model = insert(model, batches, plan=nowhere, moments={}, share_weights=True)
     elif not carries_record(model):
         model = insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
     unfuse_relu_(model)  # the same state for every source: see `fuse_for_training_`
@@ -229,15 +210,10 @@ def prepare(
     return model
 
 
-def _nowhere(model: nn.Module) -> Plan:
-    """A plan of no sites."""
-    return Plan(type(model).__name__, (), (), "pre-activation", "all", head=False)
-
-
 def fuse_for_training_(network: nn.Module, device: torch.device) -> None:
-    """On a GPU, let the norms apply their ReLUs, which saves passes over the tensors; `RunDirectory` saves it unfused.
+    """On a GPU, let norms without hooks apply their ReLUs, which saves passes over the tensors.
 
-    A network whose norms or ReLUs have hooks stays as it is.
+    `RunDirectory` saves the network unfused.
     """
     if fuses(device):
         with suppress(BNSurgeryError):
@@ -250,11 +226,10 @@ def fuses(device: torch.device) -> bool:
 
 
 def forget_(model: nn.Module) -> None:
-    """The "bn-naive" arm: every BatchNorm gets weight 1 and bias 0, as a new one has; recalibrate it afterwards."""
+    """For the arm "bn-naive", make every BatchNorm a new one: weight 1 and bias 0. Recalibrate it afterwards."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+            module.reset_parameters()
 
 
 def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, str]:

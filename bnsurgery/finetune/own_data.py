@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ FOR_IMAGES = (
     *("image_size", "normalize", "mean", "std", "scale", "channels", "augment"),
     *("root", "download", "val_fraction", "limit", "skip_bad"),
 )
-_DEFAULTS = {field.name: field.default for field in fields(Config)}
 _EXPECTED = (
     "expected a tuple (training, validation) or (training, validation, classes): training and validation each a "
     "Dataset of (inputs, target), or batches of (inputs, targets) that can be gone through again, as a DataLoader or a "
@@ -53,7 +52,7 @@ def open_own(config: Config, show: bool = False) -> Data:
         DataError: it returns something else, or an option for images was given, too.
     """
     name = config.data
-    odd = next((field for field in FOR_IMAGES if getattr(config, field) != _DEFAULTS[field]), None)
+    odd = next((field for field in FOR_IMAGES if getattr(config, field) != getattr(Config, field)), None)
     if odd is not None:
         raise DataError(f"finetune: `{odd}` is for images: what '{name}' gives is taken as it is. Leave `{odd}` out")
     call = factories.function(name, "data", "(training, validation)")
@@ -78,15 +77,11 @@ def open_own(config: Config, show: bool = False) -> Data:
 
 
 def in_its_batches(config: Config, data: Data) -> Config:
-    """`config`, with the size of the largest batch as its `batch_size` where `data` comes in batches.
-
-    Raises:
-        DataError: `config` has another `batch_size`, or `num_workers`.
-    """
+    """`config`, with the size of the largest batch as its `batch_size` where `data` comes in batches."""
     if not isinstance(data.train, Stream):
         return config
     size = max(data.train.sizes)
-    allowed = {"batch_size": (_DEFAULTS["batch_size"], size), "num_workers": (None,)}
+    allowed = {"batch_size": (Config.batch_size, size), "num_workers": (None,)}
     odd = next((field for field, values in allowed.items() if getattr(config, field) not in values), None)
     if odd is not None:
         raise DataError(
@@ -136,7 +131,7 @@ class _Samples:
 
     Attributes:
         targets: class index of every sample, from the Dataset's attribute `targets`, or read with the inputs where
-            there is none or a transform may change them.
+            that is missing or a transform may change it.
     """
 
     def __init__(self, name: str, where: str, dataset: Any, show: bool) -> None:

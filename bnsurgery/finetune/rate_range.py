@@ -2,8 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
@@ -19,6 +17,7 @@ from bnsurgery.surgery.copies import independent
 from . import recipe
 from .loading import training
 from .loop import Objective, moved
+from .results import RateRange
 from .setup import Setup
 
 _FROM, _TO, _STEPS = 1e-5, 10.0, 100
@@ -29,38 +28,19 @@ _CLEAR = 2.0  # standard deviations of single losses from the curve: more than c
 _LEAST = 1e-12  # a loss of 0 has no logarithm
 
 
-@dataclass(frozen=True)
-class RateRange:
-    """Losses of single batches and smoothed ones by rate, the peak rate chosen from them, and the reason."""
-
-    rates: tuple[float, ...]
-    measured: tuple[float, ...]
-    losses: tuple[float, ...]
-    chosen: float
-    reason: str
-
-
 def find_rate(setup: Setup, show: bool = False) -> RateRange:
-    """Run the test, on process 0 with whole batches; network and random numbers stay as they were.
+    """Run the test, on process 0 with whole batches, and `choose` the rate; network and random numbers stay the same.
 
     The rate rises geometrically from 1e-5 to 10 within 100 steps, which are otherwise those of training, over batches
-    in an order that training does not use. The test ends once the loss has risen again or is not finite. `choose` says
-    how the rate is chosen.
-
-    Args:
-        show: a progress bar on stderr.
-
-    Raises:
-        BNSurgeryError: the first loss is not finite.
+    in an order that training does not use. The test ends once the loss has risen again or is not finite.
 
     References: Smith 2017, "Cyclical learning rates", arXiv:1506.01186, section 3.3.
     """
-    found: list[Any] = [None]
+    found = None
     if setup.accelerator.is_main_process:
         with keeping_random(setup.accelerator.device):
-            found = [choose(*_test(setup, show), recipe.default_rate(setup.config))]
-    broadcast_object_list(found)
-    return found[0]
+            found = choose(*_test(setup, show), recipe.default_rate(setup.config))
+    return broadcast_object_list([found])[0]
 
 
 def choose(rates: Sequence[float], losses: Sequence[float], default: float) -> RateRange:

@@ -1,4 +1,4 @@
-"""The results of a run: of its start, and of each validation."""
+"""The results of a run: the values chosen at its start, its range test, and its validations."""
 
 from dataclasses import dataclass
 
@@ -64,3 +64,14 @@ class Resolved:
     augment: str
     augment_reason: str
     batch_size: int
+
+
+@dataclass(frozen=True)
+class RateRange:
+    """Losses of single batches and smoothed ones by rate, the peak rate chosen from them, and the reason."""
+
+    rates: tuple[float, ...]
+    measured: tuple[float, ...]
+    losses: tuple[float, ...]
+    chosen: float
+    reason: str

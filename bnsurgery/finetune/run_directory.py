@@ -25,7 +25,7 @@ from bnsurgery.text.typed_json import loads, parse
 from .config import Config
 from .datasets import Fingerprint
 from .figures import plot_curves, plot_rate_range
-from .results import Resolved, Row
+from .results import RateRange, Resolved, Row
 
 if TYPE_CHECKING:
     from .events import EventFile
@@ -54,12 +54,9 @@ class RunDirectory:
 
     @contextmanager
     def alone(self, *, new: bool) -> Iterator[None]:
-        """Make the directory, and keep other processes out of it until the block ends.
+        """Make the directory, which must hold no run if it is `new`, and keep other processes out until the block ends.
 
         This removes the half-written files of a killed run, and at the end a directory in which no run has begun.
-
-        Raises:
-            BNSurgeryError: it holds a run already, another process uses it, or it cannot be made.
         """
         made = not self.path.exists()
         try:
@@ -88,11 +85,7 @@ class RunDirectory:
         self._write_text("config.json", json.dumps(content, indent=1) + "\n")
 
     def read_config(self) -> tuple[Config, Fingerprint, Resolved]:
-        """Read what `write_config` wrote.
-
-        Raises:
-            CheckpointError: there is no run, or the file is damaged.
-        """
+        """Read what `write_config` wrote."""
         path = self.path / "config.json"
         try:
             content = loads(read_text(path))
@@ -116,11 +109,7 @@ class RunDirectory:
             checkpoint.torch_save({**state, "version": _VERSION}, temporary)
 
     def load_state(self) -> dict[str, Any] | None:
-        """Read what `save_state` wrote last; None if nothing was saved.
-
-        Raises:
-            CheckpointError: the file is damaged, or of another version.
-        """
+        """Read what `save_state` wrote last; None if nothing was saved."""
         if not os.path.lexists(self.last):
             return None
         if not self.last.is_file():  # opening a pipe would hang
@@ -140,13 +129,11 @@ class RunDirectory:
             raise CheckpointError(f"'{self.last}': of version {version}, expected {_VERSION}")
         return state
 
-    def log_rate_range(
-        self, rates: Sequence[float], measured: Sequence[float], smoothed: Sequence[float], chosen: float
-    ) -> None:
+    def log_rate_range(self, found: RateRange) -> None:
         """Write the losses of a range test to lr_range.csv, and their figure to lr_range.png."""
         columns = ("lr", "loss", "smoothed_loss")
-        self._write_table("lr_range.csv", columns, zip(rates, measured, smoothed, strict=True))
-        write_figure(plot_rate_range(rates, smoothed, chosen), self.path / "lr_range.png")
+        self._write_table("lr_range.csv", columns, zip(found.rates, found.measured, found.losses, strict=True))
+        write_figure(plot_rate_range(found.rates, found.losses, found.chosen), self.path / "lr_range.png")
 
     def log(self, rows: Sequence[Row], best: nn.Module | None, peak: float) -> None:
         """Write the rows to metrics.csv, curves.png and TensorBoard, and `best` to best.safetensors.
@@ -168,11 +155,7 @@ class RunDirectory:
         self._events.add({name.replace("_", "/", 1): value for name, value in scalars.items()}, step)
 
     def read_metrics(self) -> tuple[Row, ...]:
-        """Read metrics.csv.
-
-        Raises:
-            CheckpointError: there was no validation yet, or the file is damaged.
-        """
+        """Read metrics.csv."""
         where = f"run '{self.path}': metrics.csv"
         try:
             lines = csv.DictReader(io.StringIO(read_text(self.path / "metrics.csv"), newline=""))

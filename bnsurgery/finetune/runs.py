@@ -165,6 +165,8 @@ def resume(
 @contextmanager
 def _alone(accelerator: "Accelerator", config: Config, directory: RunDirectory | None, *, new: bool) -> Iterator[None]:
     """Keep other processes out of the directory. Every rank raises the refusal of process 0."""
+    from accelerate.utils import broadcast_object_list
+
     with ExitStack() as stack:
         refusal = None
         if directory is not None and accelerator.is_main_process:
@@ -172,11 +174,8 @@ def _alone(accelerator: "Accelerator", config: Config, directory: RunDirectory |
                 stack.enter_context(directory.alone(new=new))
             except BNSurgeryError as error:
                 refusal = error
-        if accelerator.num_processes > 1:  # the others would wait for process 0
-            from accelerate.utils import broadcast_object_list
-
-            (refusal,) = broadcast_object_list([refusal])
-            accelerator.wait_for_everyone()  # or process 0 is gone before the others have received it
+        (refusal,) = broadcast_object_list([refusal])  # or the others would wait for process 0
+        accelerator.wait_for_everyone()  # or process 0 is gone before the others have received it
         if refusal is not None:
             raise refusal
         try:
@@ -232,7 +231,7 @@ def _train(
             found = find_rate(setup, show)
             setup.resolved = replace(setup.resolved, lr=found.chosen, lr_reason=found.reason)
             if writes is not None:
-                writes.log_rate_range(found.rates, found.measured, found.losses, found.chosen)
+                writes.log_rate_range(found)
         if writes is not None and before is None:  # not earlier: a refused start leaves no run behind
             writes.write_config(config, data.fingerprint, setup.resolved)
         torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout

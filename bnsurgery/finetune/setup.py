@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,19 +65,9 @@ class Setup:
     calibration: Loader | Share
     val: Loader | Share
 
-    @property
-    def recalibrates(self) -> bool:
-        """Whether the network gets population statistics before it is kept; frozen ones it was trained with stay."""
-        return self.config.arm != "plain" and self.resolved.statistics != "running"
-
 
 def processes(config: Config) -> "Accelerator":
-    """Hugging Face's Accelerate: one process, or those that torchrun or accelerate launch started.
-
-    Raises:
-        BNSurgeryError: it is not installed, this process was set up for another precision or device before, or the
-            device does not exist.
-    """
+    """Hugging Face's Accelerate: one process, or those that torchrun or accelerate launch started."""
     for needed in ("accelerate", "tensorboard", "matplotlib", "psutil"):  # the last three before hours of training
         if importlib.util.find_spec(needed) is None:
             raise BNSurgeryError(f"finetune: needs {needed}, which is not installed: pip install 'bnsurgery[finetune]'")
@@ -88,7 +79,7 @@ def processes(config: Config) -> "Accelerator":
     if precision == "auto":
         precision = "bf16" if devices.takes_bfloat16(place) else "no"
         if "ACCELERATE_MIXED_PRECISION" in os.environ:
-            precision = None  # which takes what accelerate launch was given
+            precision = None  # for the option of accelerate launch
     try:
         # There is no other way to choose the device; the launcher chooses that of each launched process.
         with patch_environment(**({} if launched else {_DEVICE: str(place)})):
@@ -113,11 +104,7 @@ def processes(config: Config) -> "Accelerator":
 
 
 def computes_on(config: Config) -> torch.device:
-    """The device that `config` or Accelerate's environment names; of a launched process, its kind.
-
-    Raises:
-        BNSurgeryError: the device does not exist.
-    """
+    """The device that `config` or Accelerate's environment names; of a launched process, its kind."""
     from accelerate.utils import parse_flag_from_env
 
     name = os.environ.get(_DEVICE) if config.device == "auto" else config.device
@@ -127,11 +114,7 @@ def computes_on(config: Config) -> torch.device:
 
 
 def load_data(config: Config, show: bool = False) -> Data:
-    """The data that `config` names.
-
-    Raises:
-        DataError: see `open_data` and `open_own`.
-    """
+    """The data that `config` names."""
     return (open_own if factories.names_code(config.data) else open_data)(config, show)
 
 
@@ -151,9 +134,6 @@ def build(
         resolved: of a run that is resumed.
         show: print progress.
         restored: whether the caller loads a saved state next, so that no head needs to be fitted.
-
-    Raises:
-        BNSurgeryError: see `run`.
     """
     world = accelerator.num_processes
     _check_sizes(config, data, world)
@@ -161,8 +141,8 @@ def build(
     task, head = task_of(source, data, config)
     source.model.to(accelerator.device)
 
-    augment, augment_reason = (resolved.augment, "") if resolved else _choose_augment(config, data)
-    prepared = as_taken(data.train, task, augment, config.seed)
+    resolved = resolved or _resolve(config, data)
+    prepared = as_taken(data.train, task, resolved.augment, config.seed)
     share: dict[str, Any] = {
         "rank": accelerator.process_index,
         "world": world,
@@ -182,8 +162,9 @@ def build(
     examples = data.examples or [Inputs((torch.zeros(2, *task.preprocessing.shape),))]  # type: ignore[union-attr]
     for example in examples:
         _check_network(config, network, example, len(data.classes))
-    if resolved is None:
-        resolved = replace(_resolve(config, network, prepared), augment=augment, augment_reason=augment_reason)
+    if not resolved.statistics:
+        statistics, reason = choose_statistics(config, partial(_drift, network, prepared, config.batch_size))
+        resolved = replace(resolved, statistics=statistics, reason=reason)
     if config.arm == "bn-naive":
         forget_(network)
         recalibrate_(network, calibration)  # the inputs of every layer have changed
@@ -211,30 +192,25 @@ def build(
     return Setup(config, accelerator, network, conditioner, resolved, facts, prepared, batches, train, calibration, val)
 
 
-def _resolve(config: Config, network: nn.Module, prepared: Prepared | Stream) -> Resolved:
-    size = config.batch_size
-
-    def drift() -> float:
-        loader = evaluation(prepared, size, 0, images=max(DRIFT_SAMPLES, size))
-        report = verify(network, network, loader, drift_batch_sizes=(size,))
-        if report.no_drift is not None:
-            raise BNSurgeryError(f"finetune: no drift to choose by: {report.no_drift}. Pass `statistics`.")
-        return report.train_drift[size]
-
-    statistics, reason = choose_statistics(config, drift)
-    rate, rate_reason = recipe.default_rate(config), f"the default for a batch of {size}"
+def _resolve(config: Config, data: Data) -> Resolved:
+    """Choose rate and augmentation; statistics and head, which the network decides, stay empty."""
+    rate, rate_reason = recipe.default_rate(config), f"the default for a batch of {config.batch_size}"
     if config.lr not in (None, "auto"):
         rate, rate_reason = float(config.lr), "as asked"
-    return Resolved(rate, statistics, reason, rate_reason, head="", augment="", augment_reason="", batch_size=size)
-
-
-def _choose_augment(config: Config, data: Data) -> tuple[str, str]:
-    """The augmentation, and the reason."""
+    augment, augment_reason = config.augment, "as asked"
     if data.examples:
-        return "none", "a function's data is taken as it is"
-    if config.augment != "auto":
-        return config.augment, "as asked"
-    return data.augment, f"the default for {data.kind or data.description}"
+        augment, augment_reason = "none", "a function's data is taken as it is"
+    elif augment == "auto":
+        augment, augment_reason = data.augment, f"the default for {data.kind or data.description}"
+    return Resolved(rate, "", "", rate_reason, "", augment, augment_reason, config.batch_size)
+
+
+def _drift(network: nn.Module, prepared: Prepared | Stream, size: int) -> float:
+    loader = evaluation(prepared, size, 0, images=max(DRIFT_SAMPLES, size))
+    report = verify(network, network, loader, drift_batch_sizes=(size,))
+    if report.no_drift is not None:
+        raise BNSurgeryError(f"finetune: no drift to choose by: {report.no_drift}. Pass `statistics`.")
+    return report.train_drift[size]
 
 
 def _initialize_head_(config: Config, network: nn.Module, head: nn.Module, loader: Loader | Share) -> str:
@@ -286,15 +262,15 @@ def _facts(
 
 
 def _check_sizes(config: Config, data: Data, world: int) -> None:
-    size, own = config.batch_size, isinstance(data.train, Stream)
-    if own and size < world:
+    size, in_batches = config.batch_size, isinstance(data.train, Stream)
+    if in_batches and size < world:
         raise DataError(f"finetune: batches of at most {size} cannot be shared by {world} processes: make them larger")
     if size > len(data.train):
         count = f"the {len(data.train)} training {data.thing}s"
         raise DataError(
             f"finetune: a batch of {size} is more than {count}: pass `batch_size={len(data.train)}` or less"
         )
-    if size % world and not own:
+    if size % world and not in_batches:
         raise BNSurgeryError(
             f"finetune: a batch of {size} cannot be shared evenly by {world} processes: "
             f"pass `batch_size={world * max(1, size // world)}`"
@@ -311,10 +287,9 @@ def _check_network(config: Config, network: nn.Module, example: Inputs, classes:
         raise BNSurgeryError(f"finetune: `train={config.train!r}` leaves nothing to train in the arm {config.arm}")
     with observing(network):
         output = run("finetune", network, example)  # which names an image size that does not fit
-    if not isinstance(output, torch.Tensor) or output.shape != (example.samples, classes):
-        got = (
-            f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else with_article(type(output).__name__)
-        )
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else None
+    if shape != (example.samples, classes):
+        got = f"shape {shape}" if shape is not None else with_article(type(output).__name__)
         raise BNSurgeryError(
             f"finetune: {type(network).__name__} returns {got}, expected ({example.samples}, {classes}): a number per "
             "input and class"
