@@ -95,7 +95,7 @@ def plot_comparison(result: "Comparison", panels: Sequence[str] = ()) -> "Figure
         >>> bnsurgery.report.plot_comparison(Comparison("cats and dogs", tuple(trials))).get_label()
         'Validation accuracy by step: plain ends at 70.0 % at rate 0.1; bn ends at 80.0 % at rate 0.1.'
     """
-    panels = panels or telling_panels(result)
+    panels = panels or default_panels(result)
     draw = {"steps": _steps, "rates": draw_rates, "seconds": _seconds}
     figure, axes = new_figure(" ".join(_in_words(result, panel) for panel in panels), columns=len(panels))
     for axis, panel in zip(axes[0], panels, strict=True):
@@ -103,7 +103,7 @@ def plot_comparison(result: "Comparison", panels: Sequence[str] = ()) -> "Figure
     return figure
 
 
-def telling_panels(result: "Comparison") -> tuple[str, ...]:
+def default_panels(result: "Comparison") -> tuple[str, ...]:
     """The default panels: "steps" and, if there is more than one rate, "rates"."""
     return ("steps", "rates") if len(result.rates) > 1 else ("steps",)
 

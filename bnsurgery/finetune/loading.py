@@ -9,7 +9,7 @@ import itertools
 import math
 import signal
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -32,6 +32,24 @@ _started: WeakSet["Loader"] = WeakSet()  # loaders that may have workers
 def joint_seed(*numbers: int) -> int:
     """A seed for torch that depends on all of `numbers`."""
     return hash(numbers) & (2**63 - 1)
+
+
+class Reader(NamedTuple):
+    """How a process of the run reads the data.
+
+    Attributes:
+        workers: processes that read images for it.
+        rank, world: its number, and how many such processes share every batch.
+        pinned: put the batches into pinned memory, from which a GPU copies by itself.
+    """
+
+    workers: int = 0
+    rank: int = 0
+    world: int = 1
+    pinned: bool = False
+
+
+ALONE = Reader()
 
 
 class Prepared(Dataset[tuple[Any, int]]):
@@ -87,11 +105,7 @@ class TrainBatches(Sampler[list[Key]]):
 
 
 class Loader(DataLoader[Any]):
-    """The batches that a sampler, or another iterable of lists, names; workers stay alive from pass to pass.
-
-    Args:
-        pinned: put the batches into pinned memory, from which a GPU copies by itself.
-    """
+    """The batches that a sampler, or another iterable of lists, names; workers stay alive from pass to pass."""
 
     def __init__(self, data: Prepared, batches: Iterable[list[Key]], workers: int, pinned: bool = False) -> None:
         super().__init__(
@@ -164,8 +178,6 @@ class Share:
         left_over: samples that do not.
     """
 
-    num_workers, pin_memory = 0, False
-
     def __init__(
         self, stream: Stream, seed: int, rank: int, world: int, *, train: bool, most: float = math.inf
     ) -> None:
@@ -211,32 +223,18 @@ def source(split: Split | Stream, task: Task, augment: str, seed: int) -> Prepar
 
 
 def training(
-    data: Prepared | Stream,
-    batch_size: int,
-    seed: int,
-    workers: int,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    pinned: bool = False,
+    data: Prepared | Stream, batch_size: int, seed: int, reader: Reader
 ) -> tuple[TrainBatches, Loader] | tuple[Share, Share]:
     """This rank's share of the training batches and their loader; a stream's batches keep their sizes."""
     if isinstance(data, Stream):
-        share = Share(data, seed, rank, world, train=True)
+        share = Share(data, seed, reader.rank, reader.world, train=True)
         return share, share
-    batches = TrainBatches(len(data), batch_size, seed, rank, world)
-    return batches, Loader(data, batches, workers, pinned)
+    batches = TrainBatches(len(data), batch_size, seed, reader.rank, reader.world)
+    return batches, Loader(data, batches, reader.workers, reader.pinned)
 
 
 def evaluation(
-    data: Prepared | Stream,
-    batch_size: int,
-    workers: int,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    images: int | None = None,
-    pinned: bool = False,
+    data: Prepared | Stream, batch_size: int, reader: Reader = ALONE, *, images: int | None = None
 ) -> Loader | Share:
     """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
 
@@ -245,9 +243,10 @@ def evaluation(
     more.
     """
     if isinstance(data, Stream):
-        return Share(data, 0, rank, world, train=False, most=math.inf if images is None else images)
+        most = math.inf if images is None else images
+        return Share(data, 0, reader.rank, reader.world, train=False, most=most)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
-    batches = list(BatchSampler(order[rank::world], batch_size, drop_last=False))
+    batches = list(BatchSampler(order[reader.rank :: reader.world], batch_size, drop_last=False))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [batches[-2] + batches[-1]]
-    return Loader(data, [[(EVALUATED, index) for index in batch] for batch in batches], workers, pinned)
+    return Loader(data, [[(EVALUATED, index) for index in batch] for batch in batches], reader.workers, reader.pinned)

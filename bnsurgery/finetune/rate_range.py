@@ -100,8 +100,8 @@ def _test(setup: Setup, show: bool) -> tuple[list[float], list[float]]:
     objective = Objective(network, config.label_smoothing)
     optimizer = recipe.optimizer(config, network, _FROM)
     trained = [p for p in network.parameters() if p.requires_grad]
-    workers, pinned = setup.train.num_workers, setup.train.pin_memory
-    batches, loader = training(setup.prepared, config.batch_size, config.seed, workers, pinned=pinned)
+    whole = setup.reader._replace(rank=0, world=1)
+    batches, loader = training(setup.prepared, config.batch_size, config.seed, whole)
     batches.epoch = config.epochs  # an order that training does not use
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
     rates: list[float] = []

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from . import recipe
 from .config import Config
 from .datasets import Data, open_data
 from .head_fit import fit_head_
-from .loading import Loader, Prepared, Share, TrainBatches, default_workers, evaluation, training
+from .loading import Loader, Prepared, Reader, Share, TrainBatches, default_workers, evaluation, training
 from .loading import source as as_taken
 from .network import Source, choose_statistics, find, forget_, fuse_for_training_, given, prepare, task_of
 from .own_data import open_own
@@ -48,6 +48,7 @@ class Setup:
         network: on its device, without wrappers; the parameters to train take a gradient.
         conditioner: of the head's gradients.
         facts: lines that say what was found and chosen.
+        prepared, reader: the training data, and how this process reads it.
         batches, train: this rank's share of the augmented training batches, and the loader that follows it.
         calibration: this rank's share of training images, without augmentation.
         val: this rank's share of the validation images.
@@ -60,6 +61,7 @@ class Setup:
     resolved: Resolved
     facts: list[str]
     prepared: Prepared | Stream
+    reader: Reader
     batches: TrainBatches | Share
     train: Loader | Share
     calibration: Loader | Share
@@ -143,16 +145,12 @@ def build(
 
     resolved = resolved or _resolve(config, data)
     prepared = as_taken(data.train, task, resolved.augment, config.seed)
-    share: dict[str, Any] = {
-        "rank": accelerator.process_index,
-        "world": world,
-        "workers": default_workers() if config.num_workers is None else config.num_workers,
-        "pinned": accelerator.device.type == "cuda",
-    }
+    workers = default_workers() if config.num_workers is None else config.num_workers
+    reader = Reader(workers, accelerator.process_index, world, pinned=accelerator.device.type == "cuda")
     together = max(EVALUATED_TOGETHER, config.batch_size // world)
-    batches, train = training(prepared, config.batch_size, config.seed, **share)
-    calibration = evaluation(prepared, together, images=config.recalibrate, **share)
-    val = evaluation(as_taken(data.val, task, "none", 0), together, **share)
+    batches, train = training(prepared, config.batch_size, config.seed, reader)
+    calibration = evaluation(prepared, together, reader, images=config.recalibrate)
+    val = evaluation(as_taken(data.val, task, "none", 0), together, reader)
 
     network = prepare(source, task, head, config, calibration, show, *data.examples[:1])
     name = head.name_in(network)
@@ -170,7 +168,7 @@ def build(
         recalibrate_(network, calibration)  # the inputs of every layer have changed
     made = ""
     if not head.kept and not restored:
-        everything = evaluation(prepared, together, **{**share, "rank": 0, "world": 1})
+        everything = evaluation(prepared, together, reader._replace(rank=0, world=1))
         made = _initialize_head_(config, network, layer, everything)
     if not resolved.head:
         resolved = replace(resolved, head=f"{'kept' if head.kept else 'new'}: {head.why}{made}")
@@ -189,7 +187,8 @@ def build(
             if parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
     facts = _facts(config, source, data, resolved, batches.left_over, unfrozen)
-    return Setup(config, accelerator, network, conditioner, resolved, facts, prepared, batches, train, calibration, val)
+    loaders = prepared, reader, batches, train, calibration, val
+    return Setup(config, accelerator, network, conditioner, resolved, facts, *loaders)
 
 
 def _resolve(config: Config, data: Data) -> Resolved:
@@ -206,7 +205,7 @@ def _resolve(config: Config, data: Data) -> Resolved:
 
 
 def _drift(network: nn.Module, prepared: Prepared | Stream, size: int) -> float:
-    loader = evaluation(prepared, size, 0, images=max(DRIFT_SAMPLES, size))
+    loader = evaluation(prepared, size, images=max(DRIFT_SAMPLES, size))
     report = verify(network, network, loader, drift_batch_sizes=(size,))
     if report.no_drift is not None:
         raise BNSurgeryError(f"finetune: no drift to choose by: {report.no_drift}. Pass `statistics`.")

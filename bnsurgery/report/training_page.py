@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bnsurgery.finetune.figures import plot_comparison, plot_curves, seconds_by_arm, telling_panels
+from bnsurgery.finetune.figures import default_panels, plot_comparison, plot_curves, seconds_by_arm
 from bnsurgery.finetune.own_data import FOR_IMAGES
 from bnsurgery.networks import factories
 from bnsurgery.pages.page import Report, Section, Table
@@ -126,7 +126,7 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         )
     diverged = [f"{t.arm} at {t.lr:g}, seed {t.seed}: {t.diverged}" for t in result.trials if t.diverged]
     names = {"steps": "by-step", "rates": "by-rate"}
-    panels = telling_panels(result) if result.winner else ()
+    panels = default_panels(result) if result.winner else ()
     texts = ["Same images in the same order, same head, same recipe and budget: only the BatchNorm differs."]
     if not result.winner:
         texts.append("Every run diverged: there is nothing to draw.")

@@ -13,7 +13,7 @@ from tiny_task import patterns
 
 from bnsurgery.errors import DataError
 from bnsurgery.finetune import from_tensors
-from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches, evaluation
+from bnsurgery.finetune.loading import Loader, Prepared, Reader, TrainBatches, evaluation
 from bnsurgery.finetune.parts import Split
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.records.task import Task
@@ -106,12 +106,12 @@ def test_reading_leaves_the_global_random_state_alone():
 
 def test_evaluation_gives_the_images_themselves():
     images, labels = patterns(50, 1)
-    got = everything(evaluation(prepared(), 16, 0))
+    got = everything(evaluation(prepared(), 16))
     pairs = [pair for x, y in got for pair in zip((255 * x).round().flatten(1).tolist(), y.tolist(), strict=True)]
     assert sorted(pairs) == sorted(zip(images.flatten(1).tolist(), labels.tolist(), strict=True))
-    assert same(got, everything(evaluation(prepared(seed=5), 16, 0)))  # the order is fixed
-    assert sum(len(y) for _, y in everything(evaluation(prepared(), 16, 0, images=40))) == 40
-    shares = [everything(evaluation(prepared(), 16, 0, rank=rank, world=3)) for rank in range(3)]
+    assert same(got, everything(evaluation(prepared(seed=5), 16)))  # the order is fixed
+    assert sum(len(y) for _, y in everything(evaluation(prepared(), 16, images=40))) == 40
+    shares = [everything(evaluation(prepared(), 16, Reader(rank=rank, world=3))) for rank in range(3)]
     assert sum(len(y) for share in shares for _, y in share) == 50
 
 
@@ -119,9 +119,9 @@ def test_batches_of_sorted_data_hold_all_classes_and_never_one_image():
     images, labels = patterns(65, 1)
     order = labels.argsort()
     data = Prepared(from_tensors((images[order], labels[order]), patterns(8, 2), "abcd").train, TASK, "none", 0)
-    sizes = [len(y) for _, y in everything(evaluation(data, 32, 0))]
+    sizes = [len(y) for _, y in everything(evaluation(data, 32))]
     assert sizes == [32, 33]
-    assert all(set(y.tolist()) == {0, 1, 2, 3} for _, y in everything(evaluation(data, 32, 0, images=40)))
+    assert all(set(y.tolist()) == {0, 1, 2, 3} for _, y in everything(evaluation(data, 32, images=40)))
 
 
 class _Broken:
@@ -135,7 +135,7 @@ class _Broken:
 def test_a_damaged_image_is_named_without_a_traceback(workers):
     data = Prepared(Split(_Broken(), (0, 1, 2, 3)), TASK, "none", 0)
     with pytest.raises(DataError) as error:
-        everything(evaluation(data, 2, workers))
+        everything(evaluation(data, 2, Reader(workers)))
     assert str(error.value) == "image 'third.png': cannot be decoded"
     assert not multiprocessing.active_children()  # though `error` holds the loader
 
@@ -171,4 +171,4 @@ class _Dying:
 def test_a_worker_that_dies_says_so():
     data = Prepared(Split(_Dying(), (0, 1)), TASK, "none", 0)
     with pytest.raises(DataError, match="`num_workers=0`"):
-        everything(evaluation(data, 2, 1))
+        everything(evaluation(data, 2, Reader(workers=1)))

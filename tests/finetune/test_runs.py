@@ -88,7 +88,7 @@ def test_what_is_kept_is_what_was_measured(model, data, config):
     # Its statistics are the population's: recalibrating changes nothing but roundings.
     before = {name: value.clone() for name, value in kept.state_dict().items() if "running_" in name}
     prepared = Prepared(data.train, TASK, "none", 0)
-    bnsurgery.recalibrate_(kept, evaluation(prepared, 32, 0))  # in the run's own order
+    bnsurgery.recalibrate_(kept, evaluation(prepared, 32))  # in the run's own order
     for name, value in before.items():
         torch.testing.assert_close(kept.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     # The record says what it was trained on, and it folds.
