@@ -1,25 +1,35 @@
-"""Fine-tuning tasks to compare on: a small VGG on scikit-learn's digits, and real networks on MNIST where they are."""
+"""Fine-tuning tasks to compare on: a small VGG on scikit-learn's digits, and real networks on real images.
+
+Each task has a validation part, which chooses the learning rate of an arm, and a test part, which is only reported.
+"""
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
 
 from bnsurgery import finetune
 from bnsurgery.finetune import Config, Data
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real" / "real.py"
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-ARMS = ("plain", "bn", "bn-naive", "bn-half")
-_BASE = Config(
-    data="tensors", output="unused", normalize="none", head="new", head_init="random", num_workers=0, device="cpu"
-)
+SEEDS = 3
+_BASE = Config(data="tensors", output="unused", normalize="none", batch_size=32, num_workers=0, device="cpu")
+_DIGITS = [str(digit) for digit in range(10)]
+_SMALL = {
+    "plain": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+    "bn": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    "bn-naive": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+}
+_LARGE = {"plain": (0.001, 0.003, 0.01, 0.03), "bn": (0.003, 0.01, 0.03, 0.1), "bn-naive": (0.01, 0.03, 0.1, 0.3)}
 
 
 @dataclass(frozen=True)
@@ -28,14 +38,15 @@ class Task:
 
     Attributes:
         description: in words.
-        seeds: how many to compare over.
+        rates: the learning rates that are tried first, by arm. Where the best is the smallest or the largest, the
+            comparison tries one more beyond it.
     """
 
     description: str
     network: Callable[[], nn.Module]
     data: Callable[[], Data]
     config: Config
-    seeds: int
+    rates: dict[str, tuple[float, ...]]
 
 
 def small_vgg(classes: int = 5) -> nn.Module:
@@ -54,34 +65,70 @@ def small_vgg(classes: int = 5) -> nn.Module:
     return model
 
 
-def digits(low: int, high: int) -> Data:
-    """Scikit-learn's digits from `low` to below `high`; a third is held out."""
-    found = load_digits()
-    images = torch.from_numpy((found.images * (255 / 16)).round().astype("uint8"))[:, None]
-    labels = torch.from_numpy(found.target)
-    chosen = (labels >= low) & (labels < high)
-    images, labels = images[chosen], labels[chosen] - low
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[: len(order) // 3], order[len(order) // 3 :]
-    parts = [(images[part], labels[part]) for part in (rest, held_out)]
-    return finetune.from_tensors(*parts, [str(i) for i in range(low, high)], description=f"digits {low} to {high - 1}")
-
-
-def pretrained_small_vgg() -> nn.Module:
-    """The small VGG, trained on the digits 0 to 4 without BatchNorm: some ten seconds."""
+def pretrained_small_vgg(low: int, high: int) -> nn.Module:
+    """The small VGG, trained without BatchNorm on the first third of `_digits`: some ten seconds."""
     from bnsurgery.finetune.loop import Trainer
     from bnsurgery.finetune.setup import build, processes
     from bnsurgery.finetune.stopping import StopRequest
 
+    images, labels = _digits(low, high)
+    count = len(labels) // 3
+    parts = [(images[chosen], labels[chosen]) for chosen in (slice(count), slice(count, count + count // 4))]
+    data = finetune.from_tensors(*parts, _DIGITS[low:high])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = small_vgg()
-        config = replace(_BASE, image_size=16, arm="plain", epochs=20, batch_size=32, lr=0.01)
-        setup = build(config, processes(config), model, digits(0, 5), None, False)
+        config = replace(_BASE, image_size=16, arm="plain", head="new", head_init="random", epochs=30, lr=0.01)
+        setup = build(config, processes(config), small_vgg(high - low), data, None, False)
         trainer = Trainer(setup, None, False)
         trainer.fit(StopRequest())
-    print(f"small VGG, trained on the digits 0 to 4: {100 * trainer.rows[-1].val_accuracy:.1f} % of the held-out right")
+    right = 100 * trainer.rows[-1].val_accuracy
+    print(f"small VGG, trained on the digits {low} to {high - 1}: {right:.1f} % of other images right")
     return setup.network
+
+
+def _digits(low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Scikit-learn's digits in a fixed random order: (N, 1, 8, 8) of uint8, and labels from 0."""
+    found = load_digits()
+    images = torch.from_numpy((found.images * (255 / 16)).round().astype("uint8"))[:, None]
+    labels = torch.from_numpy(found.target)
+    chosen = ((labels >= low) & (labels < high)).nonzero().flatten()
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
+    return images[chosen], labels[chosen] - low
+
+
+def _new_digits() -> Data:
+    """The digits 5 to 9: 400 to train on, 200 to choose by, the rest to report on."""
+    images, labels = _digits(5, 10)
+    return _divided(images, labels, (400, 200, None), _DIGITS[5:], "digits 5 to 9")
+
+
+def _digits_of_another_camera() -> Data:
+    """All ten digits that the small VGG was not trained on, blurred, noisy, of little contrast and turned a little."""
+    images, labels = _digits(0, 10)
+    start = len(labels) // 3
+    images, labels = images[start:], labels[start:]
+    images = camera(images, blur=0.5, noise=0.1, contrast=0.5, degrees=15)
+    return _divided(images, labels, (100, 300, None), _DIGITS, "100 digits of another camera")
+
+
+def camera(images: Tensor, blur: float, noise: float, contrast: float, degrees: float, invert: bool = False) -> Tensor:
+    """Images (N, C, H, W) of uint8 as another camera takes them.
+
+    Args:
+        blur: standard deviation of a Gaussian, in pixels; 0 for none.
+        noise: standard deviation of the noise, where white is 1.
+        contrast: 1 as it is, 0 all grey.
+        degrees: largest turn, uniform in both directions.
+    """
+    random = torch.Generator().manual_seed(0)
+    angle = (2 * torch.rand(len(images), generator=random) - 1).mul(degrees).deg2rad()
+    turned = torch.stack([angle.cos(), -angle.sin(), angle * 0, angle.sin(), angle.cos(), angle * 0], 1).view(-1, 2, 3)
+    taken = F.grid_sample(images / 255, F.affine_grid(turned, list(images.shape), False), align_corners=False)
+    if blur:
+        taken = gaussian_blur(taken, [5, 5], [blur, blur])
+    taken = 0.5 + contrast * ((1 - taken if invert else taken) - 0.5)
+    taken = taken + noise * torch.randn(taken.shape, generator=random)
+    return (taken.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def real() -> Any:
@@ -92,54 +139,148 @@ def real() -> Any:
     return module
 
 
-def _mnist(train: int, val: int, quarter_turns: int) -> Data:
-    """Random MNIST images, turned, from the training and the test set."""
+def _mnist(train: int, description: str, change: Callable[[Tensor], Tensor] = lambda images: images) -> Data:
+    """`train` and 1,000 of MNIST's training images, and 2,000 of its test images."""
     parts: list[tuple[Tensor, Tensor]] = []
-    for split, count in (("train", train), ("test", val)):
-        images, labels = real().mnist(split)
-        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
-        images = (images[chosen] * 255).round().to(torch.uint8)
-        parts.append((torch.rot90(images, quarter_turns, (2, 3)).contiguous(), labels[chosen]))
-    turned = " turned by 90 degrees" if quarter_turns else ""
-    return finetune.from_tensors(*parts, list("0123456789"), description=f"{train} MNIST images{turned}")
+    for name, counts in (("train", (train, 1000)), ("test", (2000,))):
+        images, labels = real().mnist(name)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        for chosen in order[: sum(counts)].split(counts):
+            parts.append((change((images[chosen] * 255).round().to(torch.uint8)).contiguous(), labels[chosen]))
+    return finetune.from_tensors(*parts[:2], _DIGITS, test=parts[2], description=description)
 
 
-def _mnist_cnn() -> nn.Module:
-    model: nn.Module = real().mnist_cnn()
-    return model
+def _turned(images: Tensor) -> Tensor:
+    return torch.rot90(images, 1, (2, 3))
+
+
+def _trash(side: int, train: int) -> Data:
+    """The photographs of waste, six classes, at `side` × `side` pixels: 500 to choose by, 500 to report on."""
+    folders = sorted(path for path in (REAL.parent / "trash").iterdir() if path.is_dir())
+    found = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[: 1000 + train].tolist()
+    images = torch.stack([_image(found[index][0], side) for index in order])
+    labels = torch.tensor([found[index][1] for index in order])
+    counts = (train, 500, 500)
+    return _divided(images, labels, counts, [folder.name for folder in folders], f"{train} photographs of waste")
+
+
+def _image(path: Path, side: int) -> Tensor:
+    image = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+    pixels: Tensor = pil_to_tensor(image)
+    return pixels
+
+
+def _divided(
+    images: Tensor, labels: Tensor, counts: Sequence[int | None], classes: Sequence[str], description: str
+) -> Data:
+    """Training, validation and test part, one after the other; None for the rest."""
+    parts, start = [], 0
+    for count in counts:
+        stop = len(labels) if count is None else start + count
+        parts.append((images[start:stop], labels[start:stop]))
+        start = stop
+    return finetune.from_tensors(*parts[:2], classes, test=parts[2], description=description)
+
+
+def _net(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model: nn.Module = getattr(real(), name)()
+        return model
+
+    return build
 
 
 def _vgg19_quarter() -> nn.Module:
     return nn.Sequential(*real().vgg19_quarter_width(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
+_PHOTOS = replace(_BASE, normalize="imagenet", augment="crop-flip", image_size=88)
 TASKS = {
-    "digits": Task(
-        "a small VGG trained on the digits 0 to 4, to the digits 5 to 9 with a new head",
-        pretrained_small_vgg,
-        lambda: digits(5, 10),
-        replace(_BASE, image_size=16, epochs=6, batch_size=32),
-        3,
+    # The job that people have: the features are of use.
+    "trash": Task(
+        "SqueezeNet 1.0 of ImageNet, to six classes of waste, 750 photographs",
+        _net("squeezenet1_0_imagenet"),
+        lambda: _trash(96, 750),
+        replace(_PHOTOS, epochs=6),
+        _LARGE,
+    ),
+    "trash-few": Task(
+        "the same with 250 photographs",
+        _net("squeezenet1_0_imagenet"),
+        lambda: _trash(96, 250),
+        replace(_PHOTOS, epochs=6),
+        _LARGE,
+    ),
+    "trash-vgg19": Task(
+        "VGG-19 at a quarter of the width, trained on photographs, to six classes of waste, 750 photographs",
+        _vgg19_quarter,
+        lambda: _trash(64, 750),
+        replace(_PHOTOS, normalize="none", image_size=64, head="new", epochs=6),
+        _LARGE,
+    ),
+    "mnist-camera": Task(
+        "mnist_cnn, its own head, to 500 digits of another camera: blur, noise, contrast, 15 degrees",
+        _net("mnist_cnn"),
+        lambda: _mnist(500, "500 MNIST images of another camera", lambda images: camera(images, 1.0, 0.2, 0.6, 15)),
+        replace(_BASE, image_size=28, augment="crop", head="keep", epochs=10),
+        _SMALL,
+    ),
+    "mnist-noise": Task(
+        "mnist_cnn, its own head, to 200 noisy digits",
+        _net("mnist_cnn"),
+        lambda: _mnist(200, "200 noisy MNIST images", lambda images: camera(images, 0.0, 0.4, 1.0, 0)),
+        replace(_BASE, image_size=28, augment="crop", head="keep", epochs=20),
+        _SMALL,
+    ),
+    "digits-camera": Task(
+        "a small VGG trained on 599 digits, its own head, to 100 digits of another camera",
+        lambda: pretrained_small_vgg(0, 10),
+        _digits_of_another_camera,
+        replace(_BASE, image_size=16, augment="crop", head="keep", epochs=20),
+        _SMALL,
+    ),
+    "vgg19-mnist": Task(
+        "VGG-19 at a quarter of the width, trained on photographs, to 1,000 MNIST images",
+        _vgg19_quarter,
+        lambda: _mnist(1000, "1,000 MNIST images"),
+        replace(_BASE, image_size=32, augment="crop", head="new", epochs=6),
+        _LARGE,
+    ),
+    # Tasks where the old function is of little use.
+    "trash-cifar": Task(
+        "cifar_cnn_large, to six classes of waste, 1,500 photographs at 32 pixels",
+        _net("cifar_cnn_large"),
+        lambda: _trash(32, 1500),
+        replace(_BASE, image_size=32, augment="crop-flip", head="new", epochs=10),
+        _SMALL,
+    ),
+    "mnist-inverted": Task(
+        "mnist_cnn, its own head, to 1,000 inverted digits, turned up to 15 degrees",
+        _net("mnist_cnn"),
+        lambda: _mnist(1000, "1,000 inverted MNIST images", lambda images: camera(images, 0.0, 0.05, 1.0, 15, True)),
+        replace(_BASE, image_size=28, augment="crop", head="keep", epochs=10),
+        _SMALL,
     ),
     "mnist-turned": Task(
-        "mnist_cnn, to MNIST turned by 90 degrees, its own head",
-        _mnist_cnn,
-        lambda: _mnist(1000, 2000, 1),
-        replace(_BASE, image_size=28, head="keep", epochs=6),
-        3,
+        "mnist_cnn, its own head, to 1,000 digits turned by 90 degrees",
+        _net("mnist_cnn"),
+        lambda: _mnist(1000, "1,000 MNIST images turned by 90 degrees", _turned),
+        replace(_BASE, image_size=28, augment="crop", head="keep", epochs=6),
+        _SMALL,
     ),
     "mnist-new-head": Task(
-        "mnist_cnn, to MNIST turned by 90 degrees with a new head",
-        _mnist_cnn,
-        lambda: _mnist(1000, 2000, 1),
-        replace(_BASE, image_size=28, epochs=6),
-        3,
+        "the same with a new head",
+        _net("mnist_cnn"),
+        lambda: _mnist(1000, "1,000 MNIST images turned by 90 degrees", _turned),
+        replace(_BASE, image_size=28, augment="crop", head="new", epochs=6),
+        _SMALL,
     ),
-    "vgg19-quarter": Task(
-        "VGG-19 at a quarter of the width, trained on photographs, to MNIST with a new head",
-        _vgg19_quarter,
-        lambda: _mnist(2000, 2000, 0),
-        replace(_BASE, image_size=32, epochs=4),
-        2,
+    "digits": Task(
+        "a small VGG trained on the digits 0 to 4, to the digits 5 to 9",
+        lambda: pretrained_small_vgg(0, 5),
+        _new_digits,
+        replace(_BASE, image_size=16, augment="crop", head="new", epochs=6),
+        _SMALL,
     ),
 }

@@ -14,7 +14,7 @@ from bnsurgery.text.tables import WIDTH, table
 from bnsurgery.text.typed_json import loads, parse
 from bnsurgery.text.words import counted, percent, thousands
 
-from .results import Row
+from .results import Row, TaskKind
 
 ARMS = ("plain", "bn", "bn-naive", "bn-half")  # values of `Config.arm`; "-half" stands for half the epochs
 _TRAINS = 0.10  # a rate still trains if its accuracy is at most this far below the arm's best
@@ -29,6 +29,8 @@ class Trial:
         diverged: why the run diverged, or None.
         rows: its validations.
         seconds: of training and validating, without setting up.
+        start_accuracy, kind: see `Resolved`.
+        test_accuracy: on the test part at the end; None without such a part.
 
     Raises:
         ValueError: the rate is not finite, or the trial neither diverged nor was validated.
@@ -41,6 +43,9 @@ class Trial:
     diverged: str | None
     rows: tuple[Row, ...]
     seconds: float
+    start_accuracy: float | None = None
+    kind: TaskKind | None = None
+    test_accuracy: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.lr) or not (self.diverged or self.rows):
@@ -53,15 +58,20 @@ class Trial:
 class ArmSummary:
     """An arm, judged at its best rate. Accuracies are those at the end of the runs, means over the seeds, 0 to 1.
 
+    The validation part chooses the rate. `accuracy` and `spread` are of the test part at that rate, and without a test
+    part of the validation part, too.
+
     Attributes:
         accuracy: at the best rate; None if every rate diverged.
         spread: largest minus smallest accuracy over the seeds, at the best rate; None for a single seed.
+        start: validation accuracy before the first step.
         lr: the best rate.
         largest_lr: the largest rate at which no seed diverged and which ends within 10 points of `accuracy`.
         steps: training steps of a run.
         to_plain: steps until the mean accuracy at the best rate first reached the final accuracy of plain at its best
             rate; None if it never did.
-        by_rate: accuracy by rate; None where a seed diverged.
+        by_rate: validation accuracy by rate; None where a seed diverged.
+        beyond: "smaller" or "larger" if the best of several rates is at that end, so that one beyond may be better.
     """
 
     arm: str
@@ -73,6 +83,8 @@ class ArmSummary:
     steps: int
     to_plain: int | None
     by_rate: dict[float, float | None]
+    start: float | None
+    beyond: str
 
     def ending(self, lr: float) -> str:
         """How a rate ended, for a table: the accuracy, "diverges", or a dash if it was not tried."""
@@ -140,11 +152,12 @@ class Comparison:
 
     def summary(self) -> tuple[ArmSummary, ...]:
         """Every arm, judged at its best rate."""
-        plain = self._summary("plain", None).accuracy
-        return tuple(self._summary(arm, plain) for arm in self.arms)
+        plain = self._summary("plain", None)
+        goal = None if plain.lr is None else plain.by_rate[plain.lr]
+        return tuple(self._summary(arm, goal) for arm in self.arms)
 
-    def _summary(self, arm: str, plain: float | None) -> ArmSummary:
-        """An arm beside the final accuracy of plain, None where that always diverged."""
+    def _summary(self, arm: str, goal: float | None) -> ArmSummary:
+        """An arm, and when it reached `goal`, the final validation accuracy of plain; None where plain diverged."""
         trials = self.of(arm)
         modes = " or ".join(dict.fromkeys(trial.statistics for trial in trials if trial.statistics))
         steps = max((trial.rows[-1].step for trial in trials if trial.rows), default=0)
@@ -152,30 +165,50 @@ class Comparison:
         ended = {lr: accuracy for lr, accuracy in by_rate.items() if accuracy is not None}
         lr = max(ended, key=ended.__getitem__, default=None)  # the first of equals
         if lr is None:
-            return ArmSummary(arm, modes, None, None, None, None, steps, None, by_rate)
-        accuracy, ends = ended[lr], [trial.rows[-1].val_accuracy for trial in self.of(arm, lr)]
+            return ArmSummary(arm, modes, None, None, None, None, steps, None, by_rate, None, "")
+        chosen = self.of(arm, lr)
+        tested = [trial.test_accuracy for trial in chosen if trial.test_accuracy is not None]
+        ends = tested or [trial.rows[-1].val_accuracy for trial in chosen]
         spread = max(ends) - min(ends) if len(ends) > 1 else None
-        largest = max(rate for rate, value in ended.items() if value >= accuracy - _TRAINS)
-        reached = (step for step, mean, _, _ in self.curve(arm, lr) if plain is not None and mean >= plain)
-        return ArmSummary(arm, modes, accuracy, spread, lr, largest, steps, next(reached, None), by_rate)
+        largest = max(rate for rate, value in ended.items() if value >= ended[lr] - _TRAINS)
+        reached = (step for step, mean, _, _ in self.curve(arm, lr) if goal is not None and mean >= goal)
+        starts = [trial.start_accuracy for trial in chosen if trial.start_accuracy is not None]
+        ends_of_grid = {min(by_rate): "smaller", max(by_rate): "larger"} if len(by_rate) > 1 else {}
+        return ArmSummary(
+            *(arm, modes, statistics.fmean(ends), spread, lr, largest, steps, next(reached, None), by_rate),
+            start=statistics.fmean(starts) if starts else None,
+            beyond=ends_of_grid.get(lr, ""),
+        )
 
     def __str__(self) -> str:
         summary = self.summary()
         rows = [
-            (s.arm, s.statistics, percent(s.accuracy), percent(s.spread), s.lr, s.largest_lr, s.steps, s.to_plain)
+            (s.arm, *map(percent, (s.start, s.accuracy, s.spread)), s.lr, s.largest_lr, s.steps, s.to_plain)
             for s in summary
         ]
-        headers = ("arm", "statistics", "accuracy", "spread", "at rate", "trains to", "steps", "to plain's")
+        headers = ("arm", "at start", "accuracy", "spread", "at rate", "trains to", "steps", "to plain's")
+        part = "test images" if self.tested else "the images that chose it"
         legend = (
-            f"accuracy: at the end, at the arm's best rate, mean of {counted(self._seeds, 'seed')}\n"
+            "at start: validation accuracy before the first step\n"
+            f"accuracy: at the end, at the arm's best rate, mean of {counted(self._seeds, 'seed')}, on {part}\n"
             "spread: largest minus smallest over the seeds\n"
-            "trains to: largest rate that ends within 10 points of the accuracy\n"
-            "to plain's: steps until plain's accuracy is first reached"
+            "trains to: largest rate that ends within 10 points of the best in validation\n"
+            "to plain's: steps until plain's validation accuracy is first reached"
         )
         by_rate = [(s.arm, *map(s.ending, self.rates)) for s in summary]
-        chart = table(("by rate", *(f"{lr:g}" for lr in self.rates)), by_rate)
+        chart = table(("validation", *(f"{lr:g}" for lr in self.rates)), by_rate)
         verdict = textwrap.fill(self.verdict(), WIDTH, break_on_hyphens=False)
         return f"{self.task}\n\n{table(headers, rows)}\n\n{legend}\n\n{chart}\n\n{verdict}"
+
+    @property
+    def tested(self) -> bool:
+        """Whether the data has a test part, which chose nothing."""
+        return any(trial.test_accuracy is not None for trial in self.trials)
+
+    @property
+    def kind(self) -> TaskKind | None:
+        """How much the pretrained function helps; None where it was not measured."""
+        return next((trial.kind for trial in self.trials if trial.kind), None)
 
     @property
     def _seeds(self) -> int:
@@ -208,6 +241,11 @@ class Comparison:
         naive, _ = ended.get("bn-naive", (0.0, None))
         if naive > accuracy:
             text += f". bn-naive is ahead of bn by {100 * (naive - accuracy):.2f} points"
+        if self.kind is not None:
+            text += f". The task is {self.kind}"
+        for beyond in ("smaller", "larger"):
+            if arms := [s.arm for _, s in ended.values() if s.beyond == beyond]:
+                text += f". The best rate of {' and '.join(arms)} is at the end of those tried: try {beyond} ones, too"
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,10 +25,10 @@ from .config import Config
 from .parts import Split, Stream
 
 _SMALL = 64  # pixels: the shorter side of images below is no photograph's, and zooming loses what they show
-# For each of torchvision's datasets: the arguments that give its training and its validation images, or all images, to
-# be divided by the seed; and the augmentation. Datasets without one label an image are left out.
+# For each of torchvision's datasets: the arguments that give its training, validation and test images, as far as it has
+# them; all images are divided by the seed; and the augmentation. Datasets without one label an image are left out.
 _TRAIN, _SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
-_TRAIN_VAL = ({"split": "train"}, {"split": "val"})
+_ALL = ({"split": "train"}, {"split": "val"}, {"split": "test"})
 _TORCHVISION: dict[str, tuple[tuple[dict[str, Any], ...], str]] = {
     "CIFAR10": (_TRAIN, "crop-flip"),
     "CIFAR100": (_TRAIN, "crop-flip"),
@@ -39,13 +39,13 @@ _TORCHVISION: dict[str, tuple[tuple[dict[str, Any], ...], str]] = {
     "SVHN": (_SPLIT, "crop"),
     "STL10": (_SPLIT, "crop-flip"),
     "GTSRB": (_SPLIT, "crop"),
-    "Flowers102": (_TRAIN_VAL, "resized-crop"),
-    "DTD": (_TRAIN_VAL, "resized-crop"),
-    "FGVCAircraft": (_TRAIN_VAL, "resized-crop"),
+    "Flowers102": (_ALL, "resized-crop"),
+    "DTD": (_ALL, "resized-crop"),
+    "FGVCAircraft": (_ALL, "resized-crop"),
     "Country211": (({"split": "train"}, {"split": "valid"}), "resized-crop"),
     "Food101": (_SPLIT, "resized-crop"),
     "OxfordIIITPet": (({"split": "trainval"}, {"split": "test"}), "resized-crop"),
-    "PCAM": (_TRAIN_VAL, "crop-flip"),
+    "PCAM": (_ALL, "crop-flip"),
     "EuroSAT": (({},), "crop-flip"),
     "SUN397": (({},), "resized-crop"),
     "Caltech101": (({},), "resized-crop"),
@@ -69,6 +69,7 @@ class Data:
     """A task: images to train on, images to validate on, and the names of the classes.
 
     Attributes:
+        test: images that only the network at the end of a run sees; None for none.
         description: where the images come from, in words.
         augment: the augmentation that `Config.augment` "auto" stands for.
         kind: of images, in words, which `augment` is for; the description where empty.
@@ -95,6 +96,7 @@ class Data:
     skipped: tuple[str, ...] = ()
     passed_over: tuple[Path, ...] = ()
     examples: tuple[Inputs, ...] = ()
+    test: Split | Stream | None = None
 
     @property
     def thing(self) -> str:
@@ -120,7 +122,12 @@ class Data:
 
 
 def from_tensors(
-    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: Sequence[str], *, description: str = "tensors"
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    classes: Sequence[str],
+    *,
+    test: tuple[Tensor, Tensor] | None = None,
+    description: str = "tensors",
 ) -> Data:
     """Data from images in memory: pairs of uint8 images (N, C, H, W) and integer labels (N,).
 
@@ -134,13 +141,14 @@ def from_tensors(
         >>> len(data.train), len(data.val)
         (4, 2)
     """
-    for images, labels in (train, val):
+    for images, labels in (train, val, *([test] if test is not None else [])):
         if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
             raise DataError(
                 f"data: got images of {images.dtype} and shape {tuple(images.shape)} with labels of shape "
                 f"{tuple(labels.shape)}, expected uint8, (N, C, H, W) and (N,)"
             )
-    return _checked(Data(_in_memory(*train), _in_memory(*val), tuple(classes), description))
+    tested = None if test is None else _in_memory(*test)
+    return _checked(Data(_in_memory(*train), _in_memory(*val), tuple(classes), description, test=tested))
 
 
 def open_data(config: Config, show: bool = False) -> Data:
@@ -166,20 +174,23 @@ def _in_memory(images: Tensor, labels: Tensor) -> Split:
 
 
 def _folder(directory: Path, config: Config, show: bool) -> Data:
-    parts = [directory]
+    parts = {"train": directory}
     if (directory / "train").is_dir():
-        parts = [path for path in (directory / "train", directory / "val") if path.is_dir()]
-    found = [_labelled(part, config.skip_bad, show) for part in parts]
-    splits, (classes, *others), skipped, passed_over = zip(*found, strict=True)
-    if odd := ", ".join(sorted(set(classes).symmetric_difference(*others))) if others else "":
-        raise DataError(f"data '{directory}': train/ and val/ must have the same classes, but only one has: {odd}")
+        parts = {name: directory / name for name in ("train", "val", "test") if (directory / name).is_dir()}
+    splits, (classes, *others), skipped, passed_over = zip(
+        *(_labelled(part, config.skip_bad, show) for part in parts.values()), strict=True
+    )
+    if odd := ", ".join(sorted(set().union(*(set(classes) ^ set(other) for other in others)))):
+        names = " and ".join(f"{name}/" for name in parts)
+        raise DataError(f"data '{directory}': {names} must have the same classes, but not all have: {odd}")
+    split = dict(zip(parts, splits, strict=True))
     augment, kind = "resized-crop", "photographs"
     with suppress(DataError, IndexError):  # a damaged image is reported when it is used
-        width, height = splits[0].read(0).size
+        width, height = split["train"].read(0).size
         if min(width, height) < _SMALL:
             augment, kind = "crop", f"small images, such as {width}x{height}"
     return Data(
-        *_train_and_val(splits, config),
+        *_train_and_val(split["train"], split.get("val"), config),
         classes,
         f"folder {directory}",
         augment,
@@ -187,6 +198,7 @@ def _folder(directory: Path, config: Config, show: bool) -> Data:
         photographs=augment == "resized-crop",
         skipped=tuple(itertools.chain(*skipped)),
         passed_over=tuple(itertools.chain(*passed_over)),
+        test=split.get("test"),
     )
 
 
@@ -235,8 +247,8 @@ def _digits(config: Config) -> Data:
         ) from None
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
-    splits = [_in_memory(images, torch.from_numpy(digits.target))]
-    return Data(*_train_and_val(splits, config), tuple(map(str, range(10))), "scikit-learn's digits")
+    train, val = _train_and_val(_in_memory(images, torch.from_numpy(digits.target)), None, config)
+    return Data(train, val, tuple(map(str, range(10))), "scikit-learn's digits")
 
 
 def _torchvision(name: str, config: Config) -> Data:
@@ -254,10 +266,12 @@ def _torchvision(name: str, config: Config) -> Data:
         advice = "" if config.download else " Put it there, name its folder as `root`, or pass `download=True`."
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"data '{name}': cannot be read from '{config.root}': {reason.rstrip('.')}.{advice}") from error
-    splits = [Split(dataset, _labels(dataset), load=operator.itemgetter(0)) for dataset in found]
-    classes = tuple(map(str, getattr(found[0], "classes", None) or range(max(splits[0].labels) + 1)))
-    train, val = _train_and_val(splits, config)
-    return Data(train, val, classes, f"torchvision's {name}", augment, photographs=augment == "resized-crop")
+    given, val, test, *_ = *(Split(data, _labels(data), load=operator.itemgetter(0)) for data in found), None, None
+    assert given is not None
+    classes = tuple(map(str, getattr(found[0], "classes", None) or range(max(given.labels) + 1)))
+    train, val = _train_and_val(given, val, config)
+    photographs = augment == "resized-crop"
+    return Data(train, val, classes, f"torchvision's {name}", augment, photographs=photographs, test=test)
 
 
 def _labels(dataset: Any) -> tuple[int, ...]:
@@ -268,19 +282,20 @@ def _labels(dataset: Any) -> tuple[int, ...]:
     return tuple(int(dataset[index][1]) for index in range(len(dataset)))
 
 
-def _train_and_val(splits: Sequence[Split], config: Config) -> tuple[Split, Split]:
-    """The two splits; of a single one, a share of every class is held out: an image or more, but not all of them."""
-    if len(splits) == 2:
-        return splits[0], splits[1]
-    chosen, whole = random.Random(config.seed), splits[0]
+def _train_and_val(whole: Split, val: Split | None, config: Config) -> tuple[Split, Split]:
+    """Both as given; without `val`, a share of every class is held out: an image or more, but not all of them."""
+    if val is not None:
+        return whole, val
+    chosen = random.Random(config.seed)
     by_class: dict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(whole.labels):
         by_class[label].append(index)
-    val: set[int] = set()
+    held_out: set[int] = set()
     for indices in by_class.values():
         chosen.shuffle(indices)
-        val.update(indices[: min(max(1, round(config.val_fraction * len(indices))), len(indices) - 1)])
-    return whole.take([index for index in range(len(whole)) if index not in val]), whole.take(sorted(val))
+        held_out.update(indices[: min(max(1, round(config.val_fraction * len(indices))), len(indices) - 1)])
+    rest = [index for index in range(len(whole)) if index not in held_out]
+    return whole.take(rest), whole.take(sorted(held_out))
 
 
 def _checked(data: Data) -> Data:

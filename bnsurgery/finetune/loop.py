@@ -4,7 +4,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -283,13 +283,24 @@ class Trainer:
             for tensor, trained in changed:
                 tensor.copy_(trained)
 
+    def test(self) -> float | None:
+        """The accuracy on the test part as the network would be kept now; None without such a part."""
+        if self.setup.test is None:
+            return None
+        with torch.no_grad(), self._as_kept():
+            return self.evaluate(self.setup.test)[1]
+
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Mean loss, without smoothing, and accuracy over the validation images of all ranks, in eval mode."""
+    def evaluate(self, part: Iterable[Any] | None = None) -> tuple[float, float]:
+        """Mean loss, without smoothing, and accuracy on `part`, in eval mode, over all ranks.
+
+        Args:
+            part: this rank's share; None for the validation part.
+        """
         device = self.accelerator.device
         totals = torch.zeros(3, dtype=widest(device), device=device)
         with evaluating(self.network), self.accelerator.autocast():
-            for batch in self.setup.val:
+            for batch in self.setup.val if part is None else part:
                 inputs, labels = moved(self.network, batch, device)
                 with self._naming_inputs(inputs):
                     logits = self.network(*inputs.args, **inputs.kwargs).float()
@@ -298,7 +309,7 @@ class Trainer:
                 totals[2] += len(labels)
         loss, right, count = self.accelerator.reduce(totals, "sum").cpu().tolist()
         if not math.isfinite(loss):
-            raise self._diverged(self.step, "the validation loss is not finite")
+            raise self._diverged(self.step, f"the {'validation' if part is None else 'test'} loss is not finite")
         return loss / count, right / count
 
     def _save_if_due(self, stop: StopRequest, validated: bool) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from bnsurgery.text.words import percent, thousands
 
+_NEAR = 0.10  # see docs/evidence.md: the tasks with a smaller difference are those where a fresh BatchNorm keeps up
+
 
 @dataclass(frozen=True)
 class Row:
@@ -40,6 +42,38 @@ class Row:
 
 
 @dataclass(frozen=True)
+class TaskKind:
+    """How much the pretrained function helps a task before any training.
+
+    Two heads are fitted by `fit_head_` on the same training images: one on the features of the network as inserted, one
+    on those of a copy with fresh BatchNorms (weight 1, bias 0, population statistics), which has the same convolutions
+    but does not compute the same function.
+
+    Attributes:
+        kept: accuracy of the first on held-out images, 0 to 1.
+        fresh: accuracy of the second on the same images.
+
+    Examples:
+        >>> print(bnsurgery.finetune.TaskKind(kept=0.67, fresh=0.48))
+        near: before training, a fitted head is right on 67.00 % with the pretrained function, on 48.00 % without it
+    """
+
+    kept: float
+    fresh: float
+
+    @property
+    def near(self) -> bool:
+        """Whether the function is worth 10 points or more. Elsewhere a fresh BatchNorm may do as well or better."""
+        return self.kept - self.fresh >= _NEAR
+
+    def __str__(self) -> str:
+        return (
+            f"{'near' if self.near else 'far'}: before training, a fitted head is right on {percent(self.kept)} with "
+            f"the pretrained function, on {percent(self.fresh)} without it"
+        )
+
+
+@dataclass(frozen=True)
 class Resolved:
     """The values that "auto" and the defaults stand for, chosen at the start of a run and kept when it is resumed.
 
@@ -49,6 +83,8 @@ class Resolved:
         head: "kept" or "new", why, and how a new one was initialized.
         augment: the augmentation, for the reason `augment_reason`.
         batch_size: samples per step, over all processes; of a function's own batches the largest.
+        start_accuracy: on the validation part before the first step, 0 to 1.
+        kind: of a run with inserted BatchNorm, how much the pretrained function helps; None where that is not measured.
 
     Examples:
         >>> reasons = ("as asked", "the default for a batch of 64", "kept: as asked")
@@ -64,6 +100,8 @@ class Resolved:
     augment: str
     augment_reason: str
     batch_size: int
+    start_accuracy: float | None = None
+    kind: TaskKind | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from bnsurgery.text.words import counted, percent
 from .config import Config
 from .datasets import Data, Fingerprint
 from .own_data import in_its_batches
-from .results import Resolved, Row
+from .results import Resolved, Row, TaskKind
 from .run_directory import RunDirectory
 from .setup import EVALUATED_TOGETHER, build, load_data, processes
 from .stopping import listening
@@ -36,6 +36,7 @@ class Result:
         rows: the measurements, one per validation.
         resolved: the learning rate, statistics mode and head it ran with.
         seconds: that this process spent on training and validation, without the setup; None if read from a directory.
+        test_accuracy: on the test part at the end, 0 to 1; None without such a part or if read from a directory.
         thing: the word for what is classified: "image" or "sample".
 
     Examples:
@@ -52,6 +53,7 @@ class Result:
     resolved: Resolved
     seconds: float | None = None
     thing: str = "image"
+    test_accuracy: float | None = None
 
     @classmethod
     def read(cls, directory: str | Path) -> "Result":
@@ -78,9 +80,10 @@ class Result:
     def __str__(self) -> str:
         best = self.best
         right = f"{percent(best.val_accuracy)} of the validation {self.thing}s right"
+        tested = "" if self.test_accuracy is None else f"; {percent(self.test_accuracy)} of the test {self.thing}s"
         return (
             f"best         {right}, in epoch {best.epoch:.4g}\n"
-            f"last         {percent(self.final.val_accuracy)}, after {counted(self.final.step, 'step')}"
+            f"last         {percent(self.final.val_accuracy)}, after {counted(self.final.step, 'step')}{tested}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def run(
         >>> bnsurgery.finetune.run(config, model=model, data=data).final.step
         8
     """
-    return _train(config, RunDirectory(config.output) if save else None, model, data, None, show)
+    return train(config, RunDirectory(config.output) if save else None, model, data, show=show, measures_kind=save)
 
 
 def resume(
@@ -159,7 +162,7 @@ def resume(
             )
     model = None if isinstance(model, str) else model
     data = None if isinstance(data, str) else data
-    return _train(replace(config, output=str(directory)), place, model, data, (fingerprint, resolved), show)
+    return train(replace(config, output=str(directory)), place, model, data, (fingerprint, resolved), show=show)
 
 
 @contextmanager
@@ -201,18 +204,26 @@ def _less_memory(config: Config, directory: RunDirectory | None) -> BNSurgeryErr
     return BNSurgeryError(f"finetune: out of memory: {advice}.")
 
 
-def _train(
+def train(
     config: Config,
     directory: RunDirectory | None,
     model: nn.Module | None,
     data: Data | None,
-    before: tuple[Fingerprint, Resolved] | None,
-    show: bool,
+    before: tuple[Fingerprint, Resolved] | None = None,
+    *,
+    show: bool = False,
+    measures_kind: bool = False,
 ) -> Result:
+    """Run from the start, or from the state in `directory` if `before` says what it started with.
+
+    Args:
+        measures_kind: whether a new run with inserted BatchNorm measures the kind of its task.
+    """
     accelerator = processes(config)
     show = show and accelerator.is_main_process
     from .loop import Trainer  # these need accelerate, whose absence has been reported by now
     from .rate_range import find_rate
+    from .task_kind import measure
 
     with _alone(accelerator, config, directory, new=before is None), keeping_random(accelerator.device):
         data = data or load_data(config, show)
@@ -227,15 +238,23 @@ def _train(
         writes = directory if accelerator.is_main_process else None
         if show:
             print("\n".join(setup.facts), flush=True)
+        if measures_kind and before is None and config.arm == "bn":
+            setup.resolved = replace(setup.resolved, kind=measure(setup))
+            if show and setup.resolved.kind is not None:
+                print(_told(setup.resolved.kind), flush=True)
         if config.lr == "auto" and resolved is None:
             found = find_rate(setup, show)
             setup.resolved = replace(setup.resolved, lr=found.chosen, lr_reason=found.reason)
             if writes is not None:
                 writes.log_rate_range(found)
-        if writes is not None and before is None:  # not earlier: a refused start leaves no run behind
-            writes.write_config(config, data.fingerprint, setup.resolved)
-        torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout
         trainer = Trainer(setup, directory, show)
+        if before is None:
+            setup.resolved = replace(setup.resolved, start_accuracy=trainer.evaluate()[1])
+            if show:
+                print(f"start        {percent(setup.resolved.start_accuracy)} of the validation {data.thing}s right")
+            if writes is not None:  # not earlier: a refused start leaves no run behind
+                writes.write_config(config, data.fingerprint, setup.resolved)
+        torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout
         if state is not None:
             trainer.load_state_dict(state)
         if show:
@@ -244,8 +263,14 @@ def _train(
             print(f"peak rate    {setup.resolved.lr:.3g}: {setup.resolved.lr_reason}", flush=True)
         with listening() as stop:
             trainer.fit(stop)
+        tested = trainer.test()
     path = directory.path if directory else None
-    return Result(path, tuple(trainer.rows), setup.resolved, trainer.seconds, data.thing)
+    return Result(path, tuple(trainer.rows), setup.resolved, trainer.seconds, data.thing, tested)
+
+
+def _told(kind: TaskKind) -> str:
+    advice = "" if kind.near else ". A fresh BatchNorm may do as well or better: `arm='bn-naive'`, or compare"
+    return f"task         {kind}{advice}"
 
 
 def _refuse_other_data(before: Fingerprint, now: Fingerprint) -> None:

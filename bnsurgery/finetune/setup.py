@@ -46,17 +46,19 @@ class Setup:
 
     Attributes:
         network: on its device, without wrappers; the parameters to train take a gradient.
+        head: name of its output layer.
         conditioner: of the head's gradients.
         facts: lines that say what was found and chosen.
         prepared, reader: the training data, and how this process reads it.
         batches, train: this rank's share of the augmented training batches, and the loader that follows it.
         calibration: this rank's share of training images, without augmentation.
-        val: this rank's share of the validation images.
+        val, test: this rank's share of the validation and test images; `test` is None without such a part.
     """
 
     config: Config
     accelerator: "Accelerator"
     network: nn.Module
+    head: str
     conditioner: recipe.HeadConditioner | None
     resolved: Resolved
     facts: list[str]
@@ -66,6 +68,7 @@ class Setup:
     train: Loader | Share
     calibration: Loader | Share
     val: Loader | Share
+    test: Loader | Share | None
 
 
 def processes(config: Config) -> "Accelerator":
@@ -151,6 +154,7 @@ def build(
     batches, train = training(prepared, config.batch_size, config.seed, reader)
     calibration = evaluation(prepared, together, reader, images=config.recalibrate)
     val = evaluation(as_taken(data.val, task, "none", 0), together, reader)
+    test = None if data.test is None else evaluation(as_taken(data.test, task, "none", 0), together, reader)
 
     network = prepare(source, task, head, config, calibration, show, *data.examples[:1])
     name = head.name_in(network)
@@ -187,8 +191,8 @@ def build(
             if parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
     facts = _facts(config, source, data, resolved, batches.left_over, unfrozen)
-    loaders = prepared, reader, batches, train, calibration, val
-    return Setup(config, accelerator, network, conditioner, resolved, facts, *loaders)
+    loaders = prepared, reader, batches, train, calibration, val, test
+    return Setup(config, accelerator, network, name, conditioner, resolved, facts, *loaders)
 
 
 def _resolve(config: Config, data: Data) -> Resolved:
@@ -234,10 +238,11 @@ def _initialize_head_(config: Config, network: nn.Module, head: nn.Module, loade
 def _facts(
     config: Config, source: Source, data: Data, resolved: Resolved, left: int, unfrozen: Sequence[str]
 ) -> list[str]:
+    tested = f", {thousands(len(data.test))} to test on" if data.test is not None else ""
     facts = [
         f"network      {source.description}",
         f"data         {data.description}: {thousands(len(data.train))} training and "
-        f"{counted(len(data.val), f'validation {data.thing}')}, {len(data.classes)} classes",
+        f"{counted(len(data.val), f'validation {data.thing}')}{tested}, {len(data.classes)} classes",
         f"head         {resolved.head}",
     ]
     if unfrozen:

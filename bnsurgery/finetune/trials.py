@@ -27,12 +27,12 @@ from .config import RATES, Config
 from .datasets import Data
 from .figures import plot_comparison
 from .own_data import in_its_batches
-from .runs import run
+from .runs import train
 from .setup import computes_on, load_data, processes
 from .stopping import Interrupted, StopRequest, listening
 
 Key = tuple[str, float, int]  # arm, rate, seed
-Pending = Sequence[tuple[Key, Config]]
+Pending = Sequence[tuple[Key, Config, bool]]  # whether the trial measures the kind of the task
 Outcome = tuple[Trial, str, int]  # the trial, where its head came from in words, peak memory of its process in bytes
 _VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every")
 _FILES = ("shared.json", "comparison.*", "trials", "trials/*")
@@ -91,7 +91,7 @@ def compare(
     config = in_its_batches(config, data)
     directory = make_folder(config.output)
     with only_process_in(directory, "compare", _FILES):
-        _claim(directory, config, asdict(data.fingerprint))
+        _claim(directory, config, {**asdict(data.fingerprint), "test_digest": data.test and data.test.digest})
         paths = {
             (arm, lr, seed): directory / "trials" / f"{arm}-{lr!r}-{seed}.json"
             for seed in range(seeds)
@@ -99,7 +99,8 @@ def compare(
             for arm in arms
         }
         finished = {key: _read(path) for key, path in paths.items() if path.exists()}
-        pending = [(key, trial_config(config, *key)) for key in paths if key not in finished]
+        measuring = min((key for key in paths if key[0] == "bn"), default=None)  # the rate least likely to diverge
+        pending = [(key, trial_config(config, *key), key == measuring) for key in paths if key not in finished]
         bar = tqdm(
             total=len(paths), initial=len(finished), desc="compare", unit="trial", disable=None if show else True
         )
@@ -129,15 +130,19 @@ def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:
     return replace(config, arm=arm.removesuffix("-half"), lr=lr, seed=seed, epochs=epochs)
 
 
-def run_trial(key: Key, config: Config, model: nn.Module | None, data: Data | None) -> Outcome:
+def run_trial(key: Key, config: Config, measures_kind: bool, model: nn.Module | None, data: Data | None) -> Outcome:
     """Run one trial; a divergence is a result, which tells nothing of the head."""
     from .loop import DivergedError
 
     try:
-        result = run(config, model=model, data=data, save=False)
+        result = train(config, None, model, data, measures_kind=measures_kind)
     except DivergedError as error:
         return Trial(*key, "", error.reason or str(error), (), error.seconds), "", peak_memory()
-    trial = Trial(*key, result.resolved.statistics, None, result.rows, result.seconds or 0.0)
+    started = result.resolved
+    trial = Trial(
+        *key, started.statistics, None, result.rows, result.seconds or 0.0,
+        start_accuracy=started.start_accuracy, kind=started.kind, test_accuracy=result.test_accuracy,
+    )  # fmt: skip
     return trial, result.resolved.head, peak_memory()
 
 
@@ -156,9 +161,9 @@ def _outcomes(pending: Pending, model: nn.Module | None, data: Data, jobs: int |
         if jobs != 1 and len(pending) > 1:
             yield from _in_processes(pending, model, data, jobs or 1, stop)
             return
-        for key, config in pending:
+        for key, config, measures_kind in pending:
             with suppress(Interrupted):  # raised again below, naming what was kept
-                yield run_trial(key, config, model, data)
+                yield run_trial(key, config, measures_kind, model, data)
             _raise_if_stopped(stop)
 
 
@@ -172,7 +177,7 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     jobs = min(jobs, 61) if WINDOWS else jobs  # Windows cannot wait for more processes
     pool = ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,))
-    waiting = {pool.submit(run_trial, key, config, model, sent) for key, config in pending}
+    waiting = {pool.submit(run_trial, *trial, model, sent) for trial in pending}
     try:
         while waiting:
             ended, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
