@@ -54,7 +54,7 @@ def command(
     best rate. The last line of the output is the command that trains the winner. If you stop it, run the same command
     again to continue.
     """
-    from bnsurgery.finetune.trials import compare, trial_config
+    from bnsurgery.finetune.comparing import compare, trial_config
     from bnsurgery.report import comparison
 
     output = output or f"runs/compare-{run_name(source, recipe['model'], data)}"

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -149,13 +150,14 @@ def read_text(path: Path) -> str:
 
 
 @contextmanager
-def only_process_in(folder: Path, what: str, files: Iterable[str]) -> Iterator[None]:
+def only_process_in(folder: Path, what: str, files: Iterable[str], patience: float = 0.0) -> Iterator[None]:
     """Keep other processes from this folder until the block ends, and remove files that killed ones left half-written.
 
     Args:
         folder: exists.
         what: its kind, for messages.
         files: patterns of the files that will be written in it.
+        patience: seconds to wait for another process.
 
     Raises:
         CheckpointError: a process is in it, named with its id; or one of the files is a link, which could name a file
@@ -163,7 +165,7 @@ def only_process_in(folder: Path, what: str, files: Iterable[str]) -> Iterator[N
     """
     folder = folder.resolve()
     busy = "is at work in it. Wait until it is done or stop it, or name another `output`."
-    with _holding(folder / f"{_PREFIX}folder.lock", folder, what, busy):
+    with _holding(folder / f"{_PREFIX}folder.lock", folder, what, busy, patience=patience):
         link = next((path for pattern in files for path in folder.glob(pattern) if path.is_symlink()), None)
         if link is not None:
             raise CheckpointError(f"{what} '{folder}': '{link.name}' is a link, expected a file of its own. Remove it.")
@@ -186,19 +188,27 @@ def _alone(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def _holding(lock: Path, place: Path, what: str, busy: str, clean: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock of a file or folder.
+def _holding(
+    lock: Path, place: Path, what: str, busy: str, clean: Callable[[], None] | None = None, patience: float = 0.0
+) -> Iterator[None]:
+    """Hold the lock of a file or folder, after waiting for it at most `patience` seconds.
 
     Raises:
         CheckpointError: another process holds it, or it cannot be made.
     """
+    end = time.monotonic() + patience
     with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock, clean))
-        except LockedError as error:
-            raise CheckpointError(f"{what} '{place}': {error} {busy}") from None
-        except OSError as error:
-            raise unwritable(place, error) from error
+        held = False
+        while not held:
+            try:
+                stack.enter_context(locked(lock, clean))
+                held = True
+            except LockedError as error:
+                if time.monotonic() >= end:
+                    raise CheckpointError(f"{what} '{place}': {error} {busy}") from None
+                time.sleep(0.05)
+            except OSError as error:
+                raise unwritable(place, error) from error
         yield
 
 

@@ -4,7 +4,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -29,6 +29,7 @@ from bnsurgery.text.words import counted, percent
 
 from . import recipe
 from .config import Config
+from .grid import validations_until
 from .results import Row
 from .run_directory import RunDirectory
 from .setup import Setup
@@ -90,9 +91,18 @@ class Trainer:
         setup: the run.
         directory: where to save it; None to save nothing.
         show: print progress.
+        share: of the run, after which `fit` pauses: at the nearest validation.
+        report: called with each validation.
     """
 
-    def __init__(self, setup: Setup, directory: RunDirectory | None, show: bool) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        directory: RunDirectory | None,
+        show: bool,
+        share: float = 1.0,
+        report: Callable[[Row], object] | None = None,
+    ) -> None:
         self.setup, self.directory = setup, directory
         self.config, self.accelerator, self.network = setup.config, setup.accelerator, setup.network
         self.show = show and self.accelerator.is_main_process
@@ -105,6 +115,9 @@ class Trainer:
         self.steps = self.config.epochs * self.steps_per_epoch
         self.step = 0
         self.rows: list[Row] = []
+        self._report = report
+        validations = self.config.epochs * min(self.config.evaluations, self.steps_per_epoch)
+        self._last = validations_until(share, validations)  # in `rows`, of this `fit`
         self.losses: list[float] = []  # since the last validation, like the accuracies
         self.accuracies: list[float] = []
         self._unread: list[tuple[Tensor, Tensor]] = []  # losses and accuracies of the last steps, still on the device
@@ -124,7 +137,7 @@ class Trainer:
         begun = time.perf_counter()
         self.objective.train()
         try:
-            while self.step < self.steps:
+            while self.step < self.steps and len(self.rows) < self._last:
                 self.setup.batches.epoch, self.setup.batches.start = divmod(self.step, self.steps_per_epoch)
                 with self._bar(self.setup.batches.epoch) as bar:
                     self._train_epoch(bar, stop)
@@ -150,6 +163,8 @@ class Trainer:
                 if validate:
                     self._validate()  # if it fails, nothing is saved: the resumed run repeats it
                 self._save_if_due(stop, validate)
+                if self.step < self.steps and len(self.rows) == self._last:  # the rest of the epoch comes later
+                    return
 
     def _batches(self, bar: Any, stop: StopRequest) -> Iterator[tuple[Any, Tensor]]:
         """The rest of the epoch. If it cannot be read, the run is saved."""
@@ -261,6 +276,8 @@ class Trainer:
                 self.directory.log(self.rows, self.network if is_best else None, self.setup.resolved.lr)
         if self.show:
             tqdm.write(str(row))
+        if self._report is not None:
+            self._report(row)
         self.losses.clear()
         self.accuracies.clear()
         self._clock, self._timed = time.perf_counter(), 0

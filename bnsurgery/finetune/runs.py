@@ -1,6 +1,6 @@
 """Start a run, or resume one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError, DataError
+from bnsurgery.files.writing import make_folder
 from bnsurgery.machine.devices import keeping_random
 from bnsurgery.networks import factories
 from bnsurgery.running.calls import out_of_memory
@@ -213,11 +214,17 @@ def train(
     *,
     show: bool = False,
     measures_kind: bool = False,
+    share: float = 1.0,
+    paused: RunDirectory | None = None,
+    report: Callable[[Row], object] | None = None,
 ) -> Result:
     """Run from the start, or from the state in `directory` if `before` says what it started with.
 
     Args:
         measures_kind: whether a new run with inserted BatchNorm measures the kind of its task.
+        share: of the run, after which it pauses.
+        paused: where a paused run is saved, and continues from if it was.
+        report: called with each validation.
     """
     accelerator = processes(config)
     show = show and accelerator.is_main_process
@@ -247,7 +254,7 @@ def train(
             setup.resolved = replace(setup.resolved, lr=found.chosen, lr_reason=found.reason)
             if writes is not None:
                 writes.log_rate_range(found)
-        trainer = Trainer(setup, directory, show)
+        trainer = Trainer(setup, directory, show, share, report)
         if before is None:
             setup.resolved = replace(setup.resolved, start_accuracy=trainer.evaluate()[1])
             if show:
@@ -255,6 +262,8 @@ def train(
             if writes is not None:  # not earlier: a refused start leaves no run behind
                 writes.write_config(config, data.fingerprint, setup.resolved)
         torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout
+        if paused is not None:
+            state = paused.load_state()
         if state is not None:
             trainer.load_state_dict(state)
         if show:
@@ -263,7 +272,11 @@ def train(
             print(f"peak rate    {setup.resolved.lr:.3g}: {setup.resolved.lr_reason}", flush=True)
         with listening() as stop:
             trainer.fit(stop)
-        tested = trainer.test()
+        ended = trainer.step == trainer.steps
+        tested = trainer.test() if ended else None
+        if not ended and paused is not None:
+            make_folder(paused.last.parent)
+            paused.save_state(trainer.state_dict())
     path = directory.path if directory else None
     return Result(path, tuple(trainer.rows), setup.resolved, trainer.seconds, data.thing, tested)
 

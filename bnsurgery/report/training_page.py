@@ -115,13 +115,17 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         summary,
     )
     rates = sorted({trial.lr for trial in result.trials})
+    raced_out = sum(trial.raced_out for trial in result.trials)
     if len(rates) == 1:
         text = f"Only {rates[0]:g} was tried, so how the arms do at other rates is not known."
         by_rate = Section("By learning rate", (text,))
     else:
+        text = "Accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does."
+        if raced_out:
+            text += " One that is raced out was stopped before the end, because other rates of the arm were ahead."
         by_rate = Section(
             "By learning rate",
-            ("Accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does.",),
+            (text,),
             Table(("arm", *(f"{lr:g}" for lr in rates)), [(arm.arm, *map(arm.ending, rates)) for arm in summary]),
         )
     diverged = [f"{t.arm} at {t.lr:g}, seed {t.seed}: {t.diverged}" for t in result.trials if t.diverged]
@@ -148,7 +152,11 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         verdict=result.verdict(),
         good=None,
         facts=(
-            ("runs", f"{len(result.trials)}, of which {len(diverged)} diverged"),
+            (
+                "runs",
+                f"{len(result.trials)}, of which {len(diverged)} diverged"
+                + (f" and {raced_out} were raced out" if raced_out else ""),
+            ),
             ("seeds", str(len({trial.seed for trial in result.trials}))),
         ),
         sections=tuple(sections),
