@@ -33,7 +33,17 @@ from .recipe_options import recipe_options, run_name
         metavar="R,S,...",
     ),
     option("seeds", "Number of seeds; every trial runs once with each.", type=click.IntRange(1, 1000), default=1),
-    option("jobs", "Trials at a time.  [default: as memory and processors allow]", type=COUNT),
+    option("jobs", "Processes here, each with its share of the processors.  [default: one, or one a GPU]", type=COUNT),
+    option(
+        "storage",
+        "A database that other machines reach, or a file on a network file system.  [default: study.db in the output]",
+        metavar="URL|FILE.journal",
+    ),
+    option(
+        "race",
+        "Stop the rates of an arm that fall behind: after 1/8, 1/4 and 1/2 the better half goes on.",
+        is_flag=True,
+    ),
 )
 @recipe_options(leave_out=("arm", "lr", "save_every", "seed"))
 @report_options
@@ -52,9 +62,10 @@ def command(
     Fine-tunes the network without BatchNorm, with BatchNorm inserted, and with a fresh BatchNorm that does not keep
     what the network computed: at every learning rate, on the same images in the same order. Each arm is judged at its
     best rate. The last line of the output is the command that trains the winner. If you stop it, run the same command
-    again to continue.
+    again to continue. Run it several times at once, with one --storage for several machines, to share the trials.
     """
-    from bnsurgery.finetune.comparing import compare, trial_config
+    from bnsurgery.finetune import compare
+    from bnsurgery.networks.factories import names_code
     from bnsurgery.report import comparison
 
     output = output or f"runs/compare-{run_name(source, recipe['model'], data)}"
@@ -63,14 +74,8 @@ def command(
     result = compare(config, **trials, show=loud())
     wrote = reporting.write(lambda: comparison(result))
     after = ["report", output]
-    if (best := result.winner) is not None:
-        winner = trial_config(config, best.arm, best.lr or 0.0, config.seed)
-        epochs = ["--epochs", str(winner.epochs)] if winner.epochs != config.epochs else []
-        after = ["finetune", *given(leave_out=(*_OURS, *(["epochs"] if epochs else []))), *epochs]
-        after += ["--arm", winner.arm] if winner.arm != "bn" else []
-        after += ["--lr", f"{best.lr:g}"]
+    if result.winner is not None:
+        code = ("model", "data") if names_code(data) else ("model",)
+        after = ["finetune", "--from", output, *given(*code, "num_workers")]
     text = f"\n{result}\n\nWrote {output}/comparison.png and comparison.json.\n{wrote}Next: {typed(*after)}"
     show(text, {**result.to_dict(), "output": output, **reporting.to_dict()})
-
-
-_OURS = ("output", "arms", "rates", "seeds", "jobs", "page", "plot")

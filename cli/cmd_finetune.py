@@ -1,8 +1,9 @@
 """bnsurgery finetune."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -10,6 +11,9 @@ from click.core import ParameterSource
 from .options import PATH, option, typed
 from .output import Reporting, force_option, loud, print_options, report_options, show
 from .recipe_options import recipe_options, run_name
+
+if TYPE_CHECKING:
+    from bnsurgery.finetune import Config
 
 
 @click.command("finetune")
@@ -22,6 +26,13 @@ from .recipe_options import recipe_options, run_name
 )
 @option("output", "The run's directory.  [default: runs/ARCH-DATA]", "--output", "-o", metavar="RUN")
 @option("resume", "Continue a run that was stopped.", metavar="RUN", type=PATH)
+@option(
+    "comparison",
+    "Train the best arm of this comparison at its best rate, with its options.",
+    "--from",
+    metavar="DIR",
+    type=PATH,
+)
 @recipe_options()
 @report_options
 @force_option("Replace the files of --report and --plot if they exist.")
@@ -31,6 +42,7 @@ def command(
     data: str | None,
     output: str | None,
     resume: Path | None,
+    comparison: Path | None,
     recipe: dict[str, Any],
     reporting: Reporting,
 ) -> None:
@@ -52,26 +64,30 @@ def command(
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process:
         reporting.check(output or resume, source)
+    if resume is not None and comparison is not None:
+        raise click.UsageError("--resume continues a run, --from starts one: leave one of them out.")
     if resume is not None:
         config = RunDirectory(resume).read_config()[0]
-        context = click.get_current_context()
-        changed = [
-            f"{name} {old!r}, not {new!r}"
-            for name, new in context.params.items()
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-            if (old := getattr(config, name, new)) != new
-        ]
-        if changed:
-            raise click.UsageError(f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave that out.")
+        _refuse_changes(config, f"--resume {resume}: the run was started")
         result = finetune.resume(resume, model=recipe["model"], data=data, show=loud())
+    elif comparison is not None:
+        config, found = finetune.from_comparison(
+            comparison,
+            model=recipe["model"],
+            data=data,
+            show=loud(),
+            **{name: recipe[name] for name in ("seed", "num_workers", "save_every")},
+        )
+        _refuse_changes(config, f"--from {comparison}: the comparison was made", "seed", "num_workers", "save_every")
+        config = replace(config, output=output or _default_output(config))
+        result = finetune.run(config, data=found, show=loud())
     elif data is None:
         raise click.UsageError(
             "Missing option '--data': a folder of images, digits, a torchvision dataset, or FILE.py:FUNCTION."
         )
     else:
-        arm = "" if recipe["arm"] == "bn" else f"-{recipe['arm']}"
-        output = output or f"runs/{run_name(source, recipe['model'], data)}{arm}"
-        config = finetune.Config(source=source or "", data=data, output=output, **recipe)
+        config = finetune.Config(source=source or "", data=data, output=output or "unnamed", **recipe)
+        config = replace(config, output=output or _default_output(config))
         result = finetune.run(config, show=loud())
     if is_main_process:
         wrote = reporting.write(lambda: report.training(result, config))
@@ -86,3 +102,21 @@ def command(
         files = f"Wrote {best} and, beside it, metrics.csv, curves.png and tensorboard/."
         text = f"\n{result}\n\n{files}\n{wrote}Next: {after}"
         show(text, {**result.to_dict(), "best": best, **reporting.to_dict()})
+
+
+def _default_output(config: "Config") -> str:
+    arm = "" if config.arm == "bn" else f"-{config.arm}"
+    return f"runs/{run_name(config.source or None, config.model, config.data)}{arm}"
+
+
+def _refuse_changes(config: "Config", what: str, *allowed: str) -> None:
+    """Refuse options on the command line that differ from what is in a file."""
+    context = click.get_current_context()
+    changed = [
+        f"{name} {old!r}, not {new!r}"
+        for name, new in context.params.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE and name not in (*allowed, "output")
+        if (old := getattr(config, name, new)) != new
+    ]
+    if changed:
+        raise click.UsageError(f"{what} with {'; '.join(changed)}. Leave that out.")

@@ -1,5 +1,6 @@
 # Every public name and its module: __init__.py loads each on first use.
 from .comparing import compare as compare
+from .comparing import from_comparison as from_comparison
 from .comparison import ArmSummary as ArmSummary
 from .comparison import Comparison as Comparison
 from .comparison import Trial as Trial

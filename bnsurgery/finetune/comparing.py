@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bnsurgery.errors import BNSurgeryError
+from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.files.writing import atomic_write, make_folder, only_process_in
 from bnsurgery.machine.system import WINDOWS, processors
 from bnsurgery.pages.style import write as write_figure
@@ -33,7 +33,7 @@ from .grid import Grid, Key, Run
 from .own_data import in_its_batches
 from .results import Row
 from .run_directory import RunDirectory
-from .runs import train
+from .runs import require_code_again, train
 from .setup import computes_on, load_data, processes
 from .stopping import Interrupted, StopRequest, listening
 from .study import Study, refuse_other, require_optuna
@@ -129,6 +129,55 @@ def compare(
         _write(directory / "comparison.json", result.to_dict(), indent=1)
         write_figure(plot_comparison(result), directory / "comparison.png")
     return result
+
+
+def from_comparison(
+    directory: str | Path,
+    *,
+    output: str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    show: bool = False,
+    **varied: Any,
+) -> tuple[Config, Data]:
+    """Configuration and data of the final run after `compare`: its best arm at the best rate, with its shared options.
+
+    Args:
+        directory: of a finished comparison.
+        output: the run's directory; None for "final" in the comparison's.
+        model: the comparison's `Config.model` again, if that names a function: no code runs because a file names it.
+        data: the same of `Config.data`.
+        show: print progress.
+        varied: other values for `seed`, `num_workers` and `save_every`, which a comparison does not fix.
+
+    Raises:
+        CheckpointError: no comparison has finished there, or a file is damaged.
+        DataError: the data has changed.
+        BNSurgeryError: every run diverged, or the network or the data was given in Python.
+
+    Examples:
+        >>> bnsurgery.finetune.from_comparison("no-comparison")
+        Traceback (most recent call last):
+        bnsurgery.errors.CheckpointError: 'no-comparison': no such file: no comparison has finished there
+    """
+    directory = Path(directory)
+    best = Comparison.read(directory).winner
+    if best is None or best.lr is None:
+        raise BNSurgeryError(f"finetune: '{directory}': every run of this comparison diverged: none is the best")
+    shared = read_json(directory / "shared.json")
+    try:
+        values = {**asdict(Config(output=output or str(directory / "final"), **varied)), **shared["config"]}
+        before = shared["data"]
+    except (TypeError, LookupError):
+        raise CheckpointError(f"'{directory / 'shared.json'}': damaged") from None
+    config = trial_config(Config.from_dict(values, "shared.json"), best.arm, best.lr, varied.get("seed", Config.seed))
+    require_code_again(config, f"finetune: '{directory}'", model, data)
+    if not (config.source or config.model) or not config.data:
+        raise BNSurgeryError(f"finetune: '{directory}': got its network or data from Python: pass them to `run`")
+    opened = load_data(config, show)
+    if before != _shared(config, opened)["data"]:
+        raise DataError(f"finetune: '{directory}': the data has changed since the comparison: compare again")
+    return config, opened
 
 
 def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:

@@ -151,6 +151,14 @@ def resume(
     """
     place = RunDirectory(directory)
     config, fingerprint, resolved = place.read_config()
+    require_code_again(config, f"resume: '{directory}'", model, data)
+    model = None if isinstance(model, str) else model
+    data = None if isinstance(data, str) else data
+    return train(replace(config, output=str(directory)), place, model, data, (fingerprint, resolved), show=show)
+
+
+def require_code_again(config: Config, what: str, model: nn.Module | str | None, data: Data | str | None) -> None:
+    """Raise an error if a file names code that makes the network or the data, and the caller did not name it again."""
     named = factories.names_code(config.data)
     for field, code, given, kind in (
         ("model", config.model, model, nn.Module),
@@ -158,12 +166,8 @@ def resume(
     ):
         if code and given != code and not isinstance(given, kind):
             raise BNSurgeryError(
-                f"resume: '{directory}': its {field} is made by running '{code}': pass `{field}={code!r}` again if you "
-                "trust it"
+                f"{what}: its {field} is made by running '{code}': pass `{field}={code!r}` again if you trust it"
             )
-    model = None if isinstance(model, str) else model
-    data = None if isinstance(data, str) else data
-    return train(replace(config, output=str(directory)), place, model, data, (fingerprint, resolved), show=show)
 
 
 @contextmanager

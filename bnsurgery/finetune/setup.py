@@ -73,7 +73,7 @@ class Setup:
 
 def processes(config: Config) -> "Accelerator":
     """Hugging Face's Accelerate: one process, or those that torchrun or accelerate launch started."""
-    for needed in ("accelerate", "tensorboard", "matplotlib", "psutil"):  # the last three before hours of training
+    for needed in ("accelerate", "tensorboard", "matplotlib"):  # the last two before hours of training
         if importlib.util.find_spec(needed) is None:
             raise BNSurgeryError(f"finetune: needs {needed}, which is not installed: pip install 'bnsurgery[finetune]'")
     from accelerate import Accelerator, DistributedDataParallelKwargs

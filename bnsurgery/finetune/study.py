@@ -204,12 +204,8 @@ class Study:
 
     def _result(self, trial: "FrozenTrial") -> Trial:
         if trial.number not in self._results:
-            where = f"{self._where}: trial {trial.number}"
-            try:
-                found = parse(Trial, loads(str(trial.user_attrs["result"])), where)
-            except (LookupError, ValueError) as error:
-                raise CheckpointError(f"{where}: its result cannot be read: {error}") from error
-            self._results[trial.number] = found
+            text = str(trial.user_attrs.get("result"))
+            self._results[trial.number] = read_trial(text, f"{self._where}: trial {trial.number}")
         return self._results[trial.number]
 
     def _describe(self, shared: dict[str, Any]) -> None:
@@ -258,11 +254,11 @@ class Study:
 
     @contextmanager
     def _exclusive_file(self) -> Iterator[None]:
-        """The same with a lock file: SQLite can only lock while it writes."""
+        """The same with a lock file, for SQLite locks only to write; Optuna has one of a journal's name and .lock."""
         with ExitStack() as stack:
             while self._file is not None:
                 try:
-                    stack.enter_context(locked(self._file.with_name(f"{self._file.name}.lock")))
+                    stack.enter_context(locked(self._file.with_name(f".bnsurgery-{self._file.name}.lock")))
                     break
                 except LockedError:
                     time.sleep(0.02)
@@ -286,6 +282,19 @@ class Study:
             time.sleep(_RETRY)
 
 
+def read_trial(text: str, where: str) -> Trial:
+    """A finished trial from the JSON in a study, which is not trusted.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        trial: Trial = parse(Trial, loads(text), where)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: the result cannot be read: {error}") from error
+    return trial
+
+
 def refuse_other(before: Any, mine: dict[str, Any], where: str, advice: str) -> None:
     """Raise an error that names the first difference between two comparisons: groups of named values."""
     try:
@@ -302,14 +311,17 @@ def refuse_other(before: Any, mine: dict[str, Any], where: str, advice: str) -> 
 
 def _place(storage: str | Path) -> tuple[Path | None, str]:
     """The file of a storage, None for a server, and its name for messages, without a password."""
-    if isinstance(storage, Path) or "://" not in storage:
+    if isinstance(storage, Path) or storage.endswith(".journal"):
         return Path(storage), f"'{storage}'"
     import sqlalchemy
 
     try:
         url = sqlalchemy.make_url(storage)
     except (sqlalchemy.exc.ArgumentError, ValueError):
-        raise BNSurgeryError("compare: `storage`: got no URL of a database, such as postgresql://host/name") from None
+        raise BNSurgeryError(
+            f"compare: `storage`: got {shown(storage)}, expected a database's URL, such as postgresql://host/name, or "
+            "FILE.journal"
+        ) from None
     name = f"storage '{printable(url.render_as_string())}'"
     if url.get_backend_name() != "sqlite":
         return None, name
