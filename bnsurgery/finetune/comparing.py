@@ -39,7 +39,17 @@ from .stopping import Interrupted, StopRequest, listening
 from .study import Study, refuse_other, require_optuna
 
 _VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every")
-_FILES = ("shared.json", "comparison.*", "trials", "trials/*", "study.db*", "paused", "paused/*", "paused/*/*")
+_FILES = (
+    "shared.json",
+    "comparison.*",
+    "trials",
+    "trials/*",
+    "study.db*",
+    "paused",
+    "paused/*",
+    "paused/*/last",
+    "paused/*/last/*",
+)
 _POLL = 0.5  # seconds between two looks at what other workers do
 _PATIENCE = 60.0  # seconds to wait for another worker that begins or ends
 
@@ -114,7 +124,7 @@ def compare(
     worker = _Worker(config, grid, shared, storage or directory / "study.db", model, data)
     with listening() as stop:
         study = worker.study(stop)
-        jobs = jobs or max(1, torch.cuda.device_count() if computes_on(config).type == "cuda" else 1)
+        jobs = jobs or max(1, _gpus(config))
         steps = worker.work(study, stop) if jobs == 1 else _in_processes(worker, jobs, study, stop)
         with _Progress(grid, study, show) as progress:
             for results in steps:
@@ -261,8 +271,7 @@ def _in_processes(worker: _Worker, jobs: int, study: Study, stop: StopRequest) -
     if worker.data is not None and worker.data.examples:
         worker = replace(worker, data=None)  # a process calls the user's function again: its data may not be picklable
     jobs = min(jobs, 61) if WINDOWS else jobs  # Windows cannot wait for more processes
-    place = computes_on(worker.config)
-    gpus = torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
+    gpus = _gpus(worker.config)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
     running: set[Future[None]] = set()
@@ -284,6 +293,12 @@ def _in_processes(worker: _Worker, jobs: int, study: Study, stop: StopRequest) -
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()  # it gives its trial back
         pool.shutdown(cancel_futures=True)
+
+
+def _gpus(config: Config) -> int:
+    """The number of GPUs to share out."""
+    place = computes_on(config)
+    return torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
 
 
 def _in_process(worker: _Worker, threads: int) -> None:
@@ -312,7 +327,8 @@ class _Progress:
         self._bar.close()
 
     def update(self, results: Mapping[Key, Trial]) -> None:
-        new = [] if self._told is None else [key for key in results if key not in self._told]
+        runs = set(self._grid.runs)
+        new = [] if self._told is None else [key for key in results if key not in self._told and key[:3] in runs]
         self._told = set(results)
         self._bar.n = sum(not trial.raced_out for trial in self._grid.furthest(results).values())
         self._bar.refresh()

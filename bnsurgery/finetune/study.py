@@ -93,12 +93,14 @@ class Study:
     def results(self) -> dict[Key, Trial]:
         """The results so far, whoever trained them."""
         finished = (trial for trial in self._patiently(self._trials) if trial.state.name in ("COMPLETE", "PRUNED"))
-        return {self._key(trial): self._result(trial) for trial in reversed([*finished])}  # the first of equals
+        return {self._key(trial): self._result(trial) for trial in finished}
 
     def head(self, key: Key) -> str:
         """What became of the head in a finished trial, in words."""
         found = (trial for trial in self._patiently(self._trials) if self._key(trial) == key)
-        return next((str(trial.user_attrs["head"]) for trial in found if "head" in trial.user_attrs), "")
+        return next(
+            (printable(str(trial.user_attrs["head"]), 1000) for trial in found if "head" in trial.user_attrs), ""
+        )
 
     def take(self, keys: Sequence[Key]) -> tuple[Key, int] | None:
         """Take the first of these trials that is waiting, and enqueue those that nobody has.
@@ -160,9 +162,9 @@ class Study:
         for trial in self._trials():
             if trial.state.name == "RUNNING":
                 beat = trial.user_attrs.get("beat")
-                if self._beats.get(trial.number, (None, 0.0))[0] != beat or trial.number not in self._beats:
-                    self._beats[trial.number] = beat, now
-                elif now - self._beats[trial.number][1] > GRACE:
+                seen, since = self._beats.get(trial.number, (beat, now))
+                self._beats[trial.number] = beat, since if beat == seen else now
+                if beat == seen and now - since > GRACE:
                     with suppress(RuntimeError):  # it has finished just now
                         self._set_state(self._id_of(trial), "FAIL")
                     continue
@@ -204,8 +206,11 @@ class Study:
 
     def _result(self, trial: "FrozenTrial") -> Trial:
         if trial.number not in self._results:
-            text = str(trial.user_attrs.get("result"))
-            self._results[trial.number] = read_trial(text, f"{self._where}: trial {trial.number}")
+            where = f"{self._where}: trial {trial.number}"
+            found = read_trial(str(trial.user_attrs.get("result")), where)
+            if (found.arm, found.lr, found.seed) != self._key(trial)[:3]:
+                raise CheckpointError(f"{where}: the result is of another trial")
+            self._results[trial.number] = found
         return self._results[trial.number]
 
     def _describe(self, shared: dict[str, Any]) -> None:
