@@ -174,9 +174,10 @@ def from_comparison(
     best = Comparison.read(directory).winner
     if best is None or best.lr is None:
         raise BNSurgeryError(f"finetune: '{directory}': every run of this comparison diverged: none is the best")
+    own = asdict(Config(output=output or str(directory / "final"), **varied))
     shared = read_json(directory / "shared.json")
     try:
-        values = {**asdict(Config(output=output or str(directory / "final"), **varied)), **shared["config"]}
+        values = {**own, **shared["config"]}
         before = shared["data"]
     except (TypeError, LookupError):
         raise CheckpointError(f"'{directory / 'shared.json'}': damaged") from None
