@@ -150,8 +150,8 @@ class Study:
                     self._enqueue(key)
             live = self._live()
             for key in keys:
-                trial = live[key]
-                if trial.state.name == "WAITING" and self._set_state(self._id_of(trial), "RUNNING"):
+                trial = live.get(key)  # None if its worker has been given up since
+                if trial and trial.state.name == "WAITING" and self._set_state(self._id_of(trial), "RUNNING"):
                     return key, self._id_of(trial)
         return None
 
