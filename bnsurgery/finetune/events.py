@@ -22,9 +22,6 @@ class EventFile:
         folder: of the run; made if it is missing.
         first_step: TensorBoard ignores this step and later ones in earlier files: a killed run may have written beyond
             its checkpoint.
-
-    Raises:
-        CheckpointError: the file cannot be written.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

@@ -65,9 +65,6 @@ class Stream:
         labels: class index of every sample, sorted, since passes may differ in their order.
         sizes: number of samples of every batch in a pass.
         classes: number of classes, None until it is known.
-
-    Raises:
-        DataError: there is no batch, a batch is not a pair of inputs and targets, or the user's code fails.
     """
 
     def __init__(self, name: str, where: str, batches: Iterable[Any]) -> None:

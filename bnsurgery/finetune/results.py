@@ -48,7 +48,7 @@ class Resolved:
         statistics: mode of the BatchNorm layers, for the reason `reason`.
         head: "kept" or "new", why, and how a new one was initialized.
         augment: the augmentation, for the reason `augment_reason`.
-        batch_size: samples per step, over all processes; of a function's own batches the largest.
+        batch_size: samples per step, over all processes; the size of the largest batch if a function makes the batches.
 
     Examples:
         >>> reasons = ("as asked", "the default for a batch of 64", "kept: as asked")
