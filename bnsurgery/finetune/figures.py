@@ -151,7 +151,7 @@ def draw_rates(axis: Any, result: "Comparison") -> None:
 
 
 def _name_arms(axis: Any) -> None:
-    """The legend below the axes: the curves of four arms leave it no room within."""
+    """Put the legend below the axes, since the curves of four arms leave no room within."""
     axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
@@ -169,7 +169,7 @@ def _seconds(axis: Any, result: "Comparison") -> None:
 
 
 def seconds_by_arm(result: "Comparison") -> dict[str, float]:
-    """Mean seconds of the runs that did not diverge; without the arms of which all diverged."""
+    """Mean seconds of the runs that did not diverge; an arm whose runs all diverged is left out."""
     times = {arm: [trial.seconds for trial in result.of(arm) if not trial.diverged] for arm in result.arms}
     return {arm: sum(found) / len(found) for arm, found in times.items() if found}
 

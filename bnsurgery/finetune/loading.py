@@ -77,12 +77,12 @@ class TrainBatches(Sampler[list[Key]]):
     """This rank's share of an epoch's batches, from batch `start` on.
 
     The last batch takes the remaining images, a multiple of `world`, if that is two or more: a norm has no statistics
-    of one. The others are left out, and each epoch leaves out others. (torch's DistributedSampler cannot start within
-    an epoch, and gives each rank images where they do not go round.)
+    of one. Each epoch leaves out other images. (torch's DistributedSampler cannot start within an epoch, and repeats
+    images so that every rank gets as many.)
 
     Attributes:
-        images: that take part in an epoch, over all ranks.
-        left_over: images that do not.
+        images: number of images in an epoch, over all ranks.
+        left_over: number of images that an epoch leaves out.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, rank: int, world: int) -> None:
@@ -174,8 +174,8 @@ class Share:
 
     Attributes:
         per_epoch: batches in a whole pass.
-        images: samples that take part in a pass, over all ranks.
-        left_over: samples that do not.
+        images: number of samples in a pass, over all ranks.
+        left_over: number of samples that a pass leaves out.
     """
 
     def __init__(
@@ -239,8 +239,7 @@ def evaluation(
     """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
 
     Data often comes sorted by class, and statistics of a batch want all classes in it. A last batch of one image, which
-    has no statistics, goes to the batch before. Of a stream these are the first batches, with `images` samples or a few
-    more.
+    has no statistics, joins the batch before. A stream gives its first batches, with `images` samples or a few more.
     """
     if isinstance(data, Stream):
         most = math.inf if images is None else images

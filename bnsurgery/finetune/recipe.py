@@ -24,7 +24,7 @@ _DECAY = {"sgd": 1e-4, "adamw": 0.01}
 
 
 def augmentation(preprocessing: Preprocessing, kind: str) -> Callable[[Any], Any]:
-    """The training images' way to the network's input: `Config.augment`."""
+    """The way of a training image to the network's input, with the augmentation `kind` of `Config.augment`."""
     size = height, width = preprocessing.shape[1:]
     resize, flip = v2.Resize(size), v2.RandomHorizontalFlip()
     shift = v2.RandomCrop(size, padding=[max(1, width // 8), max(1, height // 8)], padding_mode="edge")
@@ -63,7 +63,7 @@ def set_dropout_(model: nn.Module, probability: float | None) -> None:
 
 
 def choose_parameters_(model: nn.Module, train: str, head: nn.Module) -> list[str]:
-    """Let only the parameters take a gradient that `Config.train` names; return the names of those that took none."""
+    """Let only the parameters that `train` names take a gradient; return the names of those that took none before."""
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     model.requires_grad_(train == "all")
     for module in model.modules():

@@ -106,7 +106,7 @@ def processes(config: Config) -> "Accelerator":
 
 
 def computes_on(config: Config) -> torch.device:
-    """The device that `config` or Accelerate's environment names; of a launched process, its kind."""
+    """The device that `config` or Accelerate's environment names; for a launched process, only its kind."""
     from accelerate.utils import parse_flag_from_env
 
     name = os.environ.get(_DEVICE) if config.device == "auto" else config.device
@@ -129,12 +129,11 @@ def build(
     show: bool,
     restored: bool = False,
 ) -> Setup:
-    """Everything before the first step.
+    """Do everything before the first step.
 
     Args:
-        model: instead of the network that `config` names; copied.
-        resolved: of a run that is resumed.
-        show: print progress.
+        model: the network, instead of the one that `config` names; it is copied.
+        resolved: the values of a run that is resumed.
         restored: whether the caller loads a saved state next, so that no head needs to be fitted.
     """
     world = accelerator.num_processes
