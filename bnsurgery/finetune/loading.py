@@ -249,3 +249,22 @@ def evaluation(
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [batches[-2] + batches[-1]]
     return Loader(data, [[(EVALUATED, index) for index in batch] for batch in batches], reader.workers, reader.pinned)
+
+
+def moved(
+    network: nn.Module, batch: Any, device: torch.device, layout: torch.memory_format = torch.preserve_format
+) -> tuple[Inputs, Tensor]:
+    """Inputs and labels on the device, floating-point inputs in the network's dtype, images in `layout`."""
+    inputs, labels = Inputs.of(batch), batch[1]
+    if inputs.kwargs:
+        inputs = inputs.of_signature(network.forward)
+    dtype = next(network.parameters()).dtype
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        kind = dtype if leaf.is_floating_point() else leaf.dtype
+        form = layout if leaf.ndim == 4 else torch.preserve_format
+        return leaf.to(device, kind, memory_format=form, non_blocking=True)
+
+    return inputs.map(move), labels.to(device, non_blocking=True)

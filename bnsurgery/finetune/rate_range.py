@@ -15,8 +15,7 @@ from bnsurgery.nn.batchnorm import Insertable
 from bnsurgery.surgery.copies import independent
 
 from . import recipe
-from .loading import training
-from .loop import Objective, moved
+from .loading import moved, training
 from .results import RateRange
 from .setup import Setup
 
@@ -97,7 +96,7 @@ def _test(setup: Setup, show: bool) -> tuple[list[float], list[float]]:
     for module in network.modules():
         if isinstance(module, Insertable):
             module.process_group = ""  # the other processes wait
-    objective = Objective(network, config.label_smoothing)
+    objective = recipe.Objective(network, config.label_smoothing)
     optimizer = recipe.optimizer(config, network, _FROM)
     trained = [p for p in network.parameters() if p.requires_grad]
     whole = setup.reader._replace(rank=0, world=1)

@@ -1,4 +1,4 @@
-"""The parts of the recipe: augmentation, trained parameters, weight decay, learning rate, dropout, head's gradients."""
+"""The parts of the recipe: augmentation, parameters, decay, learning rate, dropout, loss, head's gradients."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.transforms import v2
@@ -88,6 +89,21 @@ def optimizer(config: Config, model: nn.Module, rate: float) -> torch.optim.Opti
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=rate)
     return torch.optim.SGD(groups, lr=rate, momentum=_MOMENTUM, nesterov=True)
+
+
+class Objective(nn.Module):
+    """Network and loss in one module, which is compiled, distributed and cast as a whole."""
+
+    def __init__(self, network: nn.Module, label_smoothing: float) -> None:
+        super().__init__()
+        self.network = network
+        self.label_smoothing = label_smoothing
+
+    def forward(self, labels: Tensor, /, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The mean loss and the accuracy, 0 to 1; further arguments are the network's."""
+        logits = self.network(*args, **kwargs)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return loss, (logits.detach().argmax(1) == labels).float().mean()
 
 
 class HeadConditioner:

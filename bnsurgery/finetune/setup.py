@@ -261,18 +261,14 @@ def _facts(
 
 def _check_sizes(config: Config, data: Data, world: int) -> None:
     size, in_batches = config.batch_size, isinstance(data.train, Stream)
-    if in_batches and size < world:
-        raise DataError(f"finetune: batches of at most {size} cannot be shared by {world} processes: make them larger")
     if size > len(data.train):
         count = f"the {len(data.train)} training {data.thing}s"
         raise DataError(
             f"finetune: a batch of {size} is more than {count}: pass `batch_size={len(data.train)}` or less"
         )
-    if size % world and not in_batches:
-        raise BNSurgeryError(
-            f"finetune: a batch of {size} cannot be shared evenly by {world} processes: "
-            f"pass `batch_size={world * max(1, size // world)}`"
-        )
+    if size < world or (size % world and not in_batches):
+        advice = "make the batches larger" if in_batches else f"pass `batch_size={world * max(1, size // world)}`"
+        raise DataError(f"finetune: a batch of {size} cannot be shared evenly by {world} processes: {advice}")
     if size == 1 and config.arm != "plain" and config.statistics not in ("auto", "running"):
         raise BNSurgeryError(
             f"finetune: a batch of 1 has no statistics: with `statistics={config.statistics!r}` use `batch_size=2` or "
