@@ -51,9 +51,8 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
             continue
         for kind, (label, colour) in _KINDS.items():
             axis.plot([row.epoch for row in rows], values[kind], color=colour, marker="o", markersize=3, label=label)
-        axis.set(xlabel="epoch", ylabel=title)
+        axis.set(xlabel="epoch", ylabel=title, xlim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlim(left=0)
         axis.legend(frameon=False)
     return figure
 
@@ -118,11 +117,11 @@ def _steps(axis: Any, result: "Comparison") -> None:
         if summary.lr is None:
             axis.plot([], [], color=colour, label=f"{summary.arm}: diverged at every rate")
             continue
-        at, mean, low, high = zip(*result.curve(summary.arm, summary.lr), strict=True)
-        label = f"{summary.arm} at {summary.lr:g}"
-        size = 3 if len(at) > 1 else 7
-        axis.plot(at, [100 * v for v in mean], color=colour, label=label, marker="o", markersize=size)
-        axis.fill_between(at, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, linewidth=0)
+        at, *bands = zip(*result.curve(summary.arm, summary.lr), strict=True)
+        mean, low, high = ([100 * share for share in band] for band in bands)
+        label, size = f"{summary.arm} at {summary.lr:g}", 3 if len(at) > 1 else 7
+        axis.plot(at, mean, color=colour, label=label, marker="o", markersize=size)
+        axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.set(xlabel="training step", ylabel="validation accuracy (%)", xlim=(0, None))
     _name_arms(axis)
 
@@ -143,10 +142,9 @@ def draw_rates(axis: Any, result: "Comparison") -> None:
             beside = 1.12 ** (number - (len(arms) - 1) / 2)  # so that no arm's cross hides another's
             at, zeros = [lr * beside for lr in diverged], [0.0] * len(diverged)
             axis.plot(at, zeros, color=colour, marker="x", linestyle="none", clip_on=False)
-    axis.set(xlabel="learning rate", ylabel="validation accuracy (%)", ylim=(0, None))
+    top = None if result.winner else 100
+    axis.set(xlabel="learning rate", ylabel="validation accuracy (%)", ylim=(0, top))
     log_axis(axis)
-    if result.winner is None:
-        axis.set_ylim(0, 100)
     _name_arms(axis)
 
 

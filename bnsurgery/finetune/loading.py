@@ -178,12 +178,10 @@ class Share:
         left_over: number of samples that a pass leaves out.
     """
 
-    def __init__(
-        self, stream: Stream, seed: int, rank: int, world: int, *, train: bool, most: float = math.inf
-    ) -> None:
+    def __init__(self, stream: Stream, seed: int, reader: Reader, *, train: bool, most: int | None = None) -> None:
         """A pass ends with the batch that reaches `most` samples."""
-        self._stream, self._seed, self._rank, self._world = stream, seed, rank, world
-        self._train, self._most = train, most
+        self._stream, self._seed, self._rank, self._world = stream, seed, reader.rank, reader.world
+        self._train, self._most = train, math.inf if most is None else most
         used = list(filter(None, map(self._used, stream.sizes)))
         self.per_epoch, self.images = len(used), sum(used)
         self.left_over = len(stream) - self.images
@@ -227,7 +225,7 @@ def training(
 ) -> tuple[TrainBatches, Loader] | tuple[Share, Share]:
     """This rank's share of the training batches and their loader; a stream's batches keep their sizes."""
     if isinstance(data, Stream):
-        share = Share(data, seed, reader.rank, reader.world, train=True)
+        share = Share(data, seed, reader, train=True)
         return share, share
     batches = TrainBatches(len(data), batch_size, seed, reader.rank, reader.world)
     return batches, Loader(data, batches, reader.workers, reader.pinned)
@@ -242,8 +240,7 @@ def evaluation(
     has no statistics, joins the batch before. A stream gives its first batches, with `images` samples or a few more.
     """
     if isinstance(data, Stream):
-        most = math.inf if images is None else images
-        return Share(data, 0, reader.rank, reader.world, train=False, most=most)
+        return Share(data, 0, reader, train=False, most=images)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
     batches = list(BatchSampler(order[reader.rank :: reader.world], batch_size, drop_last=False))
     if len(batches) > 1 and len(batches[-1]) == 1:

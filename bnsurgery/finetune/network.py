@@ -198,9 +198,9 @@ def prepare(
     elif not carries_record(model):
         model = insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
     unfuse_relu_(model)  # the same state for every source: see `fuse_for_training_`
-    own = own_name(config)
     provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
-    provenance |= {"model": own} if own else {}
+    if own := own_name(config):
+        provenance["model"] = own
     if origin := onnx_files.source(model):
         provenance["onnx"] = origin.digest
     shape = example.shape if example else record(model).input_shape
