@@ -51,13 +51,7 @@ class DivergedError(BNSurgeryError):
 
 
 class Trainer:
-    """One run, from its current step to its end.
-
-    Args:
-        setup: the run.
-        directory: where to save it; None to save nothing.
-        show: print progress.
-    """
+    """One run, from its current step to its end; it saves nothing if `directory` is None."""
 
     def __init__(self, setup: Setup, directory: RunDirectory | None, show: bool) -> None:
         self.setup, self.directory = setup, directory

@@ -51,13 +51,8 @@ def choose(rates: Sequence[float], losses: Sequence[float], default: float) -> R
     In a wide valley the lowest point can be anywhere, so the rate is taken from the valley's lower end: the first point
     that is above the lowest by at most half the scatter.
 
-    If the lowest point is at the end of the test, or the curve falls by less than twice the scatter, the default is
-    chosen.
-
-    Args:
-        rates: of the steps, rising geometrically.
-        losses: of single batches.
-        default: the rate if the test shows none.
+    If the lowest point is at the end of the test, or the curve falls by less than twice the scatter, `default` is
+    chosen. `rates` rise geometrically, and `losses` are those of single batches.
 
     References: Smith 2017, as above, for the loss that stops falling as the upper bound of the rate. fastai's finder
     takes a tenth of the rate of the lowest loss, but of a running mean, which lags.
