@@ -98,7 +98,7 @@ class Config:
         channels_last: memory format of images and convolutions.
         compile: use torch.compile.
         device: "auto" for a CUDA GPU if there is one, else the CPU; or a name such as "cpu", "cuda:1", "mps" or "xpu".
-            Of several processes each uses its own GPU.
+            With several processes, each uses its own GPU.
         seed: of all random numbers.
 
     Attributes: The run

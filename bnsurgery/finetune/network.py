@@ -176,11 +176,8 @@ def prepare(
 
     The plain arm has a record of no sites, which holds the task, so that what is saved can be loaded.
 
-    Args:
-        source: its model is used up.
-        task, head: from `task_of`.
-        batches: training images to calibrate on.
-        example: an input, if these are no images.
+    The model of `source` is used up. `batches` are training data to calibrate on; `example` is one input of them, if
+    they are no images.
     """
     model = source.model
     if not head.kept and (config.train, config.head_init) == ("bn", "random"):
@@ -198,9 +195,9 @@ def prepare(
     elif not carries_record(model):
         model = insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
     unfuse_relu_(model)  # the same state for every source: see `fuse_for_training_`
-    own = own_name(config)
     provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
-    provenance |= {"model": own} if own else {}
+    if own := own_name(config):
+        provenance["model"] = own
     if origin := onnx_files.source(model):
         provenance["onnx"] = origin.digest
     shape = example.shape if example else record(model).input_shape
@@ -235,8 +232,7 @@ def forget_(model: nn.Module) -> None:
 def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, str]:
     """The statistics mode for `config`, and the reason.
 
-    Args:
-        drift: measures ‖train − eval‖/‖eval‖ of the outputs at the run's batch size; called only if needed.
+    `drift` measures ‖train − eval‖/‖eval‖ of the outputs at the run's batch size; it is called only if needed.
     """
     if config.arm == "plain":
         return "none", "there is no BatchNorm"

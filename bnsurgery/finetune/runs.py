@@ -150,10 +150,9 @@ def resume(
     """
     place = RunDirectory(directory)
     config, fingerprint, resolved = place.read_config()
-    named = factories.names_code(config.data)
     for field, code, given, kind in (
         ("model", config.model, model, nn.Module),
-        ("data", named and config.data, data, Data),
+        ("data", factories.names_code(config.data) and config.data, data, Data),
     ):
         if code and given != code and not isinstance(given, kind):
             raise BNSurgeryError(

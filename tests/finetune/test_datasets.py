@@ -90,7 +90,7 @@ def test_what_cannot_be_learnt_from_is_refused(tmp_path, counts, text):
 def test_classes_of_train_and_val_must_agree(tmp_path):
     folder(tmp_path / "train", cat=2, dog=2)
     folder(tmp_path / "val", cat=2, wolf=2)
-    with pytest.raises(DataError, match="only one has: dog, wolf"):
+    with pytest.raises(DataError, match="not all have: dog, wolf"):
         load(tmp_path)
 
 
