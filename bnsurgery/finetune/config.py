@@ -57,7 +57,7 @@ class Config:
             which discards the pretrained function.
 
     Attributes: The data
-        data: a folder (train/ and val/ with one folder per class, or one folder per class), "digits", a torchvision
+        data: a folder (train/, val/ and test/, each with one folder per class, or just the folders of the classes), "digits", a torchvision
             dataset such as "CIFAR10", or "file.py:function" or "package.module:function", a function that returns
             training and validation data of any kind: see `bnsurgery.finetune.own_data.open_own`. "Images" below then
             means its samples, and the options from `root` to `augment` are refused.
