@@ -57,10 +57,11 @@ class Config:
             which discards the pretrained function.
 
     Attributes: The data
-        data: a folder (train/, val/ and test/, each with one folder per class, or just the folders of the classes), "digits", a torchvision
-            dataset such as "CIFAR10", or "file.py:function" or "package.module:function", a function that returns
-            training and validation data of any kind: see `bnsurgery.finetune.own_data.open_own`. "Images" below then
-            means its samples, and the options from `root` to `augment` are refused.
+        data: a folder (train/, val/ and test/ with one folder per class, of which the last two may be missing, or one
+            folder per class), "digits", a torchvision dataset such as "CIFAR10", or "file.py:function" or
+            "package.module:function", a function that returns training and validation data of any kind: see
+            `bnsurgery.finetune.own_data.open_own`. "Images" below then means its samples, and the options from `root`
+            to `augment` are refused.
         root: where torchvision's datasets are kept.
         download: download a missing torchvision dataset.
         val_fraction: share of each class that is held out if the data has no validation split.
