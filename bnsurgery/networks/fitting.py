@@ -3,18 +3,17 @@
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryWarning, CheckpointError, printable, shown
 from bnsurgery.files.weights import WeightsFile, check_finite, check_kinds, check_plain, describe_mismatch
+from bnsurgery.text.words import listed
 
 # Names of the modules that wrap others: of DataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _USUAL = ("", "state_dict.", "model.", "model_state_dict.")  # the first of these, where several places fit
-_NAMED = 4  # names in a message
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) 
     usual = [pair for place in _USUAL for pair in fitting if (pair[0][first:], pair[1]) == (place, "")]
     if len(fitting) > 1 and not usual and (best[0] == len(ours) or choice.partial):
         raise CheckpointError(
-            f"weights '{file.path}': {len(fitting)} places fit equally well: {_listed([at for at, _ in fitting])}. "
+            f"weights '{file.path}': {len(fitting)} places fit equally well: {listed([at for at, _ in fitting])}. "
             "Choose one by `weights_key` or `weights_prefix`"
         )
     at, root = (usual or fitting)[0]
@@ -144,11 +143,11 @@ def fill_(model: nn.Module, name: str, file: WeightsFile, choice: Choice) -> Non
         tensors = {key: tensor.to(expected[key].dtype) for key, tensor in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     notes = [f"its {shown(found)} is taken for '{key}'" for key, found in fit.names.items() if key != found][:1]
-    notes += [f"left out: {_listed(fit.left_out)}"] if fit.left_out else []
+    notes += [f"left out: {listed(fit.left_out)}"] if fit.left_out else []
     notes += (
-        [f"{_listed(fit.rivals)} would fit as well: `weights_key` or `weights_prefix` chooses"] if fit.rivals else []
+        [f"{listed(fit.rivals)} would fit as well: `weights_key` or `weights_prefix` chooses"] if fit.rivals else []
     )
-    notes += [f"not in it, and left as they were made: {_listed(absent)}"] if absent else []
+    notes += [f"not in it, and left as they were made: {listed(absent)}"] if absent else []
     if notes:
         warnings.warn(f"weights '{file.path}': {'; '.join(notes)}", BNSurgeryWarning, stacklevel=2)
 
@@ -186,9 +185,4 @@ def _cuts(name: str, longest: int) -> list[int]:
 
 def _contents(file: WeightsFile) -> str:
     tops = dict.fromkeys(name.partition(".")[0] for name in file.tensors)
-    return f"The file has names that begin with {_listed(tops)}"
-
-
-def _listed(names: Collection[str]) -> str:
-    first, more = [printable(name) for name in islice(names, _NAMED)], len(names) - _NAMED
-    return f"{', '.join(first)}{f' and {more} more' if more > 0 else ''}"
+    return f"The file has names that begin with {listed(tops)}"
