@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,6 @@ from bnsurgery.surgery.copies import on_meta
 from bnsurgery.surgery.folding import fold as fold_model
 from bnsurgery.surgery.folding import gained_biases
 from bnsurgery.surgery.stock import to_torch
-from bnsurgery.text.words import with_article
 
 from . import instructions, writers
 from .formats import AXES, PICKLES, PROGRAMS, SUFFIXES, Format
@@ -162,6 +161,9 @@ def export(
     new_head = record.task is not None and record.task.head is not None
     origin = None if keep_bn or new_head else in_file  # whose graph stays
     stays = keep_bn or to == "torchvision-bn"
+    name = record.architecture.name if record.architecture is not None else record.model
+    name += "_bn" if to == "torchvision-bn" else ""
+    stock = record.architecture if to.startswith("torchvision") else None
     with evaluating(bn_model):
         if stays:
             network = to_torch(bn_model, keep=lambda site: to != "torchvision-bn" or site.site.kind == "conv")
@@ -181,7 +183,7 @@ def export(
             elif to == "exported-program":
                 written = writers.write_program(network, inputs, axes, temporary, known)
             else:
-                again = on_meta(network) if to == "state-dict" else _stock(record, network)
+                again = on_meta(network) if stock is None else replace(stock, name=name).build()
                 written = writers.write_state(network, temporary, path.suffix, known, again)
             equivalence = _compare(written, bn_model, inputs, f"as {to}, the network cannot be run")
             for axis in dict.fromkeys(name for names in axes for name in names.values()):
@@ -191,10 +193,9 @@ def export(
     if to == "onnx" and in_file is not None and new_head:
         weights += "; a new graph, since the head is new"
     gained = () if stays else tuple(gained_biases(bn_model, record.sites).values())
-    usage = instructions.usage(to, path, record, keep_bn, gained)
+    usage = instructions.usage(to, path, name, record, keep_bn, gained)
     shapes = origin.shapes if origin is not None and to == "onnx" else instructions.shapes(inputs, axes)
     feed = instructions.feed(shapes, preprocessing, classes, in_file=path.suffix not in PICKLES)
-    name = instructions.network_name(to, record)
     return Export(str(path), to, name, weights, folds_back, equivalence, usage, feed, gained)
 
 
@@ -228,7 +229,7 @@ def export_folded(
     keys = folded.state_dict().keys() - model.state_dict().keys()
     gained = tuple(name for name, _ in folded.named_modules() if f"{name}.bias" in keys)
     usage = instructions.usage_of_folded(path, model, folded, gained)
-    feed = instructions.feed(instructions.shapes(inputs), None, (), in_file=False)
+    feed = instructions.feed(instructions.shapes(inputs))
     name, origin = type(model).__name__, "its own BatchNorm folded"
     return Export(str(path), "state-dict", name, origin, False, equivalence, usage, feed, gained)
 
@@ -249,7 +250,7 @@ def _check(to: str, record: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]
         raise ValueError(f"export: dynamic must be some of {AXES}, got {dynamic!r}")
     if to.startswith("torchvision") and record.architecture is None:
         raise ExportError(
-            f"export: {record.model} is not one of torchvision's: use state-dict, onnx or exported-program"
+            f"export: {record.model} is not one of torchvision's: use state-dict, {' or '.join(PROGRAMS)}"
         )
     if to == "torchvision" and keep_bn:
         raise ExportError("export: torchvision's own network has no place for BatchNorm: use torchvision-bn")
@@ -285,9 +286,7 @@ def _example(bn_model: nn.Module, record: SurgeryRecord, example: Any, preproces
         return Inputs(origin.example)
     shape = record.input_shape if preprocessing is None else preprocessing.shape
     if shape is None:
-        raise ExportError(
-            f"export: the input of {with_article(record.model)} is not known: pass `example`, a batch of its inputs"
-        )
+        raise ExportError(f"export: the input of {record.model} is not known: pass `example`, a batch of its inputs")
     if math.prod(shape) > onnx_files.MAX_INPUT:  # a file can name any shape
         raise ExportError(f"export: an input of shape {shown(shape)} is too large to try: pass `example`")
     # Any input shows whether two networks are one function; noise needs no data.
@@ -332,16 +331,6 @@ def _doubled(inputs: Inputs, axes: writers.Axes, axis: str) -> Inputs:
     tensors = zip(inputs.tensors, axes, strict=True)
     numbers = {id(tensor): n for tensor, names in tensors for n, name in names.items() if name == axis}
     return inputs.map(lambda leaf: torch.cat([leaf, leaf], numbers[id(leaf)]) if id(leaf) in numbers else leaf)
-
-
-def _stock(record: SurgeryRecord, network: nn.Module) -> nn.Module:
-    """The network of torchvision's own class, on the meta device."""
-    assert record.architecture is not None
-    has_bn = any(key.endswith("running_mean") for key in network.state_dict())
-    name, classes = record.architecture.name + ("_bn" if has_bn else ""), record.architecture.num_classes
-    with torch.device("meta"):
-        stock: nn.Module = models.get_model(name, weights=None, num_classes=classes)
-    return stock
 
 
 def _compare(

@@ -30,8 +30,8 @@ model.load_state_dict(state)
 """
 
 
-def usage(to: str, path: Path, record: SurgeryRecord, keep_bn: bool, gained: Sequence[str]) -> str:
-    """Python that loads the file without this package; `gained` are the layers that got a bias."""
+def usage(to: str, path: Path, name: str, record: SurgeryRecord, keep_bn: bool, gained: Sequence[str]) -> str:
+    """Python that loads the file, with the network called `name`, without this package; `gained` layers got a bias."""
     if to == "onnx":
         return f'onnxruntime.InferenceSession("{path}")'
     if to == "exported-program":
@@ -42,7 +42,7 @@ def usage(to: str, path: Path, record: SurgeryRecord, keep_bn: bool, gained: Seq
     changes = [f"with {len(task.classes)} classes"] if task is not None and task.head is not None else []
     changes += _with_biases(gained)
     if record.architecture is not None:
-        made = f"torchvision.models.{network_name(to, record)}(num_classes={record.architecture.num_classes})"
+        made = f"torchvision.models.{name}(num_classes={record.architecture.num_classes})"
     elif "onnx" in record.provenance:
         made = f'bnsurgery.from_onnx("{model}")' + (f"  # {', '.join(changes)}" if changes else "")
     else:
@@ -60,7 +60,12 @@ def usage_of_folded(path: Path, model: nn.Module, folded: nn.Module, gained: Seq
     return _loaded_into(", ".join([made, *_with_biases(gained)]), path)
 
 
-def feed(shapes: Sequence[str], preprocessing: Preprocessing | None, classes: Sequence[str], *, in_file: bool) -> str:
+def feed(
+    shapes: Sequence[str],
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] = (),
+    in_file: bool = False,
+) -> str:
     """The inputs, their preprocessing and the classes, in words; `in_file` where the metadata has these, too."""
     lines = [f"input of shape {shape}" for shape in shapes]
     if preprocessing is not None:
@@ -78,12 +83,6 @@ def shapes(inputs: Inputs, axes: Axes = ()) -> list[str]:
         f"({', '.join(str(names.get(number, size)) for number, size in enumerate(tensor.shape))})"
         for tensor, names in zip(inputs.tensors, axes or [{0: "batch"}] * len(inputs.tensors), strict=True)
     ]
-
-
-def network_name(to: str, record: SurgeryRecord) -> str:
-    """The name of the network in the file, such as "vgg16_bn"."""
-    name = record.architecture.name if record.architecture is not None else record.model
-    return f"{name}_bn" if to == "torchvision-bn" else name
 
 
 def _loaded_into(made: str, path: Path) -> str:

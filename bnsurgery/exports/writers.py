@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -172,12 +171,12 @@ def updated(origin: Source, network: nn.Module) -> "ModelProto":
         node.input.extend([""] * (place.input + 1 - len(node.input)))
         name = node.input[place.input]
         old = initializers.get(name)
-        array = tensor.detach().cpu().numpy()
+        array = tensor.numpy(force=True)
         array = array.T if place.transposed else array
-        array = np.ascontiguousarray(array.reshape(array.shape if old is None else tuple(old.dims)))
+        new = numpy_helper.from_array(array if old is None else array.reshape(tuple(old.dims)), name)
         if old is not None and users[name] == 1:
-            old.CopyFrom(numpy_helper.from_array(array, name))
+            old.CopyFrom(new)
         else:
-            node.input[place.input] = f"{key}.bnsurgery"
-            graph.initializer.append(numpy_helper.from_array(array, node.input[place.input]))
+            new.name = node.input[place.input] = f"{key}.bnsurgery"
+            graph.initializer.append(new)
     return model

@@ -235,22 +235,18 @@ def _noise(path: Path, graph: "GraphProto") -> tuple[Tensor, ...]:
     generator = np.random.default_rng(0)
     noise = []
     for value in _inputs(graph):
-        kind = value.type.tensor_type
+        where, kind = f"'{path}': input {shown(value.name)}", value.type.tensor_type
         sizes = [dim.dim_value for dim in kind.shape.dim]
         channels = 3 if channels_last(sizes) else 1
         shape = [size or (1 if not at else 3 if at == channels else _SIDE) for at, size in enumerate(sizes)]
         if min(shape, default=1) < 0 or math.prod(shape) > MAX_INPUT:
-            raise CheckpointError(
-                f"'{path}': input {shown(value.name)}: a shape of {shown(tuple(shape))} cannot be tried"
-            )
+            raise CheckpointError(f"{where}: a shape of {shown(tuple(shape))} cannot be tried")
         try:
             dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
             array = generator.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
             noise.append(torch.from_numpy(array.astype(dtype)))
         except (KeyError, TypeError) as error:  # a sequence, strings, or a kind of number that numpy does not have
-            raise CheckpointError(
-                f"'{path}': input {shown(value.name)}: expected a tensor of numbers such as float32: {reason(error)}"
-            ) from error
+            raise CheckpointError(f"{where}: expected a tensor of numbers: {reason(error)}") from error
     if not noise:
         raise CheckpointError(f"'{path}': a network without inputs")
     return tuple(noise)

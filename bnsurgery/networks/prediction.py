@@ -95,10 +95,8 @@ def predict(
     """
     the_record = record(model)
     if not takes_images(the_record, model):
-        raise ArchitectureError(
-            f"predict: {type(model).__name__} takes other inputs than images: load it with bnsurgery.load and call it "
-            "on a batch of them"
-        )
+        name = type(model).__name__
+        raise ArchitectureError(f"predict: {name} takes other inputs than images: call the network on a batch of them")
     preprocess, names = preprocessing_of(the_record, model, wanted), classes_of(the_record)
     for path in images:
         tensor = preprocess(load_image(path))
