@@ -19,8 +19,7 @@ from bnsurgery.files.labels import labels
 from bnsurgery.files.writing import atomic_write
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.networks import interface, onnx_files
-from bnsurgery.networks.third_party import quiet, reason
-from bnsurgery.records.architectures import Architecture
+from bnsurgery.networks.third_party import errors_as, quiet
 from bnsurgery.records.record import SurgeryRecord, state_digest
 from bnsurgery.running.batches import Inputs, join
 from bnsurgery.running.calls import placed
@@ -211,10 +210,8 @@ def export_folded(
 
     Args:
         model: with BatchNorm and no record; not changed.
-        path: the file to write, safetensors, or `torch.save`'s format where it is called .pth or .pt.
         example: an input batch, to compare on.
-        bias: as for `fold`.
-        overwrite: whether an old file may be replaced.
+        path, bias, overwrite: as for `export`.
 
     Raises:
         ExportError, FoldError, CalibrationError, CheckpointError: as `export`.
@@ -255,23 +252,18 @@ def _check(to: str, record: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]
     if to == "torchvision" and keep_bn:
         raise ExportError("export: torchvision's own network has no place for BatchNorm: use torchvision-bn")
     if to == "torchvision-bn" and record.architecture is not None:
-        _check_places(record, record.architecture)
+        name = f"{record.architecture.name}_bn"
+        if not hasattr(models, name):
+            raise ExportError(f"export: torchvision has no {name}: use state-dict with `keep_bn`, or onnx")
+        modules = record.architecture.build().named_modules()
+        convs = {name for name, module in modules if isinstance(module, nn.Conv2d)}
+        missing = sorted(convs - {site.site.name for site in record.sites})
+        if missing or record.plan.placement != "pre-activation":
+            found = f"'{missing[0]}' has none" if missing else f"here it is {record.plan.placement}"
+            raise ExportError(f"export: {name} has BatchNorm right behind every convolution; {found}")
     for needed in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
         if importlib.util.find_spec(needed) is None:
             raise ExportError(f"export: needs {needed}, which is not installed: pip install 'bnsurgery[export]'")
-
-
-def _check_places(record: SurgeryRecord, architecture: Architecture) -> None:
-    """Refuse a network whose BatchNorm is not where torchvision's vgg*_bn has it."""
-    name = f"{architecture.name}_bn"
-    if not hasattr(models, name):
-        raise ExportError(f"export: torchvision has no {name}: use state-dict with `keep_bn`, or onnx")
-    normed = {site.site.name for site in record.sites}
-    convs = (name for name, module in architecture.build().named_modules() if isinstance(module, nn.Conv2d))
-    missing = next((name for name in convs if name not in normed), None)
-    if missing is not None or record.plan.placement != "pre-activation":
-        found = f"'{missing}' has none" if missing else f"here it is {record.plan.placement}"
-        raise ExportError(f"export: {name} has BatchNorm right behind every convolution; {found}")
 
 
 def _example(bn_model: nn.Module, record: SurgeryRecord, example: Any, preprocessing: Preprocessing | None) -> Inputs:
@@ -341,10 +333,8 @@ def _compare(
     Raises:
         ExportError: the content cannot be run, which is the `problem`, or computes something else.
     """
-    try:
+    with errors_as(ExportError, f"export: {problem}"):
         equivalence = verify(written, model, [inputs], drift_batch_sizes=())
-    except Exception as error:  # the network's, or of whatever runs the file
-        raise ExportError(f"export: {problem}: {reason(error.__cause__ or error)}") from error
     if not equivalence.within(_TOLERANCE):
         raise ExportError(
             f"export: what was written{when} differs by {equivalence.max_rel:.3g} of the largest output and is removed"

@@ -6,6 +6,8 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from bnsurgery.files.checkpoint import has_place_for, same_bits, torch_save
 from bnsurgery.files.labels import sort_metadata
 from bnsurgery.files.weights import read_tensors
 from bnsurgery.networks.onnx_files import Source, session
-from bnsurgery.networks.third_party import reason
+from bnsurgery.networks.third_party import errors_as, reason
 from bnsurgery.running.batches import Inputs
 from bnsurgery.running.calls import outputs
 from bnsurgery.running.modes import evaluate
@@ -99,10 +101,8 @@ def new_graph(network: nn.Module, inputs: Inputs, axes: Axes, *, optimize: bool,
     names = ["output", *(f"output_{number}" for number in range(2, len(found) + 1))][: len(found)]
     if classifies and [tensor.ndim for tensor in found] == [2]:
         names = ["logits"]
-    try:
+    with errors_as(ExportError, f"export: torch.onnx cannot export {type(network).__name__}"):
         program = torch.onnx.export(exported, dynamo=True, optimize=optimize, verbose=False, output_names=names)
-    except Exception as error:  # the exporter's, of many kinds
-        raise _cannot_export("torch.onnx", network, error) from error
     assert program is not None
     model = program.model_proto  # a new one on every access
     called: dict[str, str] = {}
@@ -126,17 +126,14 @@ def _capture(network: nn.Module, inputs: Inputs, axes: Axes) -> torch.export.Exp
     }
     given = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs).arguments
     shapes = tree_map(lambda leaf: of_tensor.get(id(leaf)) or None, dict(given)) if any(axes) else None
-    errors = []
-    for strict in (False, True):  # each follows code that the other does not, such as torch.tensor(data=...)
+    export = partial(torch.export.export, network, inputs.args, inputs.kwargs, dynamic_shapes=shapes)
+    with errors_as(ExportError, f"export: torch.export cannot export {type(network).__name__}"):
         try:
-            return torch.export.export(network, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=strict)
-        except Exception as error:  # the exporter's, of many kinds
-            errors.append(error)
-    raise _cannot_export("torch.export", network, errors[0]) from errors[0]
-
-
-def _cannot_export(exporter: str, network: nn.Module, error: Exception) -> ExportError:
-    return ExportError(f"export: {exporter} cannot export {type(network).__name__}: {reason(error.__cause__ or error)}")
+            return export(strict=False)
+        except Exception as error:  # each way follows code that the other does not, such as torch.tensor(data=...)
+            with suppress(Exception):
+                return export(strict=True)
+            raise error
 
 
 def updated(origin: Source, network: nn.Module) -> "ModelProto":

@@ -1,4 +1,4 @@
-"""Networks by name, timm's among them, and other results of functions that a user names: their code runs by design."""
+"""Networks by name, and other results of functions that a user names. Their code runs by design."""
 
 import difflib
 import importlib
@@ -20,7 +20,7 @@ from bnsurgery.records.record import SurgeryRecord
 from bnsurgery.text.words import with_article
 
 from . import onnx_files
-from .third_party import reason
+from .third_party import errors_as
 
 _TIMM = "timm:"
 # The folders that a user's code came from in this process, and the files in them that were run: they stay importable.
@@ -149,12 +149,9 @@ def _timm(name: str, pretrained: bool) -> Any:
         close = " or ".join(_TIMM + match for match in difflib.get_close_matches(kind, timm.list_models(), n=3))
         hint = f" Did you mean {close}?" if close else ""
         raise ArchitectureError(f"model '{name}': timm has none of that name.{hint}")
-    try:
+    advice = "pass `weights=PATH`, or `weights='random'` to try without"
+    with errors_as(CheckpointError, f"model '{name}': timm cannot load its weights: {advice}"):
         return timm.create_model(kind, pretrained=pretrained)
-    except Exception as error:  # the hub's, of many kinds
-        raise CheckpointError(
-            f"model '{name}': no weights from timm ({reason(error)}): pass `weights=PATH`, or `weights='random'`"
-        ) from error
 
 
 @contextmanager
@@ -178,7 +175,7 @@ def _users_code(place: str, problem: str) -> Iterator[None]:
 
 
 def _found(place: str, called: str, what: str) -> object:
-    """What a file, which is run, or a module has under a name; modules may be in the current folder, too."""
+    """The object of a name in a module, which may be in the current folder, or in a file, which is run; or None."""
     path = Path(os.path.realpath(place)) if place.endswith(".py") else None  # resolve raises for a link to itself
     if path is not None and not path.is_file():
         raise ArchitectureError(f"{what} '{place}': no such file")

@@ -34,7 +34,7 @@ def preprocessing(architecture: Architecture, weights: str = "", wanted: Wanted 
 
 
 def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessing:
-    """From an image to the input of a network that is not torchvision's.
+    """The preprocessing of images for a network that is not torchvision's.
 
     A network of timm's brings its preprocessing. Other colour images are normalized as ImageNet's, and grey images are
     left between 0 and 1.

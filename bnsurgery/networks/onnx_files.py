@@ -24,7 +24,7 @@ from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import listed
 
 from .onnx_conversion import Nodes, convert, takes_two, with_initializers
-from .third_party import reason
+from .third_party import errors_as, reason
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
@@ -110,18 +110,12 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
     if path.exists() and not (path.is_file() and path.stat().st_size):
         found = "an empty file" if path.is_file() else "no regular file"
         raise CheckpointError(f"'{path}': {found}, expected an ONNX model")
-    try:
+    with errors_as(CheckpointError, f"'{path}': cannot be read as an ONNX model"):
         digest, original = _digest(path), onnx.load(str(path))
         onnx.checker.check_model(original)
-    except OSError as error:
-        raise CheckpointError(f"'{path}': cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # protobuf's and onnx's, of many kinds
-        raise CheckpointError(f"'{path}': not an ONNX model, or a damaged one: {reason(error)}") from error
     noise = _noise(path, original.graph)
-    try:
+    with errors_as(CheckpointError, f"'{path}': onnxruntime cannot run it"):
         expected = session(path)(*noise)
-    except Exception as error:  # onnxruntime's have no common base
-        raise CheckpointError(f"'{path}': onnxruntime cannot run it: {reason(error)}") from error
     plain = with_initializers(original)
     module, nodes = convert(path, plain, noise, expected)
     places, any_batch = _places(module, nodes, plain.graph), takes_two(module, noise)

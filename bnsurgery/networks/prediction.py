@@ -40,7 +40,7 @@ class Prediction:
 def predictions_table(predictions: Sequence[Prediction]) -> str:
     """One line an image: its file, then the likeliest classes, each with its probability in percent.
 
-    If a path would be wrapped, each stands in a line of its own.
+    The classes go into a line of their own if a path would be wrapped.
     """
     headers = ["image", *(f"class {rank}" for rank in _ranks(predictions))]
     rows = [
@@ -54,7 +54,7 @@ def predictions_table(predictions: Sequence[Prediction]) -> str:
 
 
 def predictions_csv(predictions: Sequence[Prediction]) -> str:
-    """A header and one line an image: image, class_1, probability_1, class_2, ...; probabilities from 0 to 1."""
+    """CSV with one line an image: image, class_1, probability_1, class_2, ...; probabilities from 0 to 1."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     pairs = (f"{what}_{rank}" for rank in _ranks(predictions) for what in ("class", "probability"))

@@ -271,8 +271,8 @@ def test_a_converter_that_makes_something_else_is_passed_over(net, monkeypatch):
     "content, words",
     [
         (b"", "an empty file, expected an ONNX model"),
-        (b"\x08\x08garbage", "not an ONNX model"),
-        (None, "cannot be read"),
+        (b"\x08\x08garbage", "cannot be read as an ONNX model: DecodeError"),
+        (None, "cannot be read as an ONNX model: FileNotFoundError"),
     ],
 )
 def test_files_that_are_none(tmp_path, content, words):
