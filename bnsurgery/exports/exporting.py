@@ -1,7 +1,6 @@
 """Write a network for those who do not have this package: stock state dicts, ONNX, torch.export."""
 
 import importlib.util
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -154,11 +153,11 @@ def export(
     _check(to, record, keep_bn, dynamic)
     preprocessing = preprocessing or interface.noted_preprocessing(record)
     classes = interface.classes_of(record)
-    inputs = _accepted(bn_model, _example(bn_model, record, example, preprocessing))
+    inputs = _accepted(bn_model, _inputs(bn_model, record, example, preprocessing))
     axes = _axes(inputs, dynamic) if to in PROGRAMS else []
     in_file = onnx_files.source(bn_model)
     new_head = record.task is not None and record.task.head is not None
-    origin = None if keep_bn or new_head else in_file  # whose graph stays
+    origin = None if keep_bn or new_head or to != "onnx" else in_file  # whose graph stays
     stays = keep_bn or to == "torchvision-bn"
     name = record.architecture.name if record.architecture is not None else record.model
     name += "_bn" if to == "torchvision-bn" else ""
@@ -173,7 +172,7 @@ def export(
         known = labels(preprocessing, classes)
         with atomic_write(path, overwrite=overwrite) as temporary, quiet():
             written: nn.Module | Callable[..., Any]
-            if to == "onnx" and origin is not None:
+            if origin is not None:
                 written = writers.write_onnx(writers.updated(origin, network), network, temporary, known)
             elif to == "onnx":
                 classifies = record.architecture is not None or bool(classes)
@@ -193,7 +192,7 @@ def export(
         weights += "; a new graph, since the head is new"
     gained = () if stays else tuple(gained_biases(bn_model, record.sites).values())
     usage = instructions.usage(to, path, name, record, keep_bn, gained)
-    shapes = origin.shapes if origin is not None and to == "onnx" else instructions.shapes(inputs, axes)
+    shapes = origin.shapes if origin is not None else instructions.shapes(inputs, axes)
     feed = instructions.feed(shapes, preprocessing, classes, in_file=path.suffix not in PICKLES)
     return Export(str(path), to, name, weights, folds_back, equivalence, usage, feed, gained)
 
@@ -217,7 +216,7 @@ def export_folded(
         ExportError, FoldError, CalibrationError, CheckpointError: as `export`.
     """
     path = Path(path)
-    inputs = _accepted(model, Inputs.of(example))
+    inputs = _accepted(model, [Inputs.of(example)])
     with evaluating(model):
         folded = fold_model(model, bias=bias, example=inputs)
         with atomic_write(path, overwrite=overwrite) as temporary:
@@ -266,43 +265,35 @@ def _check(to: str, record: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]
             raise ExportError(f"export: needs {needed}, which is not installed: pip install 'bnsurgery[export]'")
 
 
-def _example(bn_model: nn.Module, record: SurgeryRecord, example: Any, preprocessing: Preprocessing | None) -> Inputs:
+def _inputs(
+    bn_model: nn.Module, record: SurgeryRecord, example: Any, preprocessing: Preprocessing | None
+) -> list[Inputs]:
+    """Inputs to compare on: the example's, the likeliest reading first, or noise. Noise shows differences as well."""
     if example is not None:
-        inputs = Inputs.of(example)
-        if isinstance(example, tuple) and not _binds(bn_model, inputs) and _binds(bn_model, Inputs(example)):
-            inputs = Inputs(example)
+        ways = [Inputs.of(example), *([Inputs(example)] if isinstance(example, tuple) else [])]
         # torch.export takes a size of 1 for a constant.
-        return (join([inputs, inputs]) or inputs) if inputs.samples == 1 else inputs
+        return [(join([way, way]) or way) if way.samples == 1 else way for way in ways]
     origin = onnx_files.source(bn_model)
     if origin is not None:
-        return Inputs(origin.example)
+        return [Inputs(origin.example)]
     shape = record.input_shape if preprocessing is None else preprocessing.shape
     if shape is None:
         raise ExportError(f"export: the input of {record.model} is not known: pass `example`, a batch of its inputs")
     if math.prod(shape) > onnx_files.MAX_INPUT:  # a file can name any shape
         raise ExportError(f"export: an input of shape {shown(shape)} is too large to try: pass `example`")
-    # Any input shows whether two networks are one function; noise needs no data.
-    return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
+    return [Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))]
 
 
-def _binds(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether `forward` can be called with so many arguments."""
-    inputs = inputs.of_signature(model.forward)
-    try:
-        inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-def _accepted(model: nn.Module, inputs: Inputs) -> Inputs:
-    """The inputs on the model's device, or the first of them where it takes no more than one at a time."""
-    try:
-        evaluate("export", model, inputs)
-    except CalibrationError:
-        inputs = inputs.take(0, 1)
-        evaluate("export", model, inputs)
-    return placed(model, inputs)
+def _accepted(model: nn.Module, ways: Sequence[Inputs]) -> Inputs:
+    """The first of these that the model takes, on its device, or one sample of it where it takes no more at a time."""
+    errors = []
+    for inputs in (part for way in ways for part in (way, way.take(0, 1))):
+        try:
+            evaluate("export", model, inputs)
+            return placed(model, inputs)
+        except CalibrationError as error:
+            errors.append(error)
+    raise errors[1]  # the likeliest way's, on one sample
 
 
 def _axes(inputs: Inputs, dynamic: Sequence[str]) -> list[dict[int, str]]:

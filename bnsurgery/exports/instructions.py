@@ -17,6 +17,7 @@ from bnsurgery.text.words import with_article
 from .formats import PICKLES
 from .writers import Axes
 
+Shapes = Sequence[Sequence[int | str]]
 _INDENT = " " * 6
 _LOAD_FOLDED = """\
 model = ...  # the {} with BatchNorm
@@ -61,13 +62,10 @@ def usage_of_folded(path: Path, model: nn.Module, folded: nn.Module, gained: Seq
 
 
 def feed(
-    shapes: Sequence[str],
-    preprocessing: Preprocessing | None = None,
-    classes: Sequence[str] = (),
-    in_file: bool = False,
+    shapes: Shapes, preprocessing: Preprocessing | None = None, classes: Sequence[str] = (), in_file: bool = False
 ) -> str:
     """The inputs, their preprocessing and the classes, in words; `in_file` where the metadata has these, too."""
-    lines = [f"input of shape {shape}" for shape in shapes]
+    lines = [f"input of shape ({', '.join(map(str, shape))})" for shape in shapes]
     if preprocessing is not None:
         lines += textwrap.wrap(str(preprocessing), WIDTH - len(_INDENT))
     if classes:
@@ -77,12 +75,10 @@ def feed(
     return "\n".join(lines)
 
 
-def shapes(inputs: Inputs, axes: Axes = ()) -> list[str]:
+def shapes(inputs: Inputs, axes: Axes = ()) -> Shapes:
     """The shape of every tensor in the inputs, with the names of dimensions of any size; by default the batch's."""
-    return [
-        f"({', '.join(str(names.get(number, size)) for number, size in enumerate(tensor.shape))})"
-        for tensor, names in zip(inputs.tensors, axes or [{0: "batch"}] * len(inputs.tensors), strict=True)
-    ]
+    named = zip(inputs.tensors, axes or [{0: "batch"}] * len(inputs.tensors), strict=True)
+    return [[names.get(at, size) for at, size in enumerate(tensor.shape)] for tensor, names in named]
 
 
 def _loaded_into(made: str, path: Path) -> str:

@@ -39,8 +39,7 @@ def write_state(
 ) -> nn.Module:
     """Write the network's tensors, and return `again`, which is on the meta device, with the tensors of the file.
 
-    Args:
-        suffix: of the file's final name; one of `PICKLES` gives `torch.save`'s format, which holds no metadata.
+    A final name with one of the suffixes in `PICKLES` gives `torch.save`'s format, which holds no metadata.
     """
     form = torch.contiguous_format  # a clone each: safetensors takes no two names for one storage
     state = network.state_dict().items()

@@ -71,9 +71,7 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
 
 
 def original(record: SurgeryRecord, file: Path) -> str | None:
-    """The ONNX file that the network in a checkpoint was made from, beside `file` or in the current folder.
-
-    None where it was made from something else.
+    """The ONNX file that a checkpoint's network was made from, in its or the current folder; None for other networks.
 
     Raises:
         CheckpointError: the ONNX file is in neither folder.

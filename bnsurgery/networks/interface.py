@@ -20,6 +20,7 @@ from bnsurgery.surgery.folding import strip_
 from . import onnx_files
 
 _CROP, _RESIZE = 224, 256  # torchvision's
+_ADVICE = "pass `data=FILE.py:FUNCTION`, a function that gives batches of the network's inputs"
 
 
 def preprocessing(architecture: Architecture, weights: str = "", wanted: Wanted = NOTHING) -> Preprocessing:
@@ -48,19 +49,11 @@ def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessi
             from an ONNX file of inputs (N, H, W, C).
         DataError: the changes do not go with the network.
     """
-    config = _timm_config(model)
-    origin = onnx_files.source(model)
+    config, channels, origin = _timm_config(model), input_channels(model), onnx_files.source(model)
     if origin is not None and onnx_files.channels_last(origin.example[0].shape):
-        raise ArchitectureError(
-            f"the ONNX file takes inputs of shape (N, H, W, C), here {tuple(origin.example[0].shape)}, and images are "
-            "read as (N, C, H, W). Name a function that gives batches of its inputs: FILE.py:FUNCTION"
-        )
-    channels = input_channels(model)
+        raise ArchitectureError(f"the ONNX file takes inputs of shape (N, H, W, C), expected (N, C, H, W): {_ADVICE}")
     if channels not in (1, 3):
-        raise ArchitectureError(
-            f"{type(model).__name__} takes {channels} channels, expected 1 or 3, as images have. Pass other inputs as "
-            "`data=FILE.py:FUNCTION`, a function that gives batches of them"
-        )
+        raise ArchitectureError(f"{type(model).__name__} takes {channels} channels, expected 1 or 3: {_ADVICE}")
     height, width = wanted.size or (config.get("input_size") or (None, None))[-2:]
     if height is None or width is None:
         raise ArchitectureError("the image size of a network of your own is not known: pass `image_size`")
@@ -93,10 +86,8 @@ def preprocessing_of(record: SurgeryRecord, model: nn.Module, wanted: Wanted = N
     """
     if record.task is not None:
         if record.task.preprocessing is None:
-            raise ArchitectureError(
-                f"{type(model).__name__} was fine-tuned on '{record.provenance.get('task')}', not on images: pass "
-                "`data=FILE.py:FUNCTION`, a function that gives batches of its inputs"
-            )
+            name, task = type(model).__name__, record.provenance.get("task")
+            raise ArchitectureError(f"{name} was fine-tuned on '{task}', not on images: {_ADVICE}")
         return wanted.of(record.task.preprocessing)
     if record.architecture is not None:
         return preprocessing(record.architecture, str(record.provenance.get("weights")), wanted)

@@ -28,10 +28,6 @@ def convert(
 ) -> tuple[nn.Module, Nodes]:
     """The first module that computes what is expected of the noise, in eval mode: if possible one for any batch.
 
-    Args:
-        path: for messages.
-        model: from `with_initializers`.
-
     Raises:
         CheckpointError: no converter makes such a module; the message has the error of each.
     """

@@ -24,7 +24,7 @@ from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import listed
 
 from .onnx_conversion import Nodes, convert, takes_two, with_initializers
-from .third_party import errors_as, reason
+from .third_party import errors_as
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
@@ -67,12 +67,10 @@ class Source:
     example: tuple[Tensor, ...]
 
     @property
-    def shapes(self) -> list[str]:
+    def shapes(self) -> list[list[int | str]]:
         """The shapes of the file's inputs, with the names of open sizes."""
         sizes = [value.type.tensor_type.shape.dim for value in _inputs(self.model.graph)]
-        return [
-            f"({', '.join(str(dim.dim_value or printable(dim.dim_param) or 'any') for dim in dims)})" for dims in sizes
-        ]
+        return [[dim.dim_value or printable(dim.dim_param) or "any" for dim in dims] for dims in sizes]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Source":
         return self  # nothing in it changes
@@ -201,12 +199,12 @@ def session(path: Path) -> Callable[..., list[Tensor]]:
     inputs = opened.get_inputs()
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        arrays = [tensor.cpu().numpy() for tensor in Inputs(args, kwargs).tensors]
-        samples = len(arrays[0]) if inputs[0].shape[:1] == [1] else 1
-        parts = [[a[i : i + 1] for a in arrays] for i in range(samples)] if samples > 1 else [arrays]
-        names = [entry.name for entry in inputs]
-        columns = zip(*(opened.run(None, dict(zip(names, part, strict=True))) for part in parts), strict=True)
-        return [torch.from_numpy(np.concatenate(c) if samples > 1 else c[0]) for c in columns]
+        arrays = {entry.name: t.cpu().numpy() for entry, t in zip(inputs, Inputs(args, kwargs).tensors, strict=True)}
+        samples = len(arrays[inputs[0].name]) if inputs[0].shape[:1] == [1] else 1
+        if samples == 1:
+            return [torch.from_numpy(found) for found in opened.run(None, arrays)]
+        parts = (opened.run(None, {name: a[i : i + 1] for name, a in arrays.items()}) for i in range(samples))
+        return [torch.from_numpy(np.concatenate(found)) for found in zip(*parts, strict=True)]
 
     return run
 
@@ -235,12 +233,11 @@ def _noise(path: Path, graph: "GraphProto") -> tuple[Tensor, ...]:
         shape = [size or (1 if not at else 3 if at == channels else _SIDE) for at, size in enumerate(sizes)]
         if min(shape, default=1) < 0 or math.prod(shape) > MAX_INPUT:
             raise CheckpointError(f"{where}: a shape of {shown(tuple(shape))} cannot be tried")
-        try:
+        # Others are sequences, strings, and kinds of numbers that numpy does not have.
+        with errors_as(CheckpointError, f"{where}: expected a tensor of numbers"):
             dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
             array = generator.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
             noise.append(torch.from_numpy(array.astype(dtype)))
-        except (KeyError, TypeError) as error:  # a sequence, strings, or a kind of number that numpy does not have
-            raise CheckpointError(f"{where}: expected a tensor of numbers: {reason(error)}") from error
     if not noise:
         raise CheckpointError(f"'{path}': a network without inputs")
     return tuple(noise)

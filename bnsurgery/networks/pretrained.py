@@ -1,6 +1,6 @@
 """A network with its weights and its preprocessing, from a name or a file, without a random initialization first."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,12 +71,12 @@ def load(
     _check_choice(choice, weights, known)
     noted = None if weights in known else noted_preprocessing(weights)
     if weights == "random":
-        model, origin = _seeded(architecture, seed), f"random, seed {seed}"
+        model, origin = _seeded(seed, lambda: architecture.build("cpu")), f"random, seed {seed}"
     else:
         file, origin = _file(weights, architecture.weights.__members__, progress)
         shapes = find(file, state_shapes(architecture.build()), choice).shapes
         architecture = identify(shapes, (architecture,)) or architecture
-        model = _seeded(architecture, seed) if choice.partial else architecture.build()
+        model = _seeded(seed, lambda: architecture.build("cpu")) if choice.partial else architecture.build()
         fill_(model, architecture.name, file, choice)
         model.float()  # CPUs compute in single, not in half precision
     if noted is not None and noted.channels != "grey":
@@ -108,9 +108,7 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choi
             f"model '{name}': torchvision makes it another network with its weights: write a function that returns "
             f"torchvision.models.{name}(weights='DEFAULT'), and pass file.py:function"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = factories.build(name, pretrained=timm and weights == "DEFAULT")
+    model = _seeded(seed, lambda: factories.build(name, pretrained=timm and weights == "DEFAULT"))
     if weights == "random":
         return model, f"random, seed {seed}"
     if weights == "DEFAULT" and not stock:
@@ -146,10 +144,10 @@ def _file(weights: str, members: Mapping[str, WeightsEnum], progress: bool = Fal
     return file, f"file {file.path.name}"
 
 
-def _seeded(architecture: Architecture, seed: int) -> nn.Module:
+def _seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return architecture.build("cpu")
+        return make()
 
 
 def _check_choice(choice: Choice, weights: str, known: tuple[str, ...]) -> None:

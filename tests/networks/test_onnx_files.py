@@ -361,7 +361,7 @@ def test_images_of_channels_last_are_refused(tmp_path, shape):
     output = ("y", 1, 4, shape[1], shape[2])
     model = from_onnx(saved(tmp_path / "net.onnx", nodes, weights(w=(4, shape[3], 1, 1)), ("x", *shape), output))
     assert model(torch.zeros(2, 8, 6, shape[3])).shape == (2, 4, 8, 6)
-    with pytest.raises(ArchitectureError, match=r"shape \(N, H, W, C\).*Name a function .*: FILE.py:FUNCTION"):
+    with pytest.raises(ArchitectureError, match=r"shape \(N, H, W, C\), .*: pass `data=FILE.py:FUNCTION`"):
         interface.own_preprocessing(model, Wanted(32))
 
 
