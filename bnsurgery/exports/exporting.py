@@ -1,6 +1,5 @@
 """Write a network for those who do not have this package: stock state dicts, ONNX, torch.export."""
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from bnsurgery.files.labels import labels
 from bnsurgery.files.writing import atomic_write
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.networks import interface, onnx_files
-from bnsurgery.networks.third_party import errors_as, quiet
+from bnsurgery.networks.third_party import errors_as, quiet, require
 from bnsurgery.records.record import SurgeryRecord, state_digest
 from bnsurgery.running.batches import Inputs, join
 from bnsurgery.running.calls import placed
@@ -260,9 +259,8 @@ def _check(to: str, record: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]
         if missing or record.plan.placement != "pre-activation":
             found = f"'{missing[0]}' has none" if missing else f"here it is {record.plan.placement}"
             raise ExportError(f"export: {name} has BatchNorm right behind every convolution; {found}")
-    for needed in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
-        if importlib.util.find_spec(needed) is None:
-            raise ExportError(f"export: needs {needed}, which is not installed: pip install 'bnsurgery[export]'")
+    if to == "onnx":
+        require("export", "onnx", "onnxscript", "onnxruntime")
 
 
 def _inputs(

@@ -37,7 +37,7 @@ Axes = Sequence[Mapping[int, str]]  # for every tensor in the inputs, the names 
 def write_state(
     network: nn.Module, file: Path, suffix: str, metadata: Mapping[str, str], again: nn.Module
 ) -> nn.Module:
-    """Write the network's tensors, and return `again`, which is on the meta device, with the tensors of the file.
+    """Write the network's tensors, and return `again`, given on the meta device, with the tensors of the file.
 
     A final name with one of the suffixes in `PICKLES` gives `torch.save`'s format, which holds no metadata.
     """
@@ -55,7 +55,7 @@ def write_state(
         save_file(tensors, file, metadata={"format": "pt", **metadata})
         sort_metadata(file)
     again.load_state_dict(read_tensors(file), assign=True)
-    return again
+    return again.to(next(network.parameters()).device)
 
 
 def write_program(

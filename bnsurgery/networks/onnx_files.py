@@ -4,7 +4,6 @@ Places are found by comparing bytes, so that no converter is relied on for them.
 """
 
 import hashlib
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from bnsurgery.errors import BNSurgeryWarning, CheckpointError, ExportError, printable, shown
+from bnsurgery.errors import BNSurgeryWarning, CheckpointError, printable, shown
 from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import listed
 
 from .onnx_conversion import Nodes, convert, takes_two, with_initializers
-from .third_party import errors_as
+from .third_party import errors_as, require
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
@@ -102,7 +101,7 @@ def from_onnx(path: str | PathLike[str]) -> nn.Module:
         ExportError: a package is missing.
     """
     path = Path(path)
-    _require_packages()
+    require("onnx", *_NEEDED)
     import onnx
 
     if path.exists() and not (path.is_file() and path.stat().st_size):
@@ -147,18 +146,12 @@ def find(digest: str, *folders: Path) -> Path | None:
     Raises:
         ExportError: a package is missing.
     """
-    _require_packages()
+    require("onnx", *_NEEDED)
     for path in (path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}")) if path.is_file()):
         with suppress(Exception):  # another file, which is no ONNX model, or a damaged one
             if _digest(path) == digest:
                 return path
     return None
-
-
-def _require_packages() -> None:
-    for needed in _NEEDED:
-        if importlib.util.find_spec(needed) is None:
-            raise ExportError(f"ONNX files need {needed}, which is not installed: pip install 'bnsurgery[onnx]'")
 
 
 def _digest(path: Path) -> str:

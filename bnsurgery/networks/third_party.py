@@ -1,12 +1,20 @@
 """Other packages' converters and exporters: kept quiet, and their errors in one line."""
 
+import importlib.util
 import io
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-from bnsurgery.errors import BNSurgeryError
+from bnsurgery.errors import BNSurgeryError, ExportError
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raise an ExportError for the first of these packages, which come with an extra of ours, that is not installed."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ExportError(f"ONNX needs {name}, which is not installed: pip install 'bnsurgery[{extra}]'")
 
 
 @contextmanager
