@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from bnsurgery.errors import ArchitectureError, CheckpointError, UntraceableModelError
+from bnsurgery.errors import ArchitectureError, CheckpointError, UntraceableModelError, shown
 from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.graph.tracing import Trace, is_layer
-from bnsurgery.images.preprocessing import NOTHING, Preprocessing, Wanted
+from bnsurgery.images.preprocessing import MAX_SIDE, NORMALIZE, NOTHING, Preprocessing, Wanted
 from bnsurgery.records.architectures import Architecture
 from bnsurgery.records.record import SurgeryRecord, carries_record
 from bnsurgery.records.record import record as record_of
@@ -18,7 +18,6 @@ from bnsurgery.surgery.copies import sharing_tensors
 from bnsurgery.surgery.folding import strip_
 
 from . import onnx_files
-from .third_party import errors_as
 
 _CROP, _RESIZE = 224, 256  # torchvision's
 _ADVICE = "pass `data=FILE.py:FUNCTION`, a function that gives batches of the network's inputs"
@@ -92,10 +91,13 @@ def preprocessing_of(record: SurgeryRecord, model: nn.Module, wanted: Wanted = N
         return wanted.of(record.task.preprocessing)
     if record.architecture is not None:
         return preprocessing(record.architecture, str(record.provenance.get("weights")), wanted)
-    found: dict[str, Any] = dict(record.provenance)  # of a file of format 1 or 2
-    with errors_as(CheckpointError, "record.provenance"):
-        noted = Wanted(found.get("image_size"), found.get("normalize", "auto"))
-    return wanted.of(own_preprocessing(model, replace(noted, image_size=wanted.image_size or noted.image_size)))
+    # Files of format 1 and 2 have it in the provenance.
+    size, kind = record.provenance.get("image_size"), record.provenance.get("normalize", "auto")
+    if size is not None and not (isinstance(size, int) and 1 <= size <= MAX_SIDE):
+        raise CheckpointError(f"record.provenance.image_size: got {shown(size)}, expected 1 to {MAX_SIDE}")
+    if kind not in NORMALIZE:
+        raise CheckpointError(f"record.provenance.normalize: got {shown(kind)}, expected {', '.join(NORMALIZE)}")
+    return wanted.of(own_preprocessing(model, Wanted(wanted.image_size or size, str(kind))))
 
 
 def takes_images(record: SurgeryRecord, model: nn.Module) -> bool:
