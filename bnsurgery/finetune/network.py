@@ -82,7 +82,7 @@ def find(config: Config) -> Source:
     architecture = pretrained.recognise(path, choice) if is_file else architectures.architecture(config.source)
     found = pretrained.load(architecture, weights, choice=choice, wanted=wanted, seed=config.seed)
     classes = interface.categories(architecture, found.weights) or noted_classes(weights)
-    return Source(found.model, f"{found.name}, {found.weights}", found.preprocess, classes=classes)
+    return Source(found.model, f"{architecture.name}, {found.weights}", found.preprocess, classes=classes)
 
 
 def own_name(config: Config) -> str | None:
