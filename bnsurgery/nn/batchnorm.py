@@ -17,16 +17,7 @@ Statistics = Literal["batch", "running", "renorm"]
 
 
 class Insertable(nn.modules.batchnorm._BatchNorm):
-    """The additions of the classes below to torch's.
-
-    Attributes:
-        activation: None or "relu", applied to the output.
-        statistics: what train mode normalizes by, see `set_statistics_`.
-        renorm_start: num_batches_tracked when `statistics` became "renorm".
-        renorm_state: see `ops.renorm.schedule`; a buffer that the state dict leaves out.
-        renorm_weights: weight and bias at the last call, with their versions. A step ends when they change.
-        process_group: name of the group whose ranks share the batch's statistics, "" for none; `set_process_group_`.
-    """
+    """Torch's BatchNorm on our op, with the settings that the classes below add to torch's."""
 
     # Tensor | None in torch's stubs; the constructor's arguments decide which.
     running_mean: Any
@@ -35,18 +26,22 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     weight: Any
     bias: Any
 
-    activation: Activation
-    statistics: Statistics = "batch"
-    renorm_start: int = 0
-    renorm_state: Any
-    renorm_weights: dict[Tensor, int] | None = None
-    process_group: str = ""
+    activation: Activation = None
+    statistics: Statistics = "batch"  # by which train mode normalizes, see `set_statistics_`
+    renorm_start: int = 0  # num_batches_tracked when `statistics` became "renorm"
+    renorm_state: Any  # see `ops.renorm.schedule`; a buffer that the state dict leaves out
+    renorm_weights: dict[Tensor, int] | None = None  # see `_weights`; at the last call, since a change ends a step
+    process_group: str = ""  # name of the group whose ranks share the batch's statistics
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
         if activation not in (None, "relu"):
             raise ValueError(f"{type(self).__name__}: `activation` must be None or 'relu', got {activation!r}")
         super().__init__(*args, **kwargs)
         self.activation = activation
+        self.extend_()
+
+    def extend_(self) -> None:
+        """Give the instance, made as one of torch's class, the attributes that torch's class does not set."""
         self.register_buffer("renorm_state", None, persistent=False)
         # torch.fx and torchvision's create_feature_extractor do not trace into modules of torch.nn.
         self.__module__ = nn.BatchNorm2d.__module__
@@ -126,8 +121,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """Torch's text, and the settings that torch's class does not have."""
-        group = [f"process_group={self.process_group!r}"] if self.process_group else []
-        return ", ".join([super().extra_repr(), *self._beyond_torch(), *group])
+        return ", ".join([super().extra_repr(), *self._beyond_torch(), *self._changed("process_group")])
 
     @property
     def num_features(self) -> int:
@@ -154,8 +148,10 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def _beyond_torch(self) -> list[str]:
         """The settings that change the function and that torch's classes do not have."""
-        activation = [f"activation={self.activation!r}"] if self.activation else []
-        return activation + ([] if self.statistics == "batch" else [f"statistics={self.statistics!r}"])
+        return self._changed("activation", "statistics")
+
+    def _changed(self, *names: str) -> list[str]:
+        return [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != getattr(Insertable, name)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Insertable":
         """Follow `.to()` and the like, but keep float32 under half precision and identity channels exact.
@@ -238,12 +234,9 @@ class LastDimBatchNorm1d(BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` of shape (N, *, C), then apply the fused activation. Same shape and dtype."""
-        self._check_input_dim(input)
-        return super().forward(input.flatten(0, -2)).view(input.shape)
-
-    def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected an input (N, *, C), got {input.dim()} dimensions")
+        return super().forward(input.flatten(0, -2)).view(input.shape)
 
 
 class BatchNorm2d(Insertable, nn.BatchNorm2d):

@@ -1,5 +1,7 @@
 """BatchNorm parameters with which the output is the input bit for bit, in the arithmetic of the kernels that run."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,38 +10,28 @@ from torch import Tensor
 _MAX_STEPS = 64
 
 
-def kernel_scale(running_var: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """The per-channel factor fl(fl(1/fl√(var+eps))·weight) of eval-mode batch norm, rounded as the kernels round it.
-
-    NumPy, not torch: torch's vectorised 1/sqrt(t) is not correctly rounded, while the kernels' scalar code is.
-    """
-    dtype = weight.dtype.type
-    return dtype(1) / np.sqrt(running_var + dtype(eps)) * weight
-
-
 def kernel_scale_shift(
     running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per-channel (scale, shift), shape (C,), of eval-mode batch norm: y = x·scale + shift.
+    """Per-channel (scale, shift), shape (C,), of eval-mode batch norm, y = x·scale + shift, rounded as its kernels do.
 
-    A missing weight counts as 1 and a missing bias as 0, as in torch. Damaged parameters give inf or NaN.
+    scale = fl(fl(1/fl√(var + eps))·weight) and shift = bias − mean·scale, by NumPy: torch's vectorised 1/sqrt(t) is not
+    correctly rounded, while the kernels' scalar code is. A missing weight counts as 1 and a missing bias as 0, as in
+    torch. Damaged parameters give inf or NaN.
     """
-    mean, var = _numpy(running_mean), _numpy(running_var)
+    mean, var, factor, offset = _numpy(running_mean), _numpy(running_var), _numpy(weight, 1), _numpy(bias, 0)
+    dtype = var.dtype.type
     with np.errstate(all="ignore"):
-        scale = kernel_scale(var, np.ones_like(var) if weight is None else _numpy(weight), eps)
-        return scale, (np.zeros_like(mean) if bias is None else _numpy(bias)) - mean * scale
+        scale = dtype(1) / np.sqrt(var + dtype(eps)) * factor
+        return scale, offset - mean * scale
 
 
 def solve_identity(variance: np.ndarray, eps: float, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Find (running_var, weight) of `dtype` with running_var ≈ `variance` and `kernel_scale` exactly 1.
+    """Find (running_var, weight) of `dtype` with running_var ≈ `variance` and a kernel's scale of exactly 1.
 
     weight = √(σ² + eps) rounded is off by an ulp for 10 to 25 % of channels. So per channel: try the three weights
-    around 1/invstd, and where none gives 1, move var + eps up by an ulp and try again.
-
-    Args:
-        variance: population variance σ² per channel, shape (C,), float64, finite and not negative.
-        eps: the norm's eps, above 0.
-        dtype: np.float32 or np.float64, the dtype of the norm's parameters.
+    around 1/invstd, and where none gives 1, move var + eps up by an ulp and try again. `variance` is the population
+    variance σ² per channel, shape (C,), float64, finite and not negative; eps is above 0.
 
     Raises:
         ArithmeticError: no exact pair within 64 ulps (never seen).
@@ -79,5 +71,5 @@ def identity_parameters(mean: np.ndarray, variance: np.ndarray, eps: float, dtyp
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()
+def _numpy(tensor: Tensor | None, default: int = 0) -> Any:
+    return default if tensor is None else tensor.detach().cpu().numpy()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnsurgery.nn.identity import identity_parameters, kernel_scale, kernel_scale_shift, solve_identity
+from bnsurgery.nn.identity import identity_parameters, kernel_scale_shift, solve_identity
 
 EDGE_VARIANCES = [0.0, 1e-45, 1e-38, 1e-9, 1e-5, 1.0, 1e8]
 
@@ -10,6 +10,11 @@ EDGE_VARIANCES = [0.0, 1e-45, 1e-38, 1e-9, 1e-5, 1.0, 1e8]
 @pytest.fixture
 def variances():
     return np.concatenate([10 ** np.random.default_rng(0).uniform(-12, 8, 100_000), EDGE_VARIANCES])
+
+
+def kernel_scale(running_var, weight, eps):
+    var, weight = torch.from_numpy(running_var), torch.from_numpy(weight)
+    return kernel_scale_shift(torch.zeros_like(var), var, weight, None, eps)[0]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
