@@ -1,6 +1,6 @@
-"""Batch norm by ATen: whole, in kernels with autograd of their own, and step by step, as kernels of our ops.
+"""Batch norm by ATen: by its batch norm kernels, and step by step, as kernels of our ops.
 
-The CPU takes the whole ones: nothing tried there is faster (benchmarks/norm.py). The steps are for ranks that exchange
+The CPU takes ATen's own: nothing tried there is faster (benchmarks/norm.py). The steps are for ranks that exchange
 sums, for compiled graphs, and for devices and dtypes without a Triton kernel.
 """
 
@@ -19,6 +19,8 @@ from .renorm import r_and_d_
 from .sync import mean_over_ranks, merge_moments
 
 Vector = Tensor | None  # (C,); None for the function's default
+# Running mean and variance, counter, state of Batch Renormalization, momentum, name of the process group or "".
+Moving = tuple[Vector, Vector, Tensor | None, Tensor | None, float, str]
 # |mean|/σ above which x is centred first: ATen's kernels round the mean to float32 and then subtract it.
 _FAR = 16.0
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -83,16 +85,13 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean + offset, d.square_().sum(_others(x)) - offset.square() * samples_per_channel(x)
 
 
-def settle_(
-    x: Tensor, moments: tuple[Tensor, Tensor], eps: float, running_mean: Vector, running_var: Vector,
-    counter: Tensor | None, renorm: Tensor | None, momentum: float, group: str,
-) -> Tensor:  # fmt: skip
+def settle_(x: Tensor, moments: tuple[Tensor, Tensor], eps: float, moving: Moving) -> Tensor:
     """Merge the moments over the ranks, update running statistics and counter, and return the batch's statistics.
 
-    Returns:
-        (2, C), mean and population variance; with Batch Renormalization (4, C), with r and d. An empty batch gives
-        zeros and leaves the running statistics alone; others move running_var towards the unbiased variance.
+    These are mean and population variance, (2, C), or with Batch Renormalization's r and d (4, C). An empty batch gives
+    zeros and leaves the running statistics alone; others move running_var towards the unbiased variance.
     """
+    running_mean, running_var, counter, renorm, momentum, group = moving
     count: Any = samples_per_channel(x)
     mean, m2 = moments
     if group:
@@ -143,7 +142,7 @@ def forward(
     if mean is not None and var is not None:
         statistics = torch.stack((mean, var)).to(widest(x.device))
     else:
-        statistics = settle_(x, torch.ops.bnsurgery.channel_moments(x), eps, *moving)
+        statistics = settle_(x, torch.ops.bnsurgery.channel_moments(x), eps, moving)
     return normalize(x, statistics.unbind(), weight, bias, eps, relu), statistics
 
 

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from . import aten, kernels, layout
-from .aten import Vector
+from .aten import Moving, Vector
 from .sync import mean_over_ranks
 
 # Elements of a tile; 16 for each of a program's 256 threads, which is 2 or 4 loads of 16 bytes in flight per tensor.
@@ -24,21 +24,13 @@ ALONE = 8
 
 
 class Grid(NamedTuple):
-    """How work items (see `kernels`) are shared out.
-
-    Attributes:
-        programs: how many there are.
-        splits: programs for each block of channels.
-        sizes: arguments of the kernels: outer, inner, channels and per_split.
-        blocks: constants of the kernels.
-        combining: programs of `combine`, and its constants.
-    """
+    """How work items (see `kernels`) are shared out among `programs`."""
 
     programs: int
-    splits: int
-    sizes: tuple[int, int, int, int]
-    blocks: dict[str, Any]
-    combining: tuple[int, dict[str, Any]]
+    splits: int  # programs for each block of channels
+    sizes: tuple[int, int, int, int]  # arguments of the kernels: outer, inner, channels and per_split
+    blocks: dict[str, Any]  # constants of the kernels
+    combining: tuple[int, dict[str, Any]]  # programs of `combine`, and its constants
 
 
 @functools.lru_cache(maxsize=4096)
@@ -66,7 +58,7 @@ def grid(outer: int, channels: int, inner: int, programs: int, tile: int, alone:
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Kernel of `library.channel_moments`."""
     x = layout.dense(x)
-    mean, var = _statistics(x, 0.0, None, None, None, None, 0.0, "")
+    mean, var = _statistics(x, 0.0, (None, None, None, None, 0.0, ""))
     return mean, var * aten.samples_per_channel(x)
 
 
@@ -77,7 +69,7 @@ def forward(
     x, kept = layout.dense(x), None
     y = torch.empty_like(x)
     if mean is None:
-        mean = statistics = _statistics(x, eps, *moving)
+        mean = statistics = _statistics(x, eps, moving)
     else:
         statistics = kept = x.new_empty(2, x.shape[1], dtype=torch.float64)
     flags = {"BATCH": kept is None, "RENORM": len(statistics) == 4, "RELU": relu}
@@ -88,17 +80,14 @@ def forward(
     return y, statistics
 
 
-def _statistics(
-    x: Tensor, eps: float, running_mean: Vector, running_var: Vector, counter: Tensor | None, renorm: Tensor | None,
-    momentum: float, group: str,
-) -> Tensor:  # fmt: skip
+def _statistics(x: Tensor, eps: float, moving: Moving) -> Tensor:
     """As `aten.settle_`, which is called for several ranks and for vectors with gaps; else in one launch or two."""
-    running = running_mean, running_var
-    if group or not all(vector is None or vector.is_contiguous() for vector in running):
-        return aten.settle_(x, channel_moments(x), eps, *running, counter, renorm, momentum, group)
-    statistics = x.new_empty(2 if renorm is None else 4, x.shape[1], dtype=torch.float64)
-    flags = {"BATCH": True, "RENORM": renorm is not None, "RELU": False}
-    _reduce(x, None, statistics, (None, None), (*running, counter, renorm, momentum), eps, flags)
+    *results, group = moving
+    if group or not all(vector is None or vector.is_contiguous() for vector in moving[:2]):
+        return aten.settle_(x, channel_moments(x), eps, moving)
+    flags = {"BATCH": True, "RENORM": moving[3] is not None, "RELU": False}
+    statistics = x.new_empty(4 if flags["RENORM"] else 2, x.shape[1], dtype=torch.float64)
+    _reduce(x, None, statistics, (None, None), tuple(results), eps, flags)
     return statistics
 
 

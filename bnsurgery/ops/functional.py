@@ -103,32 +103,24 @@ def normalize(
     momentum: float | Tensor, eps: float, relu: bool, group: str = "", counter: Tensor | None = None,
     renorm: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`batch_norm` with checked arguments, by ATen's kernels or by our ops.
-
-    In training `counter` moves by one. `renorm` is the state of `renorm.schedule`, whose next step begins if there is a
-    counter.
-
-    Raises:
-        ValueError: there is one value per channel, whose variance of 0 would erase it.
-    """
-    if training and not group and input.numel() == input.shape[1]:
+    """`batch_norm` with checked arguments, by ATen's kernels or by our ops; `counter` and `renorm` as for these."""
+    if training and not group and input.numel() == input.shape[1]:  # a variance of 0 would erase the values
         raise ValueError(
             f"batch_norm: expected more than 1 value per channel when training, got shape {tuple(input.shape)}: use "
             "larger batches, eval mode or frozen statistics (bnsurgery.set_statistics_(model, 'running'))"
         )
     if isinstance(momentum, Tensor):
-        moved = [t if t is None else t.clone() for t in (running_mean, running_var)]  # autograd saves them
-        rest = (weight, bias, training, 1.0, eps, relu, group, counter, renorm)
-        y = normalize(input, moved[0], moved[1], *rest)
-        for running, new in zip((running_mean, running_var), moved, strict=True):
+        mean, var = (t if t is None else t.clone() for t in (running_mean, running_var))  # autograd saves them
+        y = normalize(input, mean, var, weight, bias, training, 1.0, eps, relu, group, counter, renorm)
+        for running, new in ((running_mean, mean), (running_var, var)):
             if running is not None and new is not None:
                 running.lerp_(new, momentum.to(running.dtype))
         return y
     ours = group or torch.compiler.is_compiling()
     if ours or not _suits_aten(input, running_mean, running_var, weight, bias, training):
         vectors = running_mean, running_var
-        given, moving = ((None, None), vectors) if training else (vectors, (None, None))
-        return library.batch_norm(input, *given, weight, bias, eps, relu, *moving, counter, renorm, momentum, group)
+        given, moved = ((None, None), vectors) if training else (vectors, (None, None))
+        return library.batch_norm(input, *given, weight, bias, eps, relu, *moved, counter, renorm, momentum, group)
     if not training:
         assert running_mean is not None and running_var is not None
         if torch.is_grad_enabled():  # the next training step will change them in place
@@ -137,8 +129,8 @@ def normalize(
             return aten.normalize(input, (running_mean, running_var), weight, bias, eps, relu)
     elif renorm is not None:
         with torch.no_grad():
-            moments = library.channel_moments(input)
-            rows = aten.settle_(input, moments, eps, running_mean, running_var, counter, renorm, momentum, "")
+            moving = running_mean, running_var, counter, renorm, momentum, ""
+            rows = aten.settle_(input, library.channel_moments(input), eps, moving)
         running_mean = running_var = None
         weight, bias = aten.corrected(weight, bias, rows[2:], input)
     elif counter is not None:

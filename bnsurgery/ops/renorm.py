@@ -15,23 +15,6 @@ def schedule(running_mean: Tensor, taken: int, steps: int) -> Tensor:
     return torch.stack([torch.full_like(running_mean, value) for value in (0, 0, taken - 1, steps)])
 
 
-def limits(step: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
-    """(r_max, d_max) at a training step: (∞, ∞) at step 0, (3, 5) half way, (1, 0) from `steps` on.
-
-    With p = step/steps: ln r_max = ln 3·(1 − p)/p and d_max = 5·(1 − p)/p. The paper opens the limits from (1, 0) to
-    (3, 5); here they close, since the running statistics are right from the start and the weights adapt to plain BN.
-
-    Args:
-        step: number of training steps so far, floating point, of any shape.
-        steps: length of the schedule, above 0.
-
-    References: Ioffe 2017, arXiv:1702.03275, section 4.
-    """
-    p = (step / steps).clamp(0, 1)
-    openness = (1 - p) / p
-    return (math.log(3) * openness).exp(), 5 * openness
-
-
 def r_and_d_(
     state: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, begins: bool
 ) -> Tensor:
@@ -39,13 +22,21 @@ def r_and_d_(
 
     Rows of (2, C), constants for the gradient. Plain batch norm with weight·r and weight·d + bias then computes
     weight·(r·x̂ + d) + bias; without limits that is the eval function, by the running statistics when the step began.
+
+    With p = step/steps: ln r_max = ln 3·(1 − p)/p and d_max = 5·(1 − p)/p, so (r_max, d_max) is (∞, ∞) at step 0,
+    (3, 5) half way and (1, 0) from `steps` on. The paper opens the limits from (1, 0) to (3, 5); here they close, since
+    the running statistics are right from the start and the weights adapt to plain BN.
+
+    References: Ioffe 2017, arXiv:1702.03275, section 4.
     """
     if begins:
         state[0].copy_(running_mean)
         state[1].copy_(running_var)
         state[2].add_(1)
-    anchor_mean, anchor_var, *progress = state.to(mean.device).to(mean.dtype)
-    r_max, d_max = limits(*progress)
+    anchor_mean, anchor_var, step, steps = state.to(mean.device).to(mean.dtype)
+    p = (step / steps).clamp(0, 1)
+    openness = (1 - p) / p
+    r_max, d_max = (math.log(3) * openness).exp(), 5 * openness
     std = (anchor_var + eps).sqrt()
     r = ((var + eps).sqrt() / std).clamp(1 / r_max, r_max)
     return torch.stack((r, ((mean - anchor_mean) / std).clamp(-d_max, d_max)))
