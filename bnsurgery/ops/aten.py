@@ -76,7 +76,7 @@ def transformed() -> bool:
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2 per channel in two passes: float64 of shape (C,), on the CPU where the device has no float64."""
+    """Mean and m2 = Σ(x − mean)² per channel in two passes: float64 (C,), on the CPU if the device has no float64."""
     if not takes_float64(x.device) or not x.numel():
         return channel_moments_cpu(x.cpu())
     mean = x.mean(_others(x), dtype=torch.float64)
@@ -135,10 +135,15 @@ def normalize(x: Tensor, statistics: Sequence[Tensor], weight: Vector, bias: Vec
     return y.relu_() if relu else y
 
 
-def forward(
+def batch_norm_fwd(
     x: Tensor, mean: Vector, var: Vector, weight: Vector, bias: Vector, eps: float, relu: bool, *moving: Any
 ) -> tuple[Tensor, Tensor]:
-    """Kernel of `library.batch_norm_fwd`."""
+    """Y = act((x − mean)/√(var + eps)·weight + bias), laid out like x; and mean and var, or what `settle_` returns.
+
+    If mean and var are None, the batch's take their place, over all ranks of the process group; then the running
+    statistics move by the momentum and the counter by one. The next step of Batch Renormalization's state, see
+    `renorm.schedule`, begins if there is a counter.
+    """
     if mean is not None and var is not None:
         statistics = torch.stack((mean, var)).to(widest(x.device))
     else:
@@ -146,13 +151,15 @@ def forward(
     return normalize(x, statistics.unbind(), weight, bias, eps, relu), statistics
 
 
-def backward(
+def batch_norm_bwd(
     x: Tensor, grad: Tensor, y: Tensor | None, statistics: Tensor, weight: Vector, bias: Vector, eps: float,
     training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Kernel of `library.batch_norm_bwd`: with d = x − mean and s = 1/√(var + eps).
+    """The gradients of input, weight and bias, empty if unwanted; the output y, if given, yields ReLU's mask.
 
-    In training dx = s·weight·(g − Σg/n − d·s²·Σ(g·d)/n), else s·weight·g; for weight Σ(g·d)·s, and for bias Σg.
+    With d = x − mean and s = 1/√(var + eps): if the statistics are the batch's (`training`), dx = s·weight·(g − Σg/n −
+    d·s²·Σ(g·d)/n), else s·weight·g; for weight Σ(g·d)·s, and for bias Σg. The latter two are over this rank's samples,
+    since data parallelism adds them up.
     """
     dtype = work_dtype(x)
     mean, var, *r_and_d = (row.to(dtype).to(x.device) for row in statistics)

@@ -56,16 +56,16 @@ def grid(outer: int, channels: int, inner: int, programs: int, tile: int, alone:
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernel of `library.channel_moments`."""
+    """As `aten.channel_moments`."""
     x = layout.dense(x)
     mean, var = _statistics(x, 0.0, (None, None, None, None, 0.0, ""))
     return mean, var * aten.samples_per_channel(x)
 
 
-def forward(
+def batch_norm_fwd(
     x: Tensor, mean: Vector, var: Vector, weight: Vector, bias: Vector, eps: float, relu: bool, *moving: Any
 ) -> tuple[Tensor, Tensor]:
-    """Kernel of `library.batch_norm_fwd`."""
+    """As `aten.batch_norm_fwd`."""
     x, kept = layout.dense(x), None
     y = torch.empty_like(x)
     if mean is None:
@@ -91,11 +91,11 @@ def _statistics(x: Tensor, eps: float, moving: Moving) -> Tensor:
     return statistics
 
 
-def backward(
+def batch_norm_bwd(
     x: Tensor, grad: Tensor, y: None, statistics: Tensor, weight: Vector, bias: Vector, eps: float, training: bool,
     relu: bool, group: str, wants_input: bool, wants_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Kernel of `library.batch_norm_bwd`."""
+    """As `aten.batch_norm_bwd`."""
     x = layout.dense(x)
     grad = layout.dense(grad, x)
     sums, samples = x.new_empty(2, x.shape[1], dtype=torch.float64), aten.samples_per_channel(x)
