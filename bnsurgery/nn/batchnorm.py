@@ -29,7 +29,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     activation: Activation = None
     statistics: Statistics = "batch"  # by which train mode normalizes, see `set_statistics_`
     renorm_start: int = 0  # num_batches_tracked when `statistics` became "renorm"
-    renorm_state: Any  # see `ops.renorm.schedule`; a buffer that the state dict leaves out
+    renorm_state: Any  # see `ops.renorm.schedule`; a buffer of the mode "renorm" that the state dict leaves out
     renorm_weights: dict[Tensor, int] | None = None  # see `_weights`; at the last call, since a change ends a step
     process_group: str = ""  # name of the group whose ranks share the batch's statistics
 
@@ -38,11 +38,6 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{type(self).__name__}: `activation` must be None or 'relu', got {activation!r}")
         super().__init__(*args, **kwargs)
         self.activation = activation
-        self.extend_()
-
-    def extend_(self) -> None:
-        """Give the instance, made as one of torch's class, the attributes that torch's class does not set."""
-        self.register_buffer("renorm_state", None, persistent=False)
         # torch.fx and torchvision's create_feature_extractor do not trace into modules of torch.nn.
         self.__module__ = nn.BatchNorm2d.__module__
 
@@ -86,10 +81,9 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     def _in_torch(self, input: Tensor) -> Tensor:
         """`forward` in torch's operators, for programs that run without this package."""
         if self.training and (self.statistics == "renorm" or self.process_group):
-            setting = "statistics='renorm'" if self.statistics == "renorm" else "a process group"
             raise BNSurgeryError(
-                f"export: {type(self).__name__}: torch's operators cannot train with {setting}: export in eval mode, "
-                "or call bnsurgery.set_statistics_(model, 'batch') first"
+                f"export: {type(self).__name__}: torch's operators cannot train with statistics='renorm' or a process "
+                "group: export in eval mode, or after set_statistics_(model, 'batch'), set_process_group_(model, None)"
             )
         if self.training and self.statistics == "running":
             tensors = self.running_mean, self.running_var, self.weight, self.bias
@@ -108,7 +102,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         """Normalize by "renorm" from now on, as after the first `taken` of its training steps."""
         self.statistics, self.renorm_weights = "renorm", None
         self.renorm_start = int(self.num_batches_tracked) - taken
-        self.renorm_state = schedule(self.running_mean, taken, steps)
+        self.register_buffer("renorm_state", schedule(self.running_mean, taken, steps), persistent=False)
 
     def reset_running_stats(self) -> None:
         """Torch's, which `torch.optim.swa_utils.update_bn` calls; refused if train mode needs the statistics."""
@@ -121,7 +115,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """Torch's text, and the settings that torch's class does not have."""
-        return ", ".join([super().extra_repr(), *self._beyond_torch(), *self._changed("process_group")])
+        return ", ".join([super().extra_repr(), *self._beyond_torch("process_group")])
 
     @property
     def num_features(self) -> int:
@@ -146,19 +140,16 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         """The readable attributes, since torch.jit.trace reads all of them."""
         return [name for name in super().__dir__() if name != "num_features" or not self._beyond_torch()]
 
-    def _beyond_torch(self) -> list[str]:
-        """The settings that change the function and that torch's classes do not have."""
-        return self._changed("activation", "statistics")
-
-    def _changed(self, *names: str) -> list[str]:
+    def _beyond_torch(self, *more: str) -> list[str]:
+        """Those settings that torch's classes do not have and that change the function, and `more`, in repr's form."""
+        names = "activation", "statistics", *more
         return [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != getattr(Insertable, name)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Insertable":
         """Follow `.to()` and the like, but keep float32 under half precision and identity channels exact.
 
-        Statistics in bfloat16 would be worthless, and torch's kernels take float32 parameters beside a half-precision
-        input. A cast between float32 and float64 keeps the values but not their rounding, so a channel that was
-        exactly the identity is solved again.
+        Half precision would spoil the statistics, and torch's kernels take float32 parameters beside such an input. A
+        cast between float32 and float64 changes the rounding, so exact identity channels are solved again.
         """
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -199,17 +190,15 @@ class BatchNorm1d(Insertable, nn.BatchNorm1d):
 
     y = (x − mean)/√(var + eps)·weight + bias per channel, then max(y, 0) with `activation="relu"`. Mean and
     (population) variance are the batch's in train mode and the running ones in eval mode; `set_statistics_` offers
-    others, `set_process_group_` statistics over several processes. The constructor's other arguments, parameters,
-    buffers and state dict are torch's; the tensors stay float32 under `.half()` and `.bfloat16()`. With momentum=None
-    the cumulative average stays on the device.
+    others, `set_process_group_` those of several processes. Other arguments, parameters, buffers and state dict are
+    torch's; tensors stay float32 under `.half()` and `.bfloat16()`, and a cumulative average stays on the device.
 
     Args:
         activation: None, or "relu" to apply ReLU to the output in the same pass; also an attribute. Code that replaces
             this norm by another would drop it: see `num_features`.
 
     Raises:
-        ValueError: `activation` is neither None nor "relu", the input has the wrong number of dimensions, or train mode
-            gets one value per channel.
+        ValueError: unknown `activation`, wrong number of dimensions, or one value per channel in train mode.
 
     Examples:
         >>> norm = bnsurgery.nn.BatchNorm1d(3, activation="relu")

@@ -34,8 +34,8 @@ def set_statistics_(
     A step of "renorm" ends when torch sees the layer's weight or bias change: by an edit in place or another tensor,
     not through `.data`. Until then all calls, as of a siamese network or with accumulated gradients, count as one in
     num_batches_tracked and share the limits and running statistics of the step's beginning. So a layer with frozen
-    weights stays at its first step. Without weight and bias, and in compiled code, every call is a step. A CUDA graph
-    repeats its capture, which must include the optimizer.
+    weights stays at its first step. Without weight and bias, and in compiled code, every call is a step; a CUDA graph
+    has to include the optimizer.
 
     Eval mode always uses the running statistics. Copies and pickles keep the mode; `save` does not store it. Gradient
     checkpointing runs a layer twice, and so moves running statistics twice, as in torch. To resume a schedule, set the
@@ -54,8 +54,7 @@ def set_statistics_(
 
     Raises:
         ValueError: `mode` or `renorm_steps` is none of these.
-        BNSurgeryError: the model has no BatchNorm that can be set, `where` chooses none, or one that it chooses has no
-            running statistics.
+        BNSurgeryError: no BatchNorm can be set, `where` chooses none, or a chosen one has no running statistics.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -86,10 +85,10 @@ def set_statistics_(
             )
     for norm in chosen.values():
         if mode != "batch" and not isinstance(norm, Insertable):
-            norm.__class__ = _OURS[type(norm)]
-            cast(Insertable, norm).extend_()
+            norm.__class__, norm.__module__ = _OURS[type(norm)], type(norm).__module__
         if isinstance(norm, Insertable):
-            norm.statistics, norm.renorm_state = mode, None
+            norm.statistics = mode
+            norm._buffers.pop("renorm_state", None)
             if mode == "renorm":
                 norm.start_renorm_(0, renorm_steps)
     if frozen:
@@ -113,9 +112,8 @@ def freeze_(norm: nn.Module) -> None:
 
 def is_frozen(norm: nn.Module) -> bool:
     """Whether training leaves this norm as it is: see `freeze_`."""
-    parameters = list(norm.parameters())
-    trained = not parameters or any(parameter.requires_grad for parameter in parameters)
-    return getattr(norm, "statistics", None) == "running" and not trained
+    gradients = {parameter.requires_grad for parameter in norm.parameters()}
+    return getattr(norm, "statistics", None) == "running" and gradients == {False}
 
 
 def listed(names: Iterable[str]) -> str:

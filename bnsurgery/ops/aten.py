@@ -141,8 +141,7 @@ def batch_norm_fwd(
     """Y = act((x − mean)/√(var + eps)·weight + bias), laid out like x; and mean and var, or what `settle_` returns.
 
     If mean and var are None, the batch's take their place, over all ranks of the process group; then the running
-    statistics move by the momentum and the counter by one. The next step of Batch Renormalization's state, see
-    `renorm.schedule`, begins if there is a counter.
+    statistics move by the momentum and the counter by one, which begins a step of Batch Renormalization.
     """
     if mean is not None and var is not None:
         statistics = torch.stack((mean, var)).to(widest(x.device))
@@ -157,9 +156,8 @@ def batch_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of input, weight and bias, empty if unwanted; the output y, if given, yields ReLU's mask.
 
-    With d = x − mean and s = 1/√(var + eps): if the statistics are the batch's (`training`), dx = s·weight·(g − Σg/n −
-    d·s²·Σ(g·d)/n), else s·weight·g; for weight Σ(g·d)·s, and for bias Σg. The latter two are over this rank's samples,
-    since data parallelism adds them up.
+    With d = x − mean and s = 1/√(var + eps), dx = s·weight·(g − Σg/n − d·s²·Σ(g·d)/n) by the batch's statistics
+    (`training`), else s·weight·g; for weight Σ(g·d)·s and for bias Σg of this rank, since data parallelism adds up.
     """
     dtype = work_dtype(x)
     mean, var, *r_and_d = (row.to(dtype).to(x.device) for row in statistics)

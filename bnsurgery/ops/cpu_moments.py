@@ -13,8 +13,7 @@ from torch import Tensor
 
 from . import layout
 
-# Smaller tiles lose more time to kernel launches than nearer caches save: 49 ms at 1 MiB, 38 at 4, 35 at 8 for VGG-16's
-# convolution outputs on two Zen 4 cores.
+# Smaller tiles lose more to launches than nearer caches save: for these outputs 49 ms at 1 MiB, 38 at 4, 35 at 8.
 TILE_BYTES = 1 << 22
 SAMPLES = 32  # along outer and along inner, for a first estimate of the mean
 # (mean − shift)²/σ² up to which one pass suffices: rounding errors grow by a factor of one plus this.
@@ -59,8 +58,7 @@ def _shifted_pass(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, bool]:
         for c in range(0, channels, some):
             part = x[o : o + many, c : c + some]
             d = torch.sub(part, shift[c : c + some, None], out=buffer[: part.numel()].view(part.shape))
-            # In up to 16 groups of rows, since torch.sum splits groups over the threads better than one group
-            # (channels_last: 38 ms with, 195 without).
+            # torch.sum splits groups of rows over the threads better than one (channels_last: 38 ms, else 195).
             rows, dim = (d.view(math.gcd(len(d), 16), -1, d.shape[1]), 1) if inner == 1 else (d, 2)
             first = rows.sum(dim)
             second = rows.square_().sum(dim)

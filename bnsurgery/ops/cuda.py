@@ -15,8 +15,7 @@ from .sync import mean_over_ranks
 TILE, WARPS = 4096, 8
 # Fusing x·scale + shift into one operation is safe: an exact insertion has scale 1 and shift 0.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
-# Programs per multiprocessor: for a reduction as many as run at once, for an elementwise pass more, so that few of them
-# finish last.
+# Programs per multiprocessor: for a reduction as many as run at once, elementwise more, so that few finish last.
 REDUCING, STREAMING = 4, 16
 MAX_SPLITS = COMBINING = 1024  # partial results that a program of a combining kernel holds in registers
 # Tiles that one program adds up alone, to save another launch. An estimate: no GPU has been measured yet.
@@ -82,12 +81,12 @@ def batch_norm_fwd(
 
 def _statistics(x: Tensor, eps: float, moving: Moving) -> Tensor:
     """As `aten.settle_`, which is called for several ranks and for vectors with gaps; else in one launch or two."""
-    *results, group = moving
-    if group or not all(vector is None or vector.is_contiguous() for vector in moving[:2]):
+    running_mean, running_var, _, renorm, _, group = moving
+    if group or not all(vector is None or vector.is_contiguous() for vector in (running_mean, running_var)):
         return aten.settle_(x, channel_moments(x), eps, moving)
-    flags = {"BATCH": True, "RENORM": moving[3] is not None, "RELU": False}
+    flags = {"BATCH": True, "RENORM": renorm is not None, "RELU": False}
     statistics = x.new_empty(4 if flags["RENORM"] else 2, x.shape[1], dtype=torch.float64)
-    _reduce(x, None, statistics, (None, None), tuple(results), eps, flags)
+    _reduce(x, None, statistics, (None, None), moving[:-1], eps, flags)
     return statistics
 
 

@@ -14,18 +14,15 @@ _ATEN_UP_TO = 1 << 18
 
 
 def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Count, mean and centred sum of squares of every channel, over all samples and positions.
-
-    mean = Σx / count and m2 = Σ(x − mean)², per channel, over every dim but 1; population variance is m2 / count.
+    """Count, mean = Σx/count and m2 = Σ(x − mean)² per channel, over every dim but 1. Population variance is m2/count.
 
     Args:
         input: floating-point tensor of shape (N, C, *), of any layout; not changed.
 
     Returns:
-        The number of samples per channel; mean, in the units of `input`, and m2, in these squared: float64 of shape
-        (C,), on the device of `input`, or on the CPU if that has no float64 (MPS). An empty input gives zeros. A
-        channel with NaN or Inf has a non-finite mean or m2, and does not affect the others; on CUDA so has one whose
-        squares overflow float32 (beyond 1e19).
+        The samples per channel; mean, in units of `input`, and m2, in these squared: float64 of shape (C,), on the
+        device of `input`, or on the CPU if that has no float64 (MPS). An empty input gives zeros. A channel with NaN or
+        Inf, on CUDA also values above 1e19, has a non-finite mean or m2; others are not affected.
 
     Raises:
         TypeError: `input` is not of floating-point dtype.

@@ -1,8 +1,8 @@
 """The custom ops: schemas, fake kernels, kernels by device, and autograd around them. `aten` has their formulas.
 
-`channel_moments` reads x once. `batch_norm_fwd` reads x and writes y, and reads x once more for the statistics of the
-batch. `batch_norm_bwd` reads x and the gradient twice and writes dx. Our kernels compute ReLU's mask from x again, so
-that y need not live until the backward; ATen's keep y.
+`channel_moments` reads x once, `batch_norm_fwd` once or, by the batch's statistics, twice, and it writes y;
+`batch_norm_bwd` reads x and the gradient twice and writes dx. Our kernels compute ReLU's mask from x again, so that y
+need not live until the backward; ATen's keep y.
 """
 
 import functools

@@ -9,8 +9,7 @@ from torch import Tensor
 def schedule(running_mean: Tensor, taken: int, steps: int) -> Tensor:
     """The state of a layer after `taken` of `steps` steps, before the next one begins.
 
-    Rows of (4, C), the same for each channel: running mean and variance when the step began, the number of steps before
-    it, and the length of the schedule.
+    Its rows (4, C): running mean and variance when the step began, the steps before it, the length of the schedule.
     """
     return torch.stack([torch.full_like(running_mean, value) for value in (0, 0, taken - 1, steps)])
 
