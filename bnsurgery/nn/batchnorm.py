@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bnsurgery.errors import BNSurgeryError
+from bnsurgery.ops.batch_statistics import schedule
 from bnsurgery.ops.functional import check, normalize
-from bnsurgery.ops.renorm import schedule
 
 from .identity import identity_parameters, kernel_scale_shift
 
@@ -29,7 +29,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     activation: Activation = None
     statistics: Statistics = "batch"  # by which train mode normalizes, see `set_statistics_`
     renorm_start: int = 0  # num_batches_tracked when `statistics` became "renorm"
-    renorm_state: Any  # see `ops.renorm.schedule`; a buffer of the mode "renorm" that the state dict leaves out
+    renorm_state: Any  # see `schedule`; a buffer of the mode "renorm" that the state dict leaves out
     renorm_weights: dict[Tensor, int] | None = None  # see `_weights`; at the last call, since a change ends a step
     process_group: str = ""  # name of the group whose ranks share the batch's statistics
 

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
-from bnsurgery.ops.sync import group_name
+from bnsurgery.ops.batch_statistics import group_name
 from bnsurgery.text.words import counted
 
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Insertable, Statistics

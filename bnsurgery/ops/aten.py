@@ -14,13 +14,9 @@ from torch.autograd import forward_ad
 from bnsurgery.machine.devices import takes_float64, widest
 
 from . import layout
+from .batch_statistics import Vector, mean_over_ranks, settle_
 from .cpu_moments import channel_moments_cpu
-from .renorm import r_and_d_
-from .sync import mean_over_ranks, merge_moments
 
-Vector = Tensor | None  # (C,); None for the function's default
-# Running mean and variance, counter, state of Batch Renormalization, momentum, name of the process group or "".
-Moving = tuple[Vector, Vector, Tensor | None, Tensor | None, float, str]
 # |mean|/σ above which x is centred first: ATen's kernels round the mean to float32 and then subtract it.
 _FAR = 16.0
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -79,34 +75,11 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and m2 = Σ(x − mean)² per channel in two passes: float64 (C,), on the CPU if the device has no float64."""
     if not takes_float64(x.device) or not x.numel():
         return channel_moments_cpu(x.cpu())
-    mean = x.mean(_others(x), dtype=torch.float64)
+    others = [0, *range(2, x.ndim)]
+    mean = x.mean(others, dtype=torch.float64)
     d = x - along_channels(mean, x)
-    offset = d.mean(_others(x))  # rounding error of `mean`
-    return mean + offset, d.square_().sum(_others(x)) - offset.square() * samples_per_channel(x)
-
-
-def settle_(x: Tensor, moments: tuple[Tensor, Tensor], eps: float, moving: Moving) -> Tensor:
-    """Merge the moments over the ranks, update running statistics and counter, and return the batch's statistics.
-
-    These are mean and population variance, (2, C), or with Batch Renormalization's r and d (4, C). An empty batch gives
-    zeros and leaves the running statistics alone; others move running_var towards the unbiased variance.
-    """
-    running_mean, running_var, counter, renorm, momentum, group = moving
-    count: Any = samples_per_channel(x)
-    mean, m2 = moments
-    if group:
-        count, mean, m2 = merge_moments(mean.new_full((), count), mean, m2, group)
-    some = count + (count == 0)
-    rows = torch.stack((mean, m2 / some))
-    if renorm is not None and running_mean is not None and running_var is not None:
-        rows = torch.cat((rows, r_and_d_(renorm, mean, rows[1], running_mean, running_var, eps, counter is not None)))
-    share = momentum * (count > 0)
-    for running, value in ((running_mean, mean), (running_var, m2 / (some - 1 * (some > 1)))):
-        if running is not None:
-            running.mul_(1 - share).add_(value.to(running.dtype).to(running.device) * share)
-    if counter is not None:
-        counter.add_(1)
-    return rows
+    offset = d.mean(others)  # rounding error of `mean`
+    return mean + offset, d.square_().sum(others) - offset.square() * samples_per_channel(x)
 
 
 def corrected(weight: Vector, bias: Vector, r_and_d: Sequence[Tensor] | Tensor, x: Tensor) -> tuple[Vector, Vector]:
@@ -146,7 +119,7 @@ def batch_norm_fwd(
     if mean is not None and var is not None:
         statistics = torch.stack((mean, var)).to(widest(x.device))
     else:
-        statistics = settle_(x, torch.ops.bnsurgery.channel_moments(x), eps, moving)
+        statistics = settle_(samples_per_channel(x), torch.ops.bnsurgery.channel_moments(x), eps, moving)
     return normalize(x, statistics.unbind(), weight, bias, eps, relu), statistics
 
 
@@ -168,7 +141,8 @@ def batch_norm_bwd(
     invstd = (var + eps).rsqrt()
     scale = invstd if weight is None else invstd * weight
     dx, d_weight, d_bias = gradients(x, wants_input, wants_affine)
-    sums = torch.stack((g.sum(_others(x)), (g * d).sum(_others(x))))
+    others = [0, *range(2, x.ndim)]
+    sums = torch.stack((g.sum(others), (g * d).sum(others)))
     sums[1] -= low * sums[0]
     if wants_affine:
         d_bias.copy_(sums[0])
@@ -199,11 +173,6 @@ def samples_per_channel(x: Tensor) -> int:
 def work_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 for float64, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _others(x: Tensor) -> list[int]:
-    """All dims but that of the channels."""
-    return [dim for dim in range(x.ndim) if dim != 1]
 
 
 def along_channels(vector: Tensor, x: Tensor) -> Tensor:

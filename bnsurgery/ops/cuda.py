@@ -8,8 +8,7 @@ import triton
 from torch import Tensor
 
 from . import aten, kernels, layout
-from .aten import Moving, Vector
-from .sync import mean_over_ranks
+from .batch_statistics import Moving, Vector, mean_over_ranks, settle_
 
 # Elements of a tile; 16 for each of a program's 256 threads, which is 2 or 4 loads of 16 bytes in flight per tensor.
 TILE, WARPS = 4096, 8
@@ -80,10 +79,10 @@ def batch_norm_fwd(
 
 
 def _statistics(x: Tensor, eps: float, moving: Moving) -> Tensor:
-    """As `aten.settle_`, which is called for several ranks and for vectors with gaps; else in one launch or two."""
+    """As `settle_`, which is called for several ranks and for vectors with gaps; else in one launch or two."""
     running_mean, running_var, _, renorm, _, group = moving
     if group or not all(vector is None or vector.is_contiguous() for vector in (running_mean, running_var)):
-        return aten.settle_(x, channel_moments(x), eps, moving)
+        return settle_(aten.samples_per_channel(x), channel_moments(x), eps, moving)
     flags = {"BATCH": True, "RENORM": renorm is not None, "RELU": False}
     statistics = x.new_empty(4 if flags["RENORM"] else 2, x.shape[1], dtype=torch.float64)
     _reduce(x, None, statistics, (None, None), moving[:-1], eps, flags)

@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import aten, library
-from .aten import Vector
-from .sync import group_name
+from .batch_statistics import Vector, group_name, settle_
 
 # Elements up to which a CUDA tensor in training goes to ATen's kernels, whose launches take the host less time. An
 # estimate: no GPU has been measured yet (benchmarks/gpu).
@@ -127,7 +126,7 @@ def normalize(
     elif renorm is not None:
         with torch.no_grad():
             moving = running_mean, running_var, counter, renorm, momentum, ""
-            rows = aten.settle_(input, library.channel_moments(input), eps, moving)
+            rows = settle_(aten.samples_per_channel(input), library.channel_moments(input), eps, moving)
         running_mean = running_var = None
         weight, bias = aten.corrected(weight, bias, rows[2:], input)
     elif counter is not None:

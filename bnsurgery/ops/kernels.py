@@ -98,7 +98,7 @@ def _gradient(pointers, mask, x, center, scale, shift, dtype: tl.constexpr, RELU
 
 @triton.jit
 def _settle(mean, var, count, c, channels, statistics, moving, eps):
-    """Store the batch's statistics, with renorm's r and d; update running ones and counter: as `aten.settle_`."""
+    """Store the batch's statistics, with renorm's r and d; update running ones and counter: as `settle_`."""
     running_mean, running_var, counter, renorm, momentum = moving
     exists = c < channels
     tl.store(statistics + c, mean, mask=exists)

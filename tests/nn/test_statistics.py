@@ -12,7 +12,7 @@ from torch import nn
 import bnsurgery
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.nn import BatchNorm1d, BatchNorm2d
-from bnsurgery.ops.renorm import r_and_d_, schedule
+from bnsurgery.ops.batch_statistics import r_and_d_, schedule
 
 
 @pytest.fixture
