@@ -75,8 +75,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def _weights(self) -> dict[Tensor, int]:
         """Weight and bias with their versions, without computed ones. As keys, tensors equal only themselves."""
-        tensors = [t for t in (self.weight, self.bias) if t is not None and t.is_leaf and not t.is_inference()]
-        return {tensor: tensor._version for tensor in tensors}
+        return {t: t._version for t in (self.weight, self.bias) if t is not None and t.is_leaf and not t.is_inference()}
 
     def _in_torch(self, input: Tensor) -> Tensor:
         """`forward` in torch's operators, for programs that run without this package."""
@@ -86,8 +85,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 "group: export in eval mode, or after set_statistics_(model, 'batch'), set_process_group_(model, None)"
             )
         if self.training and self.statistics == "running":
-            tensors = self.running_mean, self.running_var, self.weight, self.bias
-            output = nn.functional.batch_norm(input, *tensors, training=False, eps=self.eps)
+            output = nn.functional.batch_norm(input, **self._affine_and_statistics(), eps=self.eps)
         else:
             output = nn.modules.batchnorm._BatchNorm.forward(self, input)
         return output.relu() if self.activation == "relu" else output
@@ -170,7 +168,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 new[name].data[where] = values.to(where.device)
         return self
 
-    def _affine_and_statistics(self) -> dict[str, Tensor]:
+    def _affine_and_statistics(self) -> dict[str, Any]:
         tensors = {name: getattr(self, name) for name in ("running_mean", "running_var", "weight", "bias")}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 

@@ -36,8 +36,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 def normed_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class `Normed<Base>`, one for each base class."""
     if base not in _CLASSES:
-        text = {"__doc__": f"`{base.__name__}` with a norm behind it."}
-        _CLASSES[base] = type(f"Normed{base.__name__}", (Normed, base), text)
+        _CLASSES[base] = type(f"Normed{base.__name__}", (Normed, base), {"__doc__": f"`{base.__name__}` with a norm."})
     return _CLASSES[base]
 
 

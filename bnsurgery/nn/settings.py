@@ -71,9 +71,8 @@ def set_statistics_(
     found = {name: module for name, module in bn_model.named_modules() if isinstance(module, _BatchNorm)}
     norms = {name: norm for name, norm in found.items() if where is None or where(name, norm)}
     frozen = [name for name, norm in norms.items() if where is None and mode != "running" and is_frozen(norm)]
-    ours = [name for name, norm in norms.items() if isinstance(norm, Insertable)]
     convertible = [name for name, norm in norms.items() if type(norm) in _OURS and norm.running_mean is not None]
-    foreign = [name for name in norms if name not in ours and name not in convertible]
+    foreign = [name for name, norm in norms.items() if not isinstance(norm, Insertable) and name not in convertible]
     chosen = {name: norm for name, norm in norms.items() if name not in frozen and name not in foreign}
     if not chosen and not frozen:
         which = "for which `where(name, module)` is true" if where is not None else "that it can set: insert some first"
@@ -97,10 +96,8 @@ def set_statistics_(
         warnings.warn(f"set_statistics_: {note}", BNSurgeryWarning, stacklevel=2)
     if foreign and mode != "batch":
         kinds = ", ".join(sorted({type(norms[name]).__name__ for name in foreign}))
-        note = (
-            f"left {listed(foreign)} ({kinds}), which normalizes by the batch in train mode: its .eval() after every "
-        )
-        note += ".train() of the network freezes it, if it has running statistics."
+        note = f"left {listed(foreign)} ({kinds}), which normalizes by the batch in train mode: its .eval() after "
+        note += "every .train() of the network freezes it, if it has running statistics."
         warnings.warn(f"set_statistics_: {note}", BNSurgeryWarning, stacklevel=2)
 
 

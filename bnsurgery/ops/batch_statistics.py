@@ -14,9 +14,7 @@ Moving = tuple[Vector, Vector, Tensor | None, Tensor | None, float, str]
 
 def group_name(process_group: ProcessGroup | str | None) -> str:
     """The name of a process group, which custom ops, compiled graphs, copies and pickles can hold; "" for none."""
-    if process_group is None or isinstance(process_group, str):
-        return process_group or ""
-    return process_group.group_name
+    return process_group.group_name if isinstance(process_group, ProcessGroup) else process_group or ""
 
 
 def gather(vector: Tensor, group: str) -> Tensor:

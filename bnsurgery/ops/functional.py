@@ -68,7 +68,7 @@ def batch_norm(
         momentum: share of the batch in the new running statistics; a 0-dim tensor keeps a changing one on the device.
         eps: added to the variance.
         relu: apply ReLU.
-        process_group: share the batch's statistics and their gradients over its ranks, a collective in forward and
+        process_group: its ranks share the batch's statistics and their gradients, by collectives in forward and
             backward; local batches may differ in size or be empty. None for this process alone.
 
     Returns:
@@ -155,7 +155,4 @@ def check(input: Tensor, name: str, **per_channel: Vector) -> None:
         raise ValueError(f"{name}: got shape {tuple(input.shape)}, expected (N, C, ...)")
     for key, tensor in per_channel.items():
         if tensor is not None and tensor.shape != input.shape[1:2]:
-            raise ValueError(
-                f"{name}: got {key} of shape {tuple(tensor.shape)}, expected ({input.shape[1]},) for input of shape "
-                f"{tuple(input.shape)}"
-            )
+            raise ValueError(f"{name}: got {key} of shape {tuple(tensor.shape)}, expected ({input.shape[1]},)")

@@ -5,10 +5,9 @@ the output in the forward, and given a gradient dx in the backward.
 
 Every kernel sees its tensors as (outer, C, inner) in one dense order, channels_last (LAST) with C innermost and
 positions as inner, and works on tiles of BLOCK_C channels by BLOCK_INNER positions. A "work item" is one tile position
-(outer, inner block); a program takes `per_split` consecutive ones of one block of channels. Sums stay in registers, one
-per element of the tile, and leave a program as one partial result per channel: no atomics, so the same bits every run.
-The same program stores the final results if it has seen all of its channels (ALONE), else a program of `combine` does.
-Arithmetic is float32; what crosses programs is float64.
+(outer, inner block); a program takes `per_split` consecutive ones of one block of channels. Sums stay in float32
+registers, one per element of the tile, and leave a program as one float64 result per channel: no atomics, so the same
+bits every run. A program that has seen all of its channels (ALONE) stores the final results, else `combine` does.
 """
 
 import triton
@@ -48,13 +47,9 @@ def _positions(first, last, inner_blocks, inner, BLOCK_INNER: tl.constexpr):
 
 
 @triton.jit
-def _vector(pointer, c, channels, other: tl.constexpr):
-    """The elements of channels `c`; `other` beyond the last one, and everywhere if there is no vector."""
-    if pointer is None:
-        found = tl.full(c.shape, other, tl.float32)
-    else:
-        found = tl.load(pointer + c, mask=c < channels, other=other)
-    return found
+def _vector(row, c, channels, other: tl.constexpr):
+    """The elements of channels `c` in a row; `other` beyond the last one, and everywhere if there is no row."""
+    return tl.full(c.shape, other, tl.float32) if row is None else tl.load(row + c, mask=c < channels, other=other)
 
 
 @triton.jit
@@ -63,9 +58,8 @@ def _coefficients(mean, var, weight, bias, channels, c, eps, BATCH: tl.constexpr
 
     The statistics are two vectors, or without `var` the rows of one tensor: mean, var, and with RENORM r and d.
     With the batch's center + low is the float64 mean, so that a mean far above the deviation costs no digits. With
-    running ones the center is 0 and invstd and scale are rounded like ATen's on the CPU, each step on its own
-    (`div_rn`, `sqrt_rn`: Triton's plain ones are approximate), for there inserted layers must be exact: their scale is
-    1 then, and no fusion of bias − mean·scale makes that other than 0.
+    running ones the center is 0, and invstd and scale are rounded step by step like ATen's on the CPU (`div_rn`,
+    `sqrt_rn`: Triton's plain ones are approximate), so that inserted layers have scale 1 and, fused or not, shift 0.
     """
     exact = _vector(mean, c, channels, 0.0)
     variance = _vector(mean + channels if var is None else var, c, channels, 1.0).to(tl.float32)
@@ -155,9 +149,8 @@ def reduce(
     """Mean, centred sum of squares and count of one split; given a gradient, Σg and Σg·(x − mean).
 
     Both are Σg and Σg·d with d = x − middle, where for moments g = d, else the gradient before the activation. The
-    partial results are (3, splits, C), float64. For moments the middle is the mean of the split's first tile. That tile
-    belongs to the split, so the squared distance from middle to mean is at most (number of tiles) variances:
-    cancellation costs no more than plain rounding.
+    partial results are (3, splits, C), float64. For moments the middle is the mean of the split's first tile, which is
+    at most √(number of tiles) deviations from the split's mean: cancellation costs no more than plain rounding.
     """
     c, split, first, last, inner_blocks = _span(outer, inner, channels, per_split, BLOCK_C, BLOCK_INNER)
     if grad is None:
