@@ -16,7 +16,7 @@ from bnsurgery.text.words import with_article
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnsurgery.images.batches import ImageBatches
+    from bnsurgery.images.calibration_images import ImageBatches
     from bnsurgery.images.preprocessing import Preprocessing, Wanted
     from bnsurgery.networks.fitting import Choice
     from bnsurgery.networks.own_data import OwnBatches
@@ -200,7 +200,7 @@ class Images:
 
     def open(self, preprocessing: "Callable[[], Preprocessing | None]") -> "ImageBatches[Any] | OwnBatches":
         """The batches; `preprocessing` is called for images only, which it must give."""
-        from bnsurgery.images.batches import calibration_batches
+        from bnsurgery.images.calibration_images import calibration_batches
         from bnsurgery.networks.own_data import OwnBatches
 
         if not self.are_batches and (preprocess := preprocessing()) is not None:

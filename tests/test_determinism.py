@@ -29,7 +29,7 @@ import torch
 from bnsurgery.images.preprocessing import Preprocessing
 from small_network import Fire
 from bnsurgery import insert
-from bnsurgery.images.batches import sample_crops
+from bnsurgery.images.calibration_images import sample_crops
 from bnsurgery.statistics.moments import digest, ChannelMoments
 from bnsurgery.statistics.calibration import calibrate
 from bnsurgery.ops import channel_moments
