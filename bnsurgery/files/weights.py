@@ -10,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -129,6 +130,21 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     return head[8:9] == b"{"
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a safetensors file; empty where it cannot be parsed, or the file is of another kind.
+
+    Raises:
+        CheckpointError: as `is_safetensors`.
+    """
+    if not is_safetensors(path):  # also keeps safe_open from waiting for a pipe to be written
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
 def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], masks: Collection[str] = ()) -> None:
     """Refuse weights that are not all finite.
 
@@ -172,9 +188,7 @@ def _load(path: Path) -> object:
     """The content of a file, by its first bytes; pickles through torch's restricted unpickler only."""
     head = _head(path)
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # torch warns of old formats and of kinds of tensors refused later
+        with warnings.catch_warnings(action="ignore"):  # of old formats, and of kinds of tensors refused later
             if is_safetensors(path):  # first: the length before it may look like either of the others
                 return load_file(path)
             if head.startswith(b"PK"):
@@ -198,8 +212,7 @@ def _load(path: Path) -> object:
             advice = "Use a machine with more; or it is damaged, or hostile."
             raise _refusal(path, "more than there is memory for", advice) from error
         raise _refusal(path, "a truncated or damaged file", "Download or copy it again.") from error
-    unknown = "something else", "Pass a .safetensors file or one that torch.save wrote."
-    raise _refusal(path, *(kind_of_file(head, path) or unknown))
+    raise _refusal(path, *kind_of_file(head, path))
 
 
 def _head(path: Path) -> bytes:
