@@ -221,14 +221,14 @@ def _skeleton(path: Path, record: SurgeryRecord, model: nn.Module | None) -> nn.
         if record.dropped_lrn:
             drop_lrn_(skeleton, record.dropped_lrn)
         _set_relus_(skeleton, record)
-        _freeze_parameters_(skeleton, record.frozen)
+        _freeze_(skeleton, record.frozen)
         sites = edit_(skeleton, record.plan.sites, record.options)
         named = record.sites
         if record.format_version == 1 and not record.options.fuse_relu:  # it names only fused ReLUs
             pairs = zip(named, sites, strict=True)
             named = tuple(replace(old, relu=new.relu, relu_inplace=new.relu_inplace) for old, new in pairs)
         if record.frozen_at_save is not None:
-            _freeze_(skeleton, sites, record.frozen_at_save)
+            _freeze_(skeleton, record.frozen_at_save, sites)
         attach_record(skeleton, replace(record, sites=sites, frozen_at_save=None, format_version=FORMAT_VERSION))
         if record.options.fuse_relu:
             take_over_(skeleton, sites)
@@ -241,20 +241,16 @@ def _skeleton(path: Path, record: SurgeryRecord, model: nn.Module | None) -> nn.
     return skeleton.eval()
 
 
-def _freeze_(skeleton: nn.Module, sites: Iterable[InsertedSite], names: Collection[str]) -> None:
-    """Freeze the parameters and norms of these names, and no others; raise ValueError if one is missing."""
+def _freeze_(skeleton: nn.Module, names: Collection[str], sites: Iterable[InsertedSite] = ()) -> None:
+    """Freeze the parameters and the norms of `sites` that have these names, no others; ValueError if one is missing."""
     norms = {site.norm: cast(Insertable, skeleton.get_submodule(site.norm)) for site in sites}
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     missing = set(names) - parameters.keys() - norms.keys()
     if missing:
         raise ValueError(f"{shown(min(missing))} was frozen, and is not there")
-    _freeze_parameters_(skeleton, names)
     for name, norm in norms.items():
         norm.statistics = "running" if name in names else "batch"
-
-
-def _freeze_parameters_(model: nn.Module, names: Collection[str]) -> None:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(name not in names)
 
