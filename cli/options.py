@@ -198,7 +198,7 @@ class Images:
 
         return names_code(self.data)
 
-    def open(self, preprocessing: "Callable[[], Preprocessing | None]") -> "ImageBatches[Any] | OwnBatches":
+    def open(self, preprocessing: "Callable[[], Preprocessing | None]") -> "ImageBatches | OwnBatches":
         """The batches; `preprocessing` is called for images only, which it must give."""
         from bnsurgery.images.calibration_images import calibration_batches
         from bnsurgery.networks.own_data import OwnBatches

@@ -49,7 +49,7 @@ def find_images(directory: str | Path) -> Found:
         what = "a file, expected a folder" if root.exists() else "no such folder"
         raise DataError(f"images: '{root}': {what}. Check the path.")
     formats = _formats()
-    found = Found([], [])
+    paths: list[Path] = []
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse_folder):
         status = Path(folder).stat()
@@ -58,12 +58,9 @@ def find_images(directory: str | Path) -> Found:
             continue
         seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            path = Path(folder, name)
-            if not name.startswith("."):
-                (found.images if path.suffix.lower() in formats else found.others).append(path)
-    for paths in found:
-        paths.sort()
+        paths += [Path(folder, name) for name in names if not name.startswith(".")]
+    paths.sort()
+    found = Found(*([path for path in paths if (path.suffix.lower() in formats) == wanted] for wanted in (True, False)))
     if not found.images:
         others = f" ({told_of(found.others)})" if found.others else ""
         raise DataError(
@@ -87,8 +84,8 @@ def told_of(passed_over: Sequence[Path], why: str = "no images by name") -> str:
 @functools.cache
 def _formats() -> dict[str, str]:
     """The format of every suffix that an image may have."""
-    Image.init()  # of all plugins, and what others registered
-    return {end: kind for end, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _REFUSED}
+    known = Image.registered_extensions().items()  # of all plugins, and what others registered
+    return {end: kind for end, kind in known if kind in Image.OPEN and kind not in _REFUSED}
 
 
 def _tried(path: str | Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The way from an image to a network's input: one description, kept in checkpoints and exported files."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,6 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, shown
 MAX_SIDE = 4096  # pixels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHANNELS, NORMALIZE = ("rgb", "bgr", "grey"), ("auto", "imagenet", "none")
-_LONGEST = 16  # characters of an image size
 _WHITE = 255
 _SCALES = (0.1, 1e5)  # a number beyond is meant as a factor for pixels, such as 1/255
 _FINEST, _COARSEST = 1000, 10  # white by the smallest std, and the largest std by white; beyond, scale was forgotten
@@ -102,7 +102,7 @@ class Preprocessing:
 
     def coloured(self, image: Any) -> Any:
         """The image in colour or grey, as the network takes it."""
-        return (_GREY if self.channels == "grey" else _RGB)(image)
+        return (F.rgb_to_grayscale if self.channels == "grey" else F.grayscale_to_rgb)(image)
 
     def fit(self, image: Any) -> Any:
         """Scale the image and cut out its centre."""
@@ -172,8 +172,8 @@ class Wanted:
         """Height and width; 0 where that is no number."""
         if self.image_size is None:
             return None
-        sides = [int(side) if side.isdecimal() else 0 for side in str(self.image_size)[:_LONGEST].lower().split("x")]
-        return (sides[0], sides[-1]) if len(sides) <= 2 else (0, 0)
+        sides = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(self.image_size).lower())
+        return (int(sides[1]), int(sides[2] or sides[1])) if sides else (0, 0)
 
     def of(self, own: Preprocessing) -> Preprocessing:
         """The network's own preprocessing with the changes that are wanted.
@@ -219,4 +219,3 @@ def _set_numbers(found: Preprocessing | Wanted, error: type[BNSurgeryError]) -> 
 
 
 NOTHING = Wanted()
-_RGB, _GREY = v2.RGB(), v2.Grayscale()
