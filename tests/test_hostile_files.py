@@ -170,13 +170,13 @@ def test_keys_in_messages_are_short_and_printable(tmp_path):
         (lambda d: d["options"].update(eps=float("inf")), "Infinity is no number"),
         (lambda d: d["options"].update(eps=2.0), "record.options: .* got 2.0"),
         (lambda d: d["options"].update(momentum=-0.1), "record.options: .* got -0.1"),
-        (lambda d: d.update(input_shape=[3, -1]), r"record.input_shape: got \(3, -1\)"),
-        (lambda d: d.update(input_shape=[0]), r"record.input_shape: got \(0,\)"),
+        (lambda d: d.update(input_shape=[3, -1]), r"record: input_shape: got \(3, -1\)"),
+        (lambda d: d.update(input_shape=[0]), r"record: input_shape: got \(0,\)"),
         (lambda d: d["architecture"].update(num_classes=0), "num_classes: got 0"),
         (lambda d: d["architecture"].update(num_classes=10**18), "do not fit|does not fit"),
         (lambda d: d["architecture"].update(dropout=1.5), "dropout: got 1.5"),
         # its builder would download a backbone
-        (lambda d: d["architecture"].update(name="fasterrcnn_resnet50_fpn"), "architecture.name: got 'fasterrcnn"),
+        (lambda d: d["architecture"].update(name="fasterrcnn_resnet50_fpn"), "record.architecture: name: got 'fasterrcnn"),
         (lambda d: d.update(task={**TASK, "classes": [], "head": "classifier.1"}), "task: a new head, but no classes"),
         *(
             (
