@@ -295,7 +295,7 @@ def _network(source: str | None, model: str | None, weights: Weights) -> Network
     from bnsurgery.records import architectures
 
     where, choice = str(weights.weights), weights.choice
-    is_file = source is not None and source not in architectures.names() and Path(source).is_file()
+    is_file = source is not None and source not in architectures.NAMES and Path(source).is_file()
     file = Path(source) if source is not None and is_file else None
     if is_file and where != "DEFAULT":
         raise click.UsageError(f"'{source}' is a file of weights: leave --weights {where} out.")

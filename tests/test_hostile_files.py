@@ -176,7 +176,10 @@ def test_keys_in_messages_are_short_and_printable(tmp_path):
         (lambda d: d["architecture"].update(num_classes=10**18), "do not fit|does not fit"),
         (lambda d: d["architecture"].update(dropout=1.5), "dropout: got 1.5"),
         # its builder would download a backbone
-        (lambda d: d["architecture"].update(name="fasterrcnn_resnet50_fpn"), "record.architecture: name: got 'fasterrcnn"),
+        (
+            lambda d: d["architecture"].update(name="fasterrcnn_resnet50_fpn"),
+            "record.architecture: name: got 'fasterrcnn",
+        ),
         (lambda d: d.update(task={**TASK, "classes": [], "head": "classifier.1"}), "task: a new head, but no classes"),
         *(
             (

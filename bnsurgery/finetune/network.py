@@ -64,7 +64,7 @@ def find(config: Config) -> Source:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass `model`")
     path, of_images = Path(config.source), not factories.names_code(config.data)
     is_onnx = factories.is_onnx(config.source)
-    is_file = bool(config.source) and path.is_file() and not is_onnx and config.source not in architectures.names()
+    is_file = bool(config.source) and path.is_file() and not is_onnx and config.source not in architectures.NAMES
     if is_file and config.weights != "DEFAULT":
         raise CheckpointError(f"finetune: '{path}' is a file of weights: leave `weights={config.weights!r}` out")
     choice, wanted = Choice(config.weights_key, config.weights_prefix, config.partial), config.wanted

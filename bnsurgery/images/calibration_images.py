@@ -152,7 +152,13 @@ def calibration_batches(
 
 def sample_crops(num: int, batch_size: int, *, preprocess: Preprocessing, seed: int) -> ImageBatches:
     """`num` random crops, alternately of scikit-learn's two photographs; see `calibration_batches`."""
-    photographs = [load_image(path) for path in _sample_paths()]
+    spec = importlib.util.find_spec("sklearn")  # it is not imported, which takes a second
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "images: 'samples': got no scikit-learn, expected it for its two photographs. Run pip install "
+            "'bnsurgery[samples]', or pass `data=DIR`."
+        )
+    photographs = [load_image(Path(spec.origin).parent / "datasets" / "images" / name) for name in _SAMPLES]
     generator = torch.Generator().manual_seed(seed)
     crops = [(index % 2, _random_box(photographs[index % 2].size, generator)) for index in range(num)]
 
@@ -179,14 +185,3 @@ def _random_box(size: tuple[int, int], generator: torch.Generator) -> tuple[int,
         int(torch.randint(room + 1, (1,), generator=generator)) for room in (height - crop_height, width - crop_width)
     )
     return top, left, crop_height, crop_width
-
-
-def _sample_paths() -> list[Path]:
-    """Where scikit-learn keeps its photographs; it is not imported, which takes a second."""
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        raise DataError(
-            "images: 'samples': got no scikit-learn, expected it for its two photographs. Run pip install "
-            "'bnsurgery[samples]', or pass `data=DIR`."
-        )
-    return [Path(spec.origin).parent / "datasets" / "images" / name for name in _SAMPLES]

@@ -88,13 +88,6 @@ def _formats() -> dict[str, str]:
     return {end: kind for end, kind in known if kind in Image.OPEN and kind not in _REFUSED}
 
 
-def _tried(path: str | Path) -> list[str]:
-    """The formats that a file may have: all that are told by their content, and the one that the name tells."""
-    named = _formats().get(Path(path).suffix.lower())
-    # Of (factory, accept): a format without a mark would also take a damaged file of another format.
-    return [kind for kind in Image.OPEN if kind not in _REFUSED and (Image.OPEN[kind][1] or kind == named)]
-
-
 def load_image(path: str | Path) -> Image.Image:
     """Decode an image file, of any format that Pillow reads, to 8-bit RGB, turned upright as its EXIF data says.
 
@@ -109,10 +102,13 @@ def load_image(path: str | Path) -> Image.Image:
             raise DataError(f"image: '{path}': no such file or folder. Check the path.")
         if not Path(path).is_file():  # opening a pipe would hang
             raise ValueError("a folder" if Path(path).is_dir() else "not a regular file")
+        named = _formats().get(Path(path).suffix.lower())
+        # Of (factory, accept): a format without a mark would also take a damaged file of another format.
+        tried = [kind for kind, (_, mark) in Image.OPEN.items() if kind not in _REFUSED and (mark or kind == named)]
         with (
             _SILENCE,
             warnings.catch_warnings(action="ignore"),  # Pillow's, about oddities that do not change the pixels
-            Image.open(path, formats=_tried(path)) as image,
+            Image.open(path, formats=tried) as image,
         ):
             size = f"{image.width} x {image.height} pixels"
             if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded

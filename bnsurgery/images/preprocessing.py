@@ -182,12 +182,10 @@ class Wanted:
             DataError: the network takes grey images, and colours are wanted; or mean or std have another number of
                 values, or cannot be those of images.
         """
-        if own.channels == "grey" and self.channels is not None:
-            raise DataError("the network takes grey images, which have no order of colours: leave `channels` out")
-        if own.channels == "grey" and self.normalize == "imagenet":
+        if own.channels == "grey" and (self.channels is not None or self.normalize == "imagenet"):
             raise DataError(
-                "the network takes grey images, and ImageNet's are in colour: pass `normalize='none'`, or one number "
-                "each for `mean` and `std`"
+                "the network takes grey images: leave `channels` out, and pass `normalize='none'`, or one number each "
+                "for `mean` and `std`"
             )
         changes: dict[str, Any] = {} if self.channels is None else {"channels": self.channels}
         if self.size is not None:

@@ -13,7 +13,7 @@ from bnsurgery.files.checkpoint import read_record
 from bnsurgery.files.labels import noted_preprocessing
 from bnsurgery.files.weights import WeightsFile, read_weights
 from bnsurgery.images.preprocessing import NOTHING, Preprocessing, Wanted
-from bnsurgery.records.architectures import Architecture, identify, names, state_shapes
+from bnsurgery.records.architectures import NAMES, Architecture, identify, state_shapes
 
 from . import factories
 from .downloads import download
@@ -139,7 +139,7 @@ def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
         CheckpointError: the file cannot be read, or fits none.
     """
     file = _plain_file(path)
-    for name in names():
+    for name in NAMES:
         candidate = Architecture(name)
         expected = state_shapes(candidate.build())
         fit = find(file, expected, replace(choice, partial=False))

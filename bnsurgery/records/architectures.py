@@ -14,7 +14,7 @@ from torchvision.models import WeightsEnum
 from bnsurgery.errors import ArchitectureError, shown
 from bnsurgery.graph.layer_kinds import NORMS
 
-_NAMES = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
+NAMES = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
-            ("name", self.name in _NAMES, f"one of {', '.join(_NAMES)}"),
+            ("name", self.name in NAMES, f"one of {', '.join(NAMES)}"),
             ("num_classes", self.num_classes >= 1, "1 or more"),
             ("dropout", 0 <= self.dropout <= 1, "0 to 1"),
         ):
@@ -64,29 +64,24 @@ class Architecture:
         return max(self.weights.DEFAULT.meta["min_size"])
 
 
-def names() -> tuple[str, ...]:
-    """The names of the architectures, in alphabetical order."""
-    return _NAMES
-
-
 def architecture(name: str) -> Architecture:
     """The architecture called `name`, with torchvision's defaults.
 
     Raises:
         ArchitectureError: torchvision has none of that name, or it is normalized already or not a plain CNN.
     """
-    if name in _NAMES:
+    if name in NAMES:
         return Architecture(name)
-    known = ", ".join(_NAMES)
+    known = ", ".join(NAMES)
     if name not in models.list_models():
-        close = difflib.get_close_matches(name, _NAMES, n=3, cutoff=0.5)
+        close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {known}."
         raise ArchitectureError(f"'{name}': no such architecture or file. {hint}")
     norm = _first_norm(name)
     if norm is None:
         raise ArchitectureError(f"'{name}': not one of the networks this command handles: {known}.")
     free = name.removesuffix("_bn")
-    hint = f" Its BN-free twin is {free}." if free in _NAMES else ""
+    hint = f" Its BN-free twin is {free}." if free in NAMES else ""
     raise ArchitectureError(f"'{name}' has normalization layers already, the first: {norm}.{hint}")
 
 
@@ -110,7 +105,7 @@ def identify(shapes: Mapping[str, torch.Size], candidates: Iterable[Architecture
     Args:
         candidates: the architectures to try; all, if empty.
     """
-    for candidate in candidates or map(Architecture, _NAMES):
+    for candidate in candidates or map(Architecture, NAMES):
         head_bias = list(state_shapes(candidate.build()))[-1]
         classes = shapes.get(head_bias, ())
         if len(classes) == 1 and classes[0]:

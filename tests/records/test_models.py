@@ -7,17 +7,17 @@ from torchvision import models as tv
 
 from bnsurgery import ArchitectureError
 from bnsurgery.records.architectures import (
+    NAMES,
     Architecture,
     architecture,
     identify,
     identify_model,
-    names,
     state_shapes,
     summary,
 )
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", NAMES)
 def test_builds_torchvisions_network_without_allocating(name):
     built = architecture(name).build()
     with torch.device("meta"):
@@ -27,7 +27,7 @@ def test_builds_torchvisions_network_without_allocating(name):
     assert not built.training
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", NAMES)
 def test_identify(name):
     for chosen in (Architecture(name), Architecture(name, num_classes=3, dropout=0.1)):
         assert identify_model(chosen.build()) == chosen
