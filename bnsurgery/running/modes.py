@@ -63,14 +63,7 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate(operation: str, model: nn.Module, batch: Inputs) -> list[Tensor]:
-    """All tensors that `model` returns for `batch`, inside `observing`.
-
-    Args:
-        operation: the name of the caller, with which messages begin.
-
-    Raises:
-        CalibrationError: as `run`.
-    """
+    """All tensors that `model` returns for `batch`, inside `observing`; raises as `run`, for the caller `operation`."""
     with observing(model):
         return outputs(run(operation, model, batch))
 
