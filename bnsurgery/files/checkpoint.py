@@ -40,10 +40,9 @@ _REAL_PARTS = (torch.float16, torch.float32, torch.float64)  # of torch's comple
 def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = False) -> None:
     """Write `bn_model` and its record to one safetensors file: to a temporary name, read back, then renamed.
 
-    The tensors are the state dict, under its keys and of any value; any safetensors reader can open the file. A complex
-    tensor is stored as pairs of real numbers, in a last dimension of 2. Equal models give equal bytes. The record gets
-    the architecture that the model has now, with a head that was replaced after the insertion. `load` restores which
-    ReLUs are fused, and which layers and norms take no gradient.
+    The tensors are the state dict; a complex one is stored as pairs of real numbers, in a last dimension of 2. Equal
+    models give equal bytes. The record gets the architecture that the model has now, with a head that was replaced
+    after the insertion. `load` restores which ReLUs are fused, and which layers and norms take no gradient.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
@@ -51,17 +50,15 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
         >>> bnsurgery.save(bn_model, "net-bn.safetensors", overwrite=True)
 
     Raises:
-        CheckpointError: the file exists and `overwrite` is False, it cannot be written, or a tensor or the record
-            does not come back; an old file stays intact.
+        CheckpointError: the file exists and `overwrite` is False, it cannot be written, or it comes back as something
+            else; an old file stays intact.
         BNSurgeryError: the model carries no record, or its norms apply other ReLUs than the record says.
     """
     record = current_record(bn_model)
     for site in record.sites:
         if site.relu is not None and is_fused(bn_model, site) != record.options.fuse_relu:
-            raise BNSurgeryError(
-                f"save: '{site.norm}' was changed by hand: call bnsurgery.fuse_relu_ or unfuse_relu_, which treat all "
-                "ReLUs alike"
-            )
+            advice = "call bnsurgery.fuse_relu_ or unfuse_relu_, which treat all ReLUs alike"
+            raise BNSurgeryError(f"save: '{site.norm}' was changed by hand: {advice}")
     frozen = [name for name, p in bn_model.named_parameters(remove_duplicate=False) if not p.requires_grad]
     frozen += [site.norm for site in record.sites if is_frozen(bn_model.get_submodule(site.norm))]
     record = replace(record, frozen_at_save=tuple(frozen))
@@ -77,11 +74,7 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
 
 
 def current_record(bn_model: nn.Module) -> SurgeryRecord:
-    """The record, with the architecture that the model has now: its head may have been replaced.
-
-    Raises:
-        BNSurgeryError: the model carries no record.
-    """
+    """The record, as `bnsurgery.record`, with the architecture that the model has now: its head may be another."""
     record = record_of(bn_model)
     if record.architecture is None:
         return record
@@ -96,9 +89,8 @@ def load(
     """The model that `save` wrote, in eval mode, with its record.
 
     It is built on the meta device and filled from the file: no random initialization, no unpickling, no original
-    weights. Every parameter comes back contiguous. Parameters that were frozen when the model was saved are frozen
-    again, and norms that were frozen normalize by their running statistics in train mode. Ties between parameters are
-    not kept.
+    weights. Parameters come back contiguous, ties between them are not kept. Parameters and norms that were frozen when
+    the model was saved are frozen again: such norms normalize by their running statistics in train mode.
 
     Args:
         path: a file that `save` wrote.
@@ -164,10 +156,10 @@ def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = torch.view_as_real(tensor.resolve_conj())
         dense = tensor.layout == torch.strided
         if not dense or not has_place_for(tensor.dtype):
+            kind = tensor.dtype if dense else tensor.layout
             raise CheckpointError(
-                f"save: {shown(name)} is {tensor.dtype if dense else tensor.layout}, which safetensors has no place "
-                "for. Keep it as another type, or leave it out of the state dict: register_buffer(..., "
-                "persistent=False)"
+                f"save: {shown(name)} is {kind}, which safetensors has no place for. Keep it as another type, or leave "
+                "it out of the state dict: register_buffer(..., persistent=False)"
             )
         storage = tensor.untyped_storage().data_ptr()
         copy = tensor.clone(memory_format=torch.contiguous_format) if storage in seen else tensor.contiguous()

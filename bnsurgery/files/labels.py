@@ -16,10 +16,7 @@ FORMULA = "y = (pixel * scale / 255 - mean) / std, with mean and std of red, gre
 
 
 def labels(preprocessing: Preprocessing | None, classes: Sequence[str]) -> dict[str, str]:
-    """For a file's metadata: "preprocessing" and "classes" as JSON, each where it is known.
-
-    The preprocessing has the fields of `Preprocessing` and the formula that they go into.
-    """
+    """For a file's metadata: "preprocessing", with its formula, and "classes" as JSON, each where it is known."""
     fields = preprocessing and {**asdict(preprocessing), "formula": FORMULA}
     known = {"preprocessing": fields, "classes": list(classes)}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in known.items() if value}

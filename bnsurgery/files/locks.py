@@ -48,7 +48,7 @@ def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None
 
     Args:
         path: of the lock file; its directory has no links.
-        clean: called when the process acquires the lock, before any of its other threads continues.
+        clean: called when the process acquires the lock, while its other threads wait for it.
 
     Raises:
         LockedError: another process holds the lock.

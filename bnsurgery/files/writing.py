@@ -104,13 +104,12 @@ def only_process_in(folder: Path, what: str, files: Iterable[str]) -> Iterator[N
     """Keep other processes from this folder until the block ends, and remove files that killed ones left half-written.
 
     Args:
-        folder: exists.
+        folder: exists; it may come from a stranger.
         what: its kind, for messages.
         files: patterns of the files that will be written in it.
 
     Raises:
-        CheckpointError: a process is in it, named with its id; or one of the files is a link, which could name a file
-            of value elsewhere: the folder may come from a stranger.
+        CheckpointError: another process is in it, or one of the files is a link, perhaps to a file of value elsewhere.
     """
     folder = folder.resolve()
     busy = "is at work in it. Wait until it is done or stop it, or name another `output`."

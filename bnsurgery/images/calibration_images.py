@@ -30,8 +30,8 @@ _CROP_ASPECT = (3 / 4, 4 / 3)
 class ImageBatches:
     """Images as batches of shape (B, C, H, W), each read when it is asked for; each pass starts anew."""
 
-    # Reading ahead in a thread was measured and left out: on two cores, which torch uses meanwhile, SqueezeNet, AlexNet
-    # and VGG11 took as long with it (2.7, 1.4 and 12.3 s for 96 images) as without (2.7, 1.4 and 12.5 s).
+    # No thread reads ahead: on two cores, which torch uses, too, SqueezeNet, AlexNet and VGG11 took as long with one
+    # (2.7, 1.4 and 12.3 s for 96 images) as without (2.7, 1.4 and 12.5 s).
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class ImageBatches:
         skip_bad: bool = False,
         passed_over: Sequence[Path] = (),
     ) -> None:
-        """Keep what is to be read; nothing is read yet.
+        """Read nothing yet.
 
         Args:
             items: one for each image, such as its path; hashable.
@@ -124,8 +124,8 @@ def calibration_batches(
 
     Args:
         source: "samples" for random crops of scikit-learn's two photographs, or a directory, searched through.
-        num_images: how many; of a larger directory a random choice, in the order of their names.
-        batch_size: how many at a time.
+        num_images: their number; of a larger directory a random choice, in the order of their names.
+        batch_size: images at a time.
         preprocess: from an image to the input; a crop is scaled and normalized, but not cropped again.
         seed: of the random choice or crops; equal seeds give equal bytes. The caller's random numbers are left alone.
         skip_bad: leave damaged images out instead of raising at the first.
@@ -181,7 +181,6 @@ def _random_box(size: tuple[int, int], generator: torch.Generator) -> tuple[int,
     low, high = torch.tensor(_CROP_ASPECT).log().tolist()
     aspect = torch.empty(1).uniform_(low, high, generator=generator).exp().item()
     crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    top, left = (
-        int(torch.randint(room + 1, (1,), generator=generator)) for room in (height - crop_height, width - crop_width)
-    )
+    rooms = (height - crop_height, width - crop_width)
+    top, left = (int(torch.randint(room + 1, (1,), generator=generator)) for room in rooms)
     return top, left, crop_height, crop_width

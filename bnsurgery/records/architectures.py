@@ -25,9 +25,6 @@ class Architecture:
         name: torchvision's builder, such as "vgg16".
         num_classes: outputs of the head.
         dropout: probability in the classifier's dropout layers.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     name: str

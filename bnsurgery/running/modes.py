@@ -30,10 +30,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeping_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes and buffers of every module on exit: code may store results or count calls.
-
-    The items of lists, dicts and sets are restored; changes inside other objects are not.
-    """
+    """Restore every module's attributes, with the items of lists, dicts and sets, and buffers on exit."""
     before = []
     for module in model.modules():
         attributes = dict(vars(module))
