@@ -39,7 +39,7 @@ _mutex = threading.Lock()
 
 
 @contextmanager
-def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(path: Path, clean: Callable[[Path], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path` until the block ends; one process can hold it several times.
 
     The lock works between the hosts of most network file systems, too. The file names the holder and is removed at the
@@ -48,7 +48,7 @@ def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None
 
     Args:
         path: of the lock file; its directory has no links.
-        clean: called when the process acquires the lock, while its other threads wait for it.
+        clean: called with `path` when the process acquires the lock, while its other threads wait for it.
 
     Raises:
         LockedError: another process holds the lock.
@@ -58,7 +58,7 @@ def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None
         if path not in _held:
             _held[path] = _Held(_acquire(path))
             if clean is not None:
-                clean()
+                clean(path)
         held = _held[path]
         held.times += 1
     try:

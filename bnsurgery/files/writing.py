@@ -7,7 +7,6 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -118,7 +117,7 @@ def only_process_in(folder: Path, what: str, files: Iterable[str]) -> Iterator[N
         if link is not None:
             raise CheckpointError(f"{what} '{folder}': '{link.name}' is a link, expected a file of its own. Remove it.")
         for lock in (*folder.glob(f"{_PREFIX}*.lock"), *folder.glob(f"*/{_PREFIX}*.lock")):
-            with suppress(LockedError, OSError), locked(lock, partial(_remove_temporaries, lock)):
+            with suppress(LockedError, OSError), locked(lock, _remove_temporaries):
                 pass  # the files of a live process stay
         yield
 
@@ -153,7 +152,7 @@ def _holding(lock: Path, place: Path, what: str, busy: str) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             with _naming(place):
-                stack.enter_context(locked(lock, partial(_remove_temporaries, lock)))
+                stack.enter_context(locked(lock, _remove_temporaries))
         except LockedError as error:
             raise CheckpointError(f"{what} '{place}': {error} {busy}") from None
         yield

@@ -25,6 +25,7 @@ from .task import Task
 # 1 named a ReLU only if it was fused; 1 and 2 had no frozen parameters, and preprocessing only of fine-tuned networks;
 # 3 had those frozen at the insertion. All three had the fields of plan and options in the record itself.
 FORMAT_VERSION = 4
+_VERSIONS = {"bnsurgery": __version__, "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 _ATTRIBUTE = "_bnsurgery_record"
 
 
@@ -105,13 +106,7 @@ class SurgeryRecord:
     sites: tuple[InsertedSite, ...]
     calibration_digest: str
     provenance: dict[str, str | int] = field(default_factory=dict)
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            "bnsurgery": __version__,
-            "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__),
-        }
-    )
+    versions: dict[str, str] = field(default_factory=_VERSIONS.copy)
     task: Task | None = None
     dropped_lrn: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
