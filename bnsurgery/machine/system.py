@@ -1,7 +1,4 @@
-"""Differences between operating systems and installations. No other module imports what one of the systems lacks.
-
-The tests run on Linux; macOS and Windows are prepared for.
-"""
+"""Differences between operating systems and installations. No other module imports what one of the systems lacks."""
 
 import functools
 import os

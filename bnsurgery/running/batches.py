@@ -71,10 +71,9 @@ class Inputs:
         return Inputs(args, kwargs)
 
     def of_signature(self, function: Callable[..., Any]) -> "Inputs":
-        """The arguments as `function` takes them: a dict's entries by name, if it has parameters of these names.
+        """The arguments as `function` takes them: a dict's entries for its parameters, without others such as labels.
 
-        Keys without a parameter, such as labels, are left out. If no key has one, or others are required, the dict is
-        the one argument. Arguments that fit in no way are left as they are.
+        If these do not suffice, the dict is the one argument. Arguments that fit in no way are left as they are.
         """
         try:
             signature = inspect.signature(function)

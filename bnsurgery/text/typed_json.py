@@ -34,12 +34,11 @@ def _refuse_constant(name: str) -> None:
 
 
 def parse(expected: Any, value: Any, where: str) -> Any:
-    """Check `value` against the type `expected` and build dataclasses and tuples from it.
+    """Check `value`, which `loads` gave, against the type `expected`, and build dataclasses and tuples from it.
 
     Args:
         expected: a dataclass, str, int, float, bool, None, a union, or a tuple or dict of these.
-        value: the result of `loads`.
-        where: its name in messages.
+        where: the value's name in messages.
 
     Raises:
         CheckpointError: a field is missing, unknown, of the wrong type or refused by its dataclass.
