@@ -17,7 +17,7 @@ from bnsurgery import calibrate, insert, plan
 from bnsurgery.finetune import from_tensors
 from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 from bnsurgery.statistics.moments import digest
 
 pytestmark = pytest.mark.slow

@@ -29,8 +29,7 @@ from bnsurgery.networks.interface import preprocessing_of
 from bnsurgery.networks.prediction import predict
 from bnsurgery.networks.pretrained import load as load_weights
 from bnsurgery.records.architectures import architecture
-from bnsurgery.records.record import SurgeryRecord, attach_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import SurgeryRecord, Task, attach_record, record
 from tests.fuzz.networks import inserted, small
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")

@@ -9,7 +9,6 @@ import os
 import socket
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -99,13 +98,14 @@ def _acquire(path: Path) -> int:
             opened.callback(os.close, descriptor)
             try:
                 if not lock_descriptor(descriptor, blocking=False):
-                    raise LockedError(_holder(descriptor))
+                    os.lseek(descriptor, 1, os.SEEK_SET)  # Windows locks the first byte: no other process can read it
+                    holder = os.read(descriptor, _LONGEST).decode(errors="replace").strip()
+                    raise LockedError(holder or "another process")
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise
             try:
                 if os.path.samestat(os.fstat(descriptor), path.lstat()):
-                    # Windows locks the first byte, which no other process can read then.
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, f"\nprocess {os.getpid()} on {socket.gethostname()}\n".encode())
                     opened.pop_all()  # it stays open
@@ -136,14 +136,3 @@ def _open(path: Path) -> int:
         os.close(descriptor)
         raise OSError(errno.EEXIST, "this is no lock: remove it", str(path))
     return descriptor
-
-
-def _holder(descriptor: int) -> str:
-    """The holder's name in the file, which a new holder writes in a moment."""
-    for _ in range(20):
-        os.lseek(descriptor, 1, os.SEEK_SET)
-        text = os.read(descriptor, _LONGEST).decode(errors="replace").strip()
-        if text:
-            return text
-        time.sleep(0.01)
-    return "another process"

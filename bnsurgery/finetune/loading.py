@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from bnsurgery.errors import DataError
 from bnsurgery.machine.system import processors
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 
 Key = tuple[int, int]  # epoch and number of the image
 _CROP_AREA = (0.35, 1.0)  # of the photograph; from-scratch training takes from 0.08, which is harsh on a fine-tune

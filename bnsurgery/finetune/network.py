@@ -20,8 +20,7 @@ from bnsurgery.networks import factories, interface, onnx_files, pretrained
 from bnsurgery.networks.fitting import BEST_FIT, Choice
 from bnsurgery.nn import set_statistics_
 from bnsurgery.records import architectures
-from bnsurgery.records.record import attach_record, carries_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, attach_record, carries_record, record
 from bnsurgery.running.batches import Inputs
 from bnsurgery.statistics.verification import statistics_for
 from bnsurgery.surgery.copies import independent, sharing_tensors

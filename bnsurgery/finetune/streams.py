@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from bnsurgery.errors import ArchitectureError, CalibrationError, DataError
 from bnsurgery.networks import factories
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import with_article
 

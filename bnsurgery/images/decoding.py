@@ -50,24 +50,25 @@ def find_images(directory: str | Path) -> Found:
         raise DataError(f"images: '{root}': {what}. Check the path.")
     formats = _formats()
     paths: list[Path] = []
-    seen: set[tuple[int, int]] = set()
+    seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse_folder):
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # a loop of links, or a second way here
+        place = os.path.realpath(folder)
+        if place in seen:  # a loop of links, or a second way here
             subfolders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths += [Path(folder, name) for name in names if not name.startswith(".")]
     paths.sort()
-    found = Found(*([path for path in paths if (path.suffix.lower() in formats) == wanted] for wanted in (True, False)))
-    if not found.images:
-        others = f" ({told_of(found.others)})" if found.others else ""
+    images = [path for path in paths if path.suffix.lower() in formats]
+    others = [path for path in paths if path.suffix.lower() not in formats]
+    if not images:
+        besides = f" ({told_of(others)})" if others else ""
         raise DataError(
-            f"images: '{root}': got no image{others}, expected files in it or below whose names end as an image's: "
+            f"images: '{root}': got no image{besides}, expected files in it or below whose names end as an image's: "
             ".jpg, .png, .webp, .tif, .bmp, or another that Pillow reads."
         )
-    return found
+    return Found(images, others)
 
 
 def _refuse_folder(error: OSError) -> None:

@@ -32,13 +32,12 @@ class Architecture:
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("name", self.name in NAMES, f"one of {', '.join(NAMES)}"),
-            ("num_classes", self.num_classes >= 1, "1 or more"),
-            ("dropout", 0 <= self.dropout <= 1, "0 to 1"),
-        ):
-            if not fits:
-                raise ValueError(f"{name}: got {shown(getattr(self, name))}, expected {expected}")
+        if self.name not in NAMES:
+            raise ValueError(f"name: got {shown(self.name)}, expected one of {', '.join(NAMES)}")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes: got {shown(self.num_classes)}, expected 1 or more")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout: got {shown(self.dropout)}, expected 0 to 1")
 
     def build(self, device: torch.device | str = "meta") -> nn.Module:
         """The network in eval mode; on "meta", without memory or initialization."""

@@ -15,18 +15,37 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnsurgery._version import __version__
 from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
 from bnsurgery.graph.planning import Plan, Site
+from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.text.tables import table
 from bnsurgery.text.typed_json import loads, parse
 from bnsurgery.text.words import counted
 
 from .architectures import Architecture
-from .task import Task
 
 # 1 named a ReLU only if it was fused; 1 and 2 had no frozen parameters, and preprocessing only of fine-tuned networks;
 # 3 had those frozen at the insertion. All three had the fields of plan and options in the record itself.
 FORMAT_VERSION = 4
 _VERSIONS = {"bnsurgery": __version__, "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 _ATTRIBUTE = "_bnsurgery_record"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The preprocessing of images for a network, and the classes it was fine-tuned to.
+
+    Attributes:
+        classes: their names, in the order of the outputs; empty if it was not fine-tuned.
+        head: fqn of the output layer in the original network if it was replaced for these classes, else None.
+        preprocessing: from an image to the input; None if the inputs are not images.
+    """
+
+    classes: tuple[str, ...]
+    head: str | None
+    preprocessing: Preprocessing | None
+
+    def __post_init__(self) -> None:
+        if self.head is not None and not self.classes:
+            raise CheckpointError("task: a new head, but no classes for it")
 
 
 @dataclass(frozen=True)

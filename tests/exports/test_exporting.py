@@ -19,8 +19,7 @@ from benchmarks.zoo import NETWORKS
 from bnsurgery import CalibrationError, CheckpointError, ExportError, FoldError, export, insert
 from bnsurgery.exports.exporting import SUFFIXES, export_folded
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.record import attach_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, attach_record, record
 
 pytestmark = [
     pytest.mark.slow,

@@ -19,7 +19,7 @@ from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import build, processes
 from bnsurgery.finetune.streams import evaluation
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 
 pytestmark = pytest.mark.slow
 
