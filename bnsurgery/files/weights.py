@@ -147,9 +147,7 @@ def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str],
         if tensor.dtype in _SUMMABLE and tensor.sum().isfinite():
             continue
         if not (~tensor.isnan() if name in masks else tensor.isfinite()).all():
-            raise _refusal(
-                path, f"NaN or Inf in {shown(name)}", "Its training diverged, or it is damaged: use another."
-            )
+            raise _refusal(path, f"NaN or Inf in {shown(name)}", "It diverged or is damaged: use another.")
 
 
 def describe_mismatch(expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> str | None:

@@ -30,7 +30,6 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
     name, and the directory afterwards. A symbolic link is written through, not replaced.
 
     Args:
-        path: where the file shall be.
         overwrite: whether to replace an existing file. If not, one that appears there during the block is kept, too.
 
     Yields:
@@ -127,14 +126,10 @@ def _target(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     """The file behind `path`, links followed, with its lock held; refuses a file that must not be replaced."""
     target = Path(os.path.realpath(path))
     if target.suffix == ".safetensors" and not is_utf8(str(target)):
-        raise CheckpointError(
-            f"write: {str(target)!a}: got a name that is not UTF-8, by which safetensors opens no file. Choose another."
-        )
+        raise CheckpointError(f"write: {str(target)!a}: not UTF-8, which safetensors needs. Choose another name.")
     with _naming(target), suppress(FileNotFoundError):
         if not target.parent.exists():
-            raise CheckpointError(
-                f"write: '{target}': got no directory '{target.parent}', expected it to exist. Create it first."
-            )
+            raise CheckpointError(f"write: '{target}': got no directory '{target.parent}'. Create it first.")
         mode = target.stat().st_mode
         if not stat.S_ISREG(mode):  # renaming over /dev/null would destroy the device
             kind = "directory" if stat.S_ISDIR(mode) else "device or pipe"
@@ -224,9 +219,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _exists(target: Path) -> CheckpointError:
-    return CheckpointError(
-        f"write: '{target}': got an existing file, expected a new name. To replace it pass `overwrite=True`."
-    )
+    return CheckpointError(f"write: '{target}': got an existing file. To replace it pass `overwrite=True`.")
 
 
 def unwritable(target: Path, error: Exception) -> CheckpointError:

@@ -106,9 +106,7 @@ class ImageBatches:
                 self._bad[item] = str(error)
         if not self.used:
             first = next(iter(self._bad.values()), "there is none")
-            raise DataError(
-                f"images: {self.description}: got no usable image of {len(self._items)}. The first: {first}"
-            )
+            raise DataError(f"images: {self.description}: no usable image of {len(self._items)}. The first: {first}")
 
 
 def calibration_batches(

@@ -65,8 +65,7 @@ def find_images(directory: str | Path) -> Found:
     if not images:
         besides = f" ({told_of(others)})" if others else ""
         raise DataError(
-            f"images: '{root}': got no image{besides}, expected files in it or below whose names end as an image's: "
-            ".jpg, .png, .webp, .tif, .bmp, or another that Pillow reads."
+            f"images: '{root}': got no image{besides}, expected files in it or below that Pillow reads, such as .jpg."
         )
     return Found(images, others)
 

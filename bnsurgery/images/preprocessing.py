@@ -155,13 +155,8 @@ class Wanted:
             raise DataError("mean and std: got no number, expected one for each colour, or one for all")
         if self.size is not None and not all(0 < side <= MAX_SIDE for side in self.size):
             raise DataError(f"image_size: got {shown(self.image_size)}, expected 1 to {MAX_SIDE}, or as 240x320 (HxW)")
-        if self.normalize != "auto" and self.numbers:
+        if self.normalize != "auto" and (self.mean, self.std, self.scale) != (None, None, None):
             raise DataError(f"normalize '{self.normalize}' sets mean, std and scale: give one or the other.")
-
-    @property
-    def numbers(self) -> bool:
-        """Whether mean, std or scale are given."""
-        return (self.mean, self.std, self.scale) != (None, None, None)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -178,17 +173,14 @@ class Wanted:
             DataError: colours are wanted of a network for grey images, or `Preprocessing` refuses a value.
         """
         if own.channels == "grey" and (self.channels is not None or self.normalize == "imagenet"):
-            raise DataError(
-                "the network takes grey images: leave `channels` out, and pass `normalize='none'`, or one number each "
-                "for `mean` and `std`"
-            )
+            raise DataError("the network takes grey images: leave out `channels` and `normalize='imagenet'`")
         changes: dict[str, Any] = {} if self.channels is None else {"channels": self.channels}
         if self.size is not None:
             resize = round(min(self.size) * own.resize / min(own.height, own.width))
             changes |= {"height": self.size[0], "width": self.size[1], "resize": resize}
         if self.normalize == "imagenet":
             changes |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "scale": 1.0}
-        elif self.normalize == "none" or self.numbers:
+        elif (self.normalize, self.mean, self.std, self.scale) != ("auto", None, None, None):
             count = len(own.mean)
             mean, std = self.mean or (0.0,), self.std or (1.0,)
             changes |= {"mean": mean * (count if len(mean) == 1 else 1), "std": std * (count if len(std) == 1 else 1)}

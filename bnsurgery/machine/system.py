@@ -57,10 +57,8 @@ def require_torch() -> None:
     except metadata.PackageNotFoundError:  # a user's build, or none: then importing torch fails
         return
     if _release(installed) < _release(OLDEST):
-        raise BNSurgeryError(
-            f"bnsurgery needs torch {OLDEST} or newer, and torch {installed} is installed: "
-            f"pip install 'torch>={OLDEST}' torchvision"
-        )
+        upgrade = f"pip install 'torch>={OLDEST}' torchvision"
+        raise BNSurgeryError(f"bnsurgery needs torch {OLDEST} or newer, and torch {installed} is installed: {upgrade}")
 
 
 def _release(version: str) -> tuple[int, ...]:

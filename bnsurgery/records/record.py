@@ -69,9 +69,7 @@ class Options:
     def check(self, placement: str) -> None:
         """Raise ValueError if these options do not go with `placement`."""
         if self.absorb_bias and placement != "pre-activation":
-            raise ValueError(
-                "insert: absorbing biases needs `placement='pre-activation'`: no shift passes an activation"
-            )
+            raise ValueError("insert: absorbing biases needs `placement='pre-activation'`: shifts pass no activation")
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ class SurgeryRecord:
             raise CheckpointError(f"record: got format version {shown(version)}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"record: got format version {shown(version)}, expected up to {FORMAT_VERSION}: upgrade bnsurgery"
+                f"record: got format version {shown(version)}, above {FORMAT_VERSION}: upgrade bnsurgery"
             )
         if version < 3:
             data = {**data, "task": _upgraded_task(data.get("task")), "frozen": []}

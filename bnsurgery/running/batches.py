@@ -42,8 +42,7 @@ class Inputs:
             found = cls(item if isinstance(item, tuple) else (item,))
         if not found.tensors:
             raise CalibrationError(
-                f"batches: got {type(item).__name__}, expected a tensor, a dict of keyword arguments, or a tuple whose "
-                "first item is the input"
+                f"batches: got {type(item).__name__}, expected a tensor, a dict, or a tuple that begins with the input"
             )
         return found
 

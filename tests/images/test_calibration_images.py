@@ -92,7 +92,7 @@ def test_all_bad(tmp_path):
         (tmp_path / name).touch()
     batches = image_batches(find_images(tmp_path).images, plain, 2, skip_bad=True)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"got no usable image of 2. The first: .*a\.png"):
+        with pytest.raises(DataError, match=r"no usable image of 2. The first: .*a\.png"):
             list(batches)
 
 
