@@ -14,7 +14,7 @@ from bnsurgery.files.checkpoint import read_record
 from bnsurgery.files.labels import noted_preprocessing
 from bnsurgery.files.weights import WeightsFile, read_weights
 from bnsurgery.images.preprocessing import NOTHING, Preprocessing, Wanted
-from bnsurgery.records.architectures import Architecture, identify, names, state_shapes
+from bnsurgery.records.architectures import NAMES, Architecture, identify, state_shapes
 
 from . import factories
 from .downloads import download
@@ -125,7 +125,7 @@ def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
         CheckpointError: the file cannot be read, or fits none.
     """
     file = _plain_file(path)
-    for candidate in map(Architecture, names()):
+    for candidate in map(Architecture, NAMES):
         fit = find(file, state_shapes(candidate.build()), replace(choice, partial=False))
         found = identify(fit.shapes, (candidate,))
         if found is not None and (fit.norm is None or choice.partial):

@@ -20,8 +20,7 @@ from bnsurgery import CalibrationError, CheckpointError, ExportError, FoldError,
 from bnsurgery.exports.exporting import export_folded
 from bnsurgery.exports.formats import SUFFIXES
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.record import attach_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, attach_record, record
 
 pytestmark = [
     pytest.mark.slow,
