@@ -13,8 +13,7 @@ import click
 
 from bnsurgery._version import __version__
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, printable
-from bnsurgery.machine.system import quote
-from bnsurgery.machine.torch_version import require_torch
+from bnsurgery.machine.system import quote, require_torch
 
 from .options import words
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bnsurgery.exports.formats import AXES, SUFFIXES
+
 from .options import (
     Checkpoint,
     batches_option,
@@ -22,15 +24,13 @@ from .output import claim, output_options, overwrite, print_options, show
 if TYPE_CHECKING:
     from bnsurgery.images.preprocessing import Wanted
 
-_FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
-
 
 @click.command("export")
 @checkpoint_options
 @group(
     "how",
     dict,
-    option("to", "The format, see above.", required=True, type=click.Choice(_FORMATS)),
+    option("to", "The format, see above.", required=True, type=click.Choice(list(SUFFIXES))),
     option("keep_bn", "Leave the BatchNorm layers in.", is_flag=True),
     option(
         "dynamic",
@@ -63,8 +63,6 @@ def command(
     The command reads back what it wrote and compares it before the file gets its name.
     """  # noqa: D301 (the \b is click's: leave the lines as they are)
     import bnsurgery
-    from bnsurgery.exports.exporting import SUFFIXES
-    from bnsurgery.exports.programs import AXES
     from bnsurgery.images.preprocessing import NOTHING
     from bnsurgery.networks import interface
 

@@ -56,7 +56,8 @@ def command(
     With --model and no FILE, it folds a network that came with its own BatchNorm, such as vgg16_bn: every norm goes
     into the layer before it. If there is no such layer, the command fails and names the norm.
     """
-    from bnsurgery.exports.exporting import SUFFIXES, export, export_folded
+    from bnsurgery.exports.exporting import export, export_folded
+    from bnsurgery.exports.formats import SUFFIXES
     from bnsurgery.networks import onnx_files
     from bnsurgery.records.record import record
     from bnsurgery.text.words import counted

@@ -72,7 +72,7 @@ def command(
             preprocess = interface.own_preprocessing(model, images.wanted)
     else:
         found = pretrained.load(architecture, weights, choice=choice, wanted=images.wanted, seed=seed, progress=loud())
-        name, model, origin = found.name, found.model, found.weights
+        name, model, origin = architecture.name, found.model, found.weights
         preprocess = None if images.are_batches else found.preprocess
     model.to(place)
     batches = images.open(lambda: preprocess)

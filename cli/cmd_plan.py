@@ -70,7 +70,7 @@ def command(
         name = architecture.name
         if network.file is None and weights not in ("DEFAULT", "random", *architecture.weight_names):
             found = pretrained.load(architecture, weights, choice=network.choice, wanted=Wanted(image_size))
-            architecture, model = found.architecture or architecture, on_meta(found.model)
+            architecture, model = found.architecture, on_meta(found.model)
         else:
             model = architecture.build("meta")
         preprocess = partial(interface.preprocessing, architecture, wanted=Wanted(image_size))

@@ -16,7 +16,7 @@ from bnsurgery.text.words import with_article
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnsurgery.images.batches import ImageBatches
+    from bnsurgery.images.calibration_images import ImageBatches
     from bnsurgery.images.preprocessing import Preprocessing, Wanted
     from bnsurgery.networks.fitting import Choice
     from bnsurgery.networks.own_data import OwnBatches
@@ -198,9 +198,9 @@ class Images:
 
         return names_code(self.data)
 
-    def open(self, preprocessing: "Callable[[], Preprocessing | None]") -> "ImageBatches[Any] | OwnBatches":
+    def open(self, preprocessing: "Callable[[], Preprocessing | None]") -> "ImageBatches | OwnBatches":
         """The batches; `preprocessing` is called for images only, which it must give."""
-        from bnsurgery.images.batches import calibration_batches
+        from bnsurgery.images.calibration_images import calibration_batches
         from bnsurgery.networks.own_data import OwnBatches
 
         if not self.are_batches and (preprocess := preprocessing()) is not None:
@@ -295,7 +295,7 @@ def _network(source: str | None, model: str | None, weights: Weights) -> Network
     from bnsurgery.records import architectures
 
     where, choice = str(weights.weights), weights.choice
-    is_file = source is not None and source not in architectures.names() and Path(source).is_file()
+    is_file = source is not None and source not in architectures.NAMES and Path(source).is_file()
     file = Path(source) if source is not None and is_file else None
     if is_file and where != "DEFAULT":
         raise click.UsageError(f"'{source}' is a file of weights: leave --weights {where} out.")

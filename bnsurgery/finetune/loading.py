@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from bnsurgery.errors import DataError
 from bnsurgery.machine.system import processors
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 from bnsurgery.running.batches import Inputs
 
 from . import recipe

@@ -20,8 +20,7 @@ from bnsurgery.networks import factories, interface, onnx_files, pretrained
 from bnsurgery.networks.fitting import BEST_FIT, Choice
 from bnsurgery.nn import set_statistics_
 from bnsurgery.records import architectures
-from bnsurgery.records.record import attach_record, carries_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, attach_record, carries_record, record
 from bnsurgery.running.batches import Inputs
 from bnsurgery.statistics.verification import statistics_for
 from bnsurgery.surgery.copies import independent, sharing_tensors
@@ -59,7 +58,7 @@ def find(config: Config) -> Source:
     if not config.source and not config.model:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass `model`")
     path, of_images = Path(config.source), not factories.names_code(config.data)
-    is_file = path.is_file() and not factories.is_onnx(config.source) and config.source not in architectures.names()
+    is_file = path.is_file() and not factories.is_onnx(config.source) and config.source not in architectures.NAMES
     if is_file and config.weights != "DEFAULT":
         raise CheckpointError(f"finetune: '{path}' is a file of weights: leave `weights={config.weights!r}` out")
     choice, wanted = Choice(config.weights_key, config.weights_prefix, config.partial), config.wanted
@@ -82,7 +81,7 @@ def find(config: Config) -> Source:
     architecture = pretrained.recognise(path, choice) if is_file else architectures.architecture(config.source)
     found = pretrained.load(architecture, weights, choice=choice, wanted=wanted, seed=config.seed)
     classes = interface.categories(architecture, found.weights) or noted_classes(weights)
-    return Source(found.model, f"{found.name}, {found.weights}", found.preprocess, classes=classes)
+    return Source(found.model, f"{architecture.name}, {found.weights}", found.preprocess, classes=classes)
 
 
 def own_name(config: Config) -> str | None:

@@ -22,12 +22,12 @@ from bnsurgery.records.record import (
     InsertedSite,
     Options,
     SurgeryRecord,
+    Task,
     attach_record,
     carries_record,
     record,
     state_digest,
 )
-from bnsurgery.records.task import Task
 from bnsurgery.running.batches import Inputs, peek
 from bnsurgery.running.calls import equal
 from bnsurgery.running.modes import evaluate

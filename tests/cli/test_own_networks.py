@@ -484,7 +484,7 @@ def test_pictures(cli):
         (
             ["insert", "--model", "net.py:sound", *FEW],
             1,
-            "takes 2 channels, expected 1 or 3, as images have. Pass other inputs as --data FILE.py:FUNCTION",
+            "takes 2 channels, expected 1 or 3: pass --data FILE.py:FUNCTION",
         ),
         (["insert", "--model", "net.py:number", *FEW], 1, "returned an int, expected a torch.nn.Module"),
         (["insert", "--model", "net.py:nothing", *FEW], 1, "has no 'nothing'"),

@@ -18,8 +18,7 @@ from bnsurgery.finetune.own_data import open_own
 from bnsurgery.finetune.parts import Stream
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.networks.own_data import OwnBatches
-from bnsurgery.records.record import record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, record
 from bnsurgery.running.batches import Inputs
 
 CODE = """

@@ -18,7 +18,7 @@ from bnsurgery.finetune.loading import Prepared, TrainBatches, evaluation
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import _check_sizes, build, processes
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 
 pytestmark = pytest.mark.slow
 

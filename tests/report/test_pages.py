@@ -313,7 +313,7 @@ def test_saved_whole_or_not_at_all(insertion_page, tmp_path):
     with pytest.raises(bnsurgery.CheckpointError, match="existing file"):
         page.save_figures(tmp_path / "new" / "figures")
     (tmp_path / "file").write_text("")
-    with pytest.raises(bnsurgery.CheckpointError, match="name another folder"):
+    with pytest.raises(bnsurgery.CheckpointError, match="Choose another place"):
         page.save_figures(tmp_path / "file" / "in")
 
 
