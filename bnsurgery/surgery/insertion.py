@@ -160,12 +160,12 @@ def insert(
     bn_model = sharing_tensors(reference) if share_weights else independent(reference)
     if moments is None:
         moments = calibrate(reference, plan, batches, progress=progress)
-    parameters = [_parameters(reference, site, moments[site.name], options) for site in plan.sites]
-    warn_of_dead_channels(moments, eps)
+    parameters = {site.name: _parameters(reference, site, moments[site.name], options) for site in plan.sites}
+    warn_of_dead_channels({name: values["running_var"] for name, values in parameters.items()}, eps)
     with torch.inference_mode(False), torch.no_grad():
         sites = edit_(bn_model, plan.sites, options)
-        for inserted, values in zip(sites, parameters, strict=True):
-            for name, value in values.items():
+        for inserted in sites:
+            for name, value in parameters[inserted.site.name].items():
                 getattr(bn_model.get_submodule(inserted.norm), name).copy_(value)
     frozen = [name for name, p in reference.named_parameters(remove_duplicate=False) if not p.requires_grad]
     new_record = SurgeryRecord(
