@@ -189,7 +189,7 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
     name = trace.names[module]
     if isinstance(module, Normed):
         return f"{_NORMALIZED} by '{name}.norm' ({type(module.norm).__name__})"
-    if not trace.calls(module):
+    if not trace.calls[module]:
         return trace.obstacle(module) or "never called in the forward pass"
     following = list(trace.next_layers(module))
     for node in following:
@@ -197,7 +197,7 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
             norm = node.meta.get("module")
             by, kind = (trace.names[norm], type(norm).__name__) if norm else (node.name, "function")
             return f"{_NORMALIZED} by '{by}' ({kind})"
-    function: Any = trace.calls(module)[0].target  # of a custom layer: F.conv2d or the like
+    function: Any = trace.calls[module][0].target  # of a custom layer: F.conv2d or the like
     expected = batched_ndim(module) if isinstance(module, LAYERS) else LAYER_FUNCTIONS[function]
     kind = "dense" if expected == _DENSE else "conv"
     if not (layers(name, module) if callable(layers) else layers in ("all", kind)):
@@ -206,7 +206,7 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
         part = trace.part(module)
         what = f"output of {part}, whose further way cannot be followed" if part else "output layer"
         return f"{what} (the head option takes it too)"
-    shapes = trace.shapes(module)
+    shapes = trace.shapes[module]
     ndims = {len(shape) for shape in shapes}
     if not ndims or (min(ndims) < _DENSE if kind == "dense" else ndims != {expected}):
         seen = " or ".join(map(str, sorted(ndims))) or "unknown"

@@ -81,16 +81,16 @@ def _layer_before(trace: Trace, norm: nn.Module) -> tuple[str | None, str | None
         return None, "has hooks, which would be lost: remove them first"
     if norm in trace.read:
         return None, "the code of another module reads its parameters"
-    if not trace.calls(norm):
+    if not trace.calls[norm]:
         reason = trace.obstacle(norm)
-        if reason is not None and trace.observed is None:
+        if reason is not None and trace.example is None:
             reason += ": pass a batch as `example` if its code asks for shapes"
         return None, reason or "is never called in eval mode, so that its layer is not known"
     after, before = norm, _source(trace, norm)
     while isinstance(before, _NOTHING_IN_EVAL) and trace.only_user(before) is after and not is_hooked(before):
         after, before = before, _source(trace, before)
     if not isinstance(before, LAYERS):
-        nodes = {str(source) for node in trace.calls(after) for source in node.all_input_nodes}
+        nodes = {str(source) for node in trace.calls[after] for source in node.all_input_nodes}
         what = f"'{nodes.pop()}', which is no module" if len(nodes) == 1 else "different things"
         what = what if before is None else f"{type(before).__name__} '{trace.names[before]}'"
         return None, f"does not stand behind a conv or dense layer, but behind {what}"
@@ -103,7 +103,7 @@ def _layer_before(trace: Trace, norm: nn.Module) -> tuple[str | None, str | None
         return None, f"the code of another module reads the parameters of '{name}'"
     if is_hooked(before):
         return None, f"'{name}' has hooks, which may change the norm's input: remove them first"
-    if isinstance(before, nn.Linear) and not isinstance(norm, LastDimBatchNorm1d) and not trace.shapes(before):
+    if isinstance(before, nn.Linear) and not isinstance(norm, LastDimBatchNorm1d) and not trace.shapes[before]:
         return None, f"may normalize another dimension than the features of '{name}': pass `example`, a batch"
     if not _same_channels(trace, before, norm):
         return None, f"normalizes another dimension than the channels of '{name}'"
@@ -112,7 +112,7 @@ def _layer_before(trace: Trace, norm: nn.Module) -> tuple[str | None, str | None
 
 def _source(trace: Trace, module: nn.Module) -> nn.Module | None:
     """The module that gives every call of `module` its input, or None."""
-    inputs = [node.all_input_nodes[:1] for node in trace.calls(module)]
+    inputs = [node.all_input_nodes[:1] for node in trace.calls[module]]
     sources = {first[0].meta.get("module") if first else None for first in inputs}
     return sources.pop() if len(sources) == 1 else None
 
@@ -125,7 +125,7 @@ def _same_channels(trace: Trace, layer: Layer, norm: nn.Module) -> bool:
         return isinstance(layer, nn.Linear)
     if isinstance(layer, nn.Linear) and not isinstance(norm, (nn.BatchNorm1d, nn.SyncBatchNorm)):
         return False
-    return {len(shape) for shape in trace.shapes(layer)} <= {batched_ndim(layer)}
+    return {len(shape) for shape in trace.shapes[layer]} <= {batched_ndim(layer)}
 
 
 def unfoldable(model: nn.Module, layer: nn.Module) -> str | None:

@@ -32,7 +32,7 @@ def find_head(model: nn.Module, shape: Sequence[int] | Inputs | None = None) -> 
     heads = [
         name
         for module, name in trace.names.items()
-        if isinstance(module, LAYERS) and trace.calls(module) and not list(trace.next_layers(module))
+        if isinstance(module, LAYERS) and trace.calls[module] and not list(trace.next_layers(module))
     ]
     if len(heads) != 1:
         got = ", ".join(f"'{name}'" for name in heads[:4]) or "none that is not normalized"
