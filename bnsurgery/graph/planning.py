@@ -30,7 +30,6 @@ PLACEMENTS = ("pre-activation", "post-activation")
 LAYER_CHOICES = ("all", "conv", "dense")
 _NORMALIZED = "normalized already"
 _DENSE = 2  # dimensions of a dense layer's output for a batch of vectors
-_ACTIVATION_NAMES = {function.__name__ for function in ACTIVATION_FUNCTIONS}
 _SHIFT_TRANSPARENT = (
     nn.Identity,
     nn.Flatten,
@@ -236,7 +235,7 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
         channel_dim=channel_dim,
         anchor=trace.names[anchor],
         in_sequential=in_sequential,
-        activation=type(activation).__name__ if activation else function if function in _ACTIVATION_NAMES else None,
+        activation=type(activation).__name__ if activation else function if function in ACTIVATION_FUNCTIONS else None,
         relu=trace.names[relu] if relu else None,
         next_layer=trace.names[next_layer] if next_layer else None,
     )

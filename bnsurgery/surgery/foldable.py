@@ -128,15 +128,19 @@ def _same_channels(trace: Trace, layer: Layer, norm: nn.Module) -> bool:
     return {len(shape) for shape in trace.shapes[layer]} <= {batched_ndim(layer)}
 
 
-def unfoldable(model: nn.Module, layer: nn.Module) -> str | None:
+def unfoldable(model: nn.Module, name: str) -> str | None:
     """The reason why scaling this layer's weight would not just scale its output, or None."""
-    plain = detached_class(layer)
-    if plain.forward not in _PLAIN_FORWARDS or getattr(plain, "_conv_forward", None) not in _PLAIN_CONV_FORWARDS:
-        return "whose class has a custom forward"
-    if "forward" in vars(layer):
-        return "whose forward was replaced on the object"
-    weight = layer._parameters.get("weight")
-    if weight is None or layer._forward_pre_hooks:
-        return "whose weight is computed (parametrized, normalized or pruned)"
+    layer = model.get_submodule(name)
+    plain, weight = detached_class(layer), layer._parameters.get("weight")
     users = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
-    return "whose weight is tied to another layer's" if len(users) > 1 else None
+    if plain.forward not in _PLAIN_FORWARDS or getattr(plain, "_conv_forward", None) not in _PLAIN_CONV_FORWARDS:
+        reason = "class has a custom forward"
+    elif "forward" in vars(layer):
+        reason = "forward was replaced on the object"
+    elif weight is None or layer._forward_pre_hooks:
+        reason = "weight is computed (parametrized, normalized or pruned)"
+    elif len(users) > 1:
+        reason = "weight is tied to another layer's"
+    else:
+        return None
+    return f"cannot be folded into {type(layer).__name__} '{name}', whose {reason}"

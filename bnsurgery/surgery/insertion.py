@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, CalibrationError
-from bnsurgery.graph.layer_kinds import LAYERS, device_and_dtype, find_lrn
+from bnsurgery.graph.layer_kinds import LAYERS, find_lrn
 from bnsurgery.graph.planning import Layers, Placement, Plan, Site
 from bnsurgery.graph.planning import plan as find_sites
 from bnsurgery.images.preprocessing import Preprocessing
@@ -283,7 +283,7 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
     made = []
     for site, layer, anchor, relu, following in found:
         cls = _NORM_CLASSES[site.ndim] if site.channel_dim == 1 else LastDimBatchNorm1d
-        device, dtype = device_and_dtype(layer)[0], _norm_dtype(layer)
+        device, dtype = next(layer.parameters()).device, _norm_dtype(layer)
         norm = cls(site.channels, options.eps, options.momentum, device=device, dtype=dtype).train(anchor.training)
         frozen = _is_frozen(layer) or (following is not None and _is_frozen(following))
         if frozen:
@@ -343,4 +343,4 @@ def _is_frozen(layer: nn.Module) -> bool:
 
 
 def _norm_dtype(layer: nn.Module) -> torch.dtype:
-    return torch.float64 if device_and_dtype(layer)[1] == torch.float64 else torch.float32
+    return torch.float64 if next(layer.parameters()).dtype == torch.float64 else torch.float32

@@ -6,13 +6,12 @@ import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.graph.layer_kinds import device_and_dtype
 from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d, Normed
 from bnsurgery.nn.normed import detach_
 from bnsurgery.records.record import InsertedSite, detach_record, record
 
 from .copies import independent
-from .folding import fold_
+from .folding import fold_, zero_bias
 from .module_tree import replace
 from .recomputation import keep_activations_
 from .relu_fusion import give_back_
@@ -74,8 +73,7 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
         else:
             replace(model, norm, stock)
         if site.absorbed_bias and layer.bias is None:  # torch's own networks have one
-            device, dtype = device_and_dtype(layer)
-            layer.bias = nn.Parameter(torch.zeros(site.site.channels, device=device, dtype=dtype))
+            layer.bias = zero_bias(layer)
     detach_record(model)
     return model
 

@@ -555,7 +555,7 @@ def test_what_is_no_ordinary_network_is_refused_by_name():
         (torch.jit.trace(model, X), "compiled TorchScript: pass the Python module"),
         (torch.jit.script(model), "compiled TorchScript: pass the Python module"),
         (exported, "ExportedProgram is not the network itself: it is an exported program"),
-        (exported.module(), "an exported program's graph"),
+        (exported.module(), "it is an exported program: pass the Python module"),
         (torch.compile(model), r"compiled by torch.compile: pass model\._orig_mod"),
         (nn.DataParallel(model), "pass model.module"),
         (quantized, "quantized: '1' is a Conv2d with integer weights"),
