@@ -44,7 +44,7 @@ class ChannelMoments:
 
 def is_dead(variance: Tensor, eps: float) -> Tensor:
     """By channel: σ² < eps, the norm's. Such a channel is nearly constant on the data."""
-    return variance.double() < eps
+    return variance.cpu().double() < eps
 
 
 def digest(moments: Mapping[str, ChannelMoments]) -> str:

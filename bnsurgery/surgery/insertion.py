@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from contextlib import ExitStack, nullcontext
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,15 +19,7 @@ from bnsurgery.nn.identity import identity_parameters
 from bnsurgery.nn.normed import attach_
 from bnsurgery.nn.settings import freeze_, is_frozen
 from bnsurgery.records.architectures import identify_model
-from bnsurgery.records.record import (
-    InsertedSite,
-    Options,
-    SurgeryRecord,
-    attach_record,
-    carries_record,
-    record,
-    state_digest,
-)
+from bnsurgery.records.record import InsertedSite, Options, SurgeryRecord, attach_record, carries_record, state_digest
 from bnsurgery.records.task import Task
 from bnsurgery.running.batches import Inputs, peek
 from bnsurgery.running.calls import equal
@@ -139,15 +132,12 @@ def insert(
         raise ValueError(f"insert: preprocessing must be a Preprocessing, got {type(preprocessing).__name__}")
     options = Options(absorb_bias, fuse_relu, eps, momentum)
     options.check(placement if plan is None else plan.placement)
-    if isinstance(batches, Iterator):  # it has started and continues its random numbers
+    # A shuffling loader draws a seed on every start; an iterator has started and continues its random numbers.
+    with nullcontext() if isinstance(batches, Iterator) else torch.random.fork_rng(devices=[]):
         example, batches = peek(batches)
-    else:
-        with torch.random.fork_rng(devices=[]):  # a shuffling loader draws a seed on every start
-            example, batches = peek(batches)
     dropped = find_lrn(model) if drop_lrn else ()
-    reference = model
+    reference = without_lrn(model) if drop_lrn else model
     if drop_lrn:
-        reference = without_lrn(model)
         warn_of_change(model, reference, example, len(dropped))
     if plan is None:
         plan = find_sites(reference, example, placement=placement, layers=layers, head=head)
@@ -160,13 +150,16 @@ def insert(
     bn_model = sharing_tensors(reference) if share_weights else independent(reference)
     if moments is None:
         moments = calibrate(reference, plan, batches, progress=progress)
-    parameters = {site.name: _parameters(reference, site, moments[site.name], options) for site in plan.sites}
-    warn_of_dead_channels({name: values["running_var"] for name, values in parameters.items()}, eps)
     with torch.inference_mode(False), torch.no_grad():
         sites = edit_(bn_model, plan.sites, options)
+        norms = {site.site.name: bn_model.get_submodule(site.norm) for site in sites}
         for inserted in sites:
-            for name, value in parameters[inserted.site.name].items():
-                getattr(bn_model.get_submodule(inserted.norm), name).copy_(value)
+            site, found, norm = inserted.site, moments[inserted.site.name], cast(BatchNorm2d, norms[inserted.site.name])
+            _set_identity_(norm, found, f"'{site.name}' ({site.layer})")
+            if inserted.absorbed_bias:
+                bias = reference.get_parameter(f"{site.name}.bias")
+                norm.running_mean.copy_(found.mean - bias.cpu().double())
+    warn_of_dead_channels({name: norm.get_buffer("running_var") for name, norm in norms.items()}, eps)
     frozen = [name for name, p in reference.named_parameters(remove_duplicate=False) if not p.requires_grad]
     new_record = SurgeryRecord(
         plan=plan,
@@ -184,9 +177,8 @@ def insert(
     attach_record(bn_model, new_record)
     if fuse_relu:
         fuse_relu_(bn_model)
-    _check_result(reference, bn_model, example.take(0, 1))
-    norms = {site.layer: bn_model.get_submodule(site.norm) for site in record(bn_model).sites}
-    training = [layer for layer, norm in norms.items() if norm.training and not is_frozen(norm)]
+    _check_result(reference, bn_model, norms.values(), options, example.take(0, 1))
+    training = [name for name, norm in norms.items() if norm.training and not is_frozen(norm)]
     if training:
         warnings.warn(
             f"insert: {type(model).__name__} is in train mode (such as '{training[0]}'), and so is the copy with "
@@ -219,28 +211,25 @@ def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMomen
             )
 
 
-def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None:
+def _check_result(
+    model: nn.Module, bn_model: nn.Module, norms: Iterable[nn.Module], options: Options, sample: Inputs
+) -> None:
     """Refuse a result that computes something else: code may do what no trace shows, such as index its layers."""
-    options, sites = record(bn_model).options, record(bn_model).sites
     exact = not options.absorb_bias and all(parameter.device.type in _EXACT for parameter in model.parameters())
     once, again = (evaluate("insert", model, sample) for _ in range(2))  # with the same random numbers
-    silent = {site.norm for site in sites}
-    handles = [
-        bn_model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: silent.discard(name))
-        for name in tuple(silent)
-    ]
+    silent = set(norms)
     failure, defect = None, ""
-    try:
-        got = evaluate("insert", bn_model, sample)
-        if _same(once, again, exact=True) and not _same(once, got, exact=exact):
-            defect = "computes something else"
-        elif silent:
-            defect = f"does not run {len(silent)} of its BatchNorms"
-    except CalibrationError as error:
-        failure, defect = error, "no longer runs"
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for norm in tuple(silent):
+            hooks.enter_context(norm.register_forward_pre_hook(lambda norm, args: silent.discard(norm)))
+        try:
+            got = evaluate("insert", bn_model, sample)
+            if _same(once, again, exact=True) and not _same(once, got, exact=exact):
+                defect = "computes something else"
+            elif silent:
+                defect = f"does not run {len(silent)} of its BatchNorms"
+        except CalibrationError as error:
+            failure, defect = error, "no longer runs"
     if defect:
         raise BNSurgeryError(
             f"insert: {type(model).__name__} {defect} after the insertion, so it is not returned. Does its code look "
@@ -283,12 +272,14 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
     made = []
     for site, layer, anchor, relu, following in found:
         cls = _NORM_CLASSES[site.ndim] if site.channel_dim == 1 else LastDimBatchNorm1d
-        device, dtype = next(layer.parameters()).device, _norm_dtype(layer)
-        norm = cls(site.channels, options.eps, options.momentum, device=device, dtype=dtype).train(anchor.training)
+        like = next(layer.parameters())
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        norm = cls(site.channels, options.eps, options.momentum, device=like.device, dtype=dtype).train(anchor.training)
         frozen = _is_frozen(layer) or (following is not None and _is_frozen(following))
         if frozen:
             freeze_(norm)
-        absorbed = options.absorb_bias and _bias(layer) is not None and anchor is layer and not frozen
+        bias = layer._parameters.get("bias") if isinstance(layer, LAYERS) else None  # code of others may need it
+        absorbed = options.absorb_bias and bias is not None and anchor is layer and not frozen
         if absorbed:
             layer.register_parameter("bias", None)
         if site.in_sequential:
@@ -311,26 +302,14 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
     )
 
 
-def _parameters(model: nn.Module, site: Site, moments: ChannelMoments, options: Options) -> dict[str, torch.Tensor]:
-    layer = model.get_submodule(site.name)
-    dtype = _norm_dtype(layer)
+def _set_identity_(norm: BatchNorm2d, moments: ChannelMoments, where: str) -> None:
+    dtype = norm.weight.dtype
     mean, variance = moments.mean.numpy(), moments.variance.numpy()
     largest = max(np.abs(mean).max(), variance.max())
     if largest > torch.finfo(dtype).max / 4:
-        raise CalibrationError(
-            f"insert: '{site.name}' ({site.layer}): a channel's mean or variance is {largest:.3g}, "
-            f"too large for {dtype}"
-        )
-    values = identity_parameters(mean, variance, options.eps, dtype)
-    bias = _bias(layer)
-    if options.absorb_bias and bias is not None and not _is_frozen(layer):
-        values["running_mean"] = (moments.mean - bias.detach().cpu().double()).to(dtype)
-    return values
-
-
-def _bias(layer: nn.Module) -> torch.Tensor | None:
-    """The bias if it may be dropped: a plain one of a torch layer. The code of a custom layer may need it."""
-    return layer._parameters.get("bias") if isinstance(layer, LAYERS) else None
+        raise CalibrationError(f"insert: {where}: a channel's mean or variance is {largest:.3g}, too large for {dtype}")
+    for name, value in identity_parameters(mean, variance, norm.eps, dtype).items():
+        getattr(norm, name).copy_(value)
 
 
 def _is_frozen(layer: nn.Module) -> bool:
@@ -340,7 +319,3 @@ def _is_frozen(layer: nn.Module) -> bool:
     """
     weight = layer._parameters.get("weight")
     return not any(p.requires_grad for p in (layer.parameters() if weight is None else [weight]))
-
-
-def _norm_dtype(layer: nn.Module) -> torch.dtype:
-    return torch.float64 if next(layer.parameters()).dtype == torch.float64 else torch.float32
