@@ -111,7 +111,7 @@ def _box(trace: Trace, node: fx.Node, sites: set[str], skipped: dict[str, str]) 
     name = trace.names.get(module, node.name) if module is not None else node.name
     kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
     if node.op in ("placeholder", "output"):
-        return _Box((kind.lstrip("*"),), "plain", "input" if node.op == "placeholder" else "output")
+        return _Box((kind,), "plain", "input" if node.op == "placeholder" else "output")
     if name in sites:
         return _Box((name, f"{kind} + BatchNorm"), "site", "gets a BatchNorm")
     if name in skipped or is_layer(node):

@@ -14,7 +14,7 @@ from bnsurgery.text.words import counted
 
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Insertable, Statistics
 
-_OURS: dict[type, type] = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+OURS: dict[type, type] = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
 
 
 def set_statistics_(
@@ -119,13 +119,13 @@ def is_frozen(norm: nn.Module) -> bool:
 
 
 def _has_counterpart(norm: _BatchNorm) -> bool:
-    return type(norm) in _OURS and norm.running_mean is not None
+    return type(norm) in OURS and norm.running_mean is not None
 
 
 def _ours_(norm: _BatchNorm) -> Insertable:
     """The same object, whose class changes from torch's to ours."""
     if not isinstance(norm, Insertable):
-        template = _OURS[type(norm)](0)
+        template = OURS[type(norm)](0)
         norm.__class__ = type(template)
         for name, value in vars(template).items():
             vars(norm).setdefault(name, value)

@@ -1,13 +1,14 @@
 """An inserted network in torch.nn's own layers, for tools that look at types."""
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d, Normed
+from bnsurgery.nn import LastDimBatchNorm1d, Normed
 from bnsurgery.nn.normed import detach_
+from bnsurgery.nn.settings import OURS
 from bnsurgery.records.record import InsertedSite, detach_record, record
 
 from .copies import independent
@@ -15,12 +16,6 @@ from .folding import fold_, zero_bias
 from .module_tree import replace
 from .recomputation import keep_activations_
 from .relu_fusion import give_back_
-
-_TORCH: dict[type, type[nn.modules.batchnorm._BatchNorm]] = {
-    BatchNorm1d: nn.BatchNorm1d,
-    BatchNorm2d: nn.BatchNorm2d,
-    BatchNorm3d: nn.BatchNorm3d,
-}
 
 
 def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lambda site: True) -> nn.Module:
@@ -60,7 +55,7 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
             folded.append(site)
     fold_(model, folded)
     inserted = {norm for norm, *_ in found}
-    for norm in [module for module in model.modules() if type(module) in _TORCH and module not in inserted]:
+    for norm in [module for module in model.modules() if type(module) in OURS.values() and module not in inserted]:
         replace(model, norm, _stock(norm, int(vars(norm)["num_features"])))  # the network came with it
     for norm, parent, layer, site in found:
         stock = _stock(norm, site.site.channels)
@@ -78,11 +73,9 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
     return model
 
 
-def _stock(norm: nn.Module, channels: int) -> nn.modules.batchnorm._BatchNorm:
-    assert isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
-    cls = next(stock for ours, stock in _TORCH.items() if isinstance(norm, ours))
-    with torch.device("meta"):
-        new = cls(channels, norm.eps, norm.momentum)
+def _stock(norm: nn.Module, channels: int) -> nn.Module:
+    cls: Any = next(cls for cls in type(norm).__mro__ if cls in OURS)
+    new = cls(channels, norm.eps, norm.momentum, device="meta")
     new._parameters.update(norm._parameters)
     new._buffers.update({name: norm._buffers[name] for name in new._buffers})
     return new.train(norm.training)
