@@ -108,8 +108,8 @@ def _graph(model: nn.Module, example: Any, plan: Plan) -> tuple[list[_Box], list
 
 def _box(trace: Trace, node: fx.Node, sites: set[str], skipped: dict[str, str]) -> _Box:
     module = node.meta.get("module")
-    name = trace.names.get(module, node.name) if module is not None else node.name
-    kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+    name = trace.names.get(module, node.name)
+    kind = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
     if node.op in ("placeholder", "output"):
         return _Box((kind,), "plain", "input" if node.op == "placeholder" else "output")
     if name in sites:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.padding import _ReflectionPadNd, _ReplicationPadNd
 
 from bnsurgery.errors import NoSitesError
 from bnsurgery.nn import Normed
@@ -30,13 +32,7 @@ PLACEMENTS = ("pre-activation", "post-activation")
 LAYER_CHOICES = ("all", "conv", "dense")
 _NORMALIZED = "normalized already"
 _DENSE = 2  # dimensions of a dense layer's output for a batch of vectors
-_SHIFT_TRANSPARENT = (
-    nn.Identity,
-    nn.Flatten,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
-)
+_SHIFT_TRANSPARENT = (nn.Identity, nn.Flatten, _DropoutNd, _ReflectionPadNd, _ReplicationPadNd)
 
 
 @dataclass(frozen=True)

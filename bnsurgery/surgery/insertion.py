@@ -34,12 +34,7 @@ from .module_tree import insert_after
 from .relu_fusion import fuse_relu_
 
 _EXACT = ("cpu", "cuda", "meta")  # devices that keep every bit; the rounding of others is untested
-_NORM_CLASSES: dict[int, type[BatchNorm1d | BatchNorm2d | BatchNorm3d]] = {
-    2: BatchNorm1d,
-    3: BatchNorm1d,
-    4: BatchNorm2d,
-    5: BatchNorm3d,
-}
+_NORM_CLASSES: dict[int, Any] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 
 
 def insert(
