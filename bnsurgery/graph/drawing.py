@@ -31,15 +31,7 @@ class _Box:
 
 
 def dot(model: nn.Module, example: Any, plan: Plan) -> str:
-    """The graph of `model`'s forward pass in the DOT language.
-
-    Args:
-        model, example: the arguments of `plan`.
-        plan: its sites and skipped layers are coloured.
-
-    Raises:
-        BNSurgeryError: the graphviz package is not installed.
-    """
+    """The graph of `model`'s forward pass in the DOT language, with the sites and skipped layers of `plan` coloured."""
     graphviz = _library("graphviz")
     boxes, edges = _graph(model, example, plan)
     graph = graphviz.Digraph(plan.model, node_attr={"shape": "box", "style": "filled", "fontname": "sans-serif"})
@@ -53,9 +45,6 @@ def dot(model: nn.Module, example: Any, plan: Plan) -> str:
 
 def svg(model: nn.Module, example: Any, plan: Plan) -> str:
     """The same graph as an SVG picture, from top to bottom; tooltips give the reasons for skipped layers.
-
-    Raises:
-        BNSurgeryError: the igraph package is not installed.
 
     References: Sugiyama, Tagawa & Toda 1981 (the layout).
     """

@@ -156,25 +156,19 @@ def plan(
     if not callable(layers) and layers not in LAYER_CHOICES:
         raise ValueError(f"plan: layers must be one of {LAYER_CHOICES} or a predicate, got {layers!r}")
     trace = Trace(model, Inputs.of(example))
-    sites: list[Site] = []
-    skipped = [
-        Skip(trace.names[module] or type(module).__name__, type(module).__name__, f"cannot be followed: {reason}")
-        for module, reason in trace.opaque.items()
-        if any(isinstance(inner, LAYERS) for inner in module.modules())
-    ]
-    for module in trace.layers():
-        found = _consider(trace, module, placement, layers, head)
-        if isinstance(found, str):
-            skipped.append(Skip(trace.names[module], type(module).__name__, found))
-        else:
-            sites.append(found)
+    considered = {module: _consider(trace, module, placement, layers, head) for module in trace.layers()}
+    sites = tuple(found for found in considered.values() if isinstance(found, Site))
+    opaque = {m: why for m, why in trace.opaque.items() if any(isinstance(inner, LAYERS) for inner in m.modules())}
+    reasons = {module: f"cannot be followed: {why}" for module, why in opaque.items()}
+    reasons |= {module: found for module, found in considered.items() if isinstance(found, str)}
+    skipped = [Skip(trace.names[m] or type(m).__name__, type(m).__name__, reason) for m, reason in reasons.items()]
     for node in trace.nodes:
         if node.target in LAYER_FUNCTIONS and "module" not in node.meta:
             where = f"called in the middle of {trace.called(node.meta['caller'])}'s forward"
             reason = f"{where}: BatchNorm goes behind a module; make this call a module"
             skipped.append(Skip(node.name, cast(Any, node.target).__name__, reason))
     chosen = layers if isinstance(layers, str) else getattr(layers, "__name__", "custom")
-    result = Plan(type(model).__name__, tuple(sites), tuple(skipped), placement, chosen, head, find_lrn(model))
+    result = Plan(type(model).__name__, sites, tuple(skipped), placement, chosen, head, find_lrn(model))
     _check(result)
     return result
 

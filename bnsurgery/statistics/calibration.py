@@ -117,11 +117,7 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
 
 
 def input_moments(model: nn.Module, name: str, batches: Iterable[Any]) -> ChannelMoments:
-    """Measure the input of the submodule `name` in eval mode; as in `calibrate`, the ranks are merged.
-
-    Raises:
-        CalibrationError: as `calibrate`.
-    """
+    """Measure the input of the submodule `name` in eval mode; ranks and errors are as in `calibrate`."""
     return _measure("measure", model, {name: model.get_submodule(name)}, batches, observing(model))[name]
 
 

@@ -24,20 +24,12 @@ def independent(model: T) -> T:
 
 
 def sharing_tensors(model: nn.Module) -> nn.Module:
-    """A copy of the module tree with the model's own parameters and buffers, which costs no memory.
-
-    Raises:
-        BNSurgeryError: as `independent`.
-    """
+    """A copy of the module tree with the model's own parameters and buffers, which costs no memory."""
     return _copy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy with its state dict on the meta device. Buffers outside the state dict are real copies.
-
-    Raises:
-        BNSurgeryError: as `independent`.
-    """
+    """A copy with its state dict on the meta device. Buffers outside the state dict are real copies."""
     memo = {}
     for tensor in model.state_dict(keep_vars=True).values():
         meta = tensor.detach().to("meta")

@@ -44,12 +44,7 @@ class OwnNorm:
 
 
 def own_norms(model: nn.Module, example: Inputs | None = None) -> list[OwnNorm]:
-    """All BatchNorm layers of `model`, in order of definition.
-
-    Raises:
-        UntraceableModelError: the forward pass cannot be followed.
-        CalibrationError: the model does not take the example.
-    """
+    """All BatchNorm layers of `model`, in order of definition. `Trace` raises if it cannot follow the forward pass."""
     trace = Trace(model, example)
     norms = [norm for norm in trace.names if isinstance(norm, OWN_NORMS)]
     found = [OwnNorm(trace.names[norm], *_layer_before(trace, norm)) for norm in norms]

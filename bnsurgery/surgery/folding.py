@@ -191,11 +191,7 @@ def _changed_though_frozen(model: nn.Module, sites: Iterable[InsertedSite]) -> l
 
 
 def fold_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
-    """Fold these norms, in place; the others and the record stay.
-
-    Raises:
-        FoldError: as `fold`.
-    """
+    """Fold these norms, in place, with the errors of `fold`; the others and the record stay."""
     sites = list(sites)
     _refuse({inserted.norm: _obstacle(model, inserted) for inserted in sites})
     for inserted, name, layer, scale, shift in _targets(model, sites):
@@ -245,11 +241,7 @@ def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:
 
 
 def strip_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
-    """Change only the module tree: remove the norms, restore ReLUs and dropped biases, and keep all numbers.
-
-    Raises:
-        BNSurgeryError: a ReLU is lost, see `is_fused`; nothing is changed then.
-    """
+    """Change only the module tree: remove the norms, restore ReLUs and dropped biases, and keep all numbers."""
     sites = list(sites)
     give_back_(model, sites)
     # Before any edit: removing a sibling renumbers those behind it.

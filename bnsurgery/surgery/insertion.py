@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,14 +147,14 @@ def insert(
         moments = calibrate(reference, plan, batches, progress=progress)
     with torch.inference_mode(False), torch.no_grad():
         sites = edit_(bn_model, plan.sites, options)
-        norms = {site.site.name: bn_model.get_submodule(site.norm) for site in sites}
-        for inserted in sites:
-            site, found, norm = inserted.site, moments[inserted.site.name], cast(BatchNorm2d, norms[inserted.site.name])
-            _set_identity_(norm, found, f"'{site.name}' ({site.layer})")
-            if inserted.absorbed_bias:
-                bias = reference.get_parameter(f"{site.name}.bias")
-                norm.running_mean.copy_(found.mean - bias.cpu().double())
-    warn_of_dead_channels({name: norm.get_buffer("running_var") for name, norm in norms.items()}, eps)
+        norms: dict[str, Any] = {site.site.name: bn_model.get_submodule(site.norm) for site in sites}
+        for site in sites:
+            name = site.site.name
+            _set_identity_(norms[name], moments[name], f"'{name}' ({site.site.layer})")
+            if site.absorbed_bias:
+                bias = reference.get_parameter(f"{name}.bias").cpu().double()
+                norms[name].running_mean.copy_(moments[name].mean - bias)
+    warn_of_dead_channels({name: norm.running_var for name, norm in norms.items()}, eps)
     frozen = [name for name, p in reference.named_parameters(remove_duplicate=False) if not p.requires_grad]
     new_record = SurgeryRecord(
         plan=plan,
@@ -297,7 +297,7 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
     )
 
 
-def _set_identity_(norm: BatchNorm2d, moments: ChannelMoments, where: str) -> None:
+def _set_identity_(norm: Any, moments: ChannelMoments, where: str) -> None:
     dtype = norm.weight.dtype
     mean, variance = moments.mean.numpy(), moments.variance.numpy()
     largest = max(np.abs(mean).max(), variance.max())

@@ -17,22 +17,14 @@ from .module_tree import replace
 
 
 def without_lrn(model: nn.Module) -> nn.Module:
-    """A copy without the LRN layers that has the model's own parameters and buffers.
-
-    Raises:
-        BNSurgeryError: the model has no such layer.
-    """
+    """A copy without the LRN layers that has the model's own parameters and buffers."""
     without = sharing_tensors(model)
     drop_lrn_(without, find_lrn(model))
     return without
 
 
 def drop_lrn_(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace each named layer by an `nn.Identity`, which keeps all keys.
-
-    Raises:
-        BNSurgeryError: `names` is empty.
-    """
+    """Replace each named layer by an `nn.Identity`, which keeps all keys; no names are an error."""
     layers = [model.get_submodule(name) for name in names]
     if not layers:
         raise BNSurgeryError(f"insert: {type(model).__name__} has no LocalResponseNorm layer: leave `drop_lrn` out")

@@ -71,11 +71,7 @@ def _note(bn_model: nn.Module, *, fused: bool) -> None:
 
 
 def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
-    """`fuse_relu_` at those of `sites` that are not fused; hooks and the record stay as they are.
-
-    Raises:
-        BNSurgeryError: as `is_fused`, or a norm or ReLU was replaced; nothing is changed then.
-    """
+    """`fuse_relu_` at those of `sites` that are not fused, with its errors; hooks and the record stay as they are."""
     found = _pairs(model, sites, fused=False)
     for site, norm, relu in found:
         for name, module, expected, sound in (
@@ -91,11 +87,7 @@ def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
 
 
 def give_back_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
-    """`unfuse_relu_` at those of `sites` that are fused; hooks and the record stay as they are.
-
-    Raises:
-        BNSurgeryError: as `is_fused`; nothing is changed then.
-    """
+    """`unfuse_relu_` at those of `sites` that are fused, with its errors; hooks and the record stay as they are."""
     for _, norm, relu in _pairs(model, sites, fused=True):
         norm.activation = None
         relu.__class__ = nn.ReLU
