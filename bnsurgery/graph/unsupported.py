@@ -68,10 +68,10 @@ def _obstacle(model: object) -> str | None:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    def is_of_package(item: object) -> bool:
-        return type(item).__module__.startswith(_QUANTIZED_PACKAGES)
-
     parameters = list(module.parameters(recurse=False))
-    if any(map(is_of_package, parameters)) or (is_of_package(module) and "quantized" in type(module).__module__):
+    home, *homes = (type(item).__module__ for item in (module, *parameters))
+    if home.startswith(_QUANTIZED_PACKAGES) and "quantized" in home:
+        return True
+    if any(home.startswith(_QUANTIZED_PACKAGES) for home in homes):
         return True
     return isinstance(module, LAYERS) and any(not (p.is_floating_point() or p.is_complex()) for p in parameters)

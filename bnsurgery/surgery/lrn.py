@@ -18,17 +18,16 @@ from .module_tree import replace
 
 def without_lrn(model: nn.Module) -> nn.Module:
     """A copy without the LRN layers that has the model's own parameters and buffers."""
-    without = sharing_tensors(model)
-    drop_lrn_(without, find_lrn(model))
+    names, without = find_lrn(model), sharing_tensors(model)
+    if not names:
+        raise BNSurgeryError(f"insert: {type(model).__name__} has no LocalResponseNorm layer: leave `drop_lrn` out")
+    drop_lrn_(without, names)
     return without
 
 
 def drop_lrn_(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace each named layer by an `nn.Identity`, which keeps all keys; no names are an error."""
-    layers = [model.get_submodule(name) for name in names]
-    if not layers:
-        raise BNSurgeryError(f"insert: {type(model).__name__} has no LocalResponseNorm layer: leave `drop_lrn` out")
-    for layer in layers:
+    """Replace each named layer by an `nn.Identity`, which keeps all keys."""
+    for layer in [model.get_submodule(name) for name in names]:
         replace(model, layer, nn.Identity().train(layer.training))
 
 

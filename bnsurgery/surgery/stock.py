@@ -45,19 +45,14 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
     sites, model = record(bn_model).sites, independent(bn_model)
     keep_activations_(model)
     give_back_(model, sites)
-    found, folded = [], []
-    for site in sites:
-        norm = model.get_submodule(site.norm)
-        if keep(site) and not isinstance(norm, LastDimBatchNorm1d):  # modules: folding renumbers those behind
-            parent = model.get_submodule(site.norm.rpartition(".")[0])
-            found.append((norm, parent, model.get_submodule(site.layer), site))
-        else:
-            folded.append(site)
-    fold_(model, folded)
-    inserted = {norm for norm, *_ in found}
+    kept = [site for site in sites if keep(site) and not isinstance(model.get_submodule(site.norm), LastDimBatchNorm1d)]
+    names = [(site.norm, site.norm.rpartition(".")[0], site.layer) for site in kept]
+    found = [tuple(map(model.get_submodule, three)) for three in names]  # modules: folding renumbers those behind
+    fold_(model, [site for site in sites if site not in kept])
+    inserted = {norm for norm, _, _ in found}
     for norm in [module for module in model.modules() if type(module) in OURS.values() and module not in inserted]:
         replace(model, norm, _stock(norm, int(vars(norm)["num_features"])))  # the network came with it
-    for norm, parent, layer, site in found:
+    for site, (norm, parent, layer) in zip(kept, found, strict=True):
         stock = _stock(norm, site.site.channels)
         if isinstance(parent, Normed):
             if parent._forward_hooks:
