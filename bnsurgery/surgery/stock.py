@@ -46,31 +46,29 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
     keep_activations_(model)
     give_back_(model, sites)
     kept = [site for site in sites if keep(site) and not isinstance(model.get_submodule(site.norm), LastDimBatchNorm1d)]
-    names = [(site.norm, site.norm.rpartition(".")[0], site.layer) for site in kept]
-    found = [tuple(map(model.get_submodule, three)) for three in names]  # modules: folding renumbers those behind
+    # Modules, not names: folding renumbers those behind.
+    found: list[Any] = [
+        (site, *map(model.get_submodule, (site.norm, site.norm.rpartition(".")[0], site.layer))) for site in kept
+    ]
     fold_(model, [site for site in sites if site not in kept])
-    inserted = {norm for norm, _, _ in found}
-    for norm in [module for module in model.modules() if type(module) in OURS.values() and module not in inserted]:
-        replace(model, norm, _stock(norm, int(vars(norm)["num_features"])))  # the network came with it
-    for site, (norm, parent, layer) in zip(kept, found, strict=True):
-        stock = _stock(norm, site.site.channels)
-        if isinstance(parent, Normed):
-            if parent._forward_hooks:
+    for site, norm, carrier, layer in found:
+        if isinstance(carrier, Normed):
+            if carrier._forward_hooks:
                 hooked = f"'{site.layer}' has forward hooks, which run behind its norm"
                 raise BNSurgeryError(f"to_torch: {hooked}: remove them first")
-            detach_(parent)
-            replace(model, parent, nn.Sequential(parent, stock).train(parent.training))
-        else:
-            replace(model, norm, stock)
+            detach_(carrier)
+            replace(model, carrier, nn.Sequential(carrier, norm).train(carrier.training))
         if site.absorbed_bias and layer.bias is None:  # torch's own networks have one
             layer.bias = zero_bias(layer)
+    for norm in [module for module in model.modules() if type(module) in OURS.values()]:
+        replace(model, norm, _stock(norm))
     detach_record(model)
     return model
 
 
-def _stock(norm: nn.Module, channels: int) -> nn.Module:
+def _stock(norm: nn.Module) -> nn.Module:
     cls: Any = next(cls for cls in type(norm).__mro__ if cls in OURS)
-    new = cls(channels, norm.eps, norm.momentum, device="meta")
+    new = cls(vars(norm)["num_features"], norm.eps, norm.momentum, device="meta")
     new._parameters.update(norm._parameters)
     new._buffers.update({name: norm._buffers[name] for name in new._buffers})
     return new.train(norm.training)
