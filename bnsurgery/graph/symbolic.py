@@ -137,18 +137,16 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._follows():
             return forward(*args, **kwargs)
-        registered = self.path_of_module(m) != _UNREGISTERED
-        self.callers[m].add(self._callers[-1])
-        if registered:
-            self._callers.append(m)
+        registered, caller = self.path_of_module(m) != _UNREGISTERED, self._callers[-1]
+        self.callers[m].add(caller)
+        self._callers.append(m if registered else caller)
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception:
             self.broke = self.broke or (m if registered else None)
             raise
         finally:
-            if registered:
-                self._callers.pop()
+            self._callers.pop()
         if not isinstance(result, ValueProxy):
             return result
         node = result.node

@@ -48,7 +48,7 @@ class Trace:
     def __init__(self, model: nn.Module, example: Inputs | None = None) -> None:
         refuse(model)
         self.names = {module: name for name, module in model.named_modules()}
-        scripts = (module for module in self.names if isinstance(module, torch.jit.ScriptModule))
+        scripts = [module for module in self.names if isinstance(module, torch.jit.ScriptModule)]
         self.opaque: dict[nn.Module, str] = dict.fromkeys(scripts, "compiled TorchScript")
         self.example = None if example is None else example.take(0, 1)
         self.nodes: list[fx.Node] = []

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnsurgery.errors import BNSurgeryError
+from bnsurgery.graph.layer_kinds import find_lrn
+
+from .module_tree import drop_lrn_
 
 T = TypeVar("T")
 
@@ -24,6 +27,15 @@ def independent(model: T) -> T:
 def sharing_tensors(model: nn.Module) -> nn.Module:
     """A copy of the module tree with the model's own parameters and buffers, which costs no memory."""
     return _copy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
+def without_lrn(model: nn.Module) -> nn.Module:
+    """As `sharing_tensors`, but without the layers of local response normalization; refused if there are none."""
+    names, without = find_lrn(model), sharing_tensors(model)
+    if not names:
+        raise BNSurgeryError(f"insert: {type(model).__name__} has no LocalResponseNorm layer: leave `drop_lrn` out")
+    drop_lrn_(without, names)
+    return without
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -26,10 +26,9 @@ from bnsurgery.running.calls import equal
 from bnsurgery.running.modes import evaluate
 from bnsurgery.statistics.calibration import calibrate, warn_of_dead_channels
 from bnsurgery.statistics.moments import ChannelMoments, digest
-from bnsurgery.text.words import counted
+from bnsurgery.text.words import counted, percent
 
-from .copies import independent, sharing_tensors
-from .lrn import warn_of_change, without_lrn
+from .copies import independent, sharing_tensors, without_lrn
 from .module_tree import insert_after
 from .relu_fusion import fuse_relu_
 
@@ -120,9 +119,9 @@ def insert(
         raise ValueError("insert: placement, layers and head are the plan's: leave them out beside `plan`")
     if moments is not None and plan is None:
         raise ValueError("insert: moments are those of a plan's sites: pass `plan`, too")
-    odd = next((name for name, value in (provenance or {}).items() if type(value) not in (str, int)), None)
-    if provenance is not None and odd is not None:
-        raise ValueError(f"insert: provenance: expected text or a whole number for {odd!r}, got {provenance[odd]!r}")
+    for name, value in (provenance or {}).items():
+        if type(value) not in (str, int):
+            raise ValueError(f"insert: provenance: expected text or a whole number for {name!r}, got {value!r}")
     if not isinstance(preprocessing, Preprocessing | None):
         raise ValueError(f"insert: preprocessing must be a Preprocessing, got {type(preprocessing).__name__}")
     options = Options(absorb_bias, fuse_relu, eps, momentum)
@@ -133,7 +132,7 @@ def insert(
     dropped = find_lrn(model) if drop_lrn else ()
     reference = without_lrn(model) if drop_lrn else model
     if drop_lrn:
-        warn_of_change(model, reference, example, len(dropped))
+        _warn_of_change(model, reference, example, len(dropped))
     if plan is None:
         plan = find_sites(reference, example, placement=placement, layers=layers, head=head)
     if carries_record(model):
@@ -183,6 +182,21 @@ def insert(
             stacklevel=2,
         )
     return bn_model
+
+
+def _warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, dropped: int) -> None:
+    """Warn of the change of the outputs without the LRN layers, ‖without − with‖₂/‖with‖₂ on `example`."""
+    before, after = (evaluate("insert", network, example) for network in (model, without))
+    change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
+    size = sum(a.cpu().double().square().sum().item() for a in before)
+    moved = (change / size) ** 0.5 if size else torch.inf
+    warnings.warn(
+        f"{counted(dropped, 'LocalResponseNorm layer')} dropped, which changes the function: the "
+        f"outputs move by {percent(moved, '.3g')} on the first calibration batch. "
+        "The insertion keeps the function of the network without them; fine-tune it.",
+        BNSurgeryWarning,
+        stacklevel=3,
+    )
 
 
 def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMoments] | None) -> None:
