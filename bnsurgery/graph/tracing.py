@@ -106,15 +106,12 @@ class Trace:
     def next_layers(self, module: nn.Module) -> Iterator[fx.Node]:
         """The first layers and norms behind `module`, looking through everything else."""
         waiting, seen = [user for node in self.calls[module] for user in node.users], set()
-        while waiting:
-            node = waiting.pop(0)
-            if node in seen:
-                continue
-            seen.add(node)
-            if is_norm(node) or is_layer(node):
+        for node in waiting:  # which grows
+            if node not in seen and (is_norm(node) or is_layer(node)):
                 yield node
-            else:
-                waiting.extend(node.users)
+            elif node not in seen:
+                waiting += node.users
+            seen.add(node)
 
     def obstacle(self, module: nn.Module) -> str | None:
         """The module around `module` that was not traced, in words, or None."""

@@ -150,11 +150,8 @@ def _measure(
 ) -> dict[str, ChannelMoments]:
     """The moments of each module's output, or else of its first input, over all batches and ranks.
 
-    Args:
-        context: the modes in which the model runs.
-        first: names of the modules that are watched before their own hooks run.
-        last_dim: names of the modules whose channels are the last dimension, not the second.
-        joining: join batches of one sample to a neighbour.
+    The modules named in `first` are watched before their own hooks run. The channels of those in `last_dim` are the
+    last dimension, not the second. `joining` joins batches of one sample to a neighbour.
     """
     measured: dict[str, ChannelMoments] = {}
     dtypes: dict[str, torch.dtype] = {}

@@ -206,9 +206,8 @@ def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMomen
     for site in plan.sites:
         layer = modules.get(site.name)
         named = {site.anchor, site.relu, site.next_layer} - {None}
-        channels = getattr(layer, "out_channels", site.channels)
-        if isinstance(layer, nn.Linear):  # converters may leave `out_features` wrong
-            channels = len(layer.weight)
+        # Converters may leave `out_features` wrong.
+        channels = len(layer.weight) if isinstance(layer, nn.Linear) else getattr(layer, "out_channels", site.channels)
         if type(layer).__name__ != site.layer or not named <= modules.keys() or channels != site.channels:
             raise BNSurgeryError(
                 f"insert: the plan is of another network: {type(model).__name__} has no {site.layer} '{site.name}' of "
