@@ -208,7 +208,7 @@ class Tracer(fx.Tracer):
 
 
 def _opened(proxy: Any) -> Any:
-    """For a dict, one of symbolic values, which code can search; else the proxy."""
+    """A dict of symbolic entries if the value is a dict, which code may search; else the proxy."""
     return {key: proxy[key] for key in proxy.value} if isinstance(proxy.value, dict) else proxy
 
 

@@ -106,7 +106,7 @@ class Trace:
     def next_layers(self, module: nn.Module) -> Iterator[fx.Node]:
         """The first layers and norms behind `module`, looking through everything else."""
         waiting, seen = [user for node in self.calls[module] for user in node.users], set()
-        for node in waiting:  # which grows
+        for node in waiting:  # the list grows meanwhile
             if node not in seen and (is_norm(node) or is_layer(node)):
                 yield node
             elif node not in seen:
