@@ -52,7 +52,7 @@ def command(
     from bnsurgery.records.record import Options
     from bnsurgery.report.summary import summarize
     from bnsurgery.statistics.verification import DRIFT_SAMPLES, TOLERANCE
-    from bnsurgery.surgery import copies, lrn
+    from bnsurgery.surgery import copies
     from bnsurgery.text.words import counted
 
     try:
@@ -76,7 +76,7 @@ def command(
         preprocess = None if images.are_batches else found.preprocess
     model.to(place)
     batches = images.open(lambda: preprocess)
-    reference = lrn.without_lrn(model) if drop_lrn else model
+    reference = copies.without_lrn(model) if drop_lrn else model
     example = next(iter(batches)) if preprocess is None else interface.example(preprocess, on_meta=not own)
     plan = bnsurgery.plan(reference if own else copies.on_meta(reference), example, **sites)
     moments = bnsurgery.calibrate(reference, plan, batches, progress=loud())

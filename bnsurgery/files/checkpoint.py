@@ -24,7 +24,7 @@ from bnsurgery.surgery.copies import on_meta
 from bnsurgery.surgery.folding import strip_
 from bnsurgery.surgery.heads import replace_head_
 from bnsurgery.surgery.insertion import edit_
-from bnsurgery.surgery.lrn import drop_lrn_
+from bnsurgery.surgery.module_tree import drop_lrn_
 from bnsurgery.surgery.relu_fusion import is_fused, take_over_
 from bnsurgery.text.words import with_article
 

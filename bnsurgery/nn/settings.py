@@ -14,7 +14,7 @@ from bnsurgery.text.words import counted
 
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Insertable, Statistics
 
-_OURS: dict[type, type] = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+OURS: dict[type, type] = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
 
 
 def set_statistics_(
@@ -71,7 +71,7 @@ def set_statistics_(
     found = {name: module for name, module in bn_model.named_modules() if isinstance(module, _BatchNorm)}
     norms = {name: norm for name, norm in found.items() if where is None or where(name, norm)}
     frozen = [name for name, norm in norms.items() if where is None and mode != "running" and is_frozen(norm)]
-    convertible = [name for name, norm in norms.items() if type(norm) in _OURS and norm.running_mean is not None]
+    convertible = [name for name, norm in norms.items() if type(norm) in OURS and norm.running_mean is not None]
     foreign = [name for name, norm in norms.items() if not isinstance(norm, Insertable) and name not in convertible]
     chosen = {name: norm for name, norm in norms.items() if name not in frozen and name not in foreign}
     if not chosen and not frozen:
@@ -84,7 +84,7 @@ def set_statistics_(
             )
     for norm in chosen.values():
         if mode != "batch" and not isinstance(norm, Insertable):
-            norm.__class__, norm.__module__ = _OURS[type(norm)], type(norm).__module__
+            norm.__class__, norm.__module__ = OURS[type(norm)], type(norm).__module__
         if isinstance(norm, Insertable):
             norm.statistics = mode
             norm._buffers.pop("renorm_state", None)

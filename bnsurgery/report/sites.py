@@ -16,6 +16,7 @@ from bnsurgery.records.record import InsertedSite, record
 from bnsurgery.running.batches import inputs
 from bnsurgery.running.calls import run
 from bnsurgery.running.modes import observing
+from bnsurgery.statistics.moments import is_dead
 
 IMAGES = 16  # for the histograms, which change little with more; a histogram takes longer than a convolution
 _BINS = 80
@@ -114,7 +115,7 @@ class SiteView:
     @property
     def is_dead(self) -> Tensor:
         """By channel: σ² < eps."""
-        return self.std.square() < self.eps
+        return is_dead(self.std.square(), self.eps)
 
     @property
     def is_near_eps(self) -> Tensor:

@@ -255,6 +255,32 @@ def test_nested_inputs_and_unpacking():
     assert sites(model, (({"pair": (X, torch.ones(4, 1, 1, 1))}, torch.ones(4, 1, 1, 1)), 0)) == ["conv"]
 
 
+class Pyramid(nn.Module):
+    """Opaque, and returns a dict within a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return {"fine": y, "rest": {"coarse": y * 2 if y.mean() > 100 else y}}
+
+
+def test_code_may_search_the_dicts_of_its_inputs_and_of_opaque_modules():
+    def forward(self, batch):
+        levels = self.pyramid(batch["x"])
+        y = sum(level for name, level in levels.items() if name != "rest") + sum(levels["rest"].values())
+        if batch.get("mask") is not None and batch["flag"]:
+            y = y * batch["mask"]
+        return self.head(self.conv(y).relu())
+
+    parts = {"pyramid": Pyramid(), "conv": nn.Conv2d(4, 4, 1), "head": nn.Conv2d(4, 2, 1)}
+    model = module(forward, **parts)
+    for extra in ({"flag": False}, {"flag": True, "mask": torch.rand(4, 1, 10, 10)}):
+        assert sites(model, {"batch": {"x": X, **extra}}) == ["conv"]
+
+
 def test_control_flow_on_shapes_goes_the_examples_way():
     def forward(self, x):
         n, channels, height, width = x.shape
@@ -555,7 +581,7 @@ def test_what_is_no_ordinary_network_is_refused_by_name():
         (torch.jit.trace(model, X), "compiled TorchScript: pass the Python module"),
         (torch.jit.script(model), "compiled TorchScript: pass the Python module"),
         (exported, "ExportedProgram is not the network itself: it is an exported program"),
-        (exported.module(), "an exported program's graph"),
+        (exported.module(), "it is an exported program: pass the Python module"),
         (torch.compile(model), r"compiled by torch.compile: pass model\._orig_mod"),
         (nn.DataParallel(model), "pass model.module"),
         (quantized, "quantized: '1' is a Conv2d with integer weights"),
