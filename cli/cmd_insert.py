@@ -50,7 +50,7 @@ def command(
     from bnsurgery.machine import devices
     from bnsurgery.networks import interface, onnx_files, pretrained
     from bnsurgery.records.record import Options
-    from bnsurgery.report.summary import summarize
+    from bnsurgery.report.insertion_summary import summarize
     from bnsurgery.statistics.verification import DRIFT_SAMPLES, TOLERANCE
     from bnsurgery.surgery import copies, lrn
     from bnsurgery.text.words import counted

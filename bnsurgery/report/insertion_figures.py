@@ -12,7 +12,7 @@ from bnsurgery.statistics.verification import EquivalenceReport, statistics_for
 from bnsurgery.text.tables import cell_text
 from bnsurgery.text.words import counted, percent, thousands
 
-from .sites import SiteView, channel_counts, view_sites
+from .site_statistics import SiteView, channel_counts, view_sites
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,8 +16,9 @@ from bnsurgery.statistics.verification import TOLERANCE, EquivalenceReport, veri
 from bnsurgery.surgery.relu_fusion import is_fused
 from bnsurgery.text.words import counted, percent, thousands
 
-from . import cost, sites
+from . import cost
 from .insertion_figures import advised_drift, plot_channels, plot_drift, plot_moments, plot_preactivations
+from .site_statistics import IMAGES, SiteView, channel_counts, view_sites
 from .strip import boxes
 
 DRIFT_SIZES = (2, 4, 8, 16, 32)
@@ -73,7 +74,7 @@ def insertion(
     norms = [bn_model.get_submodule(site.norm) for site in surgery.sites]
     exact = all(map(_is_identity, norms))
     good = result.within((0.0 if exact else TOLERANCE) if tolerance is None else tolerance)
-    views = sites.view_sites(bn_model, batches)
+    views = view_sites(bn_model, batches)
     return Report(
         title=title or f"{surgery.architecture.name if surgery.architecture else surgery.model} with BatchNorm",
         verdict=_verdict(len(norms), result, good),
@@ -82,7 +83,7 @@ def insertion(
         sections=(
             _network(bn_model, surgery),
             _statistics(views, surgery),
-            _preactivations(views, surgery, exact, min(sites.IMAGES, result.samples)),
+            _preactivations(views, surgery, exact, min(IMAGES, result.samples)),
             _channels(views),
             _drift(result, {str(norm.statistics) for norm in norms}),
             Section("What it costs", *_cost(reference, bn_model, batches)),
@@ -129,7 +130,7 @@ def _network(bn_model: nn.Module, surgery: SurgeryRecord) -> Section:
     return Section("The network", (text,), strip=boxes(bn_model))
 
 
-def _statistics(views: Sequence[sites.SiteView], surgery: SurgeryRecord) -> Section:
+def _statistics(views: Sequence[SiteView], surgery: SurgeryRecord) -> Section:
     rows = [(v.name, v.layer, v.channels, v.median_mean, v.median_std, v.dead, v.near_eps, v.silent) for v in views]
     note = " Where a bias was absorbed, μ is without it." if surgery.options.absorb_bias else ""
     text = (
@@ -142,7 +143,7 @@ def _statistics(views: Sequence[sites.SiteView], surgery: SurgeryRecord) -> Sect
     return Section("Statistics by site", (text,), table, figures=figures)
 
 
-def _preactivations(views: Sequence[sites.SiteView], surgery: SurgeryRecord, exact: bool, images: int) -> Section:
+def _preactivations(views: Sequence[SiteView], surgery: SurgeryRecord, exact: bool, images: int) -> Section:
     layers = "layers" if surgery.plan.placement == "pre-activation" else "activations in front of the BatchNorms"
     outside = max(h.outside for view in views for h in (view.before, view.after) if h is not None)
     beyond = f"at most {percent(outside, '.2g')} of a site's values lie" if outside else "no value lies"
@@ -155,9 +156,9 @@ def _preactivations(views: Sequence[sites.SiteView], surgery: SurgeryRecord, exa
     return Section("Pre-activations", (text,), figures=figures)
 
 
-def _channels(views: Sequence[sites.SiteView]) -> Section:
+def _channels(views: Sequence[SiteView]) -> Section:
     heading = "Channels that say little"
-    total, dead, near_eps, silent = sites.channel_counts(views)
+    total, dead, near_eps, silent = channel_counts(views)
     if not dead + near_eps + silent:
         return Section(heading, (f"None of {counted(total, 'channel')} is dead, near eps or silent on these images.",))
     text = (

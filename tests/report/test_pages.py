@@ -19,7 +19,7 @@ from bnsurgery import finetune, report
 from bnsurgery.finetune.comparison import ARMS, Comparison, Trial
 from bnsurgery.finetune.results import Resolved, Row
 from bnsurgery.pages.glossary import TERMS
-from bnsurgery.report.sites import view_sites
+from bnsurgery.report.site_statistics import view_sites
 from bnsurgery.report.strip import boxes
 from bnsurgery.statistics.verification import statistics_for
 from bnsurgery.text.tables import is_number

@@ -7,7 +7,7 @@ from bnsurgery.records.record import SurgeryRecord
 from bnsurgery.statistics.moments import ChannelMoments
 from bnsurgery.text.tables import table
 
-from .sites import SiteView
+from .site_statistics import SiteView
 
 
 @dataclass(frozen=True)
