@@ -6,32 +6,40 @@ from typing import Any
 
 import click
 
-from .options import Images, Network, data_options, given, group, network_options, option, sites_options, typed
-from .output import Reporting, claim, loud, output_options, overwrite, print_options, report_options, show
+import bnsurgery
+from bnsurgery.errors import CalibrationError
+from bnsurgery.text.words import counted
+
+from . import options
+from .options import given, group, option, typed
+from .output import Reporting, claim, loud, output_options, overwrite, report_options, show, subcommand
 
 
-@click.command("insert")
-@network_options(
-    weights="Name of the library's weights (downloaded once), random, or a .pth, .pt or .safetensors file; with "
-    "MODULE:FUNCTION a file, else what the function makes."
+@subcommand("insert")
+@options.network(
+    weights_help="Name of the library's weights (downloaded once), random, or a .pth, .pt or .safetensors file. With "
+    "--model a file; by default those that the function makes."
 )
-@data_options
-@sites_options
+@options.data
+@options.sites
 @group(
     "norms",
     dict,
-    option("absorb_bias", "Drop the layers' biases: BN shifts too. Equal to 1e-6, not bitwise.", is_flag=True),
-    option("fuse_relu", "Let the BatchNorm apply the ReLU after it.", "--fuse-relu/--no-fuse-relu", default=False),
-    option("eps", "Added to the variance: above 0, at most 1.", type=float, default=1e-5),
+    option(
+        "absorb_bias",
+        "Remove the layers' biases, since BatchNorm shifts, too. Outputs are then equal within 1e-6, not bit for bit.",
+        is_flag=True,
+    ),
+    option("fuse_relu", "Let every BatchNorm apply the ReLU after it.", "--fuse-relu/--no-fuse-relu", default=False),
+    option("eps", "Number added to the variance: above 0, at most 1.", type=float, default=1e-5),
     option("momentum", "Momentum of the running statistics in training: 0 to 1.", type=float, default=0.1),
 )
-@option("drop_lrn", "First remove LocalResponseNorm layers. This changes the function.", is_flag=True)
+@option("drop_lrn", "Remove the LocalResponseNorm layers first. This changes the function.", is_flag=True)
 @output_options("File to write.  [default: ARCH-bn.safetensors or FILE's name, in this folder]")
 @report_options
-@print_options
 def command(
-    network: Network,
-    images: Images,
+    network: options.Network,
+    images: options.Images,
     sites: dict[str, Any],
     norms: dict[str, Any],
     drop_lrn: bool,
@@ -45,28 +53,24 @@ def command(
     timm:NAME. FILE is an ONNX file, or a file of weights, whose architecture is recognised. --model takes your own
     network; FILE then holds its weights.
     """
-    import bnsurgery
-    from bnsurgery.errors import CalibrationError
     from bnsurgery.machine import devices
     from bnsurgery.networks import interface, onnx_files, pretrained
-    from bnsurgery.records.record import Options
     from bnsurgery.report.insertion_summary import summarize
     from bnsurgery.statistics.verification import DRIFT_SAMPLES, TOLERANCE
     from bnsurgery.surgery import copies, lrn
-    from bnsurgery.text.words import counted
 
     try:
-        Options(**norms).check(sites["placement"])
+        bnsurgery.Options(**norms).check(sites["placement"])
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     output = output or Path(f"{network.stem}-bn.safetensors")
     place = devices.device(images.device)
-    own, weights, choice, seed = network.own, network.weights, network.choice, images.seed
+    own, name, weights, choice, seed = network.own, network.name, network.weights, network.choice, images.seed
     architecture = None if own else network.architecture
     claim(output)
     reporting.check(output, weights)
+    preprocess = None
     if architecture is None:
-        name, preprocess = network.name, None
         model, origin = pretrained.own_network(name, weights, seed, choice)
         if not images.are_batches:
             preprocess = interface.own_preprocessing(model, images.wanted)
@@ -106,7 +110,7 @@ def command(
         lambda: bnsurgery.report.insertion(reference, bn_model, samples, result=equivalence, tolerance=tolerance)
     )
     summary = summarize(bnsurgery.record(bn_model), moments)
-    after = typed("verify", str(output), *(["--model", name] if own else []), *given(*Images.AGAIN))
+    after = typed("verify", *options.Checkpoint(output, name if own else None).words, *given(*images.AGAIN))
     text = (
         f"{summary}\n\n{name}: {counted(len(plan.sites), 'BatchNorm layer')} inserted\n"
         f"weights      {origin}\nimages       {batches.summary}\n{equivalence}\n\n"

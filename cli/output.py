@@ -6,15 +6,17 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bnsurgery.errors import CheckpointError, printable
+from bnsurgery.files.writing import check_writable, claimed, make_folder
 from bnsurgery.text.words import counted
 
-from .options import PATH, F, group, option, together
+from .options import PATH, Decorator, group, option, together, with_flags
 
 if TYPE_CHECKING:
     from bnsurgery.report import Report
@@ -26,27 +28,31 @@ _STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def _note(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    context.ensure_object(dict)[parameter.name] = value
+class _Command(click.Command):
+    """A command with --json and --quiet; the functions below find these and --force in the context's object."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        json_help, quiet_help = "Print one JSON object on stdout and nothing else.", "Print only errors and warnings."
+        self.params += [
+            click.Option(["--json"], is_flag=True, help=json_help),
+            click.Option(["--quiet", "-q"], is_flag=True, help=quiet_help),
+        ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        ctx.obj = {name: ctx.params.pop(name, False) for name in ("json", "quiet", "overwrite")}
+        return super().invoke(ctx)
 
 
-def _noted_flag(name: str, help: str, *flags: str) -> Callable[[F], F]:
-    """A flag that goes into the context's object, where the functions below look, and not to the command."""
-    return option(name, help, *flags, is_flag=True, expose_value=False, callback=_note)
+subcommand = partial(click.command, cls=_Command)
 
 
-print_options = together(
-    _noted_flag("json", "Print one JSON object on stdout and nothing else."),
-    _noted_flag("quiet", "Print nothing but errors and warnings.", "--quiet", "-q"),
-)
-
-
-def force_option(help: str) -> Callable[[F], F]:
+def force_option(help: str) -> Decorator:
     """--force: the library's `overwrite`."""
-    return _noted_flag("overwrite", help, "--force")
+    return option("overwrite", help, "--force", is_flag=True)
 
 
-def output_options(help: str) -> Callable[[F], F]:
+def output_options(help: str) -> Decorator:
     """--output, as `output`, and --force."""
     return together(
         option("output", help, "--output", "-o", type=PATH, metavar="FILE"),
@@ -67,11 +73,12 @@ def loud() -> bool:
 
 def show(text: str, data: dict[str, Any]) -> None:
     """Print a result as the user asked for it, as text or JSON; nothing in it steers the terminal."""
-    if click.get_current_context().obj["json"]:
+    context = click.get_current_context()
+    if context.obj["json"]:
         text = json.dumps(data, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8")
         click.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text))
     elif loud():
-        text = "\n".join(printable(line, len(line)) for line in text.split("\n"))
+        text = "\n".join(printable(line, len(line)) for line in with_flags(text, context.command).split("\n"))
         for pattern, style in _STYLES:  # click takes the colours out if stdout is no terminal
             text = re.sub(pattern, lambda match, style=style: click.style(match[0], **style), text)  # type: ignore[misc]
         click.echo(text, color=False if os.environ.get("NO_COLOR") else None)
@@ -79,8 +86,6 @@ def show(text: str, data: dict[str, Any]) -> None:
 
 def claim(output: Path) -> None:
     """Make sure that `output` can be written, and keep other processes from it until the command ends."""
-    from bnsurgery.files.writing import claimed
-
     click.get_current_context().with_resource(claimed(output, overwrite=overwrite()))
 
 
@@ -107,7 +112,6 @@ class Reporting:
             CheckpointError: a file exists already, cannot be written, or is one of the others.
             BNSurgeryError: matplotlib or Jinja is not installed.
         """
-        from bnsurgery.files.writing import check_writable, make_folder
         from bnsurgery.pages.page import require_libraries
 
         page, plot = self.page, self.plot
