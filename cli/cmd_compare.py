@@ -1,12 +1,10 @@
 """bnsurgery compare."""
 
-from typing import Any
-
 import click
 
 from bnsurgery.finetune.config import RATES, Config
 
-from .options import COUNT, given, group, names, numbers, option, typed
+from .options import COUNT, Values, given, group, names, numbers, option, typed
 from .output import Reporting, force_option, loud, report_options, show, subcommand
 from .recipe_options import recipe_options, run_name
 
@@ -39,14 +37,9 @@ _OURS = ("output", "arms", "rates", "seeds", "jobs", "page", "plot")
 )
 @recipe_options(leave_out=("arm", "lr", "save_every", "seed"))
 @report_options
-@force_option("Replace the files of --report and --plot if they exist.")
+@force_option
 def command(
-    source: str | None,
-    data: str,
-    output: str | None,
-    trials: dict[str, Any],
-    recipe: dict[str, Any],
-    reporting: Reporting,
+    source: str | None, data: str, output: str | None, trials: Values, recipe: Values, reporting: Reporting
 ) -> None:
     """Find out whether BatchNorm helps on your data.
 

@@ -1,15 +1,13 @@
 """bnsurgery export."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
 import bnsurgery
 
 from . import options
-from .options import given, group, names, option
+from .options import Checkpoint, First, Values, given, group, names, option
 from .output import claim, output_options, overwrite, show, subcommand
 
 _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
@@ -37,13 +35,7 @@ _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
     "File to write; .pth gives torch.save's format.  [default: in this folder, the name of FILE or its run with the "
     "format's suffix]"
 )
-def command(
-    checkpoint: options.Checkpoint,
-    how: dict[str, Any],
-    wanted: "options.Wanted",
-    example: Callable[[], Any],
-    output: Path | None,
-) -> None:
+def command(checkpoint: Checkpoint, how: Values, wanted: "options.Wanted", example: First, output: Path | None) -> None:
     """Write the network in FILE in a format that needs no bnsurgery.
 
     \b

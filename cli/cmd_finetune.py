@@ -2,12 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from .options import PATH, Checkpoint, option, typed
+from .options import PATH, Checkpoint, Values, option, typed
 from .output import Reporting, force_option, loud, report_options, show, subcommand
 from .recipe_options import recipe_options, run_name
 
@@ -24,14 +23,9 @@ from .recipe_options import recipe_options, run_name
 @option("resume", "Continue a run that was stopped.", metavar="RUN", type=PATH)
 @recipe_options()
 @report_options
-@force_option("Replace the files of --report and --plot if they exist.")
+@force_option
 def command(
-    source: str | None,
-    data: str | None,
-    output: str | None,
-    resume: Path | None,
-    recipe: dict[str, Any],
-    reporting: Reporting,
+    source: str | None, data: str | None, output: str | None, resume: Path | None, recipe: Values, reporting: Reporting
 ) -> None:
     """Insert BatchNorm into a network and fine-tune it; --arm leaves BatchNorm out.
 

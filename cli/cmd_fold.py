@@ -1,12 +1,11 @@
 """bnsurgery fold."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
 from . import options
+from .options import First, Values
 from .output import claim, output_options, overwrite, show, subcommand
 
 
@@ -31,7 +30,7 @@ def command(
     choice: "options.Choice",
     image_size: str | None,
     bias: str,
-    example: Callable[[], Any],
+    example: First,
     output: Path | None,
 ) -> None:
     """Fold BatchNorm into the layers.
@@ -51,7 +50,7 @@ def command(
     from bnsurgery.records.record import record
     from bnsurgery.text.words import counted
 
-    how: dict[str, Any] = {"bias": bias, "overwrite": overwrite()}
+    how: Values = {"bias": bias, "overwrite": overwrite()}
     if file is not None:
         if weights is not None:
             raise click.UsageError("--weights are for a network with its own BatchNorm: leave FILE out.")

@@ -1,6 +1,5 @@
 """bnsurgery insert."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from bnsurgery.errors import CalibrationError
 from bnsurgery.text.words import counted
 
 from . import options
-from .options import given, group, option, typed
+from .options import Checkpoint, Images, Network, Values, given, group, option, typed
 from .output import Reporting, claim, loud, output_options, overwrite, report_options, show, subcommand
 
 
@@ -38,10 +37,10 @@ from .output import Reporting, claim, loud, output_options, overwrite, report_op
 @output_options("File to write.  [default: ARCH-bn.safetensors or FILE's name, in this folder]")
 @report_options
 def command(
-    network: options.Network,
-    images: options.Images,
-    sites: dict[str, Any],
-    norms: dict[str, Any],
+    network: Network,
+    images: Images,
+    sites: Values,
+    norms: Values,
     drop_lrn: bool,
     output: Path | None,
     reporting: Reporting,
@@ -56,6 +55,7 @@ def command(
     from bnsurgery.machine import devices
     from bnsurgery.networks import interface, onnx_files, pretrained
     from bnsurgery.report.insertion_summary import summarize
+    from bnsurgery.running.batches import Inputs
     from bnsurgery.statistics.verification import DRIFT_SAMPLES, TOLERANCE
     from bnsurgery.surgery import copies, lrn
 
@@ -84,7 +84,11 @@ def command(
     example = next(iter(batches)) if preprocess is None else interface.example(preprocess, on_meta=not own)
     plan = bnsurgery.plan(reference if own else copies.on_meta(reference), example, **sites)
     moments = bnsurgery.calibrate(reference, plan, batches, progress=loud())
-    samples = list(_first(batches, DRIFT_SAMPLES))  # as many as give the drift that `verify` prints
+    samples: list[Any] = []  # whole batches, because a network may take batches of one size only
+    for batch in batches:
+        samples.append(batch)
+        if sum(Inputs.of(kept).samples for kept in samples) >= DRIFT_SAMPLES:  # they give the drift of `verify`
+            break
     facts: dict[str, str | int] = {"weights": origin, "data": batches.description, "images": batches.used, "seed": seed}
     facts |= {"model": name} if own else {}
     if in_onnx := onnx_files.source(model):
@@ -109,8 +113,9 @@ def command(
     wrote = reporting.write(
         lambda: bnsurgery.report.insertion(reference, bn_model, samples, result=equivalence, tolerance=tolerance)
     )
-    summary = summarize(bnsurgery.record(bn_model), moments)
-    after = typed("verify", *options.Checkpoint(output, name if own else None).words, *given(*images.AGAIN))
+    summary, rows = summarize(bnsurgery.record(bn_model), moments)
+    made = Checkpoint(output, name if own else None)  # which holds the preprocessing
+    after = typed("verify", *made.words, *given(*vars(images)))
     text = (
         f"{summary}\n\n{name}: {counted(len(plan.sites), 'BatchNorm layer')} inserted\n"
         f"weights      {origin}\nimages       {batches.summary}\n{equivalence}\n\n"
@@ -122,20 +127,9 @@ def command(
         **facts,
         "skipped_images": [str(path) for path, _ in batches.skipped],
         "passed_over": [str(path) for path in batches.passed_over],
-        "sites": summary.to_dict(),
+        "sites": rows,
         "skipped": [skip.to_dict() for skip in plan.skipped],
         "equivalence": equivalence.to_dict(),
         **reporting.to_dict(),
     }
     show(text, told)
-
-
-def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """So many inputs or a few more, in whole batches, because a network may take batches of one size only."""
-    from bnsurgery.running.batches import Inputs
-
-    for batch in batches:
-        yield batch
-        count -= Inputs.of(batch).samples
-        if count <= 0:
-            break

@@ -1,14 +1,12 @@
 """bnsurgery plan."""
 
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from bnsurgery.files.writing import atomic_write
 
 from . import options
-from .options import PATH, given, option, typed
+from .cmd_insert import command as insert
+from .options import PATH, Checkpoint, First, Network, Values, given, group, option, typed, with_flags
 from .output import claim, force_option, overwrite, show, subcommand
 
 _SIDE = 224  # pixels: of the input of a network of one's own if it is not given; the plan hardly depends on it
@@ -19,17 +17,14 @@ _SIDE = 224  # pixels: of the input of a network of one's own if it is not given
 @options.image_size
 @options.batches
 @options.sites
-@option("dot", "File to write the graph to, for Graphviz.", type=PATH, metavar="FILE")
-@option("svg", "File to draw the graph in.", type=PATH, metavar="FILE")
-@force_option("Replace these files if they exist.")
-def command(
-    network: options.Network,
-    image_size: str | None,
-    example: Callable[[], Any],
-    sites: dict[str, Any],
-    dot: Path | None,
-    svg: Path | None,
-) -> None:
+@group(
+    "drawings",
+    dict,
+    option("dot", "File to write the graph to, for Graphviz.", type=PATH, metavar="FILE"),
+    option("svg", "File to draw the graph in.", type=PATH, metavar="FILE"),
+)
+@force_option
+def command(network: Network, image_size: str | None, example: First, sites: Values, drawings: Values) -> None:
     """Show where BatchNorm would go, and why not elsewhere.
 
     ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is an ONNX file, or a file of weights: of the architecture that
@@ -44,10 +39,10 @@ def command(
 
     if network.file is not None and (record := read_record(network.file)) is not None:
         made = None if record.architecture else str(record.provenance.get("model", "MODULE:FUNCTION"))
-        after = typed("verify", *options.Checkpoint(network.file, made).words)
+        after = typed("verify", *Checkpoint(network.file, made).words)
         return show(f"{record}\n\nNext: {after}", {"record": record.to_dict()})
-    drawings = [(file, draw) for file, draw in ((dot, drawing.dot), (svg, drawing.svg)) if file is not None]
-    for file, _ in drawings:
+    files = [(file, getattr(drawing, kind)) for kind, file in drawings.items() if file is not None]
+    for file, _ in files:
         claim(file)
     name, weights = network.name, network.weights
     if network.own:
@@ -67,9 +62,10 @@ def command(
     if batch is None:
         batch = interface.example(preprocess(), on_meta=not network.own)
     plan = planning.plan(model, batch, **sites)
-    for file, draw in drawings:
+    for file, draw in files:
         with atomic_write(file, overwrite=overwrite()) as temporary:
             temporary.write_text(draw(model, batch, plan), encoding="utf-8", newline="\n")
-    wrote = "".join(f"Wrote {file}.\n" for file, _ in drawings)
+    wrote = "".join(f"Wrote {file}.\n" for file, _ in files)
     after = typed("insert", *given(leave_out=("dot", "svg")))
-    show(f"{plan}\n\n{wrote}Next: {after}", {"architecture": name, **plan.to_dict()})
+    text = with_flags(str(plan), insert)  # which has the same options, and more
+    show(f"{text}\n\n{wrote}Next: {after}", {"architecture": name, **plan.to_dict()})

@@ -8,7 +8,7 @@ from bnsurgery.errors import DataError
 from bnsurgery.files.writing import atomic_write
 
 from . import options
-from .options import COUNT, option
+from .options import COUNT, Checkpoint, option
 from .output import claim, output_options, overwrite, show, subcommand
 
 
@@ -20,7 +20,7 @@ from .output import claim, output_options, overwrite, show, subcommand
 @output_options("CSV file to write as well.")
 @options.device
 def command(
-    checkpoint: options.Checkpoint,
+    checkpoint: Checkpoint,
     images: tuple[str, ...],
     top: int,
     wanted: "options.Wanted",

@@ -4,7 +4,7 @@ import bnsurgery
 from bnsurgery.errors import BNSurgeryError
 
 from . import options
-from .options import typed
+from .options import Checkpoint, Images, typed
 from .output import Reporting, force_option, loud, report_options, show, subcommand
 
 
@@ -13,13 +13,9 @@ from .output import Reporting, force_option, loud, report_options, show, subcomm
 @options.weights("Compare with these weights.  [default: with FILE's own folded network]")
 @options.data
 @report_options
-@force_option("Replace the files of --report and --plot if they exist.")
+@force_option
 def command(
-    checkpoint: options.Checkpoint,
-    weights: str | None,
-    choice: "options.Choice",
-    images: options.Images,
-    reporting: Reporting,
+    checkpoint: Checkpoint, weights: str | None, choice: "options.Choice", images: Images, reporting: Reporting
 ) -> None:
     """Verify that FILE equals its BN-free network, and measure drift.
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from bnsurgery.records.architectures import Architecture
 
 Decorator = Callable[[Any], Any]
+Values = dict[str, Any]  # of options that belong together, by name
+First = Callable[[], Any]  # returns the first batch of --data, or None
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -91,7 +93,7 @@ def _choice(weights_key: str | None, weights_prefix: str | None, partial: bool) 
     return Choice(weights_key, weights_prefix, partial)
 
 
-def _first_batch(example: str | None) -> Callable[[], Any]:
+def _first_batch(example: str | None) -> First:
     """A function that returns it: the user's code runs after the command's own checks."""
 
     def first() -> Any:
@@ -109,47 +111,36 @@ model = option(
     metavar="MODULE:FUNCTION",
 )
 image_size = option(
-    "image_size",
-    "Size of the input in pixels, such as 224 or 240x320.  [default: that of the checkpoint or the weights]",
-    metavar="SIDE|HxW",
+    "image_size", "Size of the input in pixels, such as 224 or 240x320.  [default: the weights']", metavar="SIDE|HxW"
 )
 PREPROCESSING = (
     image_size,
     option(
         "normalize",
-        "imagenet: by ImageNet's mean and standard deviation; none: to values from 0 to 1; auto: as the checkpoint or "
-        "the weights require, else as imagenet.",
+        "imagenet: by ImageNet's mean and std; none: to 0 to 1; auto: as the weights require, else as imagenet.",
         choices=("auto", "imagenet", "none"),
     ),
     option(
         "mean",
-        "Mean to subtract from the pixels: of red, green and blue in this order, or one number for all.  [default: "
-        "that of --normalize; 0 with --std or --scale]",
-        type=numbers,
-        metavar="R,G,B",
-    ),
-    option(
-        "std",
-        "Standard deviation to divide by, in the form of --mean.  [default: that of --normalize; 1 with --mean or "
+        "Mean of red, green and blue to subtract, or one for all.  [default: that of --normalize; 0 with --std or "
         "--scale]",
         type=numbers,
         metavar="R,G,B",
     ),
     option(
-        "scale",
-        "Value of a white pixel before mean and std are applied: 255 for pixels from 0 to 255.  [default: 1]",
-        type=float,
-        metavar="WHITE",
+        "std",
+        "Standard deviation to divide by, as --mean.  [default: that of --normalize; 1 with --mean or --scale]",
+        type=numbers,
+        metavar="R,G,B",
     ),
+    option("scale", "Value of white before mean and std, such as 255.  [default: 1]", type=float, metavar="WHITE"),
     option(
         "channels", "Order of the colours.  [default: the checkpoint's, else rgb]", choices=("rgb", "bgr"), default=None
     ),
 )
 CHOICE = (
-    option(
-        "weights_key", "Key of the weights in the file, such as state_dict.  [default: the best fit]", metavar="KEY"
-    ),
-    option("weights_prefix", "Prefix of their names, such as backbone.  [default: the best fit]", metavar="PREFIX"),
+    option("weights_key", "Key of the weights in the file, such as state_dict.  [default: best fit]", metavar="KEY"),
+    option("weights_prefix", "Prefix of their names, such as backbone.  [default: best fit]", metavar="PREFIX"),
     option("partial", "Load the tensors that fit, and leave the rest of the network as initialized.", is_flag=True),
 )
 preprocessing = group("wanted", _wanted, *PREPROCESSING)
@@ -177,7 +168,7 @@ batches = group(
 )
 bias = option(
     "bias",
-    "For a layer without a bias whose BatchNorm shifts its output: add a bias, a new key in the state dict, or refuse.",
+    "If a layer without a bias needs one: add it, a new key in the state dict, or refuse.",
     choices=("add", "refuse"),
 )
 
@@ -193,9 +184,6 @@ class Images:
     skip_bad: bool
     seed: int
     device: str
-
-    # A later command needs these to see the same images; the checkpoint holds their preprocessing.
-    AGAIN = ("data", "num_images", "batch_size", "skip_bad", "seed", "device")
 
     @property
     def are_batches(self) -> bool:
@@ -219,9 +207,7 @@ class Images:
                 skip_bad=self.skip_bad,
             )
         if for_images := given("batch_size", "skip_bad", *vars(self.wanted)):
-            raise click.UsageError(
-                f"{for_images[0]} is for images: the batches of '{self.data}' are taken as they are."
-            )
+            raise click.UsageError(f"{for_images[0]} is for images: batches of '{self.data}' are taken as they are.")
         return OwnBatches(self.data, num=self.num_images, seed=self.seed)
 
 
@@ -296,8 +282,8 @@ def _network(source: str | None, model: str | None, weights: str, choice: "Choic
     own = model is not None or is_onnx or factories.is_timm(name)
     if not own and not is_file and ":" in name:
         raise click.UsageError(f"'{name}': did you mean --model {name}?")
-    file = Path(str(source)) if is_file else None
-    return Network(name, own, str(source) if is_file and not is_onnx else weights, choice, file)
+    weights = str(source) if is_file and not is_onnx else weights
+    return Network(name, own, weights, choice, Path(str(source)) if is_file else None)
 
 
 def network(*, weights_help: str) -> Decorator:

@@ -47,17 +47,12 @@ class _Command(click.Command):
 subcommand = partial(click.command, cls=_Command)
 
 
-def force_option(help: str) -> Decorator:
-    """--force: the library's `overwrite`."""
-    return option("overwrite", help, "--force", is_flag=True)
+force_option = option("overwrite", "Replace existing files of these names.", "--force", is_flag=True)
 
 
 def output_options(help: str) -> Decorator:
     """--output, as `output`, and --force."""
-    return together(
-        option("output", help, "--output", "-o", type=PATH, metavar="FILE"),
-        force_option("Replace the output file if it exists."),
-    )
+    return together(option("output", help, "--output", "-o", type=PATH, metavar="FILE"), force_option)
 
 
 def overwrite() -> bool:

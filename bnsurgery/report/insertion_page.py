@@ -11,7 +11,7 @@ from bnsurgery.errors import BNSurgeryError, CalibrationError
 from bnsurgery.nn.identity import kernel_scale_shift
 from bnsurgery.pages.page import Report, Section, Table
 from bnsurgery.records.record import SurgeryRecord, record
-from bnsurgery.running.batches import inputs
+from bnsurgery.running.batches import Inputs, inputs
 from bnsurgery.statistics.verification import TOLERANCE, EquivalenceReport, verify
 from bnsurgery.surgery.relu_fusion import is_fused
 from bnsurgery.text.words import counted, percent, thousands
@@ -69,6 +69,9 @@ def insertion(
     surgery = record(bn_model)
     if not surgery.sites:
         raise BNSurgeryError("report: nothing was inserted into this network: only its run has a report")
+    batch = next(inputs(batches), None)
+    if batch is None:
+        raise CalibrationError("report: no data. Pass at least one batch.")
     if result is None:
         result = verify(reference, bn_model, batches, drift_batch_sizes=DRIFT_SIZES)
     norms = [bn_model.get_submodule(site.norm) for site in surgery.sites]
@@ -86,7 +89,7 @@ def insertion(
             _preactivations(views, surgery, exact, min(IMAGES, result.samples)),
             _channels(views),
             _drift(result, {str(norm.statistics) for norm in norms}),
-            Section("What it costs", *_cost(reference, bn_model, batches)),
+            _cost(reference, bn_model, batch),
         ),
         terms=("pre-activation", "normalized", "training step", "kept for backward", "batch", "renorm", "running"),
     )
@@ -198,29 +201,21 @@ def _drift(result: EquivalenceReport, modes: set[str]) -> Section:
     return Section(heading, (text,), table, figures={"drift": plot_drift(result, advise=by_batch)})
 
 
-def _cost(
-    reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batches: Iterable[Any]
-) -> tuple[tuple[str, ...], Table | None]:
-    """Paragraphs and table of the section."""
-    batch = next(inputs(batches), None)
-    if batch is None:
-        raise CalibrationError("report: no data. Pass at least one batch.")
-    if not isinstance(reference, nn.Module):
-        return ("Not measured: the reference is a function, not a network.",), None
-    costs = cost.measure_costs(reference, bn_model, batch)
+def _cost(reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batch: Inputs) -> Section:
+    heading, costs = "What it costs", cost.measure_costs(reference, bn_model, batch)
     if isinstance(costs, str):
-        return (f"Not measured: {costs}",), None
+        return Section(heading, (f"Not measured: {costs}",))
     before, after = costs
-    pairs = (
-        ("parameters", before.parameters, after.parameters),
-        ("training step, milliseconds", 1000 * before.seconds, 1000 * after.seconds),
-        ("kept for backward, MiB", before.kept_bytes / _MIB, after.kept_bytes / _MIB),
-    )
-    rows = [(name, old, new, new / old if old else None) for name, old, new in pairs]
+    pairs = {
+        "parameters": (before.parameters, after.parameters),
+        "training step, milliseconds": (1000 * before.seconds, 1000 * after.seconds),
+        "kept for backward, MiB": (before.kept_bytes / _MIB, after.kept_bytes / _MIB),
+    }
+    rows = [(name, old, new, new / old if old else None) for name, (old, new) in pairs.items()]
     device = next((p.device.type for p in bn_model.parameters()), "cpu")
     threads = f" with {counted(torch.get_num_threads(), 'thread')}" if device == "cpu" else ""
     text = (
         f"A training step on {counted(min(cost.IMAGES, batch.samples), 'image')}, on {device}{threads}, without and "
         "with BatchNorm. Once folded, the network has its original architecture and cost."
     )
-    return (text,), Table(("", "before", "after", "after ÷ before"), rows)
+    return Section(heading, (text,), Table(("", "before", "after", "after ÷ before"), rows))

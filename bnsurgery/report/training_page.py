@@ -114,35 +114,27 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         },
         summary,
     )
-    rates = sorted({trial.lr for trial in result.trials})
+    rates, rate_text = (
+        result.rates,
+        "Accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does.",
+    )
+    by_rate = Table(("arm", *(f"{lr:g}" for lr in rates)), [(arm.arm, *map(arm.ending, rates)) for arm in summary])
     if len(rates) == 1:
-        text = f"Only {rates[0]:g} was tried, so how the arms do at other rates is not known."
-        by_rate = Section("By learning rate", (text,))
-    else:
-        by_rate = Section(
-            "By learning rate",
-            ("Accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does.",),
-            Table(("arm", *(f"{lr:g}" for lr in rates)), [(arm.arm, *map(arm.ending, rates)) for arm in summary]),
-        )
+        rate_text = f"Only {rates[0]:g} was tried: the accuracy of the arms at other rates is not known."
     diverged = [f"{t.arm} at {t.lr:g}, seed {t.seed}: {t.diverged}" for t in result.trials if t.diverged]
     names = {"steps": "by-step", "rates": "by-rate"}
     panels = telling_panels(result) if result.winner else ()
-    texts = ["Same images in the same order, same head, same recipe and budget: only the BatchNorm differs."]
-    if not result.winner:
-        texts.append("Every run diverged: there is nothing to draw.")
+    figures = {names[panel]: plot_comparison(result, (panel,)) for panel in panels}
+    texts = ["The arms differ only in BatchNorm: images, their order, head, recipe and budget are the same."]
+    texts += [] if result.winner else ["Every run diverged: there is nothing to draw."]
     sections = [
-        Section(
-            "The arms, each at its best rate",
-            tuple(texts),
-            judged,
-            figures={names[panel]: plot_comparison(result, (panel,)) for panel in panels},
-        ),
-        by_rate,
+        Section("The arms, each at its best rate", tuple(texts), judged, figures=figures),
+        Section("By learning rate", (rate_text,), by_rate if len(rates) > 1 else None),
     ]
     if seconds:
         sections.append(Section("Time", figures={"time": plot_comparison(result, ("seconds",))}))
     if diverged:
-        sections.append(Section("What diverged", tuple(diverged)))
+        sections.append(Section("Diverged runs", tuple(diverged)))
     return Report(
         title=title or f"Does BatchNorm help? {result.task}",
         verdict=result.verdict(),

@@ -189,9 +189,12 @@ def test_a_trained_network_and_few_images(odd, inserted, batches):
     assert "Not measured: it takes 2 inputs, got 1." in text and "needs two images" in text
 
 
-def test_a_generator_is_refused(odd, inserted, batches):
+def test_a_generator_and_no_data_are_refused(odd, inserted, batches):
     with pytest.raises(ValueError, match="only once"):
         report.insertion(odd, inserted, iter(batches))
+    result = bnsurgery.verify(odd, inserted, batches)
+    with pytest.raises(bnsurgery.CalibrationError, match="no data"):
+        report.insertion(odd, inserted, [], result=result)
 
 
 @pytest.mark.slow
