@@ -14,26 +14,26 @@ _OURS = ("output", "arms", "rates", "seeds", "jobs", "page", "plot")
 @subcommand("compare")
 @click.argument("source", required=False, metavar="ARCH|FILE")
 @option("data", "As for finetune.", required=True, metavar="DIR|NAME|FILE.py:FUNCTION")
-@option("output", "Directory to write.  [default: runs/compare-ARCH-DATA]", "--output", "-o", metavar="DIR")
+@option("output", "Directory to write.  [default: runs/compare-ARCH-DATA]", str, "--output", "-o", metavar="DIR")
 @group(
     "trials",
     dict,
     option(
         "arms",
         "plain: no BatchNorm; bn: inserted; bn-naive: inserted with weight 1, bias 0; bn-half: bn in half the epochs.",
-        type=names,
+        names,
         default="plain,bn,bn-naive",
         metavar="A,B,...",
     ),
     option(
         "rates",
         "Peak learning rates; every arm is trained at each.",
-        type=numbers,
+        numbers,
         default=",".join(f"{rate:g}" for rate in RATES),
         metavar="R,S,...",
     ),
-    option("seeds", "Number of seeds; every trial runs once with each.", type=click.IntRange(1, 1000), default=1),
-    option("jobs", "Trials at a time.  [default: as many as memory and processors allow]", type=COUNT),
+    option("seeds", "Number of seeds; every trial runs once with each.", click.IntRange(1, 1000), default=1),
+    option("jobs", "Trials at a time.  [default: as many as memory and processors allow]", COUNT),
 )
 @recipe_options(leave_out=("arm", "lr", "save_every", "seed"))
 @report_options

@@ -7,10 +7,10 @@ import click
 import bnsurgery
 
 from . import options
-from .options import Checkpoint, First, Values, given, group, names, option
+from .options import Checkpoint, Values, given, group, names, option
 from .output import claim, output_options, overwrite, show, subcommand
 
-_FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
+_FORMATS = ("torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program")
 
 
 @subcommand("export")
@@ -18,24 +18,26 @@ _FORMATS = ["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
 @group(
     "how",
     dict,
-    option("to", "Format of the file, see above.", required=True, type=click.Choice(_FORMATS)),
-    option("keep_bn", "Keep the BatchNorm layers.", is_flag=True),
+    option("to", "Format of the file, see above.", _FORMATS, default=None, required=True),
+    option("keep_bn", "Keep the BatchNorm layers.", bool),
     option(
         "dynamic",
         "Sizes that may vary in onnx and exported-program: some of batch, height, width. Each is tested at two values.",
-        type=names,
+        names,
         default="batch",
         metavar="A,B,...",
     ),
     options.bias,
 )
 @options.preprocessing
-@options.batches
+@options.example
 @output_options(
     "File to write; .pth gives torch.save's format.  [default: in this folder, the name of FILE or its run with the "
     "format's suffix]"
 )
-def command(checkpoint: Checkpoint, how: Values, wanted: "options.Wanted", example: First, output: Path | None) -> None:
+def command(
+    checkpoint: Checkpoint, how: Values, wanted: "options.Wanted", example: str | None, output: Path | None
+) -> None:
     """Write the network in FILE in a format that needs no bnsurgery.
 
     \b
@@ -62,5 +64,6 @@ def command(checkpoint: Checkpoint, how: Values, wanted: "options.Wanted", examp
         if not interface.takes_images(record, bn_model):
             raise click.UsageError(f"{given(*vars(wanted))[0]} is for images, and the network takes other inputs.")
         seen = interface.preprocessing_of(record, bn_model, wanted)
-    result = bnsurgery.export(bn_model, output, example=example(), preprocessing=seen, overwrite=overwrite(), **how)
+    how |= {"example": options.first_batch(example), "preprocessing": seen, "overwrite": overwrite()}
+    result = bnsurgery.export(bn_model, output, **how)
     show(str(result), result.to_dict())

@@ -16,11 +16,11 @@ from .recipe_options import recipe_options, run_name
 @option(
     "data",
     "Folder with one folder per class (or train/ and val/), a dataset, or a function that returns training and "
-    "validation data of any kind. This runs its code; a run never names it.",
+    "validation data of any kind. This runs its code, which is never taken from a run.",
     metavar="DIR|NAME|FILE.py:FUNCTION",
 )
-@option("output", "The run's directory.  [default: runs/ARCH-DATA]", "--output", "-o", metavar="RUN")
-@option("resume", "Continue a run that was stopped.", metavar="RUN", type=PATH)
+@option("output", "The run's directory.  [default: runs/ARCH-DATA]", str, "--output", "-o", metavar="RUN")
+@option("resume", "Continue a run that was stopped.", PATH, metavar="RUN")
 @recipe_options()
 @report_options
 @force_option
@@ -55,7 +55,9 @@ def command(
             if (old := getattr(config, name, new)) != new
         ]
         if changed:
-            raise click.UsageError(f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave that out.")
+            raise click.UsageError(
+                f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave these options out."
+            )
         result = finetune.resume(resume, model=recipe["model"], data=data, show=loud())
     elif data is None:
         raise click.UsageError(

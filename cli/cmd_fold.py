@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from . import options
-from .options import First, Values
+from .options import Values
 from .output import claim, output_options, overwrite, show, subcommand
 
 
@@ -18,7 +18,7 @@ from .output import claim, output_options, overwrite, show, subcommand
 )
 @options.image_size
 @options.bias
-@options.batches
+@options.example
 @output_options(
     "File to write.  [default: in this folder, the name of FILE, its run or the network, with -folded.safetensors or "
     ".onnx]"
@@ -30,7 +30,7 @@ def command(
     choice: "options.Choice",
     image_size: str | None,
     bias: str,
-    example: First,
+    example: str | None,
     output: Path | None,
 ) -> None:
     """Fold BatchNorm into the layers.
@@ -53,14 +53,16 @@ def command(
     how: Values = {"bias": bias, "overwrite": overwrite()}
     if file is not None:
         if weights is not None:
-            raise click.UsageError("--weights are for a network with its own BatchNorm: leave FILE out.")
+            raise click.UsageError("--weights is for a network with its own BatchNorm: leave FILE out.")
         checkpoint = options.Checkpoint(file, model)
         bn_model = checkpoint.load()
         suffix = SUFFIXES["state-dict" if onnx_files.source(bn_model) is None else "onnx"]
         output = output or Path(f"{checkpoint.stem}-folded{suffix}")
         in_onnx = output.suffix == suffix == SUFFIXES["onnx"]
         claim(output)
-        result = export(bn_model, output, to="onnx" if in_onnx else "state-dict", example=example(), **how)
+        result = export(
+            bn_model, output, to="onnx" if in_onnx else "state-dict", example=options.first_batch(example), **how
+        )
         done = f"{counted(len(record(bn_model).sites), 'BatchNorm layer')} folded away; gives {result.origin}"
     elif model is not None:
         from bnsurgery.images.preprocessing import Wanted
@@ -71,7 +73,7 @@ def command(
         output = output or Path(f"{options.stem(model)}-folded.safetensors")
         network, origin = own_network(model, weights or "DEFAULT", choice=choice)
         claim(output)
-        batch = example()
+        batch = options.first_batch(example)
         batch = noise(network, Wanted(image_size).size) if batch is None else batch
         result = export_folded(network, output, example=batch, **how)
         count = sum(isinstance(module, OWN_NORMS) for module in network.modules())

@@ -24,16 +24,12 @@ from .output import Reporting, claim, loud, output_options, overwrite, report_op
 @group(
     "norms",
     dict,
-    option(
-        "absorb_bias",
-        "Remove the layers' biases, since BatchNorm shifts, too. Outputs are then equal within 1e-6, not bit for bit.",
-        is_flag=True,
-    ),
-    option("fuse_relu", "Let every BatchNorm apply the ReLU after it.", "--fuse-relu/--no-fuse-relu", default=False),
-    option("eps", "Number added to the variance: above 0, at most 1.", type=float, default=1e-5),
-    option("momentum", "Momentum of the running statistics in training: 0 to 1.", type=float, default=0.1),
+    option("absorb_bias", "Remove the layers' biases. The outputs then agree within 1e-6, not bit for bit.", bool),
+    option("fuse_relu", "Let BatchNorm apply the ReLU behind it.", bool, "--fuse-relu/--no-fuse-relu", default=False),
+    option("eps", "Number added to the variance: above 0, at most 1.", float, default=1e-5),
+    option("momentum", "Momentum of the running statistics in training: 0 to 1.", float, default=0.1),
 )
-@option("drop_lrn", "Remove the LocalResponseNorm layers first. This changes the function.", is_flag=True)
+@option("drop_lrn", "Remove the LocalResponseNorm layers first. This changes the function.", bool)
 @output_options("File to write.  [default: ARCH-bn.safetensors or FILE's name, in this folder]")
 @report_options
 def command(

@@ -6,7 +6,7 @@ from bnsurgery.files.writing import atomic_write
 
 from . import options
 from .cmd_insert import command as insert
-from .options import PATH, Checkpoint, First, Network, Values, given, group, option, typed, with_flags
+from .options import PATH, Checkpoint, Network, Values, given, group, option, typed, with_flags
 from .output import claim, force_option, overwrite, show, subcommand
 
 _SIDE = 224  # pixels: of the input of a network of one's own if it is not given; the plan hardly depends on it
@@ -15,16 +15,16 @@ _SIDE = 224  # pixels: of the input of a network of one's own if it is not given
 @subcommand("plan")
 @options.network(weights_help="As for insert; only a file is read.")
 @options.image_size
-@options.batches
+@options.example
 @options.sites
 @group(
     "drawings",
     dict,
-    option("dot", "File to write the graph to, for Graphviz.", type=PATH, metavar="FILE"),
-    option("svg", "File to draw the graph in.", type=PATH, metavar="FILE"),
+    option("dot", "File to write the graph to, for Graphviz.", PATH, metavar="FILE"),
+    option("svg", "File to draw the graph in.", PATH, metavar="FILE"),
 )
 @force_option
-def command(network: Network, image_size: str | None, example: First, sites: Values, drawings: Values) -> None:
+def command(network: Network, image_size: str | None, example: str | None, sites: Values, drawings: Values) -> None:
     """Show where BatchNorm would go, and why not elsewhere.
 
     ARCH is one of `bnsurgery archs`, or timm:NAME. FILE is an ONNX file, or a file of weights: of the architecture that
@@ -58,7 +58,7 @@ def command(network: Network, image_size: str | None, example: First, sites: Val
         else:
             model = architecture.build("meta")
         name, preprocess = architecture.name, partial(interface.preprocessing, architecture, wanted=Wanted(image_size))
-    batch = example()
+    batch = options.first_batch(example)
     if batch is None:
         batch = interface.example(preprocess(), on_meta=not network.own)
     plan = planning.plan(model, batch, **sites)

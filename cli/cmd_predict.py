@@ -15,7 +15,7 @@ from .output import claim, output_options, overwrite, show, subcommand
 @subcommand("predict")
 @options.checkpoint
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|DIR...")
-@option("top", "Number of classes per image.", type=COUNT, default=3)
+@option("top", "Number of classes per image.", COUNT, default=3)
 @options.preprocessing
 @output_options("CSV file to write as well.")
 @options.device

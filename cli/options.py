@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Any], Any]
 Values = dict[str, Any]  # of options that belong together, by name
-First = Callable[[], Any]  # returns the first batch of --data, or None
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -36,11 +35,15 @@ SEED = click.IntRange(0, 2**63 - 1)
 _FIELD = re.compile(r"(, or [^`,.:;]*)?`(\w+)(?:=([^`]{1,200}))?`")
 
 
-def option(name: str, help: str, *flags: str, choices: tuple[str, ...] = (), **more: Any) -> Decorator:
-    """An option whose value the command gets as `name`: --name unless it has other flags; of `choices`, the first."""
-    if choices:
-        more = {"type": click.Choice(choices), "default": choices[0], **more}
-    return click.option(*(flags or ["--" + name.replace("_", "-")]), name, show_default=True, help=help, **more)
+def option(name: str, help: str, kind: Any = str, *flags: str, **more: Any) -> Decorator:
+    """An option whose value the command gets as `name`: --name, unless it has other flags.
+
+    `kind` is bool for a flag, a tuple of choices, the first of which is the default, or a type that click takes.
+    """
+    if isinstance(kind, tuple):
+        more, kind = {"default": kind[0], **more}, click.Choice(kind)
+    flags = flags or ("--" + name.replace("_", "-"),)
+    return click.option(*flags, name, type=kind, is_flag=kind is bool, show_default=True, help=help, **more)
 
 
 def together(*options: Decorator) -> Decorator:
@@ -93,83 +96,64 @@ def _choice(weights_key: str | None, weights_prefix: str | None, partial: bool) 
     return Choice(weights_key, weights_prefix, partial)
 
 
-def _first_batch(example: str | None) -> First:
-    """A function that returns it: the user's code runs after the command's own checks."""
-
-    def first() -> Any:
-        from bnsurgery.networks.own_data import OwnBatches
-
-        return None if example is None else next(iter(OwnBatches(example)))
-
-    return first
-
-
 model = option(
     "model",
-    "What makes your network: package.module:function, file.py:function, timm:NAME, a name in torchvision or an ONNX "
-    "file. This runs its code; a checkpoint never names it.",
+    "Function that makes your network, package.module:function or file.py:function; or timm:NAME, a name in "
+    "torchvision or an ONNX file. This runs its code, which is never taken from a checkpoint.",
     metavar="MODULE:FUNCTION",
 )
 image_size = option(
-    "image_size", "Size of the input in pixels, such as 224 or 240x320.  [default: the weights']", metavar="SIDE|HxW"
+    "image_size", "Input size in pixels: 224 or 240x320.  [default: that of the weights]", metavar="SIDE|HxW"
 )
 PREPROCESSING = (
     image_size,
     option(
         "normalize",
-        "imagenet: by ImageNet's mean and std; none: to 0 to 1; auto: as the weights require, else as imagenet.",
-        choices=("auto", "imagenet", "none"),
+        "imagenet: by ImageNet's mean and std; none: values from 0 to 1; auto: as the weights require, else imagenet.",
+        ("auto", "imagenet", "none"),
     ),
     option(
         "mean",
-        "Mean of red, green and blue to subtract, or one for all.  [default: that of --normalize; 0 with --std or "
-        "--scale]",
-        type=numbers,
+        "Means of red, green and blue to subtract, or one for all.  [default: --normalize's; 0 with --std or --scale]",
+        numbers,
         metavar="R,G,B",
     ),
     option(
         "std",
-        "Standard deviation to divide by, as --mean.  [default: that of --normalize; 1 with --mean or --scale]",
-        type=numbers,
+        "Standard deviations to divide by, like --mean.  [default: --normalize's; 1 with --mean or --scale]",
+        numbers,
         metavar="R,G,B",
     ),
-    option("scale", "Value of white before mean and std, such as 255.  [default: 1]", type=float, metavar="WHITE"),
-    option(
-        "channels", "Order of the colours.  [default: the checkpoint's, else rgb]", choices=("rgb", "bgr"), default=None
-    ),
+    option("scale", "Value of white before mean and std, such as 255.  [default: 1]", float, metavar="WHITE"),
+    option("channels", "Order of the colours.  [default: the checkpoint's, else rgb]", ("rgb", "bgr"), default=None),
 )
 CHOICE = (
     option("weights_key", "Key of the weights in the file, such as state_dict.  [default: best fit]", metavar="KEY"),
     option("weights_prefix", "Prefix of their names, such as backbone.  [default: best fit]", metavar="PREFIX"),
-    option("partial", "Load the tensors that fit, and leave the rest of the network as initialized.", is_flag=True),
+    option("partial", "Load the tensors that fit, and leave the rest of the network as initialized.", bool),
 )
 preprocessing = group("wanted", _wanted, *PREPROCESSING)
 device = option("device", "Device to compute on: cpu, cuda, cuda:1, mps, xpu, ...", default="cpu")
 sites = group(
     "sites",
     dict,
-    option("layers", "Layers that get a BatchNorm; conv: as in vgg*_bn.", choices=("all", "conv", "dense")),
+    option("layers", "Layers that get a BatchNorm; conv: as in vgg*_bn.", ("all", "conv", "dense")),
     option(
         "placement",
         "Insert BatchNorm before the activation, as in the BN paper, or after it.",
-        choices=("pre-activation", "post-activation"),
+        ("pre-activation", "post-activation"),
     ),
-    option("head", "Insert a BatchNorm after the output layer, too.", is_flag=True),
+    option("head", "Insert a BatchNorm after the output layer, too.", bool),
 )
-batches = group(
+example = option(
     "example",
-    _first_batch,
-    option(
-        "example",
-        "Function that returns batches of inputs, for networks that take no images. This runs its code.",
-        "--data",
-        metavar="FILE.py:FUNCTION",
-    ),
+    "Function that returns batches of inputs, for networks that take no images. This runs its code.",
+    str,
+    "--data",
+    metavar="FILE.py:FUNCTION",
 )
 bias = option(
-    "bias",
-    "If a layer without a bias needs one: add it, a new key in the state dict, or refuse.",
-    choices=("add", "refuse"),
+    "bias", "If a layer without a bias needs one: add it, a new key in the state dict, or refuse.", ("add", "refuse")
 )
 
 
@@ -211,6 +195,13 @@ class Images:
         return OwnBatches(self.data, num=self.num_images, seed=self.seed)
 
 
+def first_batch(example: str | None) -> Any:
+    """The first batch of the function that --data names, where that is no option for images; None without it."""
+    from bnsurgery.networks.own_data import OwnBatches
+
+    return None if example is None else next(iter(OwnBatches(example)))
+
+
 data = group(
     "images",
     Images,
@@ -221,11 +212,11 @@ data = group(
         default="samples",
         metavar="DIR|samples|FILE.py:FUNCTION",
     ),
-    option("num_images", "Number of images at most.", type=click.IntRange(1, 1_000_000), default=64),
-    option("batch_size", "Images in a batch.", type=COUNT, default=8),
+    option("num_images", "Number of images at most.", click.IntRange(1, 1_000_000), default=64),
+    option("batch_size", "Images in a batch.", COUNT, default=8),
     preprocessing,
-    option("skip_bad", "Leave out damaged images, and count them.", is_flag=True),
-    option("seed", "Seed of all random numbers.", type=SEED, default=0),
+    option("skip_bad", "Leave out damaged images, and count them.", bool),
+    option("seed", "Seed of all random numbers.", SEED, default=0),
     device,
 )
 
@@ -237,20 +228,13 @@ def weights(help: str, metavar: str = "DEFAULT|NAME|random|PATH", default: str |
 
 @dataclass(frozen=True)
 class Network:
-    """A network as the command line names it.
+    """A network as the command line names it."""
 
-    Attributes:
-        name: of what makes it, if `own`; else of the architecture, or the path of its weights.
-        own: whether it is not torchvision's.
-        weights: for `pretrained.load` and `own_network`.
-        file: ARCH|FILE where that is a file.
-    """
-
-    name: str
-    own: bool
-    weights: str
+    name: str  # of what makes it, if `own`; else of the architecture, or the path of its weights
+    own: bool  # whether it is not torchvision's
+    weights: str  # for `pretrained.load` and `own_network`
     choice: "Choice"
-    file: Path | None
+    file: Path | None  # ARCH|FILE where that is a file
 
     @property
     def architecture(self) -> "Architecture":

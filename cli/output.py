@@ -1,5 +1,6 @@
 """How commands print and write: --json, --quiet, --force, --output, --report and --plot."""
 
+import importlib.util
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnsurgery.errors import CheckpointError, printable
+from bnsurgery.errors import BNSurgeryError, CheckpointError, printable
 from bnsurgery.files.writing import check_writable, claimed, make_folder
 from bnsurgery.text.words import counted
 
@@ -47,12 +48,12 @@ class _Command(click.Command):
 subcommand = partial(click.command, cls=_Command)
 
 
-force_option = option("overwrite", "Replace existing files of these names.", "--force", is_flag=True)
+force_option = option("overwrite", "Replace existing files of these names.", bool, "--force")
 
 
 def output_options(help: str) -> Decorator:
     """--output, as `output`, and --force."""
-    return together(option("output", help, "--output", "-o", type=PATH, metavar="FILE"), force_option)
+    return together(option("output", help, PATH, "--output", "-o", metavar="FILE"), force_option)
 
 
 def overwrite() -> bool:
@@ -99,19 +100,13 @@ class Reporting:
     def check(self, *others: str | Path | None) -> None:
         """Make sure, before the work starts, that the report can be made and written.
 
-        Args:
-            others: the other files and folders that the command reads or writes. The page must not replace one. If it
-                goes into one of these folders or that of the figures, the folder is made.
-
-        Raises:
-            CheckpointError: a file exists already, cannot be written, or is one of the others.
-            BNSurgeryError: matplotlib or Jinja is not installed.
+        The page must not replace one of the `others`, the files and folders that the command reads or writes. If it
+        goes into one of these folders or that of the figures, the folder is made.
         """
-        from bnsurgery.pages.page import require_libraries
-
         page, plot = self.page, self.plot
-        if self.wanted:
-            require_libraries()
+        missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+        if self.wanted and missing:
+            raise BNSurgeryError(f"report: needs {' and '.join(missing)}: pip install 'bnsurgery[report]'")
         if plot is not None:
             if any(make_folder(plot).iterdir()) and not overwrite():
                 raise CheckpointError(f"write: '{plot}': got a non-empty folder, expected an empty one, or --force")
@@ -129,15 +124,15 @@ class Reporting:
 
     def write(self, make: "Callable[[], Report]") -> str:
         """Write what was asked for of the report that `make` makes; returns a line for each, for people."""
-        wrote = ""
-        if self.wanted:
-            report = make()
-            if self.page is not None:
-                report.save(self.page, overwrite=overwrite())
-                wrote += f"Wrote {self.page}.\n"
-            if self.plot is not None:
-                count = len(report.save_figures(self.plot, overwrite=overwrite()))
-                wrote += f"Wrote {counted(count, 'figure')} into {self.plot}.\n"
+        if not self.wanted:
+            return ""
+        report, wrote = make(), ""
+        if self.page is not None:
+            report.save(self.page, overwrite=overwrite())
+            wrote += f"Wrote {self.page}.\n"
+        if self.plot is not None:
+            count = len(report.save_figures(self.plot, overwrite=overwrite()))
+            wrote += f"Wrote {counted(count, 'figure')} into {self.plot}.\n"
         return wrote
 
     def to_dict(self) -> dict[str, str]:
@@ -145,10 +140,10 @@ class Reporting:
         return {name: str(path) for name, path in (("report", self.page), ("plot", self.plot)) if path is not None}
 
 
-plot_option = option("plot", "Write every figure as SVG and PNG into this folder.", type=PATH, metavar="DIR")
+plot_option = option("plot", "Write every figure as SVG and PNG into this folder.", PATH, metavar="DIR")
 report_options = group(
     "reporting",
     Reporting,
-    option("page", "Write a page with figures.", "--report", type=PATH, metavar="FILE.html"),
+    option("page", "Write a page with figures.", PATH, "--report", metavar="FILE.html"),
     plot_option,
 )

@@ -76,8 +76,7 @@ def recipe_options(*, leave_out: tuple[str, ...] = ()) -> Decorator:
 
 def _option(name: str, kind: Any, help: str) -> Decorator:
     flags = [f"--{name}/--no-{name}".replace("_", "-")] if _DEFAULTS[name] is True else []
-    more = {"is_flag": True} if kind is bool else {"type": kind or click.Choice(CHOICES[name])}
-    return option(name, help, *flags, default=_DEFAULTS[name], **more)
+    return option(name, help, kind or CHOICES[name], *flags, default=_DEFAULTS[name])
 
 
 def run_name(source: str | None, model: str | None, data: str) -> str:

@@ -30,10 +30,7 @@ _DPI = 144
 def new_figure(alt: str, *, columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
     """A figure and its axes, in an array of shape (1, columns), without a window system or global state.
 
-    Args:
-        alt: description of the figure for those who cannot see it; kept as its label.
-        columns: number of panels.
-        height: inches of a panel.
+    `alt` describes the figure to those who cannot see it, and becomes its label; `height` is in inches.
     """
     from matplotlib.figure import Figure
 

@@ -21,17 +21,11 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one network.
+    """The cost of one network."""
 
-    Attributes:
-        parameters: how many numbers training changes.
-        seconds: time of a forward and backward pass in train mode.
-        kept_bytes: tensors that autograd keeps between the two, without the parameters.
-    """
-
-    parameters: int
-    seconds: float
-    kept_bytes: int
+    parameters: int  # numbers that training changes
+    seconds: float  # of a forward and backward pass in train mode
+    kept_bytes: int  # of the tensors that autograd keeps between the two, without the parameters
 
 
 def measure_costs(

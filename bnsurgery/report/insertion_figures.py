@@ -1,4 +1,4 @@
-"""The figures of an insertion: statistics by site, pre-activations, channels that say little, train-mode drift."""
+"""The figures of an insertion: statistics by site, pre-activations, dead and silent channels, train-mode drift."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial

@@ -128,7 +128,8 @@ def _facts(surgery: SurgeryRecord, result: EquivalenceReport) -> Iterable[tuple[
 
 def _network(bn_model: nn.Module, surgery: SurgeryRecord) -> Section:
     count, fused = len(surgery.sites), sum(is_fused(bn_model, site) for site in surgery.sites)
-    text = f"In order of definition. {counted(count, 'BatchNorm layer')} {'was' if count == 1 else 'were'} inserted"
+    were = "was" if count == 1 else "were"
+    text = f"The layers stand in order of definition. {counted(count, 'BatchNorm layer')} {were} inserted"
     text += f"; {fused} of them apply the ReLU behind them, and an Identity stands in its place." if fused else "."
     return Section("The network", (text,), strip=boxes(bn_model))
 
@@ -150,17 +151,18 @@ def _preactivations(views: Sequence[SiteView], surgery: SurgeryRecord, exact: bo
     layers = "layers" if surgery.plan.placement == "pre-activation" else "activations in front of the BatchNorms"
     outside = max(h.outside for view in views for h in (view.before, view.after) if h is not None)
     beyond = f"at most {percent(outside, '.2g')} of a site's values lie" if outside else "no value lies"
+    after = "Weight and bias then undo the normalization exactly." if exact else "Weight and bias are applied later."
     text = (
-        f"The outputs of the {layers} on {images} of the images, all channels together: as they are, and normalized "
-        f"channel by channel. Weight and bias {'then undo that, exactly' if exact else 'follow'}. The histograms reach "
-        f"five deviations to either side; {beyond} further out."
+        f"The histograms show the outputs of the {layers} on {images} of the images, all channels together: as they "
+        f"are, and normalized channel by channel. {after} The histograms reach five deviations to either side; "
+        f"{beyond} further out."
     )
     figures = {f"preactivations-{panel}": plot_preactivations(views, panels=(panel,)) for panel in ("before", "after")}
     return Section("Pre-activations", (text,), figures=figures)
 
 
 def _channels(views: Sequence[SiteView]) -> Section:
-    heading = "Channels that say little"
+    heading = "Dead, near-eps and silent channels"
     total, dead, near_eps, silent = channel_counts(views)
     if not dead + near_eps + silent:
         return Section(heading, (f"None of {counted(total, 'channel')} is dead, near eps or silent on these images.",))
@@ -215,7 +217,7 @@ def _cost(reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batch:
     device = next((p.device.type for p in bn_model.parameters()), "cpu")
     threads = f" with {counted(torch.get_num_threads(), 'thread')}" if device == "cpu" else ""
     text = (
-        f"A training step on {counted(min(cost.IMAGES, batch.samples), 'image')}, on {device}{threads}, without and "
-        "with BatchNorm. Once folded, the network has its original architecture and cost."
+        f"The cost of a training step on {counted(min(cost.IMAGES, batch.samples), 'image')}, on {device}{threads}, "
+        "without and with BatchNorm. Once folded, the network has its original architecture and cost."
     )
     return Section(heading, (text,), Table(("", "before", "after", "after ÷ before"), rows))

@@ -65,7 +65,7 @@ class SiteView:
         mean: running mean μ per channel, float64 on the CPU, in activation units; without the layer's bias where that
             was absorbed.
         std: √running_var = σ per channel, as `mean`.
-        eps: the BatchNorm's.
+        eps: eps of the BatchNorm.
         before: histogram of the BatchNorm's input x; None if no images were given.
         after: histogram of (x − μ)/√(σ² + eps), as `before`.
         largest: the largest x per channel, as `before`.
@@ -90,7 +90,7 @@ class SiteView:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """The number of channels, C."""
         return len(self.mean)
 
     @property
@@ -115,7 +115,7 @@ class SiteView:
 
     @property
     def is_silent(self) -> Tensor | None:
-        """By channel: never above 0, where a ReLU follows; None where that is not known."""
+        """By channel: never above 0, where a ReLU follows; None if that is not known."""
         if self.largest is None or self.activation not in ("ReLU", "relu", "relu_"):
             return None
         return self.largest <= 0
@@ -132,7 +132,7 @@ class SiteView:
 
     @property
     def silent(self) -> int | None:
-        """Number of silent channels; None where that is not known."""
+        """Number of silent channels; None if that is not known."""
         return None if self.is_silent is None else int(self.is_silent.sum())
 
 

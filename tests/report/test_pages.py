@@ -385,7 +385,7 @@ def test_only_sites_with_channels_that_say_little_are_drawn(odd, batches):
     figure = report.plot_channels(inserted, batches)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == [
-        row[0] for row in tables(report.insertion(model, inserted, batches))["Channels that say little"].rows
+        row[0] for row in tables(report.insertion(model, inserted, batches))["Dead, near-eps and silent channels"].rows
     ]
     assert names == ["0.<b>$x$</b>"] and figure.axes[0].get_xlabel().endswith("none at 3 other sites")
     bars = [bar.get_width() for bar in figure.axes[0].patches]
@@ -394,7 +394,7 @@ def test_only_sites_with_channels_that_say_little_are_drawn(odd, batches):
 
     inserted = bnsurgery.insert(healthy, batches)
     page = report.insertion(healthy, inserted, batches)
-    section = next(s for s in page.sections if s.heading == "Channels that say little")
+    section = next(s for s in page.sections if s.heading == "Dead, near-eps and silent channels")
     assert section.paragraphs == ("None of 6 channels is dead, near eps or silent on these images.",)
     assert not section.figures and section.table is None
     assert not report.plot_channels(inserted, batches).axes[0].patches
