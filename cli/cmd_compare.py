@@ -43,10 +43,10 @@ def command(
 ) -> None:
     """Find out whether BatchNorm helps on your data.
 
-    Fine-tunes the network without BatchNorm, with BatchNorm inserted, and with a fresh BatchNorm, which changes what
-    the network computes: at every learning rate, on the same images in the same order. Each arm is judged at its best
-    rate. The last line of the output is the command that trains the winner. If you stop it, run the same command again
-    to continue.
+    The command fine-tunes the network without BatchNorm, with BatchNorm inserted, and with a fresh BatchNorm, which
+    changes the pretrained function: at every learning rate, on the same images in the same order. Each arm is judged at
+    its best rate. The last line of the output is the command that trains the winner. If you stop the comparison, run
+    the same command again to continue.
     """
     from bnsurgery.finetune.trials import compare, trial_config
     from bnsurgery.report import comparison

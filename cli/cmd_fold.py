@@ -35,12 +35,12 @@ def command(
 ) -> None:
     """Fold BatchNorm into the layers.
 
-    Removes the inserted BatchNorm layers from the network in FILE, which then has its original architecture and cost.
-
-    Writes a plain safetensors state dict under the original's keys. If the network was not trained since the insertion,
-    its weights are the original's, bit for bit; a trained network computes the same within 1e-5. A layer without a bias
-    gets one if its BatchNorm shifts, and the output names it. For a network from an ONNX file, the command writes that
-    file with new initializers, unless the name in --output has another suffix. `bnsurgery export` writes other formats.
+    The command removes the inserted BatchNorm layers from the network in FILE, which then has its original architecture
+    and cost, and writes a plain safetensors state dict under the original's keys. If the network was not trained since
+    the insertion, its weights are the original's, bit for bit; a trained network computes the same within 1e-5. A layer
+    without a bias gets one if its BatchNorm shifts, and the output names it. For a network from an ONNX file, the
+    command writes that file with new initializers, unless the name in --output has another suffix. `bnsurgery export`
+    writes other formats.
 
     With --model and no FILE, the command folds a network that came with its own BatchNorm, such as vgg16_bn: every norm
     goes into the layer before it. If there is no such layer, the command fails and names the norm.

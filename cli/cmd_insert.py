@@ -43,10 +43,10 @@ def command(
 ) -> None:
     """Insert BatchNorm into ARCH so that it computes the same, bit for bit.
 
-    Measures every layer's mean and variance on calibration images, inserts BatchNorm layers that normalize by them and
-    undo it, verifies that the outputs are equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, or
-    timm:NAME. FILE is an ONNX file, or a file of weights, whose architecture is recognised. --model takes your own
-    network; FILE then holds its weights.
+    The command measures every layer's mean and variance on calibration images, inserts BatchNorm layers that normalize
+    by them and undo the normalization, verifies that the outputs are equal, and writes one safetensors file. ARCH is
+    one of `bnsurgery archs`, or timm:NAME. FILE is an ONNX file, or a file of weights, whose architecture is
+    recognised. --model takes your own network; FILE then holds its weights.
     """
     from bnsurgery.machine import devices
     from bnsurgery.networks import interface, onnx_files, pretrained

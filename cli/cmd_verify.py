@@ -19,10 +19,10 @@ def command(
 ) -> None:
     """Verify that FILE equals its BN-free network, and measure drift.
 
-    Runs both networks on images in eval mode, and FILE's in train mode in batches of 2, 8 and 32.
+    The command runs both networks on images in eval mode, and FILE's also in train mode in batches of 2, 8 and 32.
 
-    Exits with 1 if the outputs differ by more than the tolerance. The tolerance is 0 for a fresh insertion on the CPU.
-    It is 1e-5 of the largest output on other devices, if biases were absorbed, or if the network was trained since.
+    It exits with 1 if the outputs differ by more than the tolerance. The tolerance is 0 for a fresh insertion on the
+    CPU. It is 1e-5 of the largest output on other devices, if biases were absorbed, or if the network was trained.
     """
     from bnsurgery.exports.exporting import origin_of
     from bnsurgery.machine import devices
