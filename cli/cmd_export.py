@@ -18,7 +18,7 @@ _FORMATS = ("torchvision-bn", "torchvision", "state-dict", "onnx", "exported-pro
 @group(
     "how",
     dict,
-    option("to", "Format of the file, see above.", _FORMATS, default=None, required=True),
+    option("to", "Format of the file, see above.", click.Choice(_FORMATS), required=True),
     option("keep_bn", "Keep the BatchNorm layers.", bool),
     option(
         "dynamic",

@@ -42,8 +42,10 @@ def option(name: str, help: str, kind: Any = str, *flags: str, **more: Any) -> D
     """
     if isinstance(kind, tuple):
         more, kind = {"default": kind[0], **more}, click.Choice(kind)
+    elif kind is bool:
+        more["is_flag"] = True
     flags = flags or ("--" + name.replace("_", "-"),)
-    return click.option(*flags, name, type=kind, is_flag=kind is bool, show_default=True, help=help, **more)
+    return click.option(*flags, name, type=kind, show_default=True, help=help, **more)
 
 
 def together(*options: Decorator) -> Decorator:
