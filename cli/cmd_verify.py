@@ -47,7 +47,7 @@ def command(
     result = bnsurgery.verify(reference, bn_model, batches)
     tolerance = 0.0 if untouched and place.type == "cpu" else TOLERANCE
     if untouched:
-        remark = f"as rounding on {place.type} may have it" if tolerance else "not to the bit"
+        remark = f"as rounding on {place.type} allows" if tolerance else "not to the bit"
     else:
         remark = "as with absorbed biases" if record.options.absorb_bias else "as after training"
     facts = {"compared with": against, "images": batches.summary}
