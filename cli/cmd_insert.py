@@ -22,24 +22,18 @@ from .output import Reporting, claim, loud, output_options, overwrite, report_op
 @options.data
 @options.sites
 @group(
-    "norms",
+    "how",
     dict,
     option("absorb_bias", "Remove the layers' biases. The outputs then agree within 1e-6, not bit for bit.", bool),
     option("fuse_relu", "Let BatchNorm apply the ReLU behind it.", bool, "--fuse-relu/--no-fuse-relu", default=False),
     option("eps", "Number added to the variance: above 0, at most 1.", float, default=1e-5),
     option("momentum", "Momentum of the running statistics in training: 0 to 1.", float, default=0.1),
+    option("drop_lrn", "Remove the LocalResponseNorm layers first. This changes the function.", bool),
 )
-@option("drop_lrn", "Remove the LocalResponseNorm layers first. This changes the function.", bool)
 @output_options("File to write.  [default: ARCH-bn.safetensors or FILE's name, in this folder]")
 @report_options
 def command(
-    network: Network,
-    images: Images,
-    sites: Values,
-    norms: Values,
-    drop_lrn: bool,
-    output: Path | None,
-    reporting: Reporting,
+    network: Network, images: Images, sites: Values, how: Values, output: Path | None, reporting: Reporting
 ) -> None:
     """Insert BatchNorm into ARCH so that it computes the same, bit for bit.
 
@@ -55,8 +49,9 @@ def command(
     from bnsurgery.statistics.verification import DRIFT_SAMPLES, TOLERANCE
     from bnsurgery.surgery import copies, lrn
 
+    drop_lrn = how.pop("drop_lrn")
     try:
-        bnsurgery.Options(**norms).check(sites["placement"])
+        bnsurgery.Options(**how).check(sites["placement"])
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     output = output or Path(f"{network.stem}-bn.safetensors")
@@ -65,11 +60,9 @@ def command(
     architecture = None if own else network.architecture
     claim(output)
     reporting.check(output, weights)
-    preprocess = None
     if architecture is None:
         model, origin = pretrained.own_network(name, weights, seed, choice)
-        if not images.are_batches:
-            preprocess = interface.own_preprocessing(model, images.wanted)
+        preprocess = None if images.are_batches else interface.own_preprocessing(model, images.wanted)
     else:
         found = pretrained.load(architecture, weights, choice=choice, wanted=images.wanted, seed=seed, progress=loud())
         name, model, origin = found.name, found.model, found.weights
@@ -92,7 +85,7 @@ def command(
     bn_model = bnsurgery.insert(
         model,
         samples,
-        **norms,
+        **how,
         drop_lrn=drop_lrn,
         plan=plan,
         moments=moments,
@@ -102,7 +95,7 @@ def command(
     )
     sizes = (2, 4, 8, 16, 32) if reporting.wanted else (2, 8, 32)
     equivalence = bnsurgery.verify(reference, bn_model, samples, drift_batch_sizes=sizes)
-    tolerance = 0.0 if place.type == "cpu" and not norms["absorb_bias"] else TOLERANCE
+    tolerance = 0.0 if place.type == "cpu" and not how["absorb_bias"] else TOLERANCE
     if not equivalence.within(tolerance):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
     bnsurgery.save(bn_model, output, overwrite=overwrite())

@@ -38,6 +38,7 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         speed = thousands(row.images_per_second)
         rows.append((f"{row.epoch:.4g}", row.step, f"{row.lr:.3g}", *measured, speed))
     validations = Table(("epoch", "step", "learning rate", *measures, "images/s"), rows)
+    curves = {panel: plot_curves(result.rows, (panel,)) for panel in ("loss", "accuracy")}
     chosen = {"augment": resolved.augment, "batch_size": resolved.batch_size}
     options = [(key, str(chosen.get(key, value))) for key, value in _applying(config).items()]
     right = f"{percent(best.val_accuracy)} of the validation {result.thing}s right"
@@ -57,10 +58,7 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
             ("steps", thousands(final.step)),
         ),
         sections=(
-            Section(
-                "Curves" if len(result.rows) > 1 else "The one validation",
-                figures={panel: plot_curves(result.rows, (panel,)) for panel in ("loss", "accuracy")},
-            ),
+            Section("Curves" if len(rows) > 1 else "The one validation", figures=curves),
             Section("Validations", table=validations),
             Section("Options", table=Table(("option", "value"), options)),
         ),
