@@ -22,11 +22,11 @@ from .options import PATH, Decorator, group, option, together, with_flags
 if TYPE_CHECKING:
     from bnsurgery.report import Report
 
-_STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"(?m)^eval mode    different", {"fg": "red", "bold": True}),
-    (r"bit-identical|equal within [^,]*", {"fg": "green", "bold": True}),
-    (r"(?m)^Next:", {"bold": True}),
-)
+_COLOURS = {
+    r"(?m)^eval mode    different": "red",
+    r"bit-identical|equal within [^,]*": "green",
+    r"(?m)^Next:": None,
+}
 
 
 class _Command(click.Command):
@@ -34,10 +34,9 @@ class _Command(click.Command):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        json_help, quiet_help = "Print one JSON object on stdout and nothing else.", "Print only errors and warnings."
         self.params += [
-            click.Option(["--json"], is_flag=True, help=json_help),
-            click.Option(["--quiet", "-q"], is_flag=True, help=quiet_help),
+            click.Option(["--json"], is_flag=True, help="Print one JSON object on stdout and nothing else."),
+            click.Option(["--quiet", "-q"], is_flag=True, help="Print only errors and warnings."),
         ]
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -46,8 +45,6 @@ class _Command(click.Command):
 
 
 subcommand = partial(click.command, cls=_Command)
-
-
 force_option = option("overwrite", "Replace existing files of these names.", bool, "--force")
 
 
@@ -75,8 +72,8 @@ def show(text: str, data: dict[str, Any]) -> None:
         click.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text))
     elif loud():
         text = "\n".join(printable(line, len(line)) for line in with_flags(text, context.command).split("\n"))
-        for pattern, style in _STYLES:  # click takes the colours out if stdout is no terminal
-            text = re.sub(pattern, lambda match, style=style: click.style(match[0], **style), text)  # type: ignore[misc]
+        for pattern, colour in _COLOURS.items():  # click takes the colours out if stdout is no terminal
+            text = re.sub(pattern, lambda match, colour=colour: click.style(match[0], colour, bold=True), text)  # type: ignore[misc]
         click.echo(text, color=False if os.environ.get("NO_COLOR") else None)
 
 

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnsurgery.errors import CalibrationError
-from bnsurgery.nn import BatchNorm2d, LastDimBatchNorm1d
+from bnsurgery.nn import LastDimBatchNorm1d
 from bnsurgery.records.record import InsertedSite, record
 from bnsurgery.running.batches import inputs
 from bnsurgery.running.calls import run
@@ -153,8 +153,7 @@ def view_sites(bn_model: nn.Module, batches: Iterable[Any] = ()) -> tuple[SiteVi
     views, images = [], 0
     with ExitStack() as hooks:
         for inserted in record(bn_model).sites:
-            norm = cast(BatchNorm2d, bn_model.get_submodule(inserted.norm))
-            assert norm.running_mean is not None and norm.running_var is not None  # `insert` makes them so
+            norm: Any = bn_model.get_submodule(inserted.norm)
             views.append(view(inserted, norm.running_mean, norm.running_var, norm.eps))
             hooks.enter_context(norm.register_forward_pre_hook(partial(_look, views[-1])))
         with observing(bn_model):
@@ -184,7 +183,7 @@ def view(inserted: InsertedSite, mean: Tensor, variance: Tensor, eps: float) -> 
     return SiteView(site.name, site.layer, inserted.norm, site.activation, mean, std, eps)
 
 
-def _look(view: SiteView, norm: BatchNorm2d, args: tuple[Tensor, ...]) -> None:
+def _look(view: SiteView, norm: Any, args: tuple[Tensor, ...]) -> None:
     """Add the input of one call to the view; a layer that is called twice adds both."""
     x = args[0].flatten(0, -2) if isinstance(norm, LastDimBatchNorm1d) else args[0]
     if view.before is None or view.after is None:
