@@ -2,16 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import bnsurgery
 from bnsurgery.errors import CheckpointError
 
 from . import options
 from .output import Reporting, output_options, plot_option, show, subcommand
-
-if TYPE_CHECKING:
-    from bnsurgery.report import Report
 
 
 @subcommand("report")
@@ -37,7 +33,7 @@ def command(checkpoint: options.Checkpoint, images: options.Images, output: Path
     show(text, {**facts, **reporting.to_dict()})
 
 
-def _of_results(place: Path) -> "Report":
+def _of_results(place: Path) -> "bnsurgery.report.Report":
     """The page of a run or a comparison from its directory, or of a comparison from its file."""
     from bnsurgery.finetune import Comparison, Result
     from bnsurgery.finetune.run_directory import RunDirectory
@@ -50,7 +46,7 @@ def _of_results(place: Path) -> "Report":
     raise CheckpointError(f"report: '{place}': neither a run of finetune nor a finished one of compare is there")
 
 
-def _of_checkpoint(checkpoint: options.Checkpoint, images: options.Images) -> "Report":
+def _of_checkpoint(checkpoint: options.Checkpoint, images: options.Images) -> "bnsurgery.report.Report":
     """The page of an insertion: FILE beside its folded network."""
     from bnsurgery.machine import devices
     from bnsurgery.networks import interface

@@ -9,18 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+import bnsurgery
 from bnsurgery.errors import BNSurgeryError, CheckpointError, printable
 from bnsurgery.files.writing import check_writable, claimed, make_folder
 from bnsurgery.text.words import counted
 
 from .options import PATH, Decorator, group, option, together, with_flags
-
-if TYPE_CHECKING:
-    from bnsurgery.report import Report
 
 _COLOURS = {
     r"(?m)^eval mode    different": "red",
@@ -119,7 +117,7 @@ class Reporting:
                 make_folder(page.parent)
             claim(page)
 
-    def write(self, make: "Callable[[], Report]") -> str:
+    def write(self, make: "Callable[[], bnsurgery.report.Report]") -> str:
         """Write what was asked for of the report that `make` makes; returns a line for each, for people."""
         if not self.wanted:
             return ""
