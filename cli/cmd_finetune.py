@@ -2,37 +2,30 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from .options import PATH, option, typed
-from .output import Reporting, force_option, loud, print_options, report_options, show
+from .options import PATH, Checkpoint, Values, option, typed
+from .output import Reporting, force_option, loud, report_options, show, subcommand
 from .recipe_options import recipe_options, run_name
 
 
-@click.command("finetune")
+@subcommand("finetune")
 @click.argument("source", required=False, metavar="ARCH|FILE")
 @option(
     "data",
     "Folder with one folder per class (or train/ and val/), a dataset, or a function that returns training and "
-    "validation data of any kind. This runs its code; never taken from a run.",
+    "validation data of any kind. This runs its code, which is never taken from a run.",
     metavar="DIR|NAME|FILE.py:FUNCTION",
 )
-@option("output", "The run's directory.  [default: runs/ARCH-DATA]", "--output", "-o", metavar="RUN")
-@option("resume", "Continue a run that was stopped.", metavar="RUN", type=PATH)
+@option("output", "The run's directory.  [default: runs/ARCH-DATA]", str, "--output", "-o", metavar="RUN")
+@option("resume", "Continue a run that was stopped.", PATH, metavar="RUN")
 @recipe_options()
 @report_options
-@force_option("Replace the files of --report and --plot if they exist.")
-@print_options
+@force_option
 def command(
-    source: str | None,
-    data: str | None,
-    output: str | None,
-    resume: Path | None,
-    recipe: dict[str, Any],
-    reporting: Reporting,
+    source: str | None, data: str | None, output: str | None, resume: Path | None, recipe: Values, reporting: Reporting
 ) -> None:
     """Insert BatchNorm into a network and fine-tune it; --arm leaves BatchNorm out.
 
@@ -41,7 +34,7 @@ def command(
     a folder, digits (built in), a torchvision dataset such as CIFAR10, or what your function returns: (training,
     validation) or (training, validation, classes), each a Dataset of (inputs, target) or batches of (inputs, targets).
 
-    Start it with torchrun or accelerate launch for several GPUs or machines.
+    Start the command with torchrun or accelerate launch for several GPUs or machines.
     """
     from bnsurgery import finetune, report
     from bnsurgery.files.checkpoint import read_record
@@ -62,7 +55,9 @@ def command(
             if (old := getattr(config, name, new)) != new
         ]
         if changed:
-            raise click.UsageError(f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave that out.")
+            raise click.UsageError(
+                f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave these options out."
+            )
         result = finetune.resume(resume, model=recipe["model"], data=data, show=loud())
     elif data is None:
         raise click.UsageError(
@@ -73,16 +68,15 @@ def command(
         output = output or f"runs/{run_name(source, recipe['model'], data)}{arm}"
         config = finetune.Config(source=source or "", data=data, output=output, **recipe)
         result = finetune.run(config, show=loud())
-    if is_main_process:
-        wrote = reporting.write(lambda: report.training(result, config))
-        best = f"{result.directory}/best.safetensors"
-        own = own_name(config)
-        words = [best, *(["--model", own] if own else [])]
-        after = typed("fold", *words)
-        if not names_code(config.data):
-            after = f"{typed('predict', *words)} IMAGE...\n      {after}"
-        elif (record := read_record(Path(best))) is not None and record.input_shape is None:
-            after += " --data FILE.py:FUNCTION  (which gives batches of inputs)"
-        files = f"Wrote {best} and, beside it, metrics.csv, curves.png and tensorboard/."
-        text = f"\n{result}\n\n{files}\n{wrote}Next: {after}"
-        show(text, {**result.to_dict(), "best": best, **reporting.to_dict()})
+    if not is_main_process:
+        return
+    wrote = reporting.write(lambda: report.training(result, config))
+    best = Checkpoint(Path(f"{result.directory}/best.safetensors"), own_name(config))
+    after = typed("fold", *best.words)
+    if not names_code(config.data):
+        after = f"{typed('predict', *best.words)} IMAGE...\n      {after}"
+    elif (record := read_record(best.file)) is not None and record.input_shape is None:
+        after += " --data FILE.py:FUNCTION  (which gives batches of inputs)"
+    files = f"Wrote {best.file} and, beside it, metrics.csv, curves.png and tensorboard/."
+    text = f"\n{result}\n\n{files}\n{wrote}Next: {after}"
+    show(text, {**result.to_dict(), "best": str(best.file), **reporting.to_dict()})
