@@ -5,7 +5,7 @@ import click
 from bnsurgery.finetune.config import RATES, Config
 
 from .options import COUNT, Values, given, group, names, numbers, option, typed
-from .output import Reporting, force_option, loud, report_options, show, subcommand
+from .output import Reporting, force_option, loud, naming_options, report_options, show, subcommand
 from .recipe_options import recipe_options, run_name
 
 _OURS = ("output", "arms", "rates", "seeds", "jobs", "page", "plot")
@@ -54,7 +54,8 @@ def command(
     output = output or f"runs/compare-{run_name(source, recipe['model'], data)}"
     config = Config(source=source or "", data=data, output=output, **recipe)
     reporting.check(output, source)
-    result = compare(config, **trials, show=loud())
+    with naming_options():
+        result = compare(config, **trials, show=loud())
     wrote = reporting.write(lambda: comparison(result))
     after = ["report", output]
     if (best := result.winner) is not None:

@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from .options import PATH, Checkpoint, Values, option, typed
-from .output import Reporting, force_option, loud, report_options, show, subcommand
+from .output import Reporting, force_option, loud, naming_options, report_options, show, subcommand
 from .recipe_options import recipe_options, run_name
 
 
@@ -58,7 +58,8 @@ def command(
             raise click.UsageError(
                 f"--resume {resume}: the run was started with {'; '.join(changed)}. Leave these options out."
             )
-        result = finetune.resume(resume, model=recipe["model"], data=data, show=loud())
+        with naming_options():
+            result = finetune.resume(resume, model=recipe["model"], data=data, show=loud())
     elif data is None:
         raise click.UsageError(
             "Missing option '--data': a folder of images, digits, a torchvision dataset, or FILE.py:FUNCTION."
@@ -67,7 +68,8 @@ def command(
         arm = "" if recipe["arm"] == "bn" else f"-{recipe['arm']}"
         output = output or f"runs/{run_name(source, recipe['model'], data)}{arm}"
         config = finetune.Config(source=source or "", data=data, output=output, **recipe)
-        result = finetune.run(config, show=loud())
+        with naming_options():
+            result = finetune.run(config, show=loud())
     if not is_main_process:
         return
     wrote = reporting.write(lambda: report.training(result, config))

@@ -6,10 +6,11 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 
@@ -54,6 +55,24 @@ def output_options(help: str) -> Decorator:
 def overwrite() -> bool:
     """Whether --force was given."""
     return bool(click.get_current_context().obj["overwrite"])
+
+
+class _NamingOptions:
+    """A stream that writes the library's fields as options of the command at hand."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._command = stream, click.get_current_context().command
+
+    def write(self, text: str) -> int:
+        return self._stream.write(with_flags(text, self._command))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def naming_options() -> AbstractContextManager[Any]:
+    """Inside, what the library prints names options, as messages do."""
+    return redirect_stdout(cast(TextIO, _NamingOptions(sys.stdout)))
 
 
 def loud() -> bool:
