@@ -104,9 +104,9 @@ def pretrain(job: Job) -> nn.Module:
     start = time.monotonic()
     torch.manual_seed(0)
     epochs, size, count = (1, 32, 64) if job.quick else (50, 64, 1200)
-    images, labels = photographs(*((32, OLD, 96) if job.quick else (96, OLD)))
-    images, labels = images.to(job.device), labels.to(job.device)
-    model = network(True, job.quick).to(job.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    side, most = (32, 96) if job.quick else (96, None)
+    images, labels = (tensor.to(job.device) for tensor in photographs(side, OLD, most))
+    model = network(True, job.quick).to(job.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, epochs * (count // size))
     done = 0
