@@ -83,7 +83,7 @@ def draw(losses: dict[str, dict[str, float]], comparison: finetune.Comparison) -
     bars.set_xlim(0, 1.5 * max(values))
     bars.set(xlabel="loss (accuracy) on MNIST's test set", title="a trained CNN, BatchNorm put in")
     draw_rates(rates, comparison)
-    rates.set_title("a small VGG-19, fine-tuned to photographs")
+    rates.set_title("a small VGG-19 on photographs")
     return figure
 
 
