@@ -67,8 +67,8 @@ def lead_the_cuda_way() -> None:
     library.takes_kernels = lambda x: True
     cuda._processors = lambda device: PROCESSORS[ARCHITECTURE]
     with warnings.catch_warnings(action="ignore"):  # that a kernel takes another's place
-        OPS.m.impl("batch_norm_fwd", "CPU", library.cuda_kernel("forward"))  # .m: torch 2.6's own `impl` refuses
-        OPS.m.impl("batch_norm_bwd", "CPU", library.cuda_kernel("backward"))
+        OPS.m.impl("batch_norm_fwd", "CPU", library.cuda_kernel("batch_norm_fwd"))  # .m: torch 2.6's own `impl` refuses
+        OPS.m.impl("batch_norm_bwd", "CPU", library.cuda_kernel("batch_norm_bwd"))
 
 
 def idle() -> None:

@@ -98,8 +98,8 @@ def launch(x: Tensor, batch: bool, relu: bool, weight: bool, bias: bool, renorm:
     given, moving = ((None, None), running) if batch else (running, (None, None))
     schedule = torch.empty(4, channels) if batch and renorm else None
     cuda.channel_moments(x)
-    _, statistics = cuda.forward(x, *given, *affine, 1e-5, relu, *moving, torch.tensor(0), schedule, 0.1, "")
-    cuda.backward(x, x, None, statistics, *affine, 1e-5, batch, relu, "", True, weight)
+    _, statistics = cuda.batch_norm_fwd(x, *given, *affine, 1e-5, relu, *moving, torch.tensor(0), schedule, 0.1, "")
+    cuda.batch_norm_bwd(x, x, None, statistics, *affine, 1e-5, batch, relu, "", True, weight)
 
 
 def usage(cubin: bytes) -> dict[str, int]:

@@ -22,7 +22,7 @@ from torch import nn
 from torchvision import models
 
 import bnsurgery
-from bnsurgery.images.batches import calibration_batches
+from bnsurgery.images.calibration_images import calibration_batches
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.text.tables import table
 from bnsurgery.text.words import percent

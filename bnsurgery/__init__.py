@@ -9,7 +9,7 @@ import lazy_loader
 
 from . import errors
 from ._version import __version__ as __version__
-from .machine.torch_version import require_torch
+from .machine.system import require_torch
 
 _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

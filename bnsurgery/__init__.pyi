@@ -29,8 +29,8 @@ from .nn import set_statistics_ as set_statistics_
 from .records.record import InsertedSite as InsertedSite
 from .records.record import Options as Options
 from .records.record import SurgeryRecord as SurgeryRecord
+from .records.record import Task as Task
 from .records.record import record as record
-from .records.task import Task as Task
 from .statistics.calibration import calibrate as calibrate
 from .statistics.calibration import recalibrate_ as recalibrate_
 from .statistics.moments import ChannelMoments as ChannelMoments

@@ -1,19 +1,16 @@
 """bnsurgery archs."""
 
-import click
-
-from .output import print_options, show
+from .output import show, subcommand
 
 
-@click.command("archs")
-@print_options
+@subcommand("archs")
 def command() -> None:
     """List the architectures that have a name."""
     from bnsurgery.records import architectures
     from bnsurgery.text.tables import table
 
-    rows = [architectures.summary(name) for name in architectures.names()]
+    rows = [architectures.summary(name) for name in architectures.NAMES]
     headers = ("ARCH", "conv", "dense", "M params", "min px", "weights")
-    text = table(headers, [(r.name, r.conv, r.dense, r.parameters, r.min_size, ", ".join(r.weights)) for r in rows])
+    text = table(headers, [[*list(row.values())[:-1], ", ".join(row["weights"])] for row in rows])
     after = "Next: bnsurgery plan vgg16, or bnsurgery insert vgg16"
-    show(f"{text}\n\n{after}", {"architectures": [row.to_dict() for row in rows]})
+    show(f"{text}\n\n{after}", {"architectures": rows})

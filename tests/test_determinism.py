@@ -17,7 +17,7 @@ from bnsurgery import calibrate, insert, plan
 from bnsurgery.finetune import from_tensors
 from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 from bnsurgery.statistics.moments import digest
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ import torch
 from bnsurgery.images.preprocessing import Preprocessing
 from small_network import Fire
 from bnsurgery import insert
-from bnsurgery.images.batches import sample_crops
+from bnsurgery.images.calibration_images import sample_crops
 from bnsurgery.statistics.moments import digest, ChannelMoments
 from bnsurgery.statistics.calibration import calibrate
 from bnsurgery.ops import channel_moments

@@ -196,6 +196,13 @@ def test_the_site_needs_no_network(site):
 
 
 @pytest.mark.slow
+def test_the_site_shows_the_script_that_its_source_links(site):
+    page = (site / "howto" / "training-loop" / "index.html").read_text()
+    shown = html.unescape(re.sub("<[^>]+>", "", page))
+    assert (ROOT / "examples" / "finetune_vgg16.py").read_text() in shown
+
+
+@pytest.mark.slow
 def test_the_site_has_every_command_and_option(site):
     page = html.unescape((site / "reference" / "cli" / "index.html").read_text())
     assert "<pre><code>  bnsurgery insert vgg16  " in page  # lines that click leaves as they are

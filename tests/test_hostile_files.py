@@ -29,8 +29,7 @@ from bnsurgery.networks.interface import preprocessing_of
 from bnsurgery.networks.prediction import predict
 from bnsurgery.networks.pretrained import load as load_weights
 from bnsurgery.records.architectures import architecture
-from bnsurgery.records.record import SurgeryRecord, attach_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import SurgeryRecord, Task, attach_record, record
 from tests.fuzz.networks import inserted, small
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")
@@ -170,13 +169,16 @@ def test_keys_in_messages_are_short_and_printable(tmp_path):
         (lambda d: d["options"].update(eps=float("inf")), "Infinity is no number"),
         (lambda d: d["options"].update(eps=2.0), "record.options: .* got 2.0"),
         (lambda d: d["options"].update(momentum=-0.1), "record.options: .* got -0.1"),
-        (lambda d: d.update(input_shape=[3, -1]), r"record.input_shape: got \(3, -1\)"),
-        (lambda d: d.update(input_shape=[0]), r"record.input_shape: got \(0,\)"),
+        (lambda d: d.update(input_shape=[3, -1]), r"record: input_shape: got \(3, -1\)"),
+        (lambda d: d.update(input_shape=[0]), r"record: input_shape: got \(0,\)"),
         (lambda d: d["architecture"].update(num_classes=0), "num_classes: got 0"),
         (lambda d: d["architecture"].update(num_classes=10**18), "do not fit|does not fit"),
         (lambda d: d["architecture"].update(dropout=1.5), "dropout: got 1.5"),
         # its builder would download a backbone
-        (lambda d: d["architecture"].update(name="fasterrcnn_resnet50_fpn"), "architecture.name: got 'fasterrcnn"),
+        (
+            lambda d: d["architecture"].update(name="fasterrcnn_resnet50_fpn"),
+            "record.architecture: name: got 'fasterrcnn",
+        ),
         (lambda d: d.update(task={**TASK, "classes": [], "head": "classifier.1"}), "task: a new head, but no classes"),
         *(
             (

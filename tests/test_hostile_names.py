@@ -23,8 +23,7 @@ from bnsurgery.finetune import Config
 from bnsurgery.finetune.datasets import open_data
 from bnsurgery.images.decoding import find_images, load_image
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.record import attach_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, attach_record, record
 from tests.fuzz.networks import inserted
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnsurgery.BNSurgeryWarning")

@@ -11,7 +11,7 @@ from warm_process import script
 
 from bnsurgery import calibrate, fold, insert, plan
 from bnsurgery.errors import DataError
-from bnsurgery.images.batches import ImageBatches
+from bnsurgery.images.calibration_images import ImageBatches
 from bnsurgery.running.calls import out_of_memory
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch, torchvision
 from bnsurgery.files import checkpoint
 from bnsurgery.errors import DataError
-from bnsurgery.images.batches import ImageBatches
+from bnsurgery.images.calibration_images import ImageBatches
 from bnsurgery.images.decoding import load_image
 from bnsurgery.networks import pretrained
 from bnsurgery.statistics import verification

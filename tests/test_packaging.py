@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.machine.torch_version import OLDEST, require_torch
+from bnsurgery.machine.system import OLDEST, require_torch
 
 ROOT = Path(__file__).parents[1]
 _TOOLS = ("docs", "dev", "bench", "fuzz")  # extras that users do not install

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torchvision import models
 
 from bnsurgery import fold, insert, plan, verify
-from bnsurgery.images.batches import sample_crops
+from bnsurgery.images.calibration_images import sample_crops
 from bnsurgery.images.decoding import load_image
 from bnsurgery.images.preprocessing import Preprocessing
 

@@ -1,58 +1,36 @@
 """Write a network for those who do not have this package: stock state dicts, ONNX, torch.export."""
 
-import importlib.util
-import inspect
 import math
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
 from bnsurgery.errors import CalibrationError, ExportError, shown
-from bnsurgery.files.checkpoint import current_record, has_place_for, torch_save
-from bnsurgery.files.labels import labels, sort_metadata
-from bnsurgery.files.weights import read_tensors
+from bnsurgery.files.checkpoint import current_record
+from bnsurgery.files.labels import labels
 from bnsurgery.files.writing import atomic_write
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.networks import interface, onnx_files
-from bnsurgery.networks.third_party import quiet
-from bnsurgery.records.architectures import Architecture
+from bnsurgery.networks.third_party import errors_as, quiet, require
 from bnsurgery.records.record import SurgeryRecord, state_digest
 from bnsurgery.running.batches import Inputs, join
 from bnsurgery.running.calls import placed
 from bnsurgery.running.modes import evaluate, evaluating
 from bnsurgery.statistics.verification import EquivalenceReport, verify
 from bnsurgery.surgery.copies import on_meta
-from bnsurgery.surgery.foldable import OWN_NORMS
 from bnsurgery.surgery.folding import fold as fold_model
 from bnsurgery.surgery.folding import gained_biases
 from bnsurgery.surgery.stock import to_torch
-from bnsurgery.text.tables import WIDTH
-from bnsurgery.text.words import with_article
 
-from .programs import AXES, Job, axes_of, compare, compare_doubled, write_onnx, write_program
+from . import instructions, writers
+from .formats import AXES, PICKLES, PROGRAMS, SUFFIXES, Format
 
-Format = Literal["torchvision-bn", "torchvision", "state-dict", "onnx", "exported-program"]
-_PROGRAMS = {"onnx": ".onnx", "exported-program": ".pt2"}
-SUFFIXES = dict.fromkeys(("torchvision-bn", "torchvision", "state-dict"), ".safetensors") | _PROGRAMS
-_PICKLES = (".pth", ".pt")
-_LOAD_FOLDED = """\
-model = ...  # the {} with BatchNorm
-state = {}
-for name, module in list(model.named_modules()):
-    if hasattr(module, "running_var") and f"{{name}}.running_var" not in state:
-        model.set_submodule(name, torch.nn.Identity())
-    elif f"{{name}}.bias" in state and module.bias is None:
-        module.bias = torch.nn.Parameter(state[f"{{name}}.bias"])
-model.load_state_dict(state)
-"""
 _TOLERANCE = 1e-5  # of the largest output: the float32 rounding of a deep network stays below
 
 
@@ -174,12 +152,15 @@ def export(
     _check(to, record, keep_bn, dynamic)
     preprocessing = preprocessing or interface.noted_preprocessing(record)
     classes = interface.classes_of(record)
-    inputs = _accepted(bn_model, _example(bn_model, record, example, preprocessing))
-    axes = axes_of(inputs, dynamic) if to in _PROGRAMS else []
+    inputs = _accepted(bn_model, _inputs(bn_model, record, example, preprocessing))
+    axes = _axes(inputs, dynamic) if to in PROGRAMS else []
     in_file = onnx_files.source(bn_model)
     new_head = record.task is not None and record.task.head is not None
-    origin = None if keep_bn or new_head else in_file  # whose graph stays
+    origin = None if keep_bn or new_head or to != "onnx" else in_file  # whose graph stays
     stays = keep_bn or to == "torchvision-bn"
+    name = record.architecture.name if record.architecture is not None else record.model
+    name += "_bn" if to == "torchvision-bn" else ""
+    stock = record.architecture if to.startswith("torchvision") else None
     with evaluating(bn_model):
         if stays:
             network = to_torch(bn_model, keep=lambda site: to != "torchvision-bn" or site.site.kind == "conv")
@@ -187,22 +168,32 @@ def export(
             network = fold_model(bn_model, bias=bias)
         network.eval()
         folds_back = not stays and state_digest(network.state_dict()) == record.weights_digest
+        known = labels(preprocessing, classes)
         with atomic_write(path, overwrite=overwrite) as temporary, quiet():
-            known = labels(preprocessing, classes)
-            job = Job(network, temporary, inputs, path.suffix, record, keep_bn, axes, known, origin)
-            written = _WRITERS[to](job)
-            equivalence = compare(written, bn_model, inputs, f"as {to}, the network cannot be run")
-            _require_same(path, equivalence)
+            written: nn.Module | Callable[..., Any]
+            if origin is not None:
+                written = writers.write_onnx(writers.updated(origin, network), network, temporary, known)
+            elif to == "onnx":
+                classifies = record.architecture is not None or bool(classes)
+                graph = writers.new_graph(network, inputs, axes, optimize=not keep_bn, classifies=classifies)
+                written = writers.write_onnx(graph, network, temporary, known)
+            elif to == "exported-program":
+                written = writers.write_program(network, inputs, axes, temporary, known)
+            else:
+                again = on_meta(network) if stock is None else replace(stock, name=name).build()
+                written = writers.write_state(network, temporary, path.suffix, known, again)
+            equivalence = _compare(written, bn_model, inputs, f"as {to}, the network cannot be run")
             for axis in dict.fromkeys(name for names in axes for name in names.values()):
-                _require_same(path, compare_doubled(written, bn_model, inputs, axes, axis), f", with {axis} doubled,")
+                problem = f"{axis} cannot be of any size here: twice the example's fails"
+                _compare(written, bn_model, _doubled(inputs, axes, axis), problem, f", with {axis} doubled,")
     weights = "with its BatchNorm" if stays else origin_of(record, folds_back)
     if to == "onnx" and in_file is not None and new_head:
         weights += "; a new graph, since the head is new"
     gained = () if stays else tuple(gained_biases(bn_model, record.sites).values())
-    usage = _usage(to, path, record, keep_bn, gained)
-    shapes = _shapes(inputs, axes) if origin is None or to != "onnx" else origin.shapes
-    feed = _feed(shapes, preprocessing, classes, in_file=path.suffix not in _PICKLES)
-    return Export(str(path), to, _name(to, record), weights, folds_back, equivalence, usage, feed, gained)
+    usage = instructions.usage(to, path, name, record, keep_bn, gained)
+    shapes = origin.shapes if origin is not None else instructions.shapes(inputs, axes)
+    feed = instructions.feed(shapes, preprocessing, classes, in_file=path.suffix not in PICKLES)
+    return Export(str(path), to, name, weights, folds_back, equivalence, usage, feed, gained)
 
 
 def export_folded(
@@ -217,34 +208,25 @@ def export_folded(
 
     Args:
         model: with BatchNorm and no record; not changed.
-        path: the file to write, safetensors, or `torch.save`'s format where it is called .pth or .pt.
         example: an input batch, to compare on.
-        bias: as for `fold`.
-        overwrite: whether an old file may be replaced.
+        path, bias, overwrite: as for `export`.
 
     Raises:
         ExportError, FoldError, CalibrationError, CheckpointError: as `export`.
     """
     path = Path(path)
-    inputs = _accepted(model, Inputs.of(example))
+    inputs = _accepted(model, [Inputs.of(example)])
     with evaluating(model):
         folded = fold_model(model, bias=bias, example=inputs)
         with atomic_write(path, overwrite=overwrite) as temporary:
-            written = _write_state(folded, temporary, path.suffix, {}, on_meta(folded))
-            equivalence = verify(written, model, [inputs], drift_batch_sizes=())
-            _require_same(path, equivalence)
-    gained = {key.removesuffix(".bias") for key in folded.state_dict().keys() - model.state_dict().keys()}
-    biases = tuple(name for name, _ in folded.named_modules() if name in gained)
-    name = type(model).__name__
-    norms = [fqn for fqn, module in model.named_modules() if isinstance(module, OWN_NORMS)]
-    if all(type(folded.get_submodule(fqn)) is nn.Identity for fqn in norms):
-        usage = textwrap.indent(_LOAD_FOLDED.format(name, _load(path)), " " * 6).strip()
-    else:
-        with_bias = f", and bias=True in {', '.join(biases)}" if biases else ""
-        made = f"...  # {with_article(name)} with each norm's activation, or nn.Identity, in its place{with_bias}"
-        usage = f"model = {made}\n      model.load_state_dict({_load(path)})"
-    feed = _feed(_shapes(inputs), None, (), in_file=False)
-    return Export(str(path), "state-dict", name, "its own BatchNorm folded", False, equivalence, usage, feed, biases)
+            written = writers.write_state(folded, temporary, path.suffix, {}, on_meta(folded))
+            equivalence = _compare(written, model, inputs, "the folded network cannot be run")
+    keys = folded.state_dict().keys() - model.state_dict().keys()
+    gained = tuple(name for name, _ in folded.named_modules() if f"{name}.bias" in keys)
+    usage = instructions.usage_of_folded(path, model, folded, gained)
+    feed = instructions.feed(instructions.shapes(inputs))
+    name, origin = type(model).__name__, "its own BatchNorm folded"
+    return Export(str(path), "state-dict", name, origin, False, equivalence, usage, feed, gained)
 
 
 def origin_of(record: SurgeryRecord, untouched: bool) -> str:
@@ -263,163 +245,87 @@ def _check(to: str, record: SurgeryRecord, keep_bn: bool, dynamic: Sequence[str]
         raise ValueError(f"export: dynamic must be some of {AXES}, got {dynamic!r}")
     if to.startswith("torchvision") and record.architecture is None:
         raise ExportError(
-            f"export: {record.model} is not one of torchvision's: use state-dict, onnx or exported-program"
+            f"export: {record.model} is not one of torchvision's: use state-dict, {' or '.join(PROGRAMS)}"
         )
     if to == "torchvision" and keep_bn:
         raise ExportError("export: torchvision's own network has no place for BatchNorm: use torchvision-bn")
     if to == "torchvision-bn" and record.architecture is not None:
-        _check_places(record, record.architecture)
-    for needed in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
-        if importlib.util.find_spec(needed) is None:
-            raise ExportError(f"export: needs {needed}, which is not installed: pip install 'bnsurgery[export]'")
+        name = f"{record.architecture.name}_bn"
+        if not hasattr(models, name):
+            raise ExportError(f"export: torchvision has no {name}: use state-dict with `keep_bn`, or onnx")
+        modules = record.architecture.build().named_modules()
+        convs = {name for name, module in modules if isinstance(module, nn.Conv2d)}
+        missing = sorted(convs - {site.site.name for site in record.sites})
+        if missing or record.plan.placement != "pre-activation":
+            found = f"'{missing[0]}' has none" if missing else f"here it is {record.plan.placement}"
+            raise ExportError(f"export: {name} has BatchNorm right behind every convolution; {found}")
+    if to == "onnx":
+        require("export", "onnx", "onnxscript", "onnxruntime")
 
 
-def _check_places(record: SurgeryRecord, architecture: Architecture) -> None:
-    """Refuse a network whose BatchNorm is not where torchvision's vgg*_bn has it."""
-    name = f"{architecture.name}_bn"
-    if not hasattr(models, name):
-        raise ExportError(f"export: torchvision has no {name}: use state-dict with `keep_bn`, or onnx")
-    normed = {site.site.name for site in record.sites}
-    convs = (name for name, module in architecture.build().named_modules() if isinstance(module, nn.Conv2d))
-    missing = next((name for name in convs if name not in normed), None)
-    if missing is not None or record.plan.placement != "pre-activation":
-        found = f"'{missing}' has none" if missing else f"here it is {record.plan.placement}"
-        raise ExportError(f"export: {name} has BatchNorm right behind every convolution; {found}")
-
-
-def _example(bn_model: nn.Module, record: SurgeryRecord, example: Any, preprocessing: Preprocessing | None) -> Inputs:
+def _inputs(
+    bn_model: nn.Module, record: SurgeryRecord, example: Any, preprocessing: Preprocessing | None
+) -> list[Inputs]:
+    """Inputs to compare on: the example's, the likeliest reading first, or noise. Noise shows differences as well."""
     if example is not None:
-        inputs = Inputs.of(example)
-        if isinstance(example, tuple) and not _binds(bn_model, inputs) and _binds(bn_model, Inputs(example)):
-            inputs = Inputs(example)
+        ways = [Inputs.of(example), *([Inputs(example)] if isinstance(example, tuple) else [])]
         # torch.export takes a size of 1 for a constant.
-        return (join([inputs, inputs]) or inputs) if inputs.samples == 1 else inputs
+        return [(join([way, way]) or way) if way.samples == 1 else way for way in ways]
     origin = onnx_files.source(bn_model)
     if origin is not None:
-        return Inputs(origin.example)
+        return [Inputs(origin.example)]
     shape = record.input_shape if preprocessing is None else preprocessing.shape
     if shape is None:
-        raise ExportError(
-            f"export: the input of {with_article(record.model)} is not known: pass `example`, a batch of its inputs"
-        )
+        raise ExportError(f"export: the input of {record.model} is not known: pass `example`, a batch of its inputs")
     if math.prod(shape) > onnx_files.MAX_INPUT:  # a file can name any shape
         raise ExportError(f"export: an input of shape {shown(shape)} is too large to try: pass `example`")
-    # Any input shows whether two networks are one function; noise needs no data.
-    return Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))
+    return [Inputs((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),))]
 
 
-def _binds(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether `forward` can be called with so many arguments."""
-    inputs = inputs.of_signature(model.forward)
-    try:
-        inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
-    except TypeError:
-        return False
-    return True
+def _accepted(model: nn.Module, ways: Sequence[Inputs]) -> Inputs:
+    """The first of these that the model takes, on its device, or one sample of it where it takes no more at a time."""
+    errors = []
+    for inputs in (part for way in ways for part in (way, way.take(0, 1))):
+        try:
+            evaluate("export", model, inputs)
+            return placed(model, inputs)
+        except CalibrationError as error:
+            errors.append(error)
+    raise errors[1]  # the likeliest way's, on one sample
 
 
-def _accepted(model: nn.Module, inputs: Inputs) -> Inputs:
-    """The inputs on the model's device, or the first of them where it takes no more than one at a time."""
-    try:
-        evaluate("export", model, inputs)
-    except CalibrationError:
-        inputs = inputs.take(0, 1)
-        evaluate("export", model, inputs)
-    return placed(model, inputs)
+def _axes(inputs: Inputs, dynamic: Sequence[str]) -> list[dict[int, str]]:
+    """The dimensions that may have any size, by number, of every tensor in the inputs; of a batch of one, not that."""
+    found = []
+    for tensor in inputs.tensors:
+        whole = tensor.ndim > 0 and len(tensor) == inputs.samples > 1  # torch.export takes a size of 1 for a constant
+        named = ({0: "batch"} if whole else {}) | ({2: "height", 3: "width"} if tensor.ndim == 4 else {})
+        found.append({number: name for number, name in named.items() if name in dynamic})
+    missing = [name for name in dynamic if name != "batch" and not any(name in axes.values() for axes in found)]
+    if missing:
+        raise ExportError(f"export: no input of shape (N, C, H, W), so no {missing[0]} that could be of any size")
+    return found
 
 
-def _write_state(
-    network: nn.Module, temporary: Path, suffix: str, labels: Mapping[str, str], again: nn.Module
-) -> nn.Module:
-    """Write the network's tensors, and return `again`, which is on the meta device, with those read back."""
-    form = torch.contiguous_format  # a clone each: safetensors takes no two names for one storage
-    state = network.state_dict().items()
-    tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in state}
-    odd = next((name for name, tensor in tensors.items() if not has_place_for(tensor.dtype)), None)
-    if suffix in _PICKLES:
-        torch_save(tensors, temporary)
-    elif odd is not None:
-        raise ExportError(
-            f"export: safetensors has no place for '{odd}', which is {tensors[odd].dtype}: give the file a name in .pth"
-        )
-    else:
-        save_file(tensors, temporary, metadata={"format": "pt", **labels})
-        sort_metadata(temporary)
-    again.load_state_dict(read_tensors(temporary), assign=True)
-    return again
+def _doubled(inputs: Inputs, axes: writers.Axes, axis: str) -> Inputs:
+    """The inputs twice as large in one axis: a copy of them is appended."""
+    tensors = zip(inputs.tensors, axes, strict=True)
+    numbers = {id(tensor): n for tensor, names in tensors for n, name in names.items() if name == axis}
+    return inputs.map(lambda leaf: torch.cat([leaf, leaf], numbers[id(leaf)]) if id(leaf) in numbers else leaf)
 
 
-def _write_stock(job: Job) -> nn.Module:
-    architecture = job.record.architecture
-    assert architecture is not None
-    has_bn = any(key.endswith("running_mean") for key in job.network.state_dict())
-    with torch.device("meta"):
-        name = architecture.name + ("_bn" if has_bn else "")
-        stock: nn.Module = models.get_model(name, weights=None, num_classes=architecture.num_classes)
-    again = _write_state(job.network, job.temporary, job.suffix, job.labels, stock)
-    return again.to(next(job.network.parameters()).device).eval()
+def _compare(
+    written: nn.Module | Callable[..., Any], model: nn.Module, inputs: Inputs, problem: str, when: str = ""
+) -> EquivalenceReport:
+    """Compare the content of a file with the network.
 
-
-_WRITERS: dict[str, Callable[[Job], Any]] = {
-    "torchvision-bn": _write_stock,
-    "torchvision": _write_stock,
-    "state-dict": lambda job: _write_state(job.network, job.temporary, job.suffix, job.labels, on_meta(job.network)),
-    "onnx": write_onnx,
-    "exported-program": write_program,
-}
-
-
-def _require_same(path: Path, equivalence: EquivalenceReport, when: str = "") -> None:
+    Raises:
+        ExportError: the content cannot be run, which is the `problem`, or computes something else.
+    """
+    with errors_as(ExportError, f"export: {problem}"):
+        equivalence = verify(written, model, [inputs], drift_batch_sizes=())
     if not equivalence.within(_TOLERANCE):
         raise ExportError(
-            f"export: '{path}': what was written{when} differs by {equivalence.max_rel:.3g} of the largest output and "
-            "is removed"
+            f"export: what was written{when} differs by {equivalence.max_rel:.3g} of the largest output and is removed"
         )
-
-
-def _shapes(inputs: Inputs, axes: Sequence[dict[int, str]] = ()) -> list[str]:
-    return [
-        f"({', '.join(str(names.get(n, size)) for n, size in enumerate(tensor.shape))})"
-        for tensor, names in zip(inputs.tensors, axes or [{0: "batch"}] * len(inputs.tensors), strict=True)
-    ]
-
-
-def _feed(shapes: Sequence[str], preprocessing: Preprocessing | None, classes: Sequence[str], *, in_file: bool) -> str:
-    lines = [f"input of shape {shape}" for shape in shapes]
-    if preprocessing is not None:
-        lines += textwrap.wrap(str(preprocessing), WIDTH - 6)
-    if classes:
-        lines.append(f"outputs: {len(classes)} classes, from {shown(classes[0])} to {shown(classes[-1])}")
-    if in_file and (preprocessing is not None or classes):
-        lines.append("(in the file's metadata, too)")
-    return "\n".join(lines)
-
-
-def _name(to: str, record: SurgeryRecord) -> str:
-    name = record.architecture.name if record.architecture is not None else record.model
-    return f"{name}_bn" if to == "torchvision-bn" else name
-
-
-def _usage(to: str, path: Path, record: SurgeryRecord, keep_bn: bool, gained: Sequence[str]) -> str:
-    load = _load(path)
-    if to == "state-dict" and keep_bn:
-        return f"{load}, for a network with BatchNorm in these places"
-    task = record.task
-    head = f", with {len(task.classes)} classes" if task is not None and task.head is not None else ""
-    with_bias = f", with bias=True in {', '.join(gained)}" if gained else ""
-    model = str(record.provenance.get("model", record.model))
-    made = f"...  # what {model} makes{head}{with_bias}"
-    if "onnx" in record.provenance:
-        made = f'bnsurgery.from_onnx("{model}")' + (f"  # {(head + with_bias)[2:]}" if head or with_bias else "")
-    if record.architecture is not None:
-        made = f"torchvision.models.{_name(to, record)}(num_classes={record.architecture.num_classes})"
-    return {
-        "onnx": f'onnxruntime.InferenceSession("{path}")',
-        "exported-program": f'torch.export.load("{path}").module()',
-    }.get(to, f"model = {made}\n      model.load_state_dict({load})")
-
-
-def _load(path: Path) -> str:
-    if path.suffix in _PICKLES:
-        return f'torch.load("{path}", weights_only=True)'
-    return f'safetensors.torch.load_file("{path}")'
+    return equivalence

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from bnsurgery.errors import BNSurgeryError, CheckpointError, printable, shown
 from bnsurgery.nn.batchnorm import Insertable
 from bnsurgery.nn.settings import is_frozen
-from bnsurgery.records.architectures import Architecture, identify_model
+from bnsurgery.records.architectures import Architecture, identify_model, state_shapes
 from bnsurgery.records.record import FORMAT_VERSION, InsertedSite, SurgeryRecord, attach_record
 from bnsurgery.records.record import record as record_of
 from bnsurgery.surgery.copies import on_meta
 from bnsurgery.surgery.folding import strip_
 from bnsurgery.surgery.heads import replace_head_
 from bnsurgery.surgery.insertion import edit_
-from bnsurgery.surgery.lrn import drop_lrn_
+from bnsurgery.surgery.module_tree import drop_lrn_
 from bnsurgery.surgery.relu_fusion import is_fused, take_over_
 from bnsurgery.text.words import with_article
 
-from .weights import check_kinds, describe_mismatch, is_safetensors, read_tensors
+from .weights import check_kinds, describe_mismatch, read_metadata, read_tensors
 from .writing import atomic_write
 
 # One metadata entry, since safetensors writes several in random order: the record's SHA-256, a space, the record.
@@ -40,10 +40,9 @@ _REAL_PARTS = (torch.float16, torch.float32, torch.float64)  # of torch's comple
 def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = False) -> None:
     """Write `bn_model` and its record to one safetensors file: to a temporary name, read back, then renamed.
 
-    The tensors are the state dict, under its keys and of any value; any safetensors reader can open the file. A complex
-    tensor is stored as pairs of real numbers, in a last dimension of 2. Equal models give equal bytes. The record gets
-    the architecture that the model has now, with a head that was replaced after the insertion. `load` restores which
-    ReLUs are fused, and which layers and norms take no gradient.
+    The tensors are the state dict; a complex one is stored as pairs of real numbers, in a last dimension of 2. Equal
+    models give equal bytes. The record gets the architecture that the model has now, with a head that was replaced
+    after the insertion. `load` restores which ReLUs are fused, and which layers and norms take no gradient.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
@@ -51,18 +50,18 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
         >>> bnsurgery.save(bn_model, "net-bn.safetensors", overwrite=True)
 
     Raises:
-        CheckpointError: the file exists and `overwrite` is False, it cannot be written, or a tensor or the record
-            does not come back; an old file stays intact.
+        CheckpointError: the file exists and `overwrite` is False, it cannot be written, or it comes back as something
+            else; an old file stays intact.
         BNSurgeryError: the model carries no record, or its norms apply other ReLUs than the record says.
     """
     record = current_record(bn_model)
     for site in record.sites:
         if site.relu is not None and is_fused(bn_model, site) != record.options.fuse_relu:
-            raise BNSurgeryError(
-                f"save: '{site.norm}' was changed by hand: call bnsurgery.fuse_relu_ or unfuse_relu_, which treat all "
-                "ReLUs alike"
-            )
-    record = replace(record, frozen_at_save=_frozen(bn_model, record))
+            advice = "call bnsurgery.fuse_relu_ or unfuse_relu_, which treat all ReLUs alike"
+            raise BNSurgeryError(f"save: '{site.norm}' was changed by hand: {advice}")
+    frozen = [name for name, p in bn_model.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    frozen += [site.norm for site in record.sites if is_frozen(bn_model.get_submodule(site.norm))]
+    record = replace(record, frozen_at_save=tuple(frozen))
     tensors = _storable(bn_model.state_dict())
     with atomic_write(path, overwrite=overwrite) as temporary:
         save_file(tensors, temporary, metadata={_KEY: _sealed(record.to_json())})
@@ -75,11 +74,7 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
 
 
 def current_record(bn_model: nn.Module) -> SurgeryRecord:
-    """The record, with the architecture that the model has now: its head may have been replaced.
-
-    Raises:
-        BNSurgeryError: the model carries no record.
-    """
+    """The record, as `bnsurgery.record`, with the architecture that the model has now: its head may be another."""
     record = record_of(bn_model)
     if record.architecture is None:
         return record
@@ -94,9 +89,8 @@ def load(
     """The model that `save` wrote, in eval mode, with its record.
 
     It is built on the meta device and filled from the file: no random initialization, no unpickling, no original
-    weights. Every parameter comes back contiguous. Parameters that were frozen when the model was saved are frozen
-    again, and norms that were frozen normalize by their running statistics in train mode. Ties between parameters are
-    not kept.
+    weights. Parameters come back contiguous, ties between them are not kept. Parameters and norms that were frozen when
+    the model was saved are frozen again: such norms normalize by their running statistics in train mode.
 
     Args:
         path: a file that `save` wrote.
@@ -115,21 +109,19 @@ def load(
             architecture or `model`.
     """
     path = Path(path)
-    record = read_record(path)
+    record, state = read_record(path), read_tensors(path)
     if record is None:
-        read_tensors(path)  # raises for a missing or damaged file
         raise CheckpointError(
             f"load: '{path}': not a bnsurgery checkpoint: its metadata holds no record. A file that `bnsurgery fold` "
             "wrote is a plain state dict: load it with load_state_dict"
         )
     skeleton = _skeleton(path, record, model)
     expected = skeleton.state_dict()
-    state = read_tensors(path)
     for name in state.keys() & expected.keys():
         is_pairs = state[name].dtype in _REAL_PARTS and state[name].shape[-1:] == (2,)
         if is_pairs and expected[name].is_complex():
             state[name] = torch.view_as_complex(state[name])
-    mismatch = describe_mismatch(*({name: tensor.shape for name, tensor in s.items()} for s in (expected, state)))
+    mismatch = describe_mismatch(state_shapes(skeleton), {name: tensor.shape for name, tensor in state.items()})
     if mismatch:
         raise CheckpointError(f"load: '{path}': the tensors do not fit its record: {mismatch}")
     check_kinds(state, expected, path)
@@ -143,17 +135,11 @@ def read_record(path: str | PathLike[str]) -> SurgeryRecord | None:
     Raises:
         CheckpointError: the file cannot be read, or its record is damaged or of a newer format.
     """
-    if not is_safetensors(path):  # also keeps safe_open from waiting for a pipe to be written
+    sealed = read_metadata(path).get(_KEY)
+    if sealed is None:
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return None
-    if _KEY not in metadata:
-        return None
-    text = metadata[_KEY].partition(" ")[2]
-    if metadata[_KEY] != _sealed(text):
+    text = sealed.partition(" ")[2]
+    if sealed != _sealed(text):
         raise CheckpointError(f"'{path}': the record in its metadata is damaged (its SHA-256 differs)")
     try:
         return SurgeryRecord.from_json(text)
@@ -170,10 +156,10 @@ def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = torch.view_as_real(tensor.resolve_conj())
         dense = tensor.layout == torch.strided
         if not dense or not has_place_for(tensor.dtype):
+            kind = tensor.dtype if dense else tensor.layout
             raise CheckpointError(
-                f"save: {shown(name)} is {tensor.dtype if dense else tensor.layout}, which safetensors has no place "
-                "for. Keep it as another type, or leave it out of the state dict: register_buffer(..., "
-                "persistent=False)"
+                f"save: {shown(name)} is {kind}, which safetensors has no place for. Keep it as another type, or leave "
+                "it out of the state dict: register_buffer(..., persistent=False)"
             )
         storage = tensor.untyped_storage().data_ptr()
         copy = tensor.clone(memory_format=torch.contiguous_format) if storage in seen else tensor.contiguous()
@@ -200,11 +186,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def torch_save(state: Mapping[str, Any], temporary: Path) -> None:
-    """`torch.save` into the file that `atomic_write` gave, so that equal states give equal bytes.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """`torch.save` into the file that `atomic_write` gave: equal states give equal bytes, a failed write an OSError."""
     try:
         with temporary.open("wb") as file:  # given its name, torch would write that into the file
             torch.save(state, file)
@@ -231,53 +213,36 @@ def _skeleton(path: Path, record: SurgeryRecord, model: nn.Module | None) -> nn.
         if record.dropped_lrn:
             drop_lrn_(skeleton, record.dropped_lrn)
         _set_relus_(skeleton, record)
-        _freeze_parameters_(skeleton, record.frozen)
+        _freeze_(skeleton, record.frozen)
         sites = edit_(skeleton, record.plan.sites, record.options)
         named = record.sites
         if record.format_version == 1 and not record.options.fuse_relu:  # it names only fused ReLUs
             pairs = zip(named, sites, strict=True)
             named = tuple(replace(old, relu=new.relu, relu_inplace=new.relu_inplace) for old, new in pairs)
         if record.frozen_at_save is not None:
-            _freeze_(skeleton, sites, record.frozen_at_save)
-        now = replace(record, sites=sites, frozen_at_save=None, format_version=FORMAT_VERSION)
-        attach_record(skeleton, now)
+            _freeze_(skeleton, record.frozen_at_save, sites)
+        attach_record(skeleton, replace(record, sites=sites, frozen_at_save=None, format_version=FORMAT_VERSION))
         if record.options.fuse_relu:
             take_over_(skeleton, sites)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, StopIteration, BNSurgeryError) as error:
         name = printable(record.model)
-        what = name if model is None else f"the {type(model).__name__} given: it is of {with_article(name)}"
-        reason = printable(str(error))
-        raise CheckpointError(f"load: '{path}': its record does not fit {what}: {reason}") from error
+        given = name if model is None else f"the {type(model).__name__} given: it is of {with_article(name)}"
+        raise CheckpointError(f"load: '{path}': its record does not fit {given}: {printable(str(error))}") from error
     if sites != named:
         raise CheckpointError(f"load: '{path}': its record names other layers than the {printable(record.model)} has")
     return skeleton.eval()
 
 
-def _frozen(bn_model: nn.Module, record: SurgeryRecord) -> tuple[str, ...]:
-    """The names of the parameters that take no gradient, and of the inserted norms that are frozen."""
-    names = [name for name, p in bn_model.named_parameters(remove_duplicate=False) if not p.requires_grad]
-    norms = [site.norm for site in record.sites if is_frozen(bn_model.get_submodule(site.norm))]
-    return (*names, *norms)
-
-
-def _freeze_(skeleton: nn.Module, sites: Iterable[InsertedSite], names: Collection[str]) -> None:
-    """Freeze the parameters and norms of these names, and no others.
-
-    Raises:
-        ValueError: there is no such parameter or norm.
-    """
+def _freeze_(skeleton: nn.Module, names: Collection[str], sites: Iterable[InsertedSite] = ()) -> None:
+    """Freeze the parameters and the norms of `sites` that have these names, no others; ValueError if one is missing."""
     norms = {site.norm: cast(Insertable, skeleton.get_submodule(site.norm)) for site in sites}
-    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
-    unknown = sorted(set(names) - parameters - norms.keys())
-    if unknown:
-        raise ValueError(f"{shown(unknown[0])} was frozen, and is not there")
-    _freeze_parameters_(skeleton, names)
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    missing = set(names) - parameters.keys() - norms.keys()
+    if missing:
+        raise ValueError(f"{shown(min(missing))} was frozen, and is not there")
     for name, norm in norms.items():
         norm.statistics = "running" if name in names else "batch"
-
-
-def _freeze_parameters_(model: nn.Module, names: Collection[str]) -> None:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(name not in names)
 

@@ -4,24 +4,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
-
-from safetensors import SafetensorError, safe_open
+from typing import Any
 
 from bnsurgery.errors import CheckpointError
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.text.typed_json import loads, parse
 
-from .weights import is_safetensors
+from .weights import read_metadata
 
 FORMULA = "y = (pixel * scale / 255 - mean) / std, with mean and std of red, green, blue; then the order of channels"
 
 
 def labels(preprocessing: Preprocessing | None, classes: Sequence[str]) -> dict[str, str]:
-    """For a file's metadata: "preprocessing" and "classes" as JSON, each where it is known.
-
-    The preprocessing has the fields of `Preprocessing` and the formula that they go into.
-    """
+    """For a file's metadata: "preprocessing", with its formula, and "classes" as JSON, each where it is known."""
     fields = preprocessing and {**asdict(preprocessing), "formula": FORMULA}
     known = {"preprocessing": fields, "classes": list(classes)}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in known.items() if value}
@@ -43,18 +38,16 @@ def noted_preprocessing(path: str) -> Preprocessing | None:
     if not isinstance(found, dict) or found.pop("formula", None) != FORMULA:
         return None
     try:
-        return cast(Preprocessing, parse(Preprocessing, found, "preprocessing"))
+        preprocessing: Preprocessing = parse(Preprocessing, found, "preprocessing")
     except CheckpointError as error:
         raise CheckpointError(f"'{path}': its metadata: {error}") from None
+    return preprocessing
 
 
 def _noted(path: str, name: str) -> Any:
-    if not (Path(path).is_file() and is_safetensors(path)):
-        return None
     try:
-        with safe_open(path, framework="pt") as file:
-            return loads((file.metadata() or {}).get(name, "null"))
-    except (SafetensorError, ValueError):
+        return loads(read_metadata(path).get(name, "null")) if Path(path).is_file() else None
+    except ValueError:
         return None
 
 

@@ -1,9 +1,7 @@
 """One writer at a time: locks that the system releases when their holder dies, however it dies.
 
-filelock's function `lock_descriptor` locks an open file: by flock, or LockFileEx on Windows. Its class FileLock is not
-enough: it does not name the holder, does not remove the file, cannot take over a lock file of another user, leaves a
-lock file that outlives its holder where the file system has no locks, and does not refuse a hard link to a file of
-value.
+filelock's function `lock_descriptor` locks an open file. Its class FileLock is not enough: it names no holder, leaves
+its file behind, cannot take over a lock file of another user, and takes a hard link to a file of value for its lock.
 """
 
 import errno
@@ -11,7 +9,6 @@ import os
 import socket
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -41,16 +38,16 @@ _mutex = threading.Lock()
 
 
 @contextmanager
-def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(path: Path, clean: Callable[[Path], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path` until the block ends; one process can hold it several times.
 
-    The system's lock works between the hosts of most network file systems, too. The file names the holder and is
-    removed at the end; one that a killed process left is taken over. Where the file system has no locks, nothing is
-    locked. A forked child does not hold its parent's locks.
+    The lock works between the hosts of most network file systems, too. The file names the holder and is removed at the
+    end; a file that a killed process left is taken over. Where the file system has no locks, nothing is locked. A
+    forked child does not hold its parent's locks.
 
     Args:
         path: of the lock file; its directory has no links.
-        clean: called when the process acquires the lock, before any of its other threads continues.
+        clean: called with `path` when the process acquires the lock, while its other threads wait for it.
 
     Raises:
         LockedError: another process holds the lock.
@@ -60,7 +57,7 @@ def locked(path: Path, clean: Callable[[], None] | None = None) -> Iterator[None
         if path not in _held:
             _held[path] = _Held(_acquire(path))
             if clean is not None:
-                clean()
+                clean(path)
         held = _held[path]
         held.times += 1
     try:
@@ -101,18 +98,20 @@ def _acquire(path: Path) -> int:
             opened.callback(os.close, descriptor)
             try:
                 if not lock_descriptor(descriptor, blocking=False):
-                    raise LockedError(_holder(descriptor))
+                    os.lseek(descriptor, 1, os.SEEK_SET)  # Windows locks the first byte: no other process can read it
+                    holder = os.read(descriptor, _LONGEST).decode(errors="replace").strip()
+                    raise LockedError(holder or "another process")
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise
-            if not _is_at(descriptor, path):  # its holder removed the file meanwhile
-                continue
             try:
-                # Windows locks the first byte, which no other process can read then.
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"\nprocess {os.getpid()} on {socket.gethostname()}\n".encode())
-                opened.pop_all()  # it stays open
-                return descriptor
+                if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"\nprocess {os.getpid()} on {socket.gethostname()}\n".encode())
+                    opened.pop_all()  # it stays open
+                    return descriptor
+            except FileNotFoundError:  # its holder removed it meanwhile
+                continue
             except OSError as error:
                 path.unlink(missing_ok=True)
                 if error.errno not in (errno.EBADF, errno.EINVAL):  # another user's stale lock, open for reading only
@@ -123,34 +122,17 @@ def _open(path: Path) -> int:
     """A descriptor of the lock file itself, never of a file of value that a link in its place names."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    flags = os.O_CREAT
+    flags = 0
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # the last on Windows, the others everywhere else
         flags |= getattr(os, name, 0)
     try:
-        descriptor = os.open(path, flags | os.O_RDWR, 0o666)
+        descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
         if not os.path.lexists(path):
             raise
-        descriptor = os.open(path, flags & ~os.O_CREAT | os.O_RDONLY)  # another user's: reading it is enough
+        descriptor = os.open(path, flags | os.O_RDONLY)  # another user's: reading it is enough
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_size > _LONGEST:
         os.close(descriptor)
         raise OSError(errno.EEXIST, "this is no lock: remove it", str(path))
     return descriptor
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    return False
-
-
-def _holder(descriptor: int) -> str:
-    """The holder's name in the file, which a new holder writes in a moment."""
-    for _ in range(20):
-        os.lseek(descriptor, 1, os.SEEK_SET)
-        text = os.read(descriptor, _LONGEST).decode(errors="replace").strip()
-        if text:
-            return text
-        time.sleep(0.01)
-    return "another process"

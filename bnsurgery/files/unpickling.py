@@ -36,13 +36,11 @@ _STAND_INS: list[Any] = [
 
 
 def load_pickle(source: str | os.PathLike[str] | IO[bytes], *, mmap: bool = False) -> Any:
-    """Read what `torch.save` wrote, by torch's restricted unpickler: tensors, numbers, text and containers.
-
-    An object of a class in `_STAND_INS` comes back empty; tensors are on the CPU.
+    """Read what `torch.save` wrote, by torch's restricted unpickler: tensors on the CPU, numbers, text and containers.
 
     Args:
-        source: a path, or an open file if it shall not be mapped.
-        mmap: leave the tensors in the file until they are used; it must not be compressed.
+        source: a path or an open file.
+        mmap: leave the tensors in the file until they are used; it must be a path, of a file without compression.
 
     Raises:
         Exception: of any kind, where the file is damaged or hostile; `pickle.UnpicklingError` where it holds code.

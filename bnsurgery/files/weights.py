@@ -10,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -64,9 +65,8 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
                 places[id(value)] = inner
                 todo.append((inner, value))
     if not tensors:
-        raise _refusal(
-            path, f"{with_article(type(loaded).__name__)} without tensors", "Save model.state_dict(): tensors by name."
-        )
+        kind = with_article(type(loaded).__name__)
+        raise _refusal(path, f"{kind} without tensors", "Save model.state_dict(): tensors by name.")
     return WeightsFile(path, tensors, frozenset(places.values()))
 
 
@@ -84,30 +84,22 @@ def check_plain(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors, each dense and aligned as torch allocates it: MKL rounds otherwise elsewhere.
 
     Raises:
-        CheckpointError: one is quantized, sparse or larger than the memory behind it, or all are far larger than the
-            file.
+        CheckpointError: one is quantized, sparse or larger than the memory behind it, or all far exceed the file.
     """
     size = 0
     for name, tensor in tensors.items():
         bytes_ = tensor.numel() * tensor.element_size()
         plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
         if not plain or bytes_ > tensor.untyped_storage().nbytes():  # four bytes can claim a terabyte
-            raise _refusal(
-                path,
-                f"a quantized, sparse, expanded or empty-shell tensor {shown(name)}",
-                "Save it as a plain one (.dequantize(), .to_dense(), .contiguous()).",
-            )
+            kind = f"a quantized, sparse, expanded or empty-shell tensor {shown(name)}"
+            raise _refusal(path, kind, "Save it as a plain one (.dequantize(), .to_dense(), .contiguous()).")
         size += bytes_
     _refuse_expansion(path, size)  # tensors can be views of one storage, and what is not aligned is copied
     return {name: t.detach() if t.data_ptr() % _ALIGNMENT == 0 else t.detach().clone() for name, t in tensors.items()}
 
 
 def check_kinds(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Refuse tensors of a type that the network's tensors of the same names cannot have been cast to.
-
-    Raises:
-        CheckpointError: integers stand where real numbers belong, or the like; the message names the first.
-    """
+    """Raise CheckpointError for the first tensor that cannot have been cast to the type of the network's own."""
     for name, tensor in state.items():
         wanted, castable = expected[name].dtype, tensor.dtype in _SUMMABLE or not tensor.is_floating_point()
         kinds = {(dtype.is_floating_point, dtype.is_complex) for dtype in (tensor.dtype, wanted)}
@@ -129,24 +121,33 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     return head[8:9] == b"{"
 
 
-def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], masks: Collection[str] = ()) -> None:
-    """Refuse weights that are not all finite.
-
-    Args:
-        masks: keys of tensors that may be infinite, such as the buffers of a network, but not NaN.
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a safetensors file; empty where it cannot be parsed, or the file is of another kind.
 
     Raises:
-        CheckpointError: a tensor holds NaN or Inf; the message names the first.
+        CheckpointError: as `is_safetensors`.
+    """
+    if not is_safetensors(path):  # also keeps safe_open from waiting for a pipe to be written
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def check_finite(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], masks: Collection[str] = ()) -> None:
+    """Raise CheckpointError for the first tensor that holds NaN or Inf.
+
+    Args:
+        masks: keys of tensors that may hold Inf, such as the buffers of a network.
     """
     for name, tensor in state_dict.items():
-        # NaN and Inf survive a sum, which takes a twentieth of the time of isfinite. A sum of finite values can
-        # overflow.
+        # NaN and Inf survive a sum, which takes a twentieth of isfinite's time. A sum of finite values can overflow.
         if tensor.dtype in _SUMMABLE and tensor.sum().isfinite():
             continue
         if not (~tensor.isnan() if name in masks else tensor.isfinite()).all():
-            raise _refusal(
-                path, f"NaN or Inf in {shown(name)}", "The training diverged or the file is damaged: use another."
-            )
+            raise _refusal(path, f"NaN or Inf in {shown(name)}", "It diverged or is damaged: use another.")
 
 
 def describe_mismatch(expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> str | None:
@@ -172,9 +173,7 @@ def _load(path: Path) -> object:
     """The content of a file, by its first bytes; pickles through torch's restricted unpickler only."""
     head = _head(path)
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # torch warns of old formats and of kinds of tensors refused later
+        with warnings.catch_warnings(action="ignore"):  # of old formats, and of kinds of tensors refused later
             if is_safetensors(path):  # first: the length before it may look like either of the others
                 return load_file(path)
             if head.startswith(b"PK"):
@@ -188,18 +187,15 @@ def _load(path: Path) -> object:
         # Only the name is taken from torch's message, which tells how to switch the protection off.
         name = re.search(r"GLOBAL (\S+)", str(error))
         found = f" ({shown(name[1])})" if name else ", or is damaged"
-        raise _refusal(
-            path,
-            f"a pickle that holds code or objects other than tensors{found}: refused",
-            "If it is a whole model that you trust, load it where it was made and save model.state_dict().",
-        ) from None
+        kind = f"a pickle that holds code or objects other than tensors{found}: refused"
+        advice = "If it is a whole model that you trust, load it where it was made and save model.state_dict()."
+        raise _refusal(path, kind, advice) from None
     except Exception as error:  # a damaged file makes the parsers raise just about anything
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             advice = "Use a machine with more; or it is damaged, or hostile."
             raise _refusal(path, "more than there is memory for", advice) from error
         raise _refusal(path, "a truncated or damaged file", "Download or copy it again.") from error
-    unknown = "something else", "Pass a .safetensors file or one that torch.save wrote."
-    raise _refusal(path, *(kind_of_file(head, path) or unknown))
+    raise _refusal(path, *kind_of_file(head, path))
 
 
 def _head(path: Path) -> bytes:

@@ -3,13 +3,11 @@
 import errno
 import hashlib
 import os
-import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,9 +18,7 @@ from bnsurgery.errors import CheckpointError, is_utf8
 from .locks import LockedError, locked
 
 _PREFIX = ".bnsurgery-"  # of every lock file and temporary folder
-_LOCK = re.compile(r"\.bnsurgery-[0-9a-f]{12}\.lock")
 _MAX_TEXT = 1 << 26  # bytes; metrics of a million validations have as many
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # the last: FAT on Windows
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 
 
@@ -35,86 +31,41 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
     name, and the directory afterwards. A symbolic link is written through, not replaced.
 
     Args:
-        path: where the file shall be.
-        overwrite: whether a file that is there already may be replaced. If not, one that appears there during the block
-            is kept as well.
+        overwrite: whether to replace an existing file. If not, one that appears there during the block is kept, too.
 
     Yields:
         An empty file in a hidden folder in the same directory; the block writes it, in place or by a rename over it.
 
     Raises:
-        CheckpointError: the file cannot be written: it exists, another process is writing it, the disk is full, a
-            directory is missing, ...
+        CheckpointError: the file exists, another process is writing it, the disk is full, a directory is missing, ...
     """
-    with _alone(path, overwrite) as target:
-        try:
-            with _temporary_beside(target) as temporary:
-                mode = (target if target.exists() else temporary).stat().st_mode  # as before, or by the umask
-                yield temporary
-                with _synced(temporary, os.O_RDWR):  # Windows syncs only a file that is open for writing
-                    temporary.chmod(stat.S_IMODE(mode))  # safetensors writes files that only their owner can read
-                _put(temporary, target, overwrite)
-                _sync_directory(target.parent)
-        except FileExistsError:
-            raise _exists(target) from None
-        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk and the like in its own error
-            raise unwritable(target, error) from error
+    with _target(path, overwrite) as target, _naming(target), _temporary_beside(target) as temporary:
+        mode = (target if target.exists() else temporary).stat().st_mode  # as before, or by the umask
+        yield temporary
+        with _synced(temporary, os.O_RDWR):  # Windows syncs only a file that is open for writing
+            temporary.chmod(stat.S_IMODE(mode))  # safetensors writes files that only their owner can read
+        _put(temporary, target, overwrite)
+        _sync_directory(target.parent)
 
 
 @contextmanager
 def claimed(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[None]:
-    """Make sure that `atomic_write` can work here, and keep every other process from it until the block ends.
-
-    It is for the hours before the file is written.
+    """Make sure that `atomic_write` can work here, and keep other processes from it in the hours before it does.
 
     Raises:
         CheckpointError: `path` exists and may not be replaced, is no regular file, another process has claimed it, or
-            its directory is missing or takes no new file. Permission bits do not tell that (root, read-only mounts), so
-            a file is created and removed.
+            its directory is missing or takes no new file. Only creating one tells: root ignores permission bits.
     """
-    with _alone(path, overwrite) as target:
-        try:
-            with _temporary_beside(target):
-                pass
-        except OSError as error:
-            raise unwritable(target, error) from error
+    with _target(path, overwrite) as target:
+        with _naming(target), _temporary_beside(target):
+            pass
         yield
 
 
 def check_writable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Find out whether `atomic_write` can work here.
-
-    Raises:
-        CheckpointError: as `claimed`.
-    """
+    """Raise CheckpointError, as `claimed` does, if `atomic_write` cannot work here."""
     with claimed(path, overwrite=overwrite):
         pass
-
-
-def _target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The file behind `path`, links followed, after refusing what must not be replaced."""
-    target = Path(os.path.realpath(path))
-    if target.suffix == ".safetensors" and not is_utf8(str(target)):
-        raise CheckpointError(
-            f"write: {str(target)!a}: got a name that is not UTF-8, by which safetensors opens no file. Choose another."
-        )
-    try:
-        mode = target.stat().st_mode
-    except FileNotFoundError:
-        if target.parent.exists():
-            return target
-        raise CheckpointError(
-            f"write: '{target}': got no directory '{target.parent}', expected it to exist. Create it first."
-        ) from None
-    except OSError as error:
-        raise unwritable(target, error) from error
-    if stat.S_ISDIR(mode):
-        raise CheckpointError(f"write: '{target}': got a directory, expected a file name. Name a file inside it.")
-    if not stat.S_ISREG(mode):  # renaming over /dev/null would destroy the device
-        raise CheckpointError(f"write: '{target}': got a device or pipe, expected a regular file. Give another name.")
-    if not overwrite:
-        raise _exists(target)
-    return target
 
 
 def make_folder(directory: str | os.PathLike[str]) -> Path:
@@ -124,13 +75,11 @@ def make_folder(directory: str | os.PathLike[str]) -> Path:
         CheckpointError: it cannot be created.
     """
     folder = Path(directory)
-    try:
+    with _naming(folder):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for made in missing:
             _sync_directory(made.parent)
-    except OSError as error:
-        raise CheckpointError(f"write: '{folder}': {error.strerror}: name another folder") from error
     return folder
 
 
@@ -154,14 +103,13 @@ def only_process_in(folder: Path, what: str, files: Iterable[str], patience: flo
     """Keep other processes from this folder until the block ends, and remove files that killed ones left half-written.
 
     Args:
-        folder: exists.
+        folder: exists; it may come from a stranger.
         what: its kind, for messages.
         files: patterns of the files that will be written in it.
         patience: seconds to wait for another process.
 
     Raises:
-        CheckpointError: a process is in it, named with its id; or one of the files is a link, which could name a file
-            of value elsewhere: the folder may come from a stranger.
+        CheckpointError: another process is in it, or one of the files is a link, perhaps to a file of value elsewhere.
     """
     folder = folder.resolve()
     busy = "is at work in it. Wait until it is done or stop it, or name another `output`."
@@ -169,47 +117,56 @@ def only_process_in(folder: Path, what: str, files: Iterable[str], patience: flo
         link = next((path for pattern in files for path in folder.glob(pattern) if path.is_symlink()), None)
         if link is not None:
             raise CheckpointError(f"{what} '{folder}': '{link.name}' is a link, expected a file of its own. Remove it.")
-        for pattern in (f"{_PREFIX}*.lock", f"*/{_PREFIX}*.lock"):
-            for lock in folder.glob(pattern):
-                if _LOCK.fullmatch(lock.name):  # the files of a live process stay
-                    with suppress(LockedError, OSError), locked(lock, partial(_remove_temporaries, lock)):
-                        pass
+        for lock in (*folder.glob(f"{_PREFIX}*.lock"), *folder.glob(f"*/{_PREFIX}*.lock")):
+            with suppress(LockedError, OSError), locked(lock, _remove_temporaries):
+                pass  # the files of a live process stay
         yield
 
 
 @contextmanager
-def _alone(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
-    """The file behind `path`, with its lock held; files that a killed process left of it are removed."""
-    target = _target(path, overwrite=overwrite)
-    lock = _lock_of(target)
+def _target(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """The file behind `path`, links followed, with its lock held; refuses a file that must not be replaced."""
+    target = Path(os.path.realpath(path))
+    if target.suffix == ".safetensors" and not is_utf8(str(target)):
+        raise CheckpointError(f"write: {str(target)!a}: not UTF-8, which safetensors needs. Choose another name.")
+    with _naming(target), suppress(FileNotFoundError):
+        if not target.parent.exists():
+            raise CheckpointError(f"write: '{target}': got no directory '{target.parent}'. Create it first.")
+        mode = target.stat().st_mode
+        if not stat.S_ISREG(mode):  # renaming over /dev/null would destroy the device
+            kind = "directory" if stat.S_ISDIR(mode) else "device or pipe"
+            raise CheckpointError(f"write: '{target}': got a {kind}, expected a regular file. Give another name.")
+        if not overwrite:
+            raise _exists(target)
     busy = "is writing it. Wait until it is done, or choose another place."
-    with _holding(lock, target, "write:", busy, partial(_remove_temporaries, lock)):
+    with _holding(_lock_of(target), target, "write:", busy):
         yield target
 
 
 @contextmanager
-def _holding(
-    lock: Path, place: Path, what: str, busy: str, clean: Callable[[], None] | None = None, patience: float = 0.0
-) -> Iterator[None]:
-    """Hold the lock of a file or folder, after waiting for it at most `patience` seconds.
-
-    Raises:
-        CheckpointError: another process holds it, or it cannot be made.
-    """
+def _holding(lock: Path, place: Path, what: str, busy: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a file or folder, or raise CheckpointError if others still have it after `patience` seconds."""
     end = time.monotonic() + patience
     with ExitStack() as stack:
-        held = False
-        while not held:
+        while True:
             try:
-                stack.enter_context(locked(lock, clean))
-                held = True
+                with _naming(place):
+                    stack.enter_context(locked(lock, _remove_temporaries))
+                break
             except LockedError as error:
                 if time.monotonic() >= end:
                     raise CheckpointError(f"{what} '{place}': {error} {busy}") from None
                 time.sleep(0.05)
-            except OSError as error:
-                raise unwritable(place, error) from error
         yield
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Turn an error of the system into one that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk and the like in its own error
+        raise unwritable(target, error) from error
 
 
 def _lock_of(target: Path) -> Path:
@@ -237,21 +194,13 @@ def _temporary_beside(target: Path) -> Iterator[Path]:
 
 
 def _put(temporary: Path, target: Path, overwrite: bool) -> None:
-    """Give the file its name, in one step.
-
-    Raises:
-        FileExistsError: the name was taken meanwhile.
-    """
+    """Give the file its name, in one step."""
     if not overwrite:
         try:
-            return target.hardlink_to(temporary)  # unlike a rename, it fails where a file is
-        except NotImplementedError:  # a system without links
-            pass
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-        if target.exists():
-            raise FileExistsError
+            return target.hardlink_to(temporary)  # unlike a rename, it replaces no file
+        except (OSError, NotImplementedError):  # the name was taken meanwhile, or the file system has no links
+            if os.path.lexists(target):
+                raise _exists(target) from None
     temporary.replace(target)
 
 
@@ -277,9 +226,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _exists(target: Path) -> CheckpointError:
-    return CheckpointError(
-        f"write: '{target}': got an existing file, expected a new name. To replace it pass `overwrite=True`."
-    )
+    return CheckpointError(f"write: '{target}': got an existing file. To replace it pass `overwrite=True`.")
 
 
 def unwritable(target: Path, error: Exception) -> CheckpointError:

@@ -232,26 +232,31 @@ class _Worker:
 
 
 def run_trial(key: Key, worker: _Worker, report: Callable[[Row], object]) -> tuple[Trial, str]:
-    """Train one trial; returns it and where its head came from, in words. A divergence is a result."""
+    """Train one trial of a worker's grid, as `train_trial` does."""
+    run, share = key[:3], key[3]
+    of_bn = (run for run in worker.grid.runs if run[0] == "bn")
+    return train_trial(
+        run,
+        trial_config(worker.config, *run),
+        worker.model,
+        worker.data,
+        measures_kind=run == min(of_bn, default=None),  # the rate least likely to diverge
+        share=share,
+        paused=RunDirectory(Path(worker.config.output) / "paused" / "-".join(map(str, run))),
+        report=report,
+    )
+
+
+def train_trial(run: Run, config: Config, model: nn.Module | None, data: Data | None, **more: Any) -> tuple[Trial, str]:
+    """Train one trial, with its `trial_config` and more arguments of `train`.
+
+    Returns:
+        The trial and where its head came from, in words. A divergence is a result, which tells nothing of the head.
+    """
     from .loop import DivergedError
 
-    run, share = key[:3], key[3]
-    config = trial_config(worker.config, *run)
-    measures_kind = run == min(
-        (run for run in worker.grid.runs if run[0] == "bn"), default=None
-    )  # least likely to diverge
-    paused = RunDirectory(Path(worker.config.output) / "paused" / "-".join(map(str, run)))
     try:
-        result = train(
-            config,
-            None,
-            worker.model,
-            worker.data,
-            measures_kind=measures_kind,
-            share=share,
-            paused=paused,
-            report=report,
-        )
+        result = train(config, None, model, data, **more)
     except DivergedError as error:
         return Trial(*run, "", error.reason or str(error), (), error.seconds), ""
     started = result.resolved

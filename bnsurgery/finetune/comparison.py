@@ -22,7 +22,7 @@ _TRAINS = 0.10  # a rate still trains if its accuracy is at most this far below 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: an arm at a rate with a seed.
+    """The run of one arm at one rate with one seed.
 
     Attributes:
         statistics: mode of the BatchNorm layers.
@@ -91,7 +91,7 @@ class ArmSummary:
     raced_out: tuple[float, ...] = ()
 
     def ending(self, lr: float) -> str:
-        """How a rate ended, for a table: the accuracy, "diverges", "raced out", or a dash if it was not tried."""
+        """The end of the runs at a rate, for a table: the accuracy, "diverges", "raced out", or a dash if not tried."""
         if lr in self.raced_out:
             return "raced out"
         accuracy = self.by_rate.get(lr)
@@ -135,7 +135,7 @@ class Comparison:
         return found
 
     def of(self, arm: str, lr: float | None = None) -> list[Trial]:
-        """The trials of an arm, at one rate or at all."""
+        """The trials of an arm, at one rate or at every rate."""
         return [trial for trial in self.trials if trial.arm == arm and lr in (None, trial.lr)]
 
     @property
@@ -227,36 +227,34 @@ class Comparison:
 
     @property
     def winner(self) -> ArmSummary | None:
-        """The arm with the highest accuracy, the first of equals; None if all diverged."""
-        ended = [summary for summary in self.summary() if summary.accuracy is not None]
-        return max(ended, key=lambda summary: summary.accuracy or 0.0, default=None)
+        """The arm with the highest validation accuracy, the first of equals; None if all diverged."""
+        ended = [(s.by_rate[s.lr] or 0.0, s) for s in self.summary() if s.lr is not None]
+        return max(ended, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def verdict(self) -> str:
         """A sentence or two that compare bn with plain and with bn-naive."""
-        ended = {s.arm: (s.accuracy, s) for s in self.summary() if s.accuracy is not None}
-        if "plain" not in ended or "bn" not in ended:
+        arms = {s.arm: s for s in self.summary()}
+        points = {arm: 100 * s.accuracy for arm, s in arms.items() if s.accuracy is not None}
+        if not {"plain", "bn"} <= set(points):
             return "No verdict: it needs the arms plain and bn, with a rate at which each trains."
-        (plain_accuracy, plain), (accuracy, ours) = ended["plain"], ended["bn"]
-        gain = 100 * (accuracy - plain_accuracy)
-        noise = 100 * max(plain.spread or 0, ours.spread or 0)
-        ahead = (
-            f"{'ahead of' if gain > 0 else 'behind'} plain by {abs(gain):.2f} points" if gain else "level with plain"
-        )
-        text = f"bn is {ahead}, each at its best rate"
+        ours, gain = arms["bn"], points["bn"] - points["plain"]
+        noise = 100 * max(arms["plain"].spread or 0, ours.spread or 0)
+        side = "ahead of" if gain > 0 else "behind"
+        text = f"bn is {side} plain by {abs(gain):.2f} points" if gain else "bn is level with plain"
+        text += ", each at its best rate"
         if self._seeds == 1:
             text += " (one seed: how much of that is chance is not known)"
         elif abs(gain) <= noise:
             text += f", which is within the spread over seeds ({noise:.2f})"
         if ours.to_plain is not None:
             text += f". It reaches plain's accuracy after {thousands(ours.to_plain)} of {counted(ours.steps, 'step')}"
-        naive, _ = ended.get("bn-naive", (0.0, None))
-        if naive > accuracy:
-            text += f". bn-naive is ahead of bn by {100 * (naive - accuracy):.2f} points"
+        if (ahead := points.get("bn-naive", 0.0) - points["bn"]) > 0:
+            text += f". bn-naive is ahead of bn by {ahead:.2f} points"
         if self.kind is not None:
             text += f". The task is {self.kind}"
         for beyond in ("smaller", "larger"):
-            if arms := [s.arm for _, s in ended.values() if s.beyond == beyond]:
-                text += f". The best rate of {' and '.join(arms)} is at the end of those tried: try {beyond} ones, too"
+            if ends := [arm for arm, s in arms.items() if s.beyond == beyond]:
+                text += f". The best rate of {' and '.join(ends)} is at the end of those tried: try {beyond} ones, too"
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:
@@ -270,11 +268,7 @@ class Comparison:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file that `compare` wrote.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """The value in a JSON file that `compare` wrote."""
     try:
         return loads(read_text(path))
     except (OSError, ValueError) as error:

@@ -57,10 +57,11 @@ class Config:
             which discards the pretrained function.
 
     Attributes: The data
-        data: a folder (train/ and val/ with one folder per class, or one folder per class), "digits", a torchvision
-            dataset such as "CIFAR10", or "file.py:function" or "package.module:function", a function that returns
-            training and validation data of any kind: see `bnsurgery.finetune.own_data.open_own`. "Images" below then
-            means its samples, and the options from `root` to `augment` are refused.
+        data: a folder (train/, val/ and test/ with one folder per class, of which the last two may be missing, or one
+            folder per class), "digits", a torchvision dataset such as "CIFAR10", or "file.py:function" or
+            "package.module:function", a function that returns training and validation data of any kind: see
+            `bnsurgery.finetune.own_data.open_own`. "Images" below then means its samples, and the options from `root`
+            to `augment` are refused.
         root: where torchvision's datasets are kept.
         download: download a missing torchvision dataset.
         val_fraction: share of each class that is held out if the data has no validation split.
@@ -98,7 +99,7 @@ class Config:
         channels_last: memory format of images and convolutions.
         compile: use torch.compile.
         device: "auto" for a CUDA GPU if there is one, else the CPU; or a name such as "cpu", "cuda:1", "mps" or "xpu".
-            Of several processes each uses its own GPU.
+            With several processes, each uses its own GPU.
         seed: of all random numbers.
 
     Attributes: The run

@@ -24,9 +24,9 @@ from bnsurgery.running.batches import Inputs
 from .config import Config
 from .parts import Split, Stream
 
-_SMALL = 64  # pixels: the shorter side of images below is no photograph's, and zooming loses what they show
-# For each of torchvision's datasets: the arguments that give its training, validation and test images, as far as it has
-# them; all images are divided by the seed; and the augmentation. Datasets without one label an image are left out.
+_SMALL = 64  # pixels: an image with a shorter side below is no photograph, and zooming loses its content
+# For each of torchvision's datasets with one label an image: the arguments that give its training, validation and test
+# images, as far as it has them, or all images, which the seed then divides; and the augmentation.
 _TRAIN, _SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
 _ALL = ({"split": "train"}, {"split": "val"}, {"split": "test"})
 _TORCHVISION: dict[str, tuple[tuple[dict[str, Any], ...], str]] = {
@@ -72,11 +72,11 @@ class Data:
         test: images that only the network at the end of a run sees; None for none.
         description: where the images come from, in words.
         augment: the augmentation that `Config.augment` "auto" stands for.
-        kind: of images, in words, which `augment` is for; the description where empty.
+        kind: the images that `augment` is for, in words; empty stands for the description.
         photographs: whether the images are larger than the input and are cut to its shape.
         skipped: damaged images that were left out.
         passed_over: files whose names are not those of images, or which are in no class's folder.
-        examples: inputs to train and to validate on, where a user's code gives inputs and not images.
+        examples: inputs to train and to validate on, if a user's code gives inputs instead of images.
 
     Examples:
         >>> from bnsurgery import finetune
@@ -110,7 +110,7 @@ class Data:
         return Fingerprint(self.description, len(train), len(val), self.classes, train.digest, val.digest)
 
     def limited(self, limit: int | None, seed: int) -> "Data":
-        """With at most `limit` training images, drawn evenly over the classes, as far as each class has images."""
+        """Keep at most `limit` training images, drawn evenly over the classes, as far as each class has images."""
         if limit is None or limit >= len(self.train):
             return self
         assert isinstance(self.train, Split)
@@ -283,7 +283,7 @@ def _labels(dataset: Any) -> tuple[int, ...]:
 
 
 def _train_and_val(whole: Split, val: Split | None, config: Config) -> tuple[Split, Split]:
-    """Both as given; without `val`, a share of every class is held out: an image or more, but not all of them."""
+    """Both as given; without `val`, hold out a share of every class: one image or more, but not all of them."""
     if val is not None:
         return whole, val
     chosen = random.Random(config.seed)

@@ -18,13 +18,8 @@ class EventFile:
 
     torch's SummaryWriter writes in a thread, where a full disk would only print a traceback.
 
-    Args:
-        folder: of the run; made if it is missing.
-        first_step: TensorBoard ignores this step and later ones in earlier files: a killed run may have written beyond
-            its checkpoint.
-
-    Raises:
-        CheckpointError: the file cannot be written.
+    TensorBoard ignores `first_step` and later steps in earlier files: a killed run may have written beyond its
+    checkpoint.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

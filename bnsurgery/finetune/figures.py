@@ -51,9 +51,8 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
             continue
         for kind, (label, colour) in _KINDS.items():
             axis.plot([row.epoch for row in rows], values[kind], color=colour, marker="o", markersize=3, label=label)
-        axis.set(xlabel="epoch", ylabel=title)
+        axis.set(xlabel="epoch", ylabel=title, xlim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlim(left=0)
         axis.legend(frameon=False)
     return figure
 
@@ -118,11 +117,11 @@ def _steps(axis: Any, result: "Comparison") -> None:
         if summary.lr is None:
             axis.plot([], [], color=colour, label=f"{summary.arm}: diverged at every rate")
             continue
-        at, mean, low, high = zip(*result.curve(summary.arm, summary.lr), strict=True)
-        label = f"{summary.arm} at {summary.lr:g}"
-        size = 3 if len(at) > 1 else 7
-        axis.plot(at, [100 * v for v in mean], color=colour, label=label, marker="o", markersize=size)
-        axis.fill_between(at, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, linewidth=0)
+        at, *bands = zip(*result.curve(summary.arm, summary.lr), strict=True)
+        mean, low, high = ([100 * share for share in band] for band in bands)
+        label, size = f"{summary.arm} at {summary.lr:g}", 3 if len(at) > 1 else 7
+        axis.plot(at, mean, color=colour, label=label, marker="o", markersize=size)
+        axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.set(xlabel="training step", ylabel="validation accuracy (%)", xlim=(0, None))
     _name_arms(axis)
 
@@ -143,15 +142,14 @@ def draw_rates(axis: Any, result: "Comparison") -> None:
             beside = 1.12 ** (number - (len(arms) - 1) / 2)  # so that no arm's cross hides another's
             at, zeros = [lr * beside for lr in diverged], [0.0] * len(diverged)
             axis.plot(at, zeros, color=colour, marker="x", linestyle="none", clip_on=False)
-    axis.set(xlabel="learning rate", ylabel="validation accuracy (%)", ylim=(0, None))
+    top = None if result.winner else 100
+    axis.set(xlabel="learning rate", ylabel="validation accuracy (%)", ylim=(0, top))
     log_axis(axis)
-    if result.winner is None:
-        axis.set_ylim(0, 100)
     _name_arms(axis)
 
 
 def _name_arms(axis: Any) -> None:
-    """The legend below the axes: the curves of four arms leave it no room within."""
+    """Put the legend below the axes, since the curves of four arms leave no room within."""
     axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
@@ -169,7 +167,7 @@ def _seconds(axis: Any, result: "Comparison") -> None:
 
 
 def seconds_by_arm(result: "Comparison") -> dict[str, float]:
-    """Mean seconds of the runs that reached their end; without the arms of which none did."""
+    """Mean seconds of the runs that reached their end; an arm of which none did is left out."""
     ended = [trial for trial in result.trials if not (trial.diverged or trial.raced_out)]
     times = {arm: [trial.seconds for trial in ended if trial.arm == arm] for arm in result.arms}
     return {arm: sum(found) / len(found) for arm, found in times.items() if found}

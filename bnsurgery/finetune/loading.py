@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from bnsurgery.errors import DataError
 from bnsurgery.machine.system import processors
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 from bnsurgery.running.batches import Inputs
 
 from . import recipe
@@ -77,12 +77,12 @@ class TrainBatches(Sampler[list[Key]]):
     """This rank's share of an epoch's batches, from batch `start` on.
 
     The last batch takes the remaining images, a multiple of `world`, if that is two or more: a norm has no statistics
-    of one. The others are left out, and each epoch leaves out others. (torch's DistributedSampler cannot start within
-    an epoch, and gives each rank images where they do not go round.)
+    of one. Each epoch leaves out other images. (torch's DistributedSampler cannot start within an epoch, and repeats
+    images so that every rank gets as many.)
 
     Attributes:
-        images: that take part in an epoch, over all ranks.
-        left_over: images that do not.
+        images: number of images in an epoch, over all ranks.
+        left_over: number of images that an epoch leaves out.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, rank: int, world: int) -> None:
@@ -174,16 +174,14 @@ class Share:
 
     Attributes:
         per_epoch: batches in a whole pass.
-        images: samples that take part in a pass, over all ranks.
-        left_over: samples that do not.
+        images: number of samples in a pass, over all ranks.
+        left_over: number of samples that a pass leaves out.
     """
 
-    def __init__(
-        self, stream: Stream, seed: int, rank: int, world: int, *, train: bool, most: float = math.inf
-    ) -> None:
+    def __init__(self, stream: Stream, seed: int, reader: Reader, *, train: bool, most: int | None = None) -> None:
         """A pass ends with the batch that reaches `most` samples."""
-        self._stream, self._seed, self._rank, self._world = stream, seed, rank, world
-        self._train, self._most = train, most
+        self._stream, self._seed, self._rank, self._world = stream, seed, reader.rank, reader.world
+        self._train, self._most = train, math.inf if most is None else most
         used = list(filter(None, map(self._used, stream.sizes)))
         self.per_epoch, self.images = len(used), sum(used)
         self.left_over = len(stream) - self.images
@@ -227,7 +225,7 @@ def training(
 ) -> tuple[TrainBatches, Loader] | tuple[Share, Share]:
     """This rank's share of the training batches and their loader; a stream's batches keep their sizes."""
     if isinstance(data, Stream):
-        share = Share(data, seed, reader.rank, reader.world, train=True)
+        share = Share(data, seed, reader, train=True)
         return share, share
     batches = TrainBatches(len(data), batch_size, seed, reader.rank, reader.world)
     return batches, Loader(data, batches, reader.workers, reader.pinned)
@@ -239,14 +237,31 @@ def evaluation(
     """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
 
     Data often comes sorted by class, and statistics of a batch want all classes in it. A last batch of one image, which
-    has no statistics, goes to the batch before. Of a stream these are the first batches, with `images` samples or a few
-    more.
+    has no statistics, joins the batch before. A stream gives its first batches, with `images` samples or a few more.
     """
     if isinstance(data, Stream):
-        most = math.inf if images is None else images
-        return Share(data, 0, reader.rank, reader.world, train=False, most=most)
+        return Share(data, 0, reader, train=False, most=images)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
     batches = list(BatchSampler(order[reader.rank :: reader.world], batch_size, drop_last=False))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [batches[-2] + batches[-1]]
     return Loader(data, [[(EVALUATED, index) for index in batch] for batch in batches], reader.workers, reader.pinned)
+
+
+def moved(
+    network: nn.Module, batch: Any, device: torch.device, layout: torch.memory_format = torch.preserve_format
+) -> tuple[Inputs, Tensor]:
+    """Inputs and labels on the device, floating-point inputs in the network's dtype, images in `layout`."""
+    inputs, labels = Inputs.of(batch), batch[1]
+    if inputs.kwargs:
+        inputs = inputs.of_signature(network.forward)
+    dtype = next(network.parameters()).dtype
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        kind = dtype if leaf.is_floating_point() else leaf.dtype
+        form = layout if leaf.ndim == 4 else torch.preserve_format
+        return leaf.to(device, kind, memory_format=form, non_blocking=True)
+
+    return inputs.map(move), labels.to(device, non_blocking=True)

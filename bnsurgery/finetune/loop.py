@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -30,6 +30,7 @@ from bnsurgery.text.words import counted, percent
 from . import recipe
 from .config import Config
 from .grid import validations_until
+from .loading import moved
 from .results import Row
 from .run_directory import RunDirectory
 from .setup import Setup
@@ -50,47 +51,11 @@ class DivergedError(BNSurgeryError):
     reason = ""
 
 
-class Objective(nn.Module):
-    """Network and loss in one module, which is compiled, distributed and cast as a whole."""
-
-    def __init__(self, network: nn.Module, label_smoothing: float) -> None:
-        super().__init__()
-        self.network = network
-        self.label_smoothing = label_smoothing
-
-    def forward(self, labels: Tensor, /, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The mean loss and the accuracy, 0 to 1; further arguments are the network's."""
-        logits = self.network(*args, **kwargs)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        return loss, (logits.detach().argmax(1) == labels).float().mean()
-
-
-def moved(
-    network: nn.Module, batch: Any, device: torch.device, layout: torch.memory_format = torch.preserve_format
-) -> tuple[Inputs, Tensor]:
-    """Inputs and labels on the device, floating-point inputs in the network's dtype, images in `layout`."""
-    inputs, labels = Inputs.of(batch), batch[1]
-    if inputs.kwargs:
-        inputs = inputs.of_signature(network.forward)
-    dtype = next(network.parameters()).dtype
-
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        kind = dtype if leaf.is_floating_point() else leaf.dtype
-        form = layout if leaf.ndim == 4 else torch.preserve_format
-        return leaf.to(device, kind, memory_format=form, non_blocking=True)
-
-    return inputs.map(move), labels.to(device, non_blocking=True)
-
-
 class Trainer:
     """One run, from its current step to its end.
 
     Args:
-        setup: the run.
         directory: where to save it; None to save nothing.
-        show: print progress.
         share: of the run, after which `fit` pauses: at the nearest validation.
         report: called with each validation.
     """
@@ -106,7 +71,7 @@ class Trainer:
         self.setup, self.directory = setup, directory
         self.config, self.accelerator, self.network = setup.config, setup.accelerator, setup.network
         self.show = show and self.accelerator.is_main_process
-        self.objective = self.accelerator.prepare_model(Objective(self.network, self.config.label_smoothing))
+        self.objective = self.accelerator.prepare_model(recipe.Objective(self.network, self.config.label_smoothing))
         optimizer = recipe.optimizer(self.config, self.network, setup.resolved.lr)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]

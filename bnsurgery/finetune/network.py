@@ -20,8 +20,7 @@ from bnsurgery.networks import factories, interface, onnx_files, pretrained
 from bnsurgery.networks.fitting import BEST_FIT, Choice
 from bnsurgery.nn import set_statistics_
 from bnsurgery.records import architectures
-from bnsurgery.records.record import attach_record, carries_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, attach_record, carries_record, record
 from bnsurgery.running.batches import Inputs
 from bnsurgery.statistics.verification import statistics_for
 from bnsurgery.surgery.copies import independent, sharing_tensors
@@ -59,7 +58,7 @@ def find(config: Config) -> Source:
     if not config.source and not config.model:
         raise ArchitectureError("finetune: no network: name an architecture or a file, or pass `model`")
     path, of_images = Path(config.source), not factories.names_code(config.data)
-    is_file = path.is_file() and not factories.is_onnx(config.source) and config.source not in architectures.names()
+    is_file = path.is_file() and not factories.is_onnx(config.source) and config.source not in architectures.NAMES
     if is_file and config.weights != "DEFAULT":
         raise CheckpointError(f"finetune: '{path}' is a file of weights: leave `weights={config.weights!r}` out")
     choice, wanted = Choice(config.weights_key, config.weights_prefix, config.partial), config.wanted
@@ -82,7 +81,7 @@ def find(config: Config) -> Source:
     architecture = pretrained.recognise(path, choice) if is_file else architectures.architecture(config.source)
     found = pretrained.load(architecture, weights, choice=choice, wanted=wanted, seed=config.seed)
     classes = interface.categories(architecture, found.weights) or noted_classes(weights)
-    return Source(found.model, f"{found.name}, {found.weights}", found.preprocess, classes=classes)
+    return Source(found.model, f"{architecture.name}, {found.weights}", found.preprocess, classes=classes)
 
 
 def own_name(config: Config) -> str | None:
@@ -138,7 +137,7 @@ def choose_head(source: Source, shape: Sequence[int] | Inputs | None, classes: t
     elif outputs != len(classes):
         kept, why = False, f"the old one is for {outputs} classes"
     else:
-        kept, why = True, f"it is for {outputs} classes, too; their names are not known (head=new replaces it)"
+        kept, why = True, f"it is for {outputs} classes, too; their names are not known (`head='new'` replaces it)"
     if kept and outputs != len(classes):
         raise BNSurgeryError(
             f"finetune: the head has {outputs} outputs and cannot be kept for {len(classes)} classes: use `head='new'`"
@@ -176,11 +175,8 @@ def prepare(
 
     The plain arm has a record of no sites, which holds the task, so that what is saved can be loaded.
 
-    Args:
-        source: its model is used up.
-        task, head: from `task_of`.
-        batches: training images to calibrate on.
-        example: an input, if these are no images.
+    The model of `source` is used up. `batches` are training data to calibrate on; `example` is one input of them, if
+    they are no images.
     """
     model = source.model
     if not head.kept and (config.train, config.head_init) == ("bn", "random"):
@@ -198,9 +194,9 @@ def prepare(
     elif not carries_record(model):
         model = insert(model, batches, layers=config.layers, progress=show)  # type: ignore[arg-type]
     unfuse_relu_(model)  # the same state for every source: see `fuse_for_training_`
-    own = own_name(config)
     provenance = {**record(model).provenance, "weights": source.description, "task": config.data}
-    provenance |= {"model": own} if own else {}
+    if own := own_name(config):
+        provenance["model"] = own
     if origin := onnx_files.source(model):
         provenance["onnx"] = origin.digest
     shape = example.shape if example else record(model).input_shape
@@ -235,8 +231,7 @@ def forget_(model: nn.Module) -> None:
 def choose_statistics(config: Config, drift: Callable[[], float]) -> tuple[str, str]:
     """The statistics mode for `config`, and the reason.
 
-    Args:
-        drift: measures ‖train − eval‖/‖eval‖ of the outputs at the run's batch size; called only if needed.
+    `drift` measures ‖train − eval‖/‖eval‖ of the outputs at the run's batch size; it is called only if needed.
     """
     if config.arm == "plain":
         return "none", "there is no BatchNorm"

@@ -46,10 +46,6 @@ def open_own(config: Config, show: bool = False) -> Data:
     Inputs are a tensor, a tuple of several or a dict of keyword arguments; targets are integers, a tensor (N,) for a
     batch of N. Classes are names, in the order of the targets. Without them the classes are called by their numbers,
     up to the largest target, and each has a training sample.
-
-    Raises:
-        ArchitectureError: there is no such function, or it fails.
-        DataError: it returns something else, or an option for images was given, too.
     """
     name = config.data
     odd = next((field for field in FOR_IMAGES if getattr(config, field) != getattr(Config, field)), None)

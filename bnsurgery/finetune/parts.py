@@ -26,8 +26,8 @@ class Split:
     Attributes:
         items: a tensor, paths or a Dataset, indexed by number.
         labels: class index of every image.
-        names: what tells the images apart: paths and sizes, or a digest; the labels alone where empty.
-        load: makes of an item a PIL image, a uint8 tensor (C, H, W), or a user's inputs; None where it is one.
+        names: paths and sizes or digests, which tell the images apart; may be empty.
+        load: turns an item into a PIL image, a uint8 tensor (C, H, W), or a user's inputs; None if it is one already.
     """
 
     items: Any
@@ -55,7 +55,7 @@ class Split:
 
 
 class Stream:
-    """Batches of (inputs, targets) that can be gone through any number of times; goes through them once.
+    """Batches of (inputs, targets) that can be gone through any number of times; a new Stream does so once.
 
     Args:
         name: of the user's function that gave them.
@@ -65,9 +65,6 @@ class Stream:
         labels: class index of every sample, sorted, since passes may differ in their order.
         sizes: number of samples of every batch in a pass.
         classes: number of classes, None until it is known.
-
-    Raises:
-        DataError: there is no batch, a batch is not a pair of inputs and targets, or the user's code fails.
     """
 
     def __init__(self, name: str, where: str, batches: Iterable[Any]) -> None:

@@ -15,8 +15,7 @@ from bnsurgery.nn.batchnorm import Insertable
 from bnsurgery.surgery.copies import independent
 
 from . import recipe
-from .loading import training
-from .loop import Objective, moved
+from .loading import moved, training
 from .results import RateRange
 from .setup import Setup
 
@@ -52,13 +51,8 @@ def choose(rates: Sequence[float], losses: Sequence[float], default: float) -> R
     In a wide valley the lowest point can be anywhere, so the rate is taken from the valley's lower end: the first point
     that is above the lowest by at most half the scatter.
 
-    If the lowest point is at the end of the test, or the curve falls by less than twice the scatter, the default is
-    chosen.
-
-    Args:
-        rates: of the steps, rising geometrically.
-        losses: of single batches.
-        default: the rate if the test shows none.
+    If the lowest point is at the end of the test, or the curve falls by less than twice the scatter, `default` is
+    chosen. `rates` rise geometrically, and `losses` are those of single batches.
 
     References: Smith 2017, as above, for the loss that stops falling as the upper bound of the rate. fastai's finder
     takes a tenth of the rate of the lowest loss, but of a running mean, which lags.
@@ -97,7 +91,7 @@ def _test(setup: Setup, show: bool) -> tuple[list[float], list[float]]:
     for module in network.modules():
         if isinstance(module, Insertable):
             module.process_group = ""  # the other processes wait
-    objective = Objective(network, config.label_smoothing)
+    objective = recipe.Objective(network, config.label_smoothing)
     optimizer = recipe.optimizer(config, network, _FROM)
     trained = [p for p in network.parameters() if p.requires_grad]
     whole = setup.reader._replace(rank=0, world=1)

@@ -1,4 +1,4 @@
-"""The parts of the recipe: augmentation, trained parameters, weight decay, learning rate, dropout, head's gradients."""
+"""The parts of the recipe: augmentation, parameters, decay, learning rate, dropout, loss, head's gradients."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.transforms import v2
@@ -24,7 +25,7 @@ _DECAY = {"sgd": 1e-4, "adamw": 0.01}
 
 
 def augmentation(preprocessing: Preprocessing, kind: str) -> Callable[[Any], Any]:
-    """The training images' way to the network's input: `Config.augment`."""
+    """The way of a training image to the network's input, with the augmentation `kind` of `Config.augment`."""
     size = height, width = preprocessing.shape[1:]
     resize, flip = v2.Resize(size), v2.RandomHorizontalFlip()
     shift = v2.RandomCrop(size, padding=[max(1, width // 8), max(1, height // 8)], padding_mode="edge")
@@ -63,7 +64,7 @@ def set_dropout_(model: nn.Module, probability: float | None) -> None:
 
 
 def choose_parameters_(model: nn.Module, train: str, head: nn.Module) -> list[str]:
-    """Let only the parameters take a gradient that `Config.train` names; return the names of those that took none."""
+    """Let only the parameters that `train` names take a gradient; return the names of those that took none before."""
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     model.requires_grad_(train == "all")
     for module in model.modules():
@@ -88,6 +89,21 @@ def optimizer(config: Config, model: nn.Module, rate: float) -> torch.optim.Opti
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=rate)
     return torch.optim.SGD(groups, lr=rate, momentum=_MOMENTUM, nesterov=True)
+
+
+class Objective(nn.Module):
+    """Network and loss in one module, which is compiled, distributed and cast as a whole."""
+
+    def __init__(self, network: nn.Module, label_smoothing: float) -> None:
+        super().__init__()
+        self.network = network
+        self.label_smoothing = label_smoothing
+
+    def forward(self, labels: Tensor, /, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The mean loss and the accuracy, 0 to 1; further arguments are the network's."""
+        logits = self.network(*args, **kwargs)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return loss, (logits.detach().argmax(1) == labels).float().mean()
 
 
 class HeadConditioner:

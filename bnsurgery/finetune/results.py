@@ -82,7 +82,7 @@ class Resolved:
         statistics: mode of the BatchNorm layers, for the reason `reason`.
         head: "kept" or "new", why, and how a new one was initialized.
         augment: the augmentation, for the reason `augment_reason`.
-        batch_size: samples per step, over all processes; of a function's own batches the largest.
+        batch_size: samples per step, over all processes; the size of the largest batch if a function makes the batches.
         start_accuracy: on the validation part before the first step, 0 to 1.
         kind: of a run with inserted BatchNorm, how much the pretrained function helps; None where that is not measured.
 

@@ -159,10 +159,9 @@ def resume(
 
 def require_code_again(config: Config, what: str, model: nn.Module | str | None, data: Data | str | None) -> None:
     """Raise an error if a file names code that makes the network or the data, and the caller did not name it again."""
-    named = factories.names_code(config.data)
     for field, code, given, kind in (
         ("model", config.model, model, nn.Module),
-        ("data", named and config.data, data, Data),
+        ("data", factories.names_code(config.data) and config.data, data, Data),
     ):
         if code and given != code and not isinstance(given, kind):
             raise BNSurgeryError(

@@ -109,7 +109,7 @@ def processes(config: Config) -> "Accelerator":
 
 
 def computes_on(config: Config) -> torch.device:
-    """The device that `config` or Accelerate's environment names; of a launched process, its kind."""
+    """The device that `config` or Accelerate's environment names; for a launched process, only its kind."""
     from accelerate.utils import parse_flag_from_env
 
     name = os.environ.get(_DEVICE) if config.device == "auto" else config.device
@@ -132,12 +132,11 @@ def build(
     show: bool,
     restored: bool = False,
 ) -> Setup:
-    """Everything before the first step.
+    """Do everything before the first step.
 
     Args:
-        model: instead of the network that `config` names; copied.
-        resolved: of a run that is resumed.
-        show: print progress.
+        model: the network, instead of the one that `config` names; it is copied.
+        resolved: the values of a run that is resumed.
         restored: whether the caller loads a saved state next, so that no head needs to be fitted.
     """
     world = accelerator.num_processes
@@ -267,18 +266,14 @@ def _facts(
 
 def _check_sizes(config: Config, data: Data, world: int) -> None:
     size, in_batches = config.batch_size, isinstance(data.train, Stream)
-    if in_batches and size < world:
-        raise DataError(f"finetune: batches of at most {size} cannot be shared by {world} processes: make them larger")
     if size > len(data.train):
         count = f"the {len(data.train)} training {data.thing}s"
         raise DataError(
             f"finetune: a batch of {size} is more than {count}: pass `batch_size={len(data.train)}` or less"
         )
-    if size % world and not in_batches:
-        raise BNSurgeryError(
-            f"finetune: a batch of {size} cannot be shared evenly by {world} processes: "
-            f"pass `batch_size={world * max(1, size // world)}`"
-        )
+    if size < world or (size % world and not in_batches):
+        advice = "make the batches larger" if in_batches else f"pass `batch_size={world * max(1, size // world)}`"
+        raise DataError(f"finetune: a batch of {size} cannot be shared evenly by {world} processes: {advice}")
     if size == 1 and config.arm != "plain" and config.statistics not in ("auto", "running"):
         raise BNSurgeryError(
             f"finetune: a batch of 1 has no statistics: with `statistics={config.statistics!r}` use `batch_size=2` or "

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bnsurgery.machine.devices import keeping_random
+from bnsurgery.nn import set_statistics_
 from bnsurgery.running.batches import Inputs
 from bnsurgery.running.calls import run
 from bnsurgery.running.modes import observing
@@ -35,6 +36,7 @@ def measure(setup: Setup) -> TaskKind | None:
     with keeping_random(setup.accelerator.device):
         for fresh in (False, True):
             network = copy.deepcopy(setup.network)
+            set_statistics_(network, "batch", where=lambda name, norm: True)  # which allows a reset
             if fresh:
                 forget_(network)
                 recalibrate_(network, fitted_on)

@@ -31,15 +31,7 @@ class _Box:
 
 
 def dot(model: nn.Module, example: Any, plan: Plan) -> str:
-    """The graph of `model`'s forward pass in the DOT language.
-
-    Args:
-        model, example: the arguments of `plan`.
-        plan: its sites and skipped layers are coloured.
-
-    Raises:
-        BNSurgeryError: the graphviz package is not installed.
-    """
+    """The graph of `model`'s forward pass in the DOT language, with the sites and skipped layers of `plan` coloured."""
     graphviz = _library("graphviz")
     boxes, edges = _graph(model, example, plan)
     graph = graphviz.Digraph(plan.model, node_attr={"shape": "box", "style": "filled", "fontname": "sans-serif"})
@@ -54,14 +46,14 @@ def dot(model: nn.Module, example: Any, plan: Plan) -> str:
 def svg(model: nn.Module, example: Any, plan: Plan) -> str:
     """The same graph as an SVG picture, from top to bottom; tooltips give the reasons for skipped layers.
 
-    Raises:
-        BNSurgeryError: the igraph package is not installed.
-
     References: Sugiyama, Tagawa & Toda 1981 (the layout).
     """
     boxes, edges = _graph(model, example, plan)
     widths = [max(map(len, box.label)) * _CHAR + 2 * _PAD for box in boxes]
-    places, routes = _layout(len(boxes), edges, max(widths) + _GAP, 2 * _LINE + 2 * _PAD + _GAP)
+    gaps = {"hgap": max(widths) + _GAP, "vgap": 2 * _LINE + 2 * _PAD + _GAP}
+    places = _library("igraph").Graph(len(boxes), edges, directed=True).layout_sugiyama(**gaps)
+    bends = zip(edges, places.edge_routing, strict=True)
+    routes = [[places[source], *bend, places[target]] for (source, target), bend in bends]
     sides = [(x - w / 2, x + w / 2) for (x, _), w in zip(places, widths, strict=True)]
     sides += [(x, x) for route in routes for x, _ in route]
     left, right = min(a for a, _ in sides) - _GAP, max(b for _, b in sides) + _GAP
@@ -73,10 +65,10 @@ def svg(model: nn.Module, example: Any, plan: Plan) -> str:
     title = f"{plan.model}: {counted(len(plan.sites), 'site')}, {len(plan.skipped)} skipped"
     _add(root, "title", title)
     _add(root, "rect", x=left, y=top, width=width, height=height, fill="white")
-    _add(root, "text", title, {"font-weight": "bold"}, x=left + _GAP, y=top + 1.5 * _LINE)
+    _add(root, "text", title, x=left + _GAP, y=top + 1.5 * _LINE, **{"font-weight": "bold"})
     for index, (kind, meaning) in enumerate(_LEGEND.items()):
         x, y = left + _GAP, top + (index + 2.2) * _LINE
-        _add(root, "rect", None, _BOX, x=x, y=y, width=2 * _LINE, height=0.8 * _LINE, fill=_COLOURS[kind])
+        _add(root, "rect", x=x, y=y, width=2 * _LINE, height=0.8 * _LINE, fill=_COLOURS[kind], **_BOX)
         _add(root, "text", meaning, x=x + 2.5 * _LINE, y=y + 0.7 * _LINE)
     for route in routes:
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in route)
@@ -84,9 +76,9 @@ def svg(model: nn.Module, example: Any, plan: Plan) -> str:
     for (x, y), w, item in zip(places, widths, boxes, strict=True):
         group, h = _add(root, "g"), len(item.label) * _LINE + _PAD
         _add(group, "title", item.tip)
-        _add(group, "rect", None, _BOX, x=x - w / 2, y=y - h / 2, width=w, height=h, fill=_COLOURS[item.kind])
+        _add(group, "rect", x=x - w / 2, y=y - h / 2, width=w, height=h, fill=_COLOURS[item.kind], **_BOX)
         for line, text in enumerate(item.label, 1):
-            _add(group, "text", text, {"text-anchor": "middle"}, x=x, y=y - h / 2 + line * _LINE - 1)
+            _add(group, "text", text, x=x, y=y - h / 2 + line * _LINE - 1, **{"text-anchor": "middle"})
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -105,10 +97,10 @@ def _graph(model: nn.Module, example: Any, plan: Plan) -> tuple[list[_Box], list
 
 def _box(trace: Trace, node: fx.Node, sites: set[str], skipped: dict[str, str]) -> _Box:
     module = node.meta.get("module")
-    name = trace.names.get(module, node.name) if module is not None else node.name
-    kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+    name = trace.names.get(module, node.name)
+    kind = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
     if node.op in ("placeholder", "output"):
-        return _Box((kind.lstrip("*"),), "plain", "input" if node.op == "placeholder" else "output")
+        return _Box((kind,), "plain", "input" if node.op == "placeholder" else "output")
     if name in sites:
         return _Box((name, f"{kind} + BatchNorm"), "site", "gets a BatchNorm")
     if name in skipped or is_layer(node):
@@ -117,22 +109,9 @@ def _box(trace: Trace, node: fx.Node, sites: set[str], skipped: dict[str, str]) 
     return _Box(label, "norm" if is_norm(node) else "plain", name)
 
 
-def _layout(
-    count: int, edges: list[tuple[int, int]], column: float, row: float
-) -> tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]:
-    """The centres of the boxes, and for every edge the points of its line."""
-    igraph = _library("igraph")
-    layout = igraph.Graph(count, edges, directed=True).layout_sugiyama(hgap=column, vgap=row)
-    points = [(float(x), float(y)) for x, y in layout]
-    bends = [[(float(x), float(y)) for x, y in bend] for bend in layout.edge_routing]
-    return points, [[points[a], *bend, points[b]] for (a, b), bend in zip(edges, bends, strict=True)]
-
-
-def _add(
-    parent: ElementTree.Element, tag: str, text: str | None = None, look: dict[str, str] | None = None, **more: Any
-) -> ElementTree.Element:
-    numbers = {name: f"{value:.1f}" if isinstance(value, float) else value for name, value in more.items()}
-    element = ElementTree.SubElement(parent, tag, {**numbers, **(look or {})})
+def _add(parent: ElementTree.Element, tag: str, text: str | None = None, **attributes: Any) -> ElementTree.Element:
+    shown = {name: f"{value:.1f}" if isinstance(value, float) else value for name, value in attributes.items()}
+    element = ElementTree.SubElement(parent, tag, shown)
     element.text = text and "".join(c if c.isprintable() else "�" for c in text)
     return element
 

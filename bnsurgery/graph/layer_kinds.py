@@ -1,7 +1,6 @@
 """Which modules and functions are conv or dense layers, norms, activations and LRN."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -17,15 +16,11 @@ _NDIM: dict[type, int] = {nn.Linear: 2}
 _NDIM |= {getattr(nn, f"Conv{kind}{d}d"): 2 + d for kind in ("", "Transpose") for d in (1, 2, 3)}
 LAYER_FUNCTIONS = {F.linear: 2}
 LAYER_FUNCTIONS |= {getattr(F, f"conv{kind}{d}d"): 2 + d for kind in ("", "_transpose") for d in (1, 2, 3)}
+# The names of functions and methods. F.logsigmoid calls itself log_sigmoid.
 ACTIVATION_FUNCTIONS = {
-    getattr(place, name)
-    for place in (F, torch, Tensor)
-    for name in (
-        "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "elu", "elu_", "selu", "celu", "gelu",
-        "silu", "mish", "hardtanh", "hardswish", "hardsigmoid", "softplus", "softsign", "logsigmoid", "tanh", "tanh_",
-        "sigmoid", "sigmoid_", "clamp", "clamp_",
-    )
-    if hasattr(place, name)
+    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "elu", "elu_", "selu", "celu", "gelu",
+    "silu", "mish", "hardtanh", "hardswish", "hardsigmoid", "softplus", "softsign", "log_sigmoid", "tanh", "tanh_",
+    "sigmoid", "sigmoid_", "clamp", "clamp_",
 }  # fmt: skip
 
 
@@ -37,12 +32,6 @@ def batched_ndim(layer: nn.Module) -> int:
 def is_activation(module: nn.Module | None) -> bool:
     """Whether `module` is one of torch's activation modules."""
     return type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, (nn.MultiheadAttention, nn.GLU))
-
-
-def device_and_dtype(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype of a layer's first parameter."""
-    first = next(layer.parameters())
-    return first.device, first.dtype
 
 
 def find_lrn(model: nn.Module) -> tuple[str, ...]:

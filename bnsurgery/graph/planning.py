@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.padding import _ReflectionPadNd, _ReplicationPadNd
 
 from bnsurgery.errors import NoSitesError
 from bnsurgery.nn import Normed
@@ -30,14 +32,7 @@ PLACEMENTS = ("pre-activation", "post-activation")
 LAYER_CHOICES = ("all", "conv", "dense")
 _NORMALIZED = "normalized already"
 _DENSE = 2  # dimensions of a dense layer's output for a batch of vectors
-_ACTIVATION_NAMES = {function.__name__ for function in ACTIVATION_FUNCTIONS}
-_SHIFT_TRANSPARENT = (
-    nn.Identity,
-    nn.Flatten,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
-)
+_SHIFT_TRANSPARENT = (nn.Identity, nn.Flatten, _DropoutNd, _ReflectionPadNd, _ReplicationPadNd)
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ class Plan:
             text += "\n\n" + table(("skipped", "layer", "reason"), [(s.name, s.layer, s.reason) for s in self.skipped])
         if self.lrn:
             names = ", ".join(self.lrn)
-            text += f"\n\nLocalResponseNorm stays: {names}. drop_lrn takes it out and changes the function."
+            text += f"\n\nLocalResponseNorm stays: {names}. `drop_lrn=True` removes it and changes the function."
         counts = f"{counted(len(self.sites), 'site')}, {len(self.skipped)} skipped"
         return f"{text}\n\n{self.model}: {counts}, {self.placement}"
 
@@ -154,32 +149,26 @@ def plan(
         >>> len(plan.sites), plan.sites[0].name, plan.sites[0].relu
         (8, 'features.0', 'features.1')
         >>> plan.skipped[0].name, plan.skipped[0].reason
-        ('classifier.0', "left out by layers='conv'")
+        ('classifier.0', "left out by `layers='conv'`")
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"plan: placement must be one of {PLACEMENTS}, got {placement!r}")
     if not callable(layers) and layers not in LAYER_CHOICES:
         raise ValueError(f"plan: layers must be one of {LAYER_CHOICES} or a predicate, got {layers!r}")
     trace = Trace(model, Inputs.of(example))
-    sites: list[Site] = []
-    skipped = [
-        Skip(trace.names[module] or type(module).__name__, type(module).__name__, f"cannot be followed: {reason}")
-        for module, reason in trace.opaque.items()
-        if any(isinstance(inner, LAYERS) for inner in module.modules())
-    ]
-    for module in trace.layers():
-        found = _consider(trace, module, placement, layers, head)
-        if isinstance(found, str):
-            skipped.append(Skip(trace.names[module], type(module).__name__, found))
-        else:
-            sites.append(found)
+    considered = {module: _consider(trace, module, placement, layers, head) for module in trace.layers()}
+    sites = tuple(found for found in considered.values() if isinstance(found, Site))
+    opaque = {m: why for m, why in trace.opaque.items() if any(isinstance(inner, LAYERS) for inner in m.modules())}
+    reasons = {module: f"cannot be followed: {why}" for module, why in opaque.items()}
+    reasons |= {module: found for module, found in considered.items() if isinstance(found, str)}
+    skipped = [Skip(trace.names[m] or type(m).__name__, type(m).__name__, reason) for m, reason in reasons.items()]
     for node in trace.nodes:
         if node.target in LAYER_FUNCTIONS and "module" not in node.meta:
             where = f"called in the middle of {trace.called(node.meta['caller'])}'s forward"
             reason = f"{where}: BatchNorm goes behind a module; make this call a module"
             skipped.append(Skip(node.name, cast(Any, node.target).__name__, reason))
     chosen = layers if isinstance(layers, str) else getattr(layers, "__name__", "custom")
-    result = Plan(type(model).__name__, tuple(sites), tuple(skipped), placement, chosen, head, find_lrn(model))
+    result = Plan(type(model).__name__, sites, tuple(skipped), placement, chosen, head, find_lrn(model))
     _check(result)
     return result
 
@@ -189,7 +178,7 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
     name = trace.names[module]
     if isinstance(module, Normed):
         return f"{_NORMALIZED} by '{name}.norm' ({type(module.norm).__name__})"
-    if not trace.calls(module):
+    if not trace.calls[module]:
         return trace.obstacle(module) or "never called in the forward pass"
     following = list(trace.next_layers(module))
     for node in following:
@@ -197,16 +186,16 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
             norm = node.meta.get("module")
             by, kind = (trace.names[norm], type(norm).__name__) if norm else (node.name, "function")
             return f"{_NORMALIZED} by '{by}' ({kind})"
-    function: Any = trace.calls(module)[0].target  # of a custom layer: F.conv2d or the like
+    function: Any = trace.calls[module][0].target  # of a custom layer: F.conv2d or the like
     expected = batched_ndim(module) if isinstance(module, LAYERS) else LAYER_FUNCTIONS[function]
     kind = "dense" if expected == _DENSE else "conv"
     if not (layers(name, module) if callable(layers) else layers in ("all", kind)):
-        return f"left out by layers={layers!r}" if isinstance(layers, str) else "left out by the layers predicate"
+        return f"left out by `layers={layers!r}`" if isinstance(layers, str) else "left out by the layers predicate"
     if not following and not head:
         part = trace.part(module)
         what = f"output of {part}, whose further way cannot be followed" if part else "output layer"
-        return f"{what} (the head option takes it too)"
-    shapes = trace.shapes(module)
+        return f"{what} (`head=True` takes it, too)"
+    shapes = trace.shapes[module]
     ndims = {len(shape) for shape in shapes}
     if not ndims or (min(ndims) < _DENSE if kind == "dense" else ndims != {expected}):
         seen = " or ".join(map(str, sorted(ndims))) or "unknown"
@@ -236,7 +225,7 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
         channel_dim=channel_dim,
         anchor=trace.names[anchor],
         in_sequential=in_sequential,
-        activation=type(activation).__name__ if activation else function if function in _ACTIVATION_NAMES else None,
+        activation=type(activation).__name__ if activation else function if function in ACTIVATION_FUNCTIONS else None,
         relu=trace.names[relu] if relu else None,
         next_layer=trace.names[next_layer] if next_layer else None,
     )
@@ -301,7 +290,9 @@ def _check(result: Plan) -> None:
         first = normalized[0]
         others = ", ".join(f"'{site.name}'" for site in result.sites)
         advice = (
-            f"Its dense layers without one ({others}) get one with layers='dense'." if others else "Nothing to insert."
+            f"Its dense layers without one ({others}) get one with `layers='dense'`."
+            if others
+            else "Nothing to insert."
         )
         raise NoSitesError(
             f"plan: {result.model} has normalization layers already: {len(normalized)} of its layers are followed by "

@@ -5,11 +5,13 @@ import operator
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import Attribute
+from torch.utils._pytree import tree_map
 
 from bnsurgery.nn import Normed
 from bnsurgery.running.batches import Inputs
@@ -21,10 +23,6 @@ from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORMS
 _METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"}
 _METHODS |= {"is_complex", "element_size", "get_device"}
 _ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_quantized"}
-_STARS: dict[Any, tuple[str, Any]] = {
-    inspect.Parameter.VAR_POSITIONAL: ("*", ()),
-    inspect.Parameter.VAR_KEYWORD: ("**", {}),
-}
 _UNREGISTERED = "<unregistered>"
 _CONSTANT = "<constant>"
 # While it traces, fx replaces nn.Module's __call__ and __getattr__ for the whole process: one trace at a time.
@@ -62,30 +60,14 @@ class ValueProxy(fx.Proxy):
         raise TypeError("symbolically traced variables have no value")
 
     def __len__(self) -> int:
-        if isinstance(self.value, (tuple, list, dict)) or (
-            isinstance(self.value, Tensor) and self.tracer.tells_shapes()
-        ):
+        if isinstance(self.value, (tuple, list)) or (isinstance(self.value, Tensor) and self.tracer.tells_shapes()):
             return len(self.value)
         return super().__len__()
 
     def __iter__(self) -> Any:
-        if isinstance(self.value, dict):
-            return iter(self.value)
         if isinstance(self.value, (Tensor, tuple, list)):
             return iter([self[i] for i in range(len(self))])
         return super().__iter__()
-
-    def keys(self) -> Any:
-        """The keys of a dict."""
-        return self.value.keys() if isinstance(self.value, dict) else super().keys()
-
-    def items(self) -> Any:
-        """The items of a dict, with symbolic values."""
-        return [(key, self[key]) for key in self]
-
-    def values(self) -> Any:
-        """The values of a dict, symbolic."""
-        return [self[key] for key in self]
 
 
 class Tracer(fx.Tracer):
@@ -104,8 +86,7 @@ class Tracer(fx.Tracer):
         self._opaque = opaque
         self._shaped = shaped
         self._callers: list[nn.Module] = [root]
-        self._bound: dict[str, Any] = {}
-        self._plain: dict[fx.Node, dict[Any, Any]] = {}
+        self._example: Inputs | None = None
         self._evaluating = False
         self._thread = threading.get_ident()
         self._owners = {parameter: module for module in root.modules() for parameter in module._parameters.values()}
@@ -115,18 +96,29 @@ class Tracer(fx.Tracer):
 
     def follow(self, model: nn.Module, example: Inputs | None) -> fx.Graph:
         """The graph of `model`'s forward pass; with an example, of the branches that it takes."""
-        signature = inspect.signature(model.forward)
-        given = signature.bind(*example.args, **example.kwargs).arguments if example is not None else {}
-        constants = {}  # flags and missing arguments: Python control flow depends on them
-        for name, parameter in signature.parameters.items():
-            if example is not None:
-                stars, nothing = _STARS.get(parameter.kind, ("", _UNKNOWN))
-                self._bound[stars + name] = given.get(name, nothing)  # fx names a placeholder so
-            value = given.get(name, parameter.default)
-            if value is not inspect.Parameter.empty and not _holds_tensors(value):
-                constants[name] = value
+        self._example = example
         with _TRACING:
-            return self.trace(model, concrete_args=constants)
+            return self.trace(model)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        # Only tensors become symbolic. Python control flow depends on containers, flags and missing arguments.
+        signature = inspect.signature(self.root.forward)
+        if self._example is not None:
+            bound = signature.bind(*self._example.args, **self._example.kwargs)
+        else:
+            stars: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (_UNKNOWN,), inspect.Parameter.VAR_KEYWORD: {}}
+            required = [p for p in signature.parameters.values() if p.default is inspect.Parameter.empty]
+            bound = inspect.BoundArguments(signature, {p.name: stars.get(p.kind, _UNKNOWN) for p in required})
+        for name, argument in bound.arguments.items():
+            bound.arguments[name] = tree_map(partial(self._symbolic, name), argument)
+        return lambda: root_fn(self.root, *bound.args, **bound.kwargs), []
+
+    def _symbolic(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) and value is not _UNKNOWN:
+            return value
+        proxy = self.create_proxy("placeholder", name, (), {})
+        proxy.value = value
+        return proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name == _UNREGISTERED:
@@ -145,37 +137,30 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._follows():
             return forward(*args, **kwargs)
-        registered = self.path_of_module(m) != _UNREGISTERED
-        self.callers[m].add(self._callers[-1])
-        if registered:
-            self._callers.append(m)
+        registered, caller = self.path_of_module(m) != _UNREGISTERED, self._callers[-1]
+        self.callers[m].add(caller)
+        self._callers.append(m if registered else caller)
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception:
             self.broke = self.broke or (m if registered else None)
             raise
         finally:
-            if registered:
-                self._callers.pop()
-        if not isinstance(result, fx.Proxy):
+            self._callers.pop()
+        if not isinstance(result, ValueProxy):
             return result
         node = result.node
         if self.is_leaf_module(m, self.path_of_module(m)):
             node.meta["module"] = m
-            if isinstance(result, ValueProxy):
-                result.value = self._evaluate(forward, args, kwargs)
+            result.value = self._evaluate(forward, args, kwargs)
         elif node.target in LAYER_FUNCTIONS and node.meta.get("caller") is m:
             node.meta["module"] = m  # a layer of the user's own: what F.conv2d gives is what it returns
-        return result
+        return _opened(result)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         proxy.node.meta["caller"] = self._callers[-1]
-        if kind == "placeholder":
-            proxy.value = self._bound.get(target, _UNKNOWN)
-            if isinstance(proxy.value, dict):
-                self._plain[proxy.node] = {k: v for k, v in proxy.value.items() if not _holds_tensors(v)}
-        elif kind == "get_attr":
+        if kind == "get_attr":
             proxy.value = self._evaluate(self.root.get_parameter, (target,), {})
         elif kind == "call_function":
             proxy.value = self._evaluate(target, args, kwargs)
@@ -183,17 +168,8 @@ class Tracer(fx.Tracer):
         elif kind == "call_method":
             proxy.value = self._evaluate(lambda first, *more, **kw: getattr(first, target)(*more, **kw), args, kwargs)
             proxy.is_shape = target in _METHODS or _follow_from_shapes(args, kwargs)
-        if self._is_plain(target, args, proxy.value):
-            return proxy.value
-        return proxy.value if proxy.is_shape and proxy.value is not _UNKNOWN and self.tells_shapes() else proxy
-
-    def _is_plain(self, target: Any, args: Any, value: Any) -> bool:
-        """Whether this reads a flag or name from a dict that was passed to the model, or finds no entry there."""
-        entries = self._plain.get(args[0].node) if args and isinstance(args[0], ValueProxy) else None
-        if entries is None or target not in (operator.getitem, "get"):
-            return False
-        missing = target == "get" and len(args) == 2 and args[1] not in args[0].value
-        return missing or (args[1] in entries and value is entries[args[1]])
+        known = proxy.is_shape and proxy.value is not _UNKNOWN and self.tells_shapes()
+        return proxy.value if known else _opened(proxy)
 
     def tells_shapes(self) -> bool:
         """Whether the running code gets the example's shapes."""
@@ -231,6 +207,11 @@ class Tracer(fx.Tracer):
             self._evaluating = False
 
 
+def _opened(proxy: Any) -> Any:
+    """A dict of symbolic entries if the value is a dict, which code may search; else the proxy."""
+    return {key: proxy[key] for key in proxy.value} if isinstance(proxy.value, dict) else proxy
+
+
 def _value(item: Any) -> Any:
     if isinstance(item, Attribute):
         return getattr(_value(item.root), item.attr)
@@ -244,7 +225,3 @@ def _follow_from_shapes(args: Any, kwargs: Any) -> bool:
     proxies: list[Any] = []
     map_aggregate((args, kwargs), lambda item: proxies.append(item) if isinstance(item, fx.Proxy) else None)
     return bool(proxies) and all(isinstance(proxy, ValueProxy) and proxy.is_shape for proxy in proxies)
-
-
-def _holds_tensors(value: Any) -> bool:
-    return bool(Inputs((value,)).tensors)

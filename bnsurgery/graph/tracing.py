@@ -4,19 +4,20 @@ import inspect
 import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bnsurgery.errors import UntraceableModelError
 from bnsurgery.nn import Normed
 from bnsurgery.running.batches import Inputs
 from bnsurgery.running.calls import placed
-from bnsurgery.running.modes import observing
+from bnsurgery.running.modes import evaluate, observing
 
 from .layer_kinds import LAYER_FUNCTIONS, LAYERS, NORM_FUNCTIONS, NORMS, is_activation
-from .observation import observe
 from .symbolic import Tracer
 from .unsupported import refuse
 
@@ -25,11 +26,15 @@ class Trace:
     """The calls of a model's forward pass, by module.
 
     torch.fx follows the code. A submodule that it cannot follow (control flow that depends on the numbers) is one call
-    of unknown content; if that is the model itself, its submodules are followed separately. With an example, shapes are
-    the example's, and the calls that ran are compared with those that were followed.
+    of unknown content; if that is the model itself, its submodules are followed separately. With an example, its first
+    sample gives the shapes, and the calls that ran are compared with those that were followed.
 
     Attributes:
         names: first fully qualified name of every module, by module.
+        example: the first sample, if an example was given.
+        nodes: the nodes of all graphs.
+        calls: every call that was followed, in order, by module.
+        shapes: the shapes of a module's outputs on the example.
         opaque: the modules whose forward cannot be followed, and the reasons.
         shaped: the modules whose forward was followed with the example's shapes, and may branch differently on others.
         uncertain: the modules inside those two, which may be used differently on other inputs, shapes or flags.
@@ -43,17 +48,22 @@ class Trace:
     def __init__(self, model: nn.Module, example: Inputs | None = None) -> None:
         refuse(model)
         self.names = {module: name for name, module in model.named_modules()}
-        scripts = (module for module in self.names if isinstance(module, torch.jit.ScriptModule))
+        scripts = [module for module in self.names if isinstance(module, torch.jit.ScriptModule)]
         self.opaque: dict[nn.Module, str] = dict.fromkeys(scripts, "compiled TorchScript")
-        self.observed = observe(model, example) if example is not None else None
+        self.example = None if example is None else example.take(0, 1)
         self.nodes: list[fx.Node] = []
-        self.read: set[nn.Module] = set()
+        self.calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
+        self.shapes: dict[nn.Module, set[torch.Size]] = defaultdict(set)
         self.shaped: set[nn.Module] = set()
+        self.read: set[nn.Module] = set()
         self._followed: set[nn.Module] = set()
-        self._calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
-        self._callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)
+        self._callers: dict[nn.Module, set[nn.Module]] = defaultdict(set)  # as followed
+        self._really: dict[nn.Module, set[nn.Module]] = defaultdict(set)  # on the example
+        self._inputs: dict[nn.Module, Inputs] = {}  # of the first call on the example, for modules with children
+        if self.example is not None:
+            self._observe(model, self.example)
         with observing(model):
-            self._follow(model, placed(model, example.take(0, 1)) if example is not None else None)
+            self._follow(model, None if self.example is None else placed(model, self.example))
             self._descend()
         self.uncertain = {inner for outer in [*self.opaque, *self.shaped] for inner in outer.modules()}
         if not self._has_layers() and self.opaque and any(isinstance(module, LAYERS) for module in self.names):
@@ -64,14 +74,6 @@ class Trace:
                 "pass, or into a separate submodule, or pass a submodule without it."
             )
 
-    def calls(self, module: nn.Module) -> list[fx.Node]:
-        """Every call of `module` that was followed, in order."""
-        return self._calls.get(module, [])
-
-    def shapes(self, module: nn.Module) -> set[torch.Size]:
-        """The shapes of the module's outputs on the example."""
-        return self.observed.shapes.get(module, set()) if self.observed is not None else set()
-
     def layers(self) -> Iterator[nn.Module]:
         """Conv and dense modules in order of definition: torch's, and custom ones that call F.conv2d or the like."""
         own = {node.meta.get("module") for node in self.nodes if node.target in LAYER_FUNCTIONS}
@@ -79,43 +81,41 @@ class Trace:
 
     def callers(self, module: nn.Module) -> set[nn.Module]:
         """The modules whose forward called `module`, as followed and on the example."""
-        really = self.observed.callers.get(module, set()) if self.observed is not None else set()
-        return self._callers.get(module, set()) | really
+        return self._callers[module] | self._really[module]
 
     def only_user(self, module: nn.Module) -> nn.Module | None:
         """The one module that consumes every call of `module` and nothing else, or None."""
-        users = {user.meta.get("module") for node in self.calls(module) for user in node.users}
-        if len(users) != 1 or any(len(node.users) != 1 for node in self.calls(module)):
+        users = {user.meta.get("module") for user in self._sole_users(module)}
+        user = users.pop() if len(users) == 1 else None
+        if user is None or len(self.calls[user]) != len(self.calls[module]):
             return None
-        user = users.pop()
-        if user is None or len(self.calls(user)) != len(self.calls(module)):
-            return None
-        return user if self._is_whole(module) and self._is_whole(user) else None
+        # All calls that ran on the example were followed.
+        return user if all(self._really[m] <= self._callers[m] for m in (module, user)) else None
 
     def activation_function(self, module: nn.Module) -> str | None:
         """The name of the one function or method that consumes every call of `module`, or None."""
-        users = {user.target for node in self.calls(module) for user in node.users if "module" not in user.meta}
-        if len(users) != 1 or any(len(node.users) != 1 for node in self.calls(module)):
-            return None
-        user = users.pop()
+        users = {user.target for user in self._sole_users(module) if "module" not in user.meta}
+        user = users.pop() if len(users) == 1 else None
         return user if isinstance(user, str) else getattr(user, "__name__", None)
+
+    def _sole_users(self, module: nn.Module) -> list[fx.Node]:
+        """The nodes that consume the calls of `module`; none if a call has several users, or none."""
+        users = [list(node.users) for node in self.calls[module]]
+        return [user for (user,) in users] if all(len(nodes) == 1 for nodes in users) else []
 
     def next_layers(self, module: nn.Module) -> Iterator[fx.Node]:
         """The first layers and norms behind `module`, looking through everything else."""
-        waiting, seen = [user for node in self.calls(module) for user in node.users], set()
-        while waiting:
-            node = waiting.pop(0)
-            if node in seen:
-                continue
-            seen.add(node)
-            if is_norm(node) or is_layer(node):
+        waiting, seen = [user for node in self.calls[module] for user in node.users], set()
+        for node in waiting:  # the list grows meanwhile
+            if node not in seen and (is_norm(node) or is_layer(node)):
                 yield node
-            else:
-                waiting.extend(node.users)
+            elif node not in seen:
+                waiting += node.users
+            seen.add(node)
 
     def obstacle(self, module: nn.Module) -> str | None:
         """The module around `module` that was not traced, in words, or None."""
-        untraced = (m for m in self.names if m is not module and (m in self.opaque or self.calls(m)))
+        untraced = (m for m in self.names if m is not module and (m in self.opaque or self.calls[m]))
         innermost = self._innermost(module, untraced)
         if innermost is None:
             return None
@@ -137,14 +137,30 @@ class Trace:
         """The module's name and class for messages."""
         return f"'{self.names[module]}' ({type(module).__name__})" if self.names[module] else type(module).__name__
 
-    def _is_whole(self, module: nn.Module) -> bool:
-        """Whether all calls that ran on the example were followed."""
-        if self.observed is None:
-            return True
-        return self.observed.callers.get(module, set()) <= self._callers.get(module, set())
-
     def _has_layers(self) -> bool:
         return any(isinstance(node.meta.get("module"), LAYERS) or node.target in LAYER_FUNCTIONS for node in self.nodes)
+
+    def _observe(self, model: nn.Module, example: Inputs) -> None:
+        """Run the example, and record callers, shapes and inputs."""
+        running: list[nn.Module] = []
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._really[module].update(running[-1:])
+            running.append(module)
+            if next(module.children(), None) is not None:
+                self._inputs.setdefault(module, Inputs(args, kwargs))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            running.pop()
+            if isinstance(output, Tensor):
+                self.shapes[module].add(output.shape)
+
+        with ExitStack() as hooks:
+            for module in model.modules():
+                if not isinstance(module, torch.jit.ScriptModule):  # does not support these hooks
+                    hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                    hooks.enter_context(module.register_forward_hook(leave))
+            evaluate("plan", model, example)
 
     def _follow(self, root: nn.Module, example: Inputs | None) -> None:
         """Add the graph of `root`, with submodules that cannot be followed as leaves, or record `root` as opaque."""
@@ -155,21 +171,19 @@ class Trace:
             try:
                 graph = tracer.follow(root, example)
             except Exception as error:  # the user's code can fail in any way on a proxy
-                culprit = tracer.broke
-                if culprit is None or culprit in self.opaque:
-                    culprit = root
+                culprit = root if tracer.broke is None or tracer.broke in self.opaque else tracer.broke
                 if culprit not in self.shaped and example is not None:
                     self.shaped.add(culprit)
-                    continue
-                text = str(error).strip() or type(error).__name__
-                self.opaque[culprit] = f"{_where(error)}: {text.splitlines()[0].rstrip('.')}"
+                else:
+                    text = str(error).strip() or type(error).__name__
+                    self.opaque[culprit] = f"{_where(error)}: {text.splitlines()[0].rstrip('.')}"
                 continue
             self._followed.add(root)
             self.nodes += graph.nodes
             self.read |= tracer.read
             for node in graph.nodes:
                 if "module" in node.meta:
-                    self._calls[node.meta["module"]].append(node)
+                    self.calls[node.meta["module"]].append(node)
             for module, callers in tracer.callers.items():
                 self._callers[module] |= callers
             return
@@ -179,10 +193,9 @@ class Trace:
         descended: set[nn.Module] = set()
         while not self._has_layers() and (tops := [module for module in self.opaque if module not in descended]):
             descended.update(tops)
-            for top in tops:
-                for child in _parts(top):
-                    if self.observed is None or child in self.observed.inputs:
-                        self._follow(child, self.observed.inputs[child] if self.observed is not None else None)
+            for child in (child for top in tops for child in _parts(top)):
+                if self.example is None or child in self._inputs:
+                    self._follow(child, self._inputs.get(child))
 
 
 def is_norm(node: fx.Node) -> bool:
@@ -195,7 +208,7 @@ def is_layer(node: fx.Node) -> bool:
     module = node.meta.get("module")
     if module is None:
         return node.target in LAYER_FUNCTIONS
-    return not is_norm(node) and not is_activation(module) and any(True for _ in module.parameters())
+    return not is_norm(node) and not is_activation(module) and next(module.parameters(), None) is not None
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:

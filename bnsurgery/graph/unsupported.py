@@ -52,26 +52,26 @@ def _expression(fqn: str) -> str:
 
 
 def _obstacle(model: object) -> str | None:
-    if isinstance(model, torch.jit.ScriptModule):
-        return "it is compiled TorchScript: pass the Python module it was made from"
-    if isinstance(model, torch.export.ExportedProgram):
-        return "it is an exported program: pass the Python module it was made from"
+    exported = isinstance(model, torch.export.ExportedProgram) or (
+        isinstance(model, fx.GraphModule)
+        and any(isinstance(n.target, torch._ops.OpOverload) for n in model.graph.nodes)
+    )
+    if exported or isinstance(model, torch.jit.ScriptModule):
+        kind = "an exported program" if exported else "compiled TorchScript"
+        return f"it is {kind}: pass the Python module it was made from"
     if not isinstance(model, nn.Module):
         return "expected a torch.nn.Module"
     if (inside := _inside(model)) is not None:
         how = "it is compiled by torch.compile: " if inside == "_orig_mod" else ""
         return f"{how}pass model.{inside}, and wrap the result anew"
-    if isinstance(model, fx.GraphModule) and any(
-        isinstance(n.target, torch._ops.OpOverload) for n in model.graph.nodes
-    ):
-        return "it is an exported program's graph of operators: pass the Python module it was made from"
     return None
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    if type(module).__module__.startswith(_QUANTIZED_PACKAGES) and "quantized" in type(module).__module__:
-        return True
     parameters = list(module.parameters(recurse=False))
-    if any(type(p).__module__.startswith(_QUANTIZED_PACKAGES) for p in parameters):
+    home, *homes = (type(item).__module__ for item in (module, *parameters))
+    if home.startswith(_QUANTIZED_PACKAGES) and "quantized" in home:
+        return True
+    if any(home.startswith(_QUANTIZED_PACKAGES) for home in homes):
         return True
     return isinstance(module, LAYERS) and any(not (p.is_floating_point() or p.is_complex()) for p in parameters)

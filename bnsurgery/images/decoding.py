@@ -49,28 +49,25 @@ def find_images(directory: str | Path) -> Found:
         what = "a file, expected a folder" if root.exists() else "no such folder"
         raise DataError(f"images: '{root}': {what}. Check the path.")
     formats = _formats()
-    found = Found([], [])
-    seen: set[tuple[int, int]] = set()
+    paths: list[Path] = []
+    seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse_folder):
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # a loop of links, or a second way here
+        place = os.path.realpath(folder)
+        if place in seen:  # a loop of links, or a second way here
             subfolders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            path = Path(folder, name)
-            if not name.startswith("."):
-                (found.images if path.suffix.lower() in formats else found.others).append(path)
-    for paths in found:
-        paths.sort()
-    if not found.images:
-        others = f" ({told_of(found.others)})" if found.others else ""
+        paths += [Path(folder, name) for name in names if not name.startswith(".")]
+    paths.sort()
+    images = [path for path in paths if path.suffix.lower() in formats]
+    others = [path for path in paths if path.suffix.lower() not in formats]
+    if not images:
+        besides = f" ({told_of(others)})" if others else ""
         raise DataError(
-            f"images: '{root}': got no image{others}, expected files in it or below whose names end as an image's: "
-            ".jpg, .png, .webp, .tif, .bmp, or another that Pillow reads."
+            f"images: '{root}': got no image{besides}, expected files in it or below that Pillow reads, such as .jpg."
         )
-    return found
+    return Found(images, others)
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -87,15 +84,8 @@ def told_of(passed_over: Sequence[Path], why: str = "no images by name") -> str:
 @functools.cache
 def _formats() -> dict[str, str]:
     """The format of every suffix that an image may have."""
-    Image.init()  # of all plugins, and what others registered
-    return {end: kind for end, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _REFUSED}
-
-
-def _tried(path: str | Path) -> list[str]:
-    """The formats that a file may have: all that are told by their content, and the one that the name tells."""
-    named = _formats().get(Path(path).suffix.lower())
-    # Of (factory, accept): a format without a mark would also take a damaged file of another format.
-    return [kind for kind in Image.OPEN if kind not in _REFUSED and (Image.OPEN[kind][1] or kind == named)]
+    known = Image.registered_extensions().items()  # of all plugins, and what others registered
+    return {end: kind for end, kind in known if kind in Image.OPEN and kind not in _REFUSED}
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -112,10 +102,13 @@ def load_image(path: str | Path) -> Image.Image:
             raise DataError(f"image: '{path}': no such file or folder. Check the path.")
         if not Path(path).is_file():  # opening a pipe would hang
             raise ValueError("a folder" if Path(path).is_dir() else "not a regular file")
+        named = _formats().get(Path(path).suffix.lower())
+        # Of (factory, accept): a format without a mark would also take a damaged file of another format.
+        tried = [kind for kind, (_, mark) in Image.OPEN.items() if kind not in _REFUSED and (mark or kind == named)]
         with (
             _SILENCE,
             warnings.catch_warnings(action="ignore"),  # Pillow's, about oddities that do not change the pixels
-            Image.open(path, formats=_tried(path)) as image,
+            Image.open(path, formats=tried) as image,
         ):
             size = f"{image.width} x {image.height} pixels"
             if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded

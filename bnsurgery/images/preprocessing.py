@@ -1,5 +1,6 @@
 """The way from an image to a network's input: one description, kept in checkpoints and exported files."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +15,7 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError, shown
 MAX_SIDE = 4096  # pixels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHANNELS, NORMALIZE = ("rgb", "bgr", "grey"), ("auto", "imagenet", "none")
-_LONGEST = 16  # characters of an image size
 _WHITE = 255
-_SCALES = (0.1, 1e5)  # a number beyond is meant as a factor for pixels, such as 1/255
 _FINEST, _COARSEST = 1000, 10  # white by the smallest std, and the largest std by white; beyond, scale was forgotten
 
 
@@ -29,21 +28,20 @@ class Preprocessing:
 
         y_c = (p · scale / 255 - mean_c) / std_c,
 
-    and then the colours are put in the order of `channels`. Mean and std are of red, green, blue, whatever the order of
-    `channels`, in units of `scale`: with scale 255 they are those of pixels from 0 to 255. The VGGs of Caffe have scale
-    255, mean (123.68, 116.779, 103.939), std (1, 1, 1) and "bgr".
+    and then the colours are put in the order of `channels`. The VGGs of Caffe have scale 255, mean (123.68, 116.779,
+    103.939), std (1, 1, 1) and "bgr".
 
     Attributes:
         height, width: of the input, in pixels.
         resize: length of the shorter side of a square image before its centre is cut out; of other inputs, see above.
-        mean, std: of red, green and blue, or of the one channel of grey images.
-        scale: the value of white, before mean and std.
+        mean, std: of red, green and blue, whatever the order of `channels`, or of grey; in units of `scale`.
+        scale: the value of white, before mean and std, such as 1 or 255.
         channels: "rgb", "bgr" or "grey".
         interpolation: "bilinear", "bicubic" or another of torchvision's `InterpolationMode`.
 
     Raises:
-        CheckpointError: a value is out of range: a scale outside 0.1 to 100,000, a mean that no image can have, below 0
-            or above `scale`, or such a std, below a 1000th of `scale` or above 10 times `scale`.
+        CheckpointError: a value is out of range: of scale 0.1 to 100,000, of a mean 0 to `scale`, as images can have,
+            of a std a 1000th of `scale` to 10 times `scale`.
     """
 
     height: int
@@ -61,14 +59,13 @@ class Preprocessing:
         counted = f"{count}, one for each colour of {self.channels} images"
         pixels = f"as white is {self.scale:g}; that of pixels from 0 to 255 needs `scale=255`"
         finest, coarsest = self.scale / _FINEST, self.scale * _COARSEST
-        lowest, highest = _SCALES
         sizes, modes = (self.height, self.width), [mode.value for mode in InterpolationMode]
         rules = (
             ("height and width", sizes, all(0 < side <= MAX_SIDE for side in sizes), f"1 to {MAX_SIDE}"),
             ("resize", self.resize, min(sizes) <= self.resize <= 2 * MAX_SIDE, f"{min(sizes)} to {2 * MAX_SIDE}"),
             ("channels", self.channels, self.channels in CHANNELS, " | ".join(CHANNELS)),
             ("interpolation", self.interpolation, self.interpolation in modes, " | ".join(modes)),
-            ("scale", self.scale, lowest <= self.scale <= highest, f"{lowest:g} to {highest:g}, such as 1 or 255"),
+            ("scale", self.scale, 0.1 <= self.scale <= 1e5, "0.1 to 100000, such as 1 or 255"),  # no factor of 1/255
             ("number of means", len(self.mean), len(self.mean) == count, counted),
             ("number of stds", len(self.std), len(self.std) == count, counted),
             ("mean", self.mean, all(0 <= mean <= self.scale for mean in self.mean), f"0 to {self.scale:g}, {pixels}"),
@@ -102,7 +99,7 @@ class Preprocessing:
 
     def coloured(self, image: Any) -> Any:
         """The image in colour or grey, as the network takes it."""
-        return (_GREY if self.channels == "grey" else _RGB)(image)
+        return (F.rgb_to_grayscale if self.channels == "grey" else F.grayscale_to_rgb)(image)
 
     def fit(self, image: Any) -> Any:
         """Scale the image and cut out its centre."""
@@ -132,9 +129,8 @@ class Wanted:
     Attributes:
         image_size: of the input, in pixels: the side of a square, or height and width as "240x320".
         normalize: "imagenet" for its mean and standard deviation, "none" for values from 0 to 1.
-        mean, std: see `Preprocessing`; one number stands for all channels. Where one of mean, std and scale is given,
-            the others are 0, 1 and 1 by default.
-        scale: see `Preprocessing`.
+        mean, std, scale: see `Preprocessing`; one number stands for all channels. Where one of the three is given, the
+            others are 0, 1 and 1 by default.
         channels: "rgb" or "bgr".
 
     Raises:
@@ -159,43 +155,32 @@ class Wanted:
             raise DataError("mean and std: got no number, expected one for each colour, or one for all")
         if self.size is not None and not all(0 < side <= MAX_SIDE for side in self.size):
             raise DataError(f"image_size: got {shown(self.image_size)}, expected 1 to {MAX_SIDE}, or as 240x320 (HxW)")
-        if self.normalize != "auto" and self.numbers:
+        if self.normalize != "auto" and (self.mean, self.std, self.scale) != (None, None, None):
             raise DataError(f"normalize '{self.normalize}' sets mean, std and scale: give one or the other.")
-
-    @property
-    def numbers(self) -> bool:
-        """Whether mean, std or scale are given."""
-        return (self.mean, self.std, self.scale) != (None, None, None)
 
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width; 0 where that is no number."""
         if self.image_size is None:
             return None
-        sides = [int(side) if side.isdecimal() else 0 for side in str(self.image_size)[:_LONGEST].lower().split("x")]
-        return (sides[0], sides[-1]) if len(sides) <= 2 else (0, 0)
+        sides = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(self.image_size).lower())
+        return (int(sides[1]), int(sides[2] or sides[1])) if sides else (0, 0)
 
     def of(self, own: Preprocessing) -> Preprocessing:
         """The network's own preprocessing with the changes that are wanted.
 
         Raises:
-            DataError: the network takes grey images, and colours are wanted; or mean or std have another number of
-                values, or cannot be those of images.
+            DataError: colours are wanted of a network for grey images, or `Preprocessing` refuses a value.
         """
-        if own.channels == "grey" and self.channels is not None:
-            raise DataError("the network takes grey images, which have no order of colours: leave `channels` out")
-        if own.channels == "grey" and self.normalize == "imagenet":
-            raise DataError(
-                "the network takes grey images, and ImageNet's are in colour: pass `normalize='none'`, or one number "
-                "each for `mean` and `std`"
-            )
+        if own.channels == "grey" and (self.channels is not None or self.normalize == "imagenet"):
+            raise DataError("the network takes grey images: leave out `channels` and `normalize='imagenet'`")
         changes: dict[str, Any] = {} if self.channels is None else {"channels": self.channels}
         if self.size is not None:
             resize = round(min(self.size) * own.resize / min(own.height, own.width))
             changes |= {"height": self.size[0], "width": self.size[1], "resize": resize}
         if self.normalize == "imagenet":
             changes |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "scale": 1.0}
-        elif self.normalize == "none" or self.numbers:
+        elif (self.normalize, self.mean, self.std, self.scale) != ("auto", None, None, None):
             count = len(own.mean)
             mean, std = self.mean or (0.0,), self.std or (1.0,)
             changes |= {"mean": mean * (count if len(mean) == 1 else 1), "std": std * (count if len(std) == 1 else 1)}
@@ -219,4 +204,3 @@ def _set_numbers(found: Preprocessing | Wanted, error: type[BNSurgeryError]) -> 
 
 
 NOTHING = Wanted()
-_RGB, _GREY = v2.RGB(), v2.Grayscale()

@@ -1,7 +1,4 @@
-"""Torch's devices: which there are, their abilities and their random states.
-
-All of it goes through `torch.accelerator` and `torch.get_device_module`, which CUDA, MPS, XPU and others share.
-"""
+"""Torch's devices, their abilities and their random states, by the functions that CUDA, MPS, XPU and others share."""
 
 from contextlib import AbstractContextManager
 
@@ -29,9 +26,8 @@ def device(name: str) -> torch.device:
             return found
     except (RuntimeError, AttributeError):  # not the name of a device, or of none that this torch knows
         pass
-    raise BNSurgeryError(
-        f"device '{printable(name)}': torch finds none here. Use one that it finds: {', '.join(available())}"
-    )
+    there = ", ".join(available())
+    raise BNSurgeryError(f"device '{printable(name)}': torch finds none here. Use one that it finds: {there}")
 
 
 def available() -> list[str]:

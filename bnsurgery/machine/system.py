@@ -1,14 +1,15 @@
-"""Differences between operating systems. No other module imports what one of them lacks.
+"""Differences between operating systems and installations. No other module imports what one of the systems lacks."""
 
-The tests run on Linux; macOS and Windows are prepared for.
-"""
-
+import functools
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable
 
+from bnsurgery.errors import BNSurgeryError
+
+OLDEST = "2.6"  # torch, as pyproject.toml has it
 WINDOWS = sys.platform == "win32"
 
 
@@ -31,3 +32,21 @@ def quote(word: str) -> str:
     if not WINDOWS:
         return shlex.quote(word)
     return word if re.fullmatch(r"[\w.,:/\\+@=-]+", word) else '"' + re.sub(r'["`$%]', "?", word) + '"'
+
+
+@functools.cache
+def require_torch() -> None:
+    """Raise BNSurgeryError if the installed torch is older than `OLDEST`."""
+    from importlib import metadata  # here: it would add a third to the time of `bnsurgery --help`
+
+    try:
+        installed = metadata.version("torch")
+    except metadata.PackageNotFoundError:  # a user's build, or none: then importing torch fails
+        return
+    if _release(installed) < _release(OLDEST):
+        upgrade = f"pip install 'torch>={OLDEST}' torchvision"
+        raise BNSurgeryError(f"bnsurgery needs torch {OLDEST} or newer, and torch {installed} is installed: {upgrade}")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

@@ -1,4 +1,1 @@
-"""Networks by name or file, with their weights, preprocessing and classes.
-
-torchvision's, timm's, those that a user's function makes, ONNX.
-"""
+"""Networks of torchvision, timm, ONNX files and users' functions, with weights, preprocessing and class names."""

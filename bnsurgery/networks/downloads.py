@@ -1,7 +1,8 @@
-"""torchvision's weights from torch.hub's cache, downloaded without hanging where they are not there yet."""
+"""torchvision's weights from torch.hub's cache. Missing files are downloaded, and no server makes that hang."""
 
 import socket
 import threading
+from concurrent.futures import Future
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError, URLError
@@ -16,7 +17,7 @@ from bnsurgery.files.weights import WeightsFile, read_weights
 
 
 def download(weights: WeightsEnum, *, timeout: float = 12.0, progress: bool) -> WeightsFile:
-    """Read torchvision weights from torch.hub's cache; what is not there is downloaded first.
+    """Read torchvision weights from torch.hub's cache; a missing file is downloaded first.
 
     Args:
         weights: a member of torchvision's enum; a download is checked against the hash in the file name of its URL.
@@ -47,7 +48,7 @@ def _fetch(url: str, cached: Path, timeout: float, progress: bool) -> None:
     except (OSError, HTTPException, RuntimeError, ValueError) as error:  # RuntimeError: another hash
         if isinstance(error, HTTPError):
             error.close()  # it holds the connection
-        reason = error.reason if type(error) is URLError else error
+        reason = error.reason if type(error) is URLError else str(error) or f"no answer within {timeout:g} s"
         raise CheckpointError(
             f"download: '{url}': {reason}. Is there a network? If not, download the file on another machine and pass "
             "`weights=PATH`, or `weights='random'` to try without."
@@ -58,7 +59,7 @@ def _fetch(url: str, cached: Path, timeout: float, progress: bool) -> None:
 
 def _probe(url: str, timeout: float) -> None:
     """Raise unless the server answers in time. In a thread: nothing else bounds a name lookup that hangs."""
-    failures: list[Exception] = []
+    answered: Future[None] = Future()
 
     def ask() -> None:
         try:
@@ -66,12 +67,8 @@ def _probe(url: str, timeout: float) -> None:
         except HTTPError as error:
             error.close()  # the server answers; the transfer reports the error
         except Exception as error:
-            failures.append(error)
+            return answered.set_exception(error)
+        answered.set_result(None)
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {timeout:g} s")
-    if failures:
-        raise failures[0]
+    threading.Thread(target=ask, daemon=True).start()
+    answered.result(timeout)

@@ -1,4 +1,4 @@
-"""Networks by name, timm's among them, and other results of functions that a user names: their code runs by design."""
+"""Networks by name, and other results of functions that a user names. Their code runs by design."""
 
 import difflib
 import importlib
@@ -20,6 +20,7 @@ from bnsurgery.records.record import SurgeryRecord
 from bnsurgery.text.words import with_article
 
 from . import onnx_files
+from .third_party import errors_as
 
 _TIMM = "timm:"
 # The folders that a user's code came from in this process, and the files in them that were run: they stay importable.
@@ -43,33 +44,25 @@ def is_torchvision(name: str) -> bool:
 
 
 def build(name: str, *, pretrained: bool = False) -> nn.Module:
-    """The network that "package.module:factory" or "file.py:factory" makes, or timm's "timm:NAME", in eval mode.
+    """The network called "timm:NAME", "net.onnx" or, without weights, "resnet18" as in torchvision, in eval mode.
 
-    A name of torchvision's, such as "resnet18", gives that network without weights; "net.onnx" the one in the file.
-
-    The factory is called without arguments. Nothing read from a checkpoint ever gets here.
-
-    Modules beside the file, or in the current folder where a module is named, can be imported as under `python
-    file.py`: also by functions that are called later, and in child processes. A process has one module of a name, so
-    modules of the same name in two folders are refused.
+    Any other name is that of a `function` that makes the network. Nothing read from a checkpoint ever gets here.
 
     Args:
-        name: as above.
         pretrained: let timm fill its network with its weights, downloaded unless cached.
 
     Raises:
-        ArchitectureError: there is no such module, function or timm network, it fails, or it returns no network; or
-            it imports a module that another folder has under the same name.
-        CheckpointError: timm cannot get the weights.
+        ArchitectureError: as `function` and its call; or timm has no such network, or the function returns none.
+        CheckpointError: timm cannot get the weights, or as `onnx_files.from_onnx`.
     """
-    if is_timm(name):
-        return _timm(name, pretrained)
     if is_onnx(name):
         return onnx_files.from_onnx(name)
-    if is_torchvision(name):
-        made: nn.Module = models.get_model(name, weights=None)
-        return made.eval()
-    model = function(name)()
+    if is_timm(name):
+        model = _timm(name, pretrained)
+    elif is_torchvision(name):
+        model = models.get_model(name, weights=None)
+    else:
+        model = function(name)()
     if not isinstance(model, nn.Module):
         raise ArchitectureError(
             f"model '{name}': returned {with_article(type(model).__name__)}, expected a torch.nn.Module"
@@ -78,9 +71,7 @@ def build(name: str, *, pretrained: bool = False) -> nn.Module:
 
 
 def original(record: SurgeryRecord, file: Path) -> str | None:
-    """The ONNX file that the network in a checkpoint was made from, beside `file` or in the current folder.
-
-    None where it was made from something else.
+    """The ONNX file that a checkpoint's network was made from, in its or the current folder; None for other networks.
 
     Raises:
         CheckpointError: the ONNX file is in neither folder.
@@ -91,8 +82,7 @@ def original(record: SurgeryRecord, file: Path) -> str | None:
     if found is None:
         made = printable(str(record.provenance.get("model", "")))
         raise CheckpointError(
-            f"'{file}' was made from an ONNX file, {made}, which is neither in its folder nor in this one: pass "
-            "`model=FILE.onnx`"
+            f"'{file}' was made from an ONNX file, {made}, which is in neither folder: pass `model=FILE.onnx`"
         )
     return str(found)
 
@@ -106,11 +96,11 @@ def names_code(name: str) -> bool:
 def function(name: str, what: str = "model", gives: str = "a network") -> Callable[[], Any]:
     """The function called "package.module:function" or "file.py:function", to be called without arguments.
 
-    Its prints go to stderr, its errors become ArchitectureErrors, and it can import modules beside its file, see
-    `build`.
+    Its prints go to stderr, and its errors become ArchitectureErrors. Modules beside the file, or in the current folder
+    where a module is named, can be imported as under `python file.py`: also by functions that are called later, and in
+    child processes. A process has one module of a name, so modules of the same name in two folders are refused.
 
     Args:
-        name: as above.
         what: the field that has the name, for messages: "model", "data".
         gives: the result that is expected, for messages.
 
@@ -124,8 +114,7 @@ def function(name: str, what: str = "model", gives: str = "a network") -> Callab
             raise ArchitectureError(f"{what} '{name}': name the function in it that gives {gives}: {name}:FUNCTION")
         also = " or timm:NAME" if what == "model" else ""
         raise ArchitectureError(f"{what} '{name}': expected package.module:factory, file.py:factory{also}")
-    with _running(place):
-        found = getattr(_module(place, what), called, None)
+    found = _found(place, called, what)
     if found is None:
         raise ArchitectureError(f"{what} '{name}': '{place}' has no '{called}'")
     if isinstance(found, nn.Module) or not callable(found):
@@ -143,21 +132,12 @@ def function(name: str, what: str = "model", gives: str = "a network") -> Callab
 
 
 def running(name: str, found: Callable[[], Any], what: str) -> Any:
-    """The result of a user's code, with its prints on stderr.
-
-    Raises:
-        ArchitectureError: the code fails.
-    """
-    try:
-        with _running(name.rpartition(":")[0]):
-            return found()
-    except StopIteration:
-        raise
-    except (Exception, SystemExit) as error:  # the user's own code
-        raise ArchitectureError(f"{what} '{name}': calling it failed: {_reason(error)}") from error
+    """The result of a user's code, with its prints on stderr; an ArchitectureError where it fails."""
+    with _users_code(name.rpartition(":")[0], f"{what} '{name}': calling it failed"):
+        return found()
 
 
-def _timm(name: str, pretrained: bool) -> nn.Module:
+def _timm(name: str, pretrained: bool) -> Any:
     if importlib.util.find_spec("timm") is None:
         raise ArchitectureError(f"model '{name}': timm is not installed: pip install timm")
     import timm
@@ -167,39 +147,40 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
         close = " or ".join(_TIMM + match for match in difflib.get_close_matches(kind, timm.list_models(), n=3))
         hint = f" Did you mean {close}?" if close else ""
         raise ArchitectureError(f"model '{name}': timm has none of that name.{hint}")
-    try:
-        model: nn.Module = timm.create_model(kind, pretrained=pretrained)
-    except Exception as error:  # the hub's, of many kinds
-        raise CheckpointError(
-            f"model '{name}': timm cannot load its weights: {str(error).splitlines()[0]} Pass `weights=PATH`, or "
-            "`weights='random'` to try without."
-        ) from error
-    return model.eval()
+    advice = "pass `weights=PATH`, or `weights='random'` to try without"
+    with errors_as(CheckpointError, f"model '{name}': timm cannot load its weights: {advice}"):
+        return timm.create_model(kind, pretrained=pretrained)
 
 
 @contextmanager
-def _running(place: str) -> Iterator[None]:
-    """Keep the code's prints out of a command's output, and the command's words from the code."""
+def _users_code(place: str, problem: str) -> Iterator[None]:
+    """Keep a user's prints out of a command's output, the command's words from the code, and its errors in a line."""
     words, sys.argv = sys.argv, [place]
     try:
         with redirect_stdout(sys.stderr):
             yield
+    except StopIteration:
+        raise
+    except (Exception, SystemExit) as error:
+        advice = ""
+        if isinstance(error, ModuleNotFoundError):
+            advice = ". Install it, or add the folder that holds it to PYTHONPATH"
+        elif isinstance(error, ImportError) and "relative import" in str(error):
+            advice = ". The file is part of a package: from the folder above that, pass package.module:function"
+        raise ArchitectureError(f"{problem}: {type(error).__name__}: {error}{advice}") from error
     finally:
         sys.argv = words
 
 
-def _module(place: str, what: str) -> object:
-    """Run a file, or import a module by name, from the current folder too, where an installed command does not look."""
+def _found(place: str, called: str, what: str) -> object:
+    """The object of a name in a module, which may be in the current folder, or in a file, which is run; or None."""
     path = Path(os.path.realpath(place)) if place.endswith(".py") else None  # resolve raises for a link to itself
     if path is not None and not path.is_file():
         raise ArchitectureError(f"{what} '{place}': no such file")
     folder, stem = (path.parent, path.stem) if path is not None else (Path.cwd(), "")
     _make_importable(str(folder), place, stem)
-    try:
-        return importlib.import_module(place) if path is None else _run(path)
-    except (Exception, SystemExit) as error:  # the user's own code
-        verb = "imported" if path is None else "run"
-        raise ArchitectureError(f"{what} '{place}': cannot be {verb}: {_reason(error)}") from error
+    with _users_code(place, f"{what} '{place}': cannot be {'imported' if path is None else 'run'}"):
+        return getattr(importlib.import_module(place) if path is None else _run(path), called, None)
 
 
 def _run(path: Path) -> ModuleType:
@@ -213,7 +194,7 @@ def _run(path: Path) -> ModuleType:
     return module
 
 
-def _make_importable(folder: str, place: str, stem: str = "") -> None:
+def _make_importable(folder: str, place: str, stem: str) -> None:
     """Put `folder` in front of the search path, which child processes inherit; `stem` is to be run as a file."""
     importlib.invalidate_caches()
     folders = {**_folders, folder: {*_folders.get(folder, ()), stem}}
@@ -248,12 +229,3 @@ def _home(module: ModuleType) -> str:
 def _has(folder: str, name: str) -> bool:
     spec = PathFinder.find_spec(name, [folder])
     return spec is not None and spec.origin is not None  # a folder of that name is no module yet
-
-
-def _reason(error: BaseException) -> str:
-    advice = ""
-    if isinstance(error, ModuleNotFoundError):
-        advice = ". Install it, or add the folder that holds it to PYTHONPATH"
-    elif isinstance(error, ImportError) and "relative import" in str(error):
-        advice = ". The file is part of a package: from the folder above that, pass package.module:function"
-    return f"{type(error).__name__}: {error}{advice}"

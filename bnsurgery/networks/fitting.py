@@ -3,18 +3,17 @@
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryWarning, CheckpointError, printable, shown
 from bnsurgery.files.weights import WeightsFile, check_finite, check_kinds, check_plain, describe_mismatch
+from bnsurgery.text.words import listed
 
 # Names of the modules that wrap others: of DataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _USUAL = ("", "state_dict.", "model.", "model_state_dict.")  # the first of these, where several places fit
-_NAMED = 4  # names in a message
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) 
     start = f"{choice.key}." if choice.key else ""
     ours, theirs = _plain_names(expected), _plain_names(name for name in file.tensors if name.startswith(start))
     if not theirs:
-        raise CheckpointError(f"weights '{file.path}': nothing under {shown(start[:-1])}. {_contents(file)}")
+        raise _absent(file, f"nothing under {shown(start[:-1])}")
     first, longest = len(_plain(start)), max(map(len, ours), default=0)
     inner = {
         root: {name[len(root) :]: ours[name] for name in ours if name.startswith(root)} for root in _roots(ours, choice)
@@ -94,15 +93,13 @@ def find(file: WeightsFile, expected: Mapping[str, torch.Size], choice: Choice) 
         chosen = {_plain(place) + prefix for place in file.places}
         scores = {pair: score for pair, score in scores.items() if pair[0] in chosen}
         if not scores:
-            raise CheckpointError(
-                f"weights '{file.path}': no name begins with {shown(choice.prefix)}. {_contents(file)}"
-            )
+            raise _absent(file, f"no name begins with {shown(choice.prefix)}")
     best = max(scores.values(), default=[0, 0])
     fitting = [pair for pair, score in scores.items() if score == best] or [(_plain(start), "")]
     usual = [pair for place in _USUAL for pair in fitting if (pair[0][first:], pair[1]) == (place, "")]
     if len(fitting) > 1 and not usual and (best[0] == len(ours) or choice.partial):
         raise CheckpointError(
-            f"weights '{file.path}': {len(fitting)} places fit equally well: {_listed([at for at, _ in fitting])}. "
+            f"weights '{file.path}': {len(fitting)} places fit equally well: {listed([at for at, _ in fitting])}. "
             "Choose one by `weights_key` or `weights_prefix`"
         )
     at, root = (usual or fitting)[0]
@@ -144,11 +141,12 @@ def fill_(model: nn.Module, name: str, file: WeightsFile, choice: Choice) -> Non
         tensors = {key: tensor.to(expected[key].dtype) for key, tensor in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     notes = [f"its {shown(found)} is taken for '{key}'" for key, found in fit.names.items() if key != found][:1]
-    notes += [f"left out: {_listed(fit.left_out)}"] if fit.left_out else []
-    notes += (
-        [f"{_listed(fit.rivals)} would fit as well: `weights_key` or `weights_prefix` chooses"] if fit.rivals else []
-    )
-    notes += [f"not in it, and left as they were made: {_listed(absent)}"] if absent else []
+    lists = {
+        "left out": fit.left_out,
+        "other places that fit (`weights_key` or `weights_prefix` chooses)": fit.rivals,
+        "not in it, and left as they were made": absent,
+    }
+    notes += [f"{what}: {listed(names)}" for what, names in lists.items() if names]
     if notes:
         warnings.warn(f"weights '{file.path}': {'; '.join(notes)}", BNSurgeryWarning, stacklevel=2)
 
@@ -184,11 +182,6 @@ def _cuts(name: str, longest: int) -> list[int]:
     return [start for start in reversed(starts) if len(name) - start <= longest]
 
 
-def _contents(file: WeightsFile) -> str:
+def _absent(file: WeightsFile, problem: str) -> CheckpointError:
     tops = dict.fromkeys(name.partition(".")[0] for name in file.tensors)
-    return f"The file has names that begin with {_listed(tops)}"
-
-
-def _listed(names: Collection[str]) -> str:
-    first, more = [printable(name) for name in islice(names, _NAMED)], len(names) - _NAMED
-    return f"{', '.join(first)}{f' and {more} more' if more > 0 else ''}"
+    return CheckpointError(f"weights '{file.path}': {problem}. The file has names that begin with {listed(tops)}")

@@ -10,7 +10,7 @@ from torchvision.models import WeightsEnum
 from bnsurgery.errors import ArchitectureError, CheckpointError, UntraceableModelError, shown
 from bnsurgery.graph.layer_kinds import LAYERS
 from bnsurgery.graph.tracing import Trace, is_layer
-from bnsurgery.images.preprocessing import MAX_SIDE, NOTHING, Preprocessing, Wanted
+from bnsurgery.images.preprocessing import MAX_SIDE, NORMALIZE, NOTHING, Preprocessing, Wanted
 from bnsurgery.records.architectures import Architecture
 from bnsurgery.records.record import SurgeryRecord, carries_record
 from bnsurgery.records.record import record as record_of
@@ -20,6 +20,7 @@ from bnsurgery.surgery.folding import strip_
 from . import onnx_files
 
 _CROP, _RESIZE = 224, 256  # torchvision's
+_ADVICE = "pass `data=FILE.py:FUNCTION`, a function that gives batches of the network's inputs"
 
 
 def preprocessing(architecture: Architecture, weights: str = "", wanted: Wanted = NOTHING) -> Preprocessing:
@@ -34,7 +35,7 @@ def preprocessing(architecture: Architecture, weights: str = "", wanted: Wanted 
 
 
 def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessing:
-    """From an image to the input of a network that is not torchvision's.
+    """The preprocessing of images for a network that is not torchvision's.
 
     A network of timm's brings its preprocessing. Other colour images are normalized as ImageNet's, and grey images are
     left between 0 and 1.
@@ -48,19 +49,11 @@ def own_preprocessing(model: nn.Module, wanted: Wanted = NOTHING) -> Preprocessi
             from an ONNX file of inputs (N, H, W, C).
         DataError: the changes do not go with the network.
     """
-    config = _timm_config(model)
-    origin = onnx_files.source(model)
+    config, channels, origin = _timm_config(model), input_channels(model), onnx_files.source(model)
     if origin is not None and onnx_files.channels_last(origin.example[0].shape):
-        raise ArchitectureError(
-            f"the ONNX file takes inputs of shape (N, H, W, C), here {tuple(origin.example[0].shape)}, and images are "
-            "read as (N, C, H, W). Name a function that gives batches of its inputs: FILE.py:FUNCTION"
-        )
-    channels = input_channels(model)
+        raise ArchitectureError(f"the ONNX file takes inputs of shape (N, H, W, C), expected (N, C, H, W): {_ADVICE}")
     if channels not in (1, 3):
-        raise ArchitectureError(
-            f"{type(model).__name__} takes {channels} channels, expected 1 or 3, as images have. Pass other inputs as "
-            "`data=FILE.py:FUNCTION`, a function that gives batches of them"
-        )
+        raise ArchitectureError(f"{type(model).__name__} takes {channels} channels, expected 1 or 3: {_ADVICE}")
     height, width = wanted.size or (config.get("input_size") or (None, None))[-2:]
     if height is None or width is None:
         raise ArchitectureError("the image size of a network of your own is not known: pass `image_size`")
@@ -93,10 +86,8 @@ def preprocessing_of(record: SurgeryRecord, model: nn.Module, wanted: Wanted = N
     """
     if record.task is not None:
         if record.task.preprocessing is None:
-            raise ArchitectureError(
-                f"{type(model).__name__} was fine-tuned on '{record.provenance.get('task')}', not on images: pass "
-                "`data=FILE.py:FUNCTION`, a function that gives batches of its inputs"
-            )
+            name, task = type(model).__name__, record.provenance.get("task")
+            raise ArchitectureError(f"{name} was fine-tuned on '{task}', not on images: {_ADVICE}")
         return wanted.of(record.task.preprocessing)
     if record.architecture is not None:
         return preprocessing(record.architecture, str(record.provenance.get("weights")), wanted)
@@ -104,8 +95,8 @@ def preprocessing_of(record: SurgeryRecord, model: nn.Module, wanted: Wanted = N
     size, kind = record.provenance.get("image_size"), record.provenance.get("normalize", "auto")
     if size is not None and not (isinstance(size, int) and 1 <= size <= MAX_SIDE):
         raise CheckpointError(f"record.provenance.image_size: got {shown(size)}, expected 1 to {MAX_SIDE}")
-    if kind not in ("auto", "imagenet", "none"):
-        raise CheckpointError(f"record.provenance.normalize: got {shown(kind)}, expected auto, imagenet or none")
+    if kind not in NORMALIZE:
+        raise CheckpointError(f"record.provenance.normalize: got {shown(kind)}, expected {', '.join(NORMALIZE)}")
     return wanted.of(own_preprocessing(model, Wanted(wanted.image_size or size, str(kind))))
 
 
@@ -121,17 +112,18 @@ def classes_of(record: SurgeryRecord) -> tuple[str, ...]:
     """The names of a checkpoint's outputs: its task's classes, or those of torchvision's weights."""
     if record.task is not None and record.task.classes:
         return record.task.classes
-    return categories(record.architecture, str(record.provenance.get("weights"))) if record.architecture else ()
+    return categories(record.architecture, str(record.provenance.get("weights")))
 
 
-def categories(architecture: Architecture, weights: str) -> tuple[str, ...]:
+def categories(architecture: Architecture | None, weights: str) -> tuple[str, ...]:
     """The names of the outputs of torchvision's weights called `weights`; empty for others."""
     member = _member(architecture, weights)
     return tuple(member.meta["categories"]) if member else ()
 
 
-def _member(architecture: Architecture, weights: str) -> WeightsEnum | None:
-    return next((member for member in architecture.weights if str(member) == weights), None)
+def _member(architecture: Architecture | None, weights: str) -> WeightsEnum | None:
+    members = architecture.weights if architecture is not None else ()
+    return next((member for member in members if str(member) == weights), None)
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any]:

@@ -34,12 +34,7 @@ class OwnBatches:
     skipped, passed_over = (), ()
 
     def __init__(self, name: str, *, num: float = math.inf, seed: int = 0) -> None:
-        """Find the function without calling it.
-
-        Args:
-            name: of the function.
-            num: a pass ends with the batch that reaches this number of inputs.
-            seed: of torch's random numbers.
+        """Find the function; a pass ends with the batch that reaches `num` inputs.
 
         Raises:
             ArchitectureError: there is no such function.

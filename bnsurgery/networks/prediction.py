@@ -40,7 +40,7 @@ class Prediction:
 def predictions_table(predictions: Sequence[Prediction]) -> str:
     """One line an image: its file, then the likeliest classes, each with its probability in percent.
 
-    If a path would be wrapped, each stands in a line of its own.
+    The classes go into a line of their own if a path would be wrapped.
     """
     headers = ["image", *(f"class {rank}" for rank in _ranks(predictions))]
     rows = [
@@ -54,7 +54,7 @@ def predictions_table(predictions: Sequence[Prediction]) -> str:
 
 
 def predictions_csv(predictions: Sequence[Prediction]) -> str:
-    """A header and one line an image: image, class_1, probability_1, class_2, ...; probabilities from 0 to 1."""
+    """CSV with one line an image: image, class_1, probability_1, class_2, ...; probabilities from 0 to 1."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     pairs = (f"{what}_{rank}" for rank in _ranks(predictions) for what in ("class", "probability"))
@@ -95,10 +95,8 @@ def predict(
     """
     the_record = record(model)
     if not takes_images(the_record, model):
-        raise ArchitectureError(
-            f"predict: {type(model).__name__} takes other inputs than images: load it with bnsurgery.load and call it "
-            "on a batch of them"
-        )
+        name = type(model).__name__
+        raise ArchitectureError(f"predict: {name} takes other inputs than images: call the network on a batch of them")
     preprocess, names = preprocessing_of(the_record, model, wanted), classes_of(the_record)
     for path in images:
         tensor = preprocess(load_image(path))

@@ -1,5 +1,6 @@
 """A network with its weights and its preprocessing, from a name or a file, without a random initialization first."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from bnsurgery.files.checkpoint import read_record
 from bnsurgery.files.labels import noted_preprocessing
 from bnsurgery.files.weights import WeightsFile, read_weights
 from bnsurgery.images.preprocessing import NOTHING, Preprocessing, Wanted
-from bnsurgery.records.architectures import Architecture, identify, names, state_shapes
+from bnsurgery.records.architectures import NAMES, Architecture, identify, state_shapes
 
 from . import factories
 from .downloads import download
@@ -28,15 +29,13 @@ class Pretrained:
     """A network in eval mode, ready to run.
 
     Attributes:
-        name: such as "vgg16", "timm:vgg16", "net.py:small".
-        architecture: torchvision's, if it is one; the number of classes is the weights'.
-        weights: where they came from, in words.
+        architecture: torchvision's; the number of classes is the weights'.
+        weights: their origin, in words.
         preprocess: from an image to its input: the weights' own, or ImageNet's, with the caller's changes.
     """
 
-    name: str
     model: nn.Module
-    architecture: Architecture | None
+    architecture: Architecture
     weights: str
     preprocess: Preprocessing
 
@@ -66,32 +65,25 @@ def load(
         DataError: the preprocessing does not go with the network.
     """
     if wanted.size is not None and min(wanted.size) < architecture.min_size:
-        raise ArchitectureError(
-            f"image size {min(wanted.size)} is too small for {architecture.name}, which takes "
-            f"{architecture.min_size} or more"
-        )
+        least = architecture.min_size
+        raise ArchitectureError(f"image size {min(wanted.size)}: {architecture.name} takes {least} or more")
     known = ("DEFAULT", *architecture.weight_names, "random")
     _check_choice(choice, weights, known)
-    noted = None
+    noted = None if weights in known else noted_preprocessing(weights)
     if weights == "random":
-        model, origin = _random(architecture, seed), f"random, seed {seed}"
-    elif weights in known:
-        member: WeightsEnum = architecture.weights[weights]
-        model, origin = architecture.build(), str(member)
-        fill_(model, architecture.name, download(member, progress=progress), choice)
+        model, origin = _seeded(seed, lambda: architecture.build("cpu")), f"random, seed {seed}"
     else:
-        file = _plain_file(weights)
+        file, origin = _file(weights, architecture.weights.__members__, progress)
         shapes = find(file, state_shapes(architecture.build()), choice).shapes
         architecture = identify(shapes, (architecture,)) or architecture
-        model = _random(architecture, seed) if choice.partial else architecture.build()
+        model = _seeded(seed, lambda: architecture.build("cpu")) if choice.partial else architecture.build()
         fill_(model, architecture.name, file, choice)
-        model, origin = model.float(), f"file {file.path.name}"  # CPUs compute in single, not in half precision
-        noted = noted_preprocessing(weights)
+        model.float()  # CPUs compute in single, not in half precision
     if noted is not None and noted.channels != "grey":
         preprocess = wanted.of(noted)
     else:
         preprocess = preprocessing(architecture, origin, wanted)
-    return Pretrained(architecture.name, model, architecture, origin, preprocess)
+    return Pretrained(model, architecture, origin, preprocess)
 
 
 def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choice = BEST_FIT) -> tuple[nn.Module, str]:
@@ -116,20 +108,14 @@ def own_network(name: str, weights: str = "DEFAULT", seed: int = 0, choice: Choi
             f"model '{name}': torchvision makes it another network with its weights: write a function that returns "
             f"torchvision.models.{name}(weights='DEFAULT'), and pass file.py:function"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = factories.build(name, pretrained=timm and weights == "DEFAULT")
+    model = _seeded(seed, lambda: factories.build(name, pretrained=timm and weights == "DEFAULT"))
     if weights == "random":
         return model, f"random, seed {seed}"
-    if weights != "DEFAULT":
-        file = _plain_file(weights)
-        fill_(model, name, file, choice)
-        return model, f"file {file.path.name}"
-    if stock:
-        member = models.get_model_weights(name).DEFAULT
-        fill_(model, name, download(member, progress=False), BEST_FIT)
-        return model, str(member)
-    return model, f"file {Path(name).name}" if factories.is_onnx(name) else "its own weights"
+    if weights == "DEFAULT" and not stock:
+        return model, f"file {Path(name).name}" if factories.is_onnx(name) else "its own weights"
+    file, origin = _file(weights, models.get_model_weights(name).__members__ if stock else {})
+    fill_(model, name, file, choice)
+    return model, origin
 
 
 def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
@@ -139,25 +125,29 @@ def recognise(path: Path, choice: Choice = BEST_FIT) -> Architecture:
         CheckpointError: the file cannot be read, or fits none.
     """
     file = _plain_file(path)
-    for name in names():
-        candidate = Architecture(name)
-        expected = state_shapes(candidate.build())
-        fit = find(file, expected, replace(choice, partial=False))
-        found = identify(fit.shapes, (candidate,)) if len(fit.names) == len(expected) else None
+    for candidate in map(Architecture, NAMES):
+        fit = find(file, state_shapes(candidate.build()), replace(choice, partial=False))
+        found = identify(fit.shapes, (candidate,))
         if found is not None and (fit.norm is None or choice.partial):
             return found
     norm = next((name for name in file.tensors if name.endswith("running_mean")), None)
     if norm is not None:
-        raise CheckpointError(
-            f"'{path}' holds a network that has BatchNorm already ('{printable(norm)}'). Nothing to insert."
-        )
+        raise CheckpointError(f"'{path}': its network has BatchNorm already ('{printable(norm)}'): nothing to insert")
     raise CheckpointError(f"'{path}': its keys and shapes fit none of the architectures of `bnsurgery archs`")
 
 
-def _random(architecture: Architecture, seed: int) -> nn.Module:
+def _file(weights: str, members: Mapping[str, WeightsEnum], progress: bool = False) -> tuple[WeightsFile, str]:
+    """The content of torchvision's weights of that name, or of the file at that path; and its origin, in words."""
+    if weights in members:
+        return download(members[weights], progress=progress), str(members[weights])
+    file = _plain_file(weights)
+    return file, f"file {file.path.name}"
+
+
+def _seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return architecture.build("cpu")
+        return make()
 
 
 def _check_choice(choice: Choice, weights: str, known: tuple[str, ...]) -> None:

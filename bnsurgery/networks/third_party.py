@@ -1,15 +1,25 @@
 """Other packages' converters and exporters: kept quiet, and their errors in one line."""
 
+import importlib.util
 import io
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
+from bnsurgery.errors import BNSurgeryError, ExportError
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raise an ExportError for the first of these packages, which come with an extra of ours, that is not installed."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ExportError(f"ONNX needs {name}, which is not installed: pip install 'bnsurgery[{extra}]'")
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither print nor warn nor log inside: converters and exporters tell of their internals, and print graphs."""
+    """Silence prints, warnings and logs: converters and exporters report their internals and print graphs."""
     with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
         disabled = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
@@ -17,6 +27,15 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
+
+
+@contextmanager
+def errors_as(kind: type[BNSurgeryError], problem: str) -> Iterator[None]:
+    """Turn every error inside, of whatever class, into one of ours: the problem and the error's reason in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{problem}: {reason(error.__cause__ or error)}") from error
 
 
 def reason(error: BaseException) -> str:

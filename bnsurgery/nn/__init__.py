@@ -1,6 +1,6 @@
 """The layers of an inserted network, and their settings."""
 
-from bnsurgery.machine.torch_version import require_torch
+from bnsurgery.machine.system import require_torch
 
 require_torch()
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bnsurgery.errors import BNSurgeryError
+from bnsurgery.ops.batch_statistics import schedule
 from bnsurgery.ops.functional import check, normalize
-from bnsurgery.ops.renorm import schedule
 
 from .identity import identity_parameters, kernel_scale_shift
 
@@ -17,16 +17,7 @@ Statistics = Literal["batch", "running", "renorm"]
 
 
 class Insertable(nn.modules.batchnorm._BatchNorm):
-    """The additions of the classes below to torch's.
-
-    Attributes:
-        activation: None or "relu", applied to the output.
-        statistics: what train mode normalizes by, see `set_statistics_`.
-        renorm_start: num_batches_tracked when `statistics` became "renorm".
-        renorm_state: see `ops.renorm.schedule`; a buffer that the state dict leaves out.
-        renorm_weights: weight and bias at the last call, with their versions. A step ends when they change.
-        process_group: name of the group whose ranks share the batch's statistics, "" for none; `set_process_group_`.
-    """
+    """Torch's BatchNorm on our op, with the settings that the classes below add to torch's."""
 
     # Tensor | None in torch's stubs; the constructor's arguments decide which.
     running_mean: Any
@@ -35,19 +26,18 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
     weight: Any
     bias: Any
 
-    activation: Activation
-    statistics: Statistics = "batch"
-    renorm_start: int = 0
-    renorm_state: Any
-    renorm_weights: dict[Tensor, int] | None = None
-    process_group: str = ""
+    activation: Activation = None
+    statistics: Statistics = "batch"  # by which train mode normalizes, see `set_statistics_`
+    renorm_start: int = 0  # num_batches_tracked when `statistics` became "renorm"
+    renorm_state: Any  # see `schedule`; a buffer of the mode "renorm" that the state dict leaves out
+    renorm_weights: dict[Tensor, int] | None = None  # see `_weights`; at the last call, since a change ends a step
+    process_group: str = ""  # name of the group whose ranks share the batch's statistics
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
         if activation not in (None, "relu"):
             raise ValueError(f"{type(self).__name__}: `activation` must be None or 'relu', got {activation!r}")
         super().__init__(*args, **kwargs)
         self.activation = activation
-        self.register_buffer("renorm_state", None, persistent=False)
         # torch.fx and torchvision's create_feature_extractor do not trace into modules of torch.nn.
         self.__module__ = nn.BatchNorm2d.__module__
 
@@ -85,20 +75,17 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def _weights(self) -> dict[Tensor, int]:
         """Weight and bias with their versions, without computed ones. As keys, tensors equal only themselves."""
-        tensors = [t for t in (self.weight, self.bias) if t is not None and t.is_leaf and not t.is_inference()]
-        return {tensor: tensor._version for tensor in tensors}
+        return {t: t._version for t in (self.weight, self.bias) if t is not None and t.is_leaf and not t.is_inference()}
 
     def _in_torch(self, input: Tensor) -> Tensor:
         """`forward` in torch's operators, for programs that run without this package."""
         if self.training and (self.statistics == "renorm" or self.process_group):
-            setting = "statistics='renorm'" if self.statistics == "renorm" else "a process group"
             raise BNSurgeryError(
-                f"export: {type(self).__name__}: torch's operators cannot train with {setting}: export in eval mode, "
-                "or call bnsurgery.set_statistics_(model, 'batch') first"
+                f"export: {type(self).__name__}: torch's operators cannot train with statistics='renorm' or a process "
+                "group: export in eval mode, or after set_statistics_(model, 'batch'), set_process_group_(model, None)"
             )
         if self.training and self.statistics == "running":
-            tensors = self.running_mean, self.running_var, self.weight, self.bias
-            output = nn.functional.batch_norm(input, *tensors, training=False, eps=self.eps)
+            output = nn.functional.batch_norm(input, **self._affine_and_statistics(), eps=self.eps)
         else:
             output = nn.modules.batchnorm._BatchNorm.forward(self, input)
         return output.relu() if self.activation == "relu" else output
@@ -113,7 +100,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         """Normalize by "renorm" from now on, as after the first `taken` of its training steps."""
         self.statistics, self.renorm_weights = "renorm", None
         self.renorm_start = int(self.num_batches_tracked) - taken
-        self.renorm_state = schedule(self.running_mean, taken, steps)
+        self.register_buffer("renorm_state", schedule(self.running_mean, taken, steps), persistent=False)
 
     def reset_running_stats(self) -> None:
         """Torch's, which `torch.optim.swa_utils.update_bn` calls; refused if train mode needs the statistics."""
@@ -126,8 +113,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """Torch's text, and the settings that torch's class does not have."""
-        group = [f"process_group={self.process_group!r}"] if self.process_group else []
-        return ", ".join([super().extra_repr(), *self._beyond_torch(), *group])
+        return ", ".join([super().extra_repr(), *self._beyond_torch("process_group")])
 
     @property
     def num_features(self) -> int:
@@ -152,17 +138,16 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
         """The readable attributes, since torch.jit.trace reads all of them."""
         return [name for name in super().__dir__() if name != "num_features" or not self._beyond_torch()]
 
-    def _beyond_torch(self) -> list[str]:
-        """The settings that change the function and that torch's classes do not have."""
-        activation = [f"activation={self.activation!r}"] if self.activation else []
-        return activation + ([] if self.statistics == "batch" else [f"statistics={self.statistics!r}"])
+    def _beyond_torch(self, *more: str) -> list[str]:
+        """Those settings that torch's classes do not have and that change the function, and `more`, in repr's form."""
+        names = "activation", "statistics", *more
+        return [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != getattr(Insertable, name)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Insertable":
         """Follow `.to()` and the like, but keep float32 under half precision and identity channels exact.
 
-        Statistics in bfloat16 would be worthless, and torch's kernels take float32 parameters beside a half-precision
-        input. A cast between float32 and float64 keeps the values but not their rounding, so a channel that was
-        exactly the identity is solved again.
+        Half precision would spoil the statistics, and torch's kernels take float32 parameters beside such an input. A
+        cast between float32 and float64 changes the rounding, so exact identity channels are solved again.
         """
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -183,7 +168,7 @@ class Insertable(nn.modules.batchnorm._BatchNorm):
                 new[name].data[where] = values.to(where.device)
         return self
 
-    def _affine_and_statistics(self) -> dict[str, Tensor]:
+    def _affine_and_statistics(self) -> dict[str, Any]:
         tensors = {name: getattr(self, name) for name in ("running_mean", "running_var", "weight", "bias")}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -203,17 +188,15 @@ class BatchNorm1d(Insertable, nn.BatchNorm1d):
 
     y = (x − mean)/√(var + eps)·weight + bias per channel, then max(y, 0) with `activation="relu"`. Mean and
     (population) variance are the batch's in train mode and the running ones in eval mode; `set_statistics_` offers
-    others, `set_process_group_` statistics over several processes. The constructor's other arguments, parameters,
-    buffers and state dict are torch's; the tensors stay float32 under `.half()` and `.bfloat16()`. With momentum=None
-    the cumulative average stays on the device.
+    others, `set_process_group_` those of several processes. Other arguments, parameters, buffers and state dict are
+    torch's; tensors stay float32 under `.half()` and `.bfloat16()`, and a cumulative average stays on the device.
 
     Args:
         activation: None, or "relu" to apply ReLU to the output in the same pass; also an attribute. Code that replaces
             this norm by another would drop it: see `num_features`.
 
     Raises:
-        ValueError: `activation` is neither None nor "relu", the input has the wrong number of dimensions, or train mode
-            gets one value per channel.
+        ValueError: unknown `activation`, wrong number of dimensions, or one value per channel in train mode.
 
     Examples:
         >>> norm = bnsurgery.nn.BatchNorm1d(3, activation="relu")
@@ -238,12 +221,9 @@ class LastDimBatchNorm1d(BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` of shape (N, *, C), then apply the fused activation. Same shape and dtype."""
-        self._check_input_dim(input)
-        return super().forward(input.flatten(0, -2)).view(input.shape)
-
-    def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected an input (N, *, C), got {input.dim()} dimensions")
+        return super().forward(input.flatten(0, -2)).view(input.shape)
 
 
 class BatchNorm2d(Insertable, nn.BatchNorm2d):

@@ -1,56 +1,47 @@
 """BatchNorm parameters with which the output is the input bit for bit, in the arithmetic of the kernels that run."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
-
-# Every real network tried has an exact pair within 6 steps; 64 still take no time.
-_MAX_STEPS = 64
-
-
-def kernel_scale(running_var: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """The per-channel factor fl(fl(1/fl√(var+eps))·weight) of eval-mode batch norm, rounded as the kernels round it.
-
-    NumPy, not torch: torch's vectorised 1/sqrt(t) is not correctly rounded, while the kernels' scalar code is.
-    """
-    dtype = weight.dtype.type
-    return dtype(1) / np.sqrt(running_var + dtype(eps)) * weight
 
 
 def kernel_scale_shift(
     running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per-channel (scale, shift), shape (C,), of eval-mode batch norm: y = x·scale + shift.
+    """Per-channel (scale, shift), shape (C,), of eval-mode batch norm, y = x·scale + shift, rounded as its kernels do.
 
-    A missing weight counts as 1 and a missing bias as 0, as in torch. Damaged parameters give inf or NaN.
+    scale = fl(fl(1/fl√(var + eps))·weight) and shift = bias − mean·scale, by NumPy: torch's vectorised 1/sqrt(t) is not
+    correctly rounded, while the kernels' scalar code is. A missing weight counts as 1, a missing bias as 0. Damaged
+    parameters give inf or NaN.
     """
-    mean, var = _numpy(running_mean), _numpy(running_var)
+    mean, var, factor, offset = _numpy(running_mean), _numpy(running_var), _numpy(weight, 1), _numpy(bias, 0)
+    dtype = var.dtype.type
     with np.errstate(all="ignore"):
-        scale = kernel_scale(var, np.ones_like(var) if weight is None else _numpy(weight), eps)
-        return scale, (np.zeros_like(mean) if bias is None else _numpy(bias)) - mean * scale
+        scale = dtype(1) / np.sqrt(var + dtype(eps)) * factor
+        return scale, offset - mean * scale
 
 
-def solve_identity(variance: np.ndarray, eps: float, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Find (running_var, weight) of `dtype` with running_var ≈ `variance` and `kernel_scale` exactly 1.
+def identity_parameters(mean: np.ndarray, variance: np.ndarray, eps: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The norm's four tensors, by name, that normalize by (mean, variance) and undo it exactly.
 
-    weight = √(σ² + eps) rounded is off by an ulp for 10 to 25 % of channels. So per channel: try the three weights
-    around 1/invstd, and where none gives 1, move var + eps up by an ulp and try again.
-
-    Args:
-        variance: population variance σ² per channel, shape (C,), float64, finite and not negative.
-        eps: the norm's eps, above 0.
-        dtype: np.float32 or np.float64, the dtype of the norm's parameters.
+    running_mean = bias = μ, running_var ≈ σ² and weight ≈ √(σ² + eps), with a scale of exactly 1 in the kernels. The
+    rounded weight is off by an ulp for 10 to 25 % of channels. So per channel: try the three weights around 1/invstd,
+    and where none gives 1, move var + eps up by an ulp and try again. μ and the population variance σ² are float64 of
+    shape (C,), finite, σ² ≥ 0 and eps > 0; the tensors are of `dtype`, float32 or float64, on the CPU.
 
     Raises:
-        ArithmeticError: no exact pair within 64 ulps (never seen).
+        ArithmeticError: no exact pair of variance and weight within 64 ulps (never seen).
     """
-    one, real_eps = dtype.type(1), dtype.type(eps)
-    running_var = variance.astype(dtype)
+    real = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+    one, real_eps = real.type(1), real.type(eps)
+    center, running_var = mean.astype(real), variance.astype(real)
     total = running_var + real_eps
     weight = np.zeros_like(running_var)
     open_ = np.ones(running_var.shape, dtype=bool)
     up = np.full_like(total, np.inf)
-    for step in range(_MAX_STEPS):
+    for step in range(64):  # every real network tried has an exact pair within 6 steps; 64 still take no time
         invstd = one / np.sqrt(total)
         middle = one / invstd
         # Step 0 keeps the measured variance; later ones need a var that adds up to the raised total.
@@ -61,23 +52,11 @@ def solve_identity(variance: np.ndarray, eps: float, dtype: np.dtype) -> tuple[n
                 running_var[hit], weight[hit] = var[hit], candidate[hit]
                 open_ &= ~hit
         if not open_.any():
-            return running_var, weight
+            arrays = {"running_mean": center, "running_var": running_var, "weight": weight, "bias": center.copy()}
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
         total = np.where(open_, np.nextafter(total, up), total)
     raise ArithmeticError(f"no exact BatchNorm weight for variance {variance[open_][0]!r} with eps {eps}")
 
 
-def identity_parameters(mean: np.ndarray, variance: np.ndarray, eps: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The norm's four tensors, by name, that normalize by (mean, variance) and undo it exactly.
-
-    running_mean = bias = μ, running_var = σ², weight = √(σ² + eps), all of shape (C,) and `dtype` (float32 or float64)
-    on the CPU, from float64 moments.
-    """
-    np_dtype = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
-    running_var, weight = solve_identity(variance, eps, np_dtype)
-    center = mean.astype(np_dtype)
-    arrays = {"running_mean": center, "running_var": running_var, "weight": weight, "bias": center.copy()}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()
+def _numpy(tensor: Tensor | None, default: int = 0) -> Any:
+    return default if tensor is None else tensor.detach().cpu().numpy()

@@ -1,7 +1,7 @@
-"""A layer that carries its norm as a child: for layers whose parent is not a `nn.Sequential`.
+"""Layers that carry their norm as a child, for parents other than `nn.Sequential`.
 
-The layer keeps its place, its keys (`squeeze.weight`) and its base class; the norm adds `squeeze.norm.*`. A subclass,
-unlike a forward hook, is seen by tracers, exporters and readers of `print(model)`.
+The layer keeps its place, its keys (`squeeze.weight`) and its base class; the norm adds `squeeze.norm.*`. Tracers,
+exporters and readers of `print(model)` see a subclass, but no forward hook.
 """
 
 from typing import Any
@@ -36,8 +36,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 def normed_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class `Normed<Base>`, one for each base class."""
     if base not in _CLASSES:
-        namespace = {"__doc__": f"`{base.__name__}` with a norm behind it."}
-        _CLASSES[base] = type(f"Normed{base.__name__}", (Normed, base), namespace)
+        _CLASSES[base] = type(f"Normed{base.__name__}", (Normed, base), {"__doc__": f"`{base.__name__}` with a norm."})
     return _CLASSES[base]
 
 

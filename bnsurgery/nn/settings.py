@@ -9,12 +9,12 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
-from bnsurgery.ops.sync import group_name
+from bnsurgery.ops.batch_statistics import group_name
 from bnsurgery.text.words import counted
 
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Insertable, Statistics
 
-_OURS: dict[type, type] = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+OURS: dict[type, type] = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
 
 
 def set_statistics_(
@@ -26,25 +26,25 @@ def set_statistics_(
 ) -> None:
     """Choose what the BatchNorm layers of `bn_model` normalize by in train mode. `.train()` and `.eval()` keep it.
 
-    - "batch": the batch's statistics, ordinary BN; what `insert` sets.
+    - "batch": the batch's statistics, ordinary BN, as `insert` sets it.
     - "running": the running ones, which then stay as they are: frozen BN, for batches too small for statistics.
     - "renorm": the batch's, corrected towards the running ones (Batch Renormalization) by limits that close over the
-      next `renorm_steps` training steps: the first step computes what eval mode does, the last plain BN.
+      next `renorm_steps` training steps. The first step computes the function of eval mode, the last one plain BN.
 
-    A step of "renorm" ends when a layer's weight or bias changes. Until then its calls, as of a siamese network or
-    with accumulated gradients, count as one in num_batches_tracked and share the limits and the running statistics of
-    the step's beginning. So a layer with frozen weights stays at its first step. Torch must notice the change: an edit
-    in place or another tensor, not what an optimizer writes through `.data`. Without weight and bias every call is a
-    step, as in compiled code, which sees no change. A CUDA graph repeats what it captured: capture the optimizer, too.
+    A step of "renorm" ends when torch sees the layer's weight or bias change: by an edit in place or another tensor,
+    not through `.data`. Until then all calls, as of a siamese network or with accumulated gradients, count as one in
+    num_batches_tracked and share the limits and running statistics of the step's beginning. So a layer with frozen
+    weights stays at its first step. Without weight and bias, and in compiled code, every call is a step; a CUDA graph
+    has to include the optimizer.
 
-    Eval mode always uses the running ones. Copies and pickles keep the mode; `save` does not store it. Gradient
-    checkpointing runs a layer twice, and so moves running statistics twice as in torch. To resume a schedule, set the
-    mode on the network as it was before `load_state_dict`, which restores the steps (num_batches_tracked).
+    Eval mode always uses the running statistics. Copies and pickles keep the mode; `save` does not store it. Gradient
+    checkpointing runs a layer twice, and so moves running statistics twice, as in torch. To resume a schedule, set the
+    mode before `load_state_dict`, which restores the number of steps (num_batches_tracked).
 
-    The network's `torch.nn.BatchNorm1d/2d/3d` layers are set, too: for a mode other than "batch" the same object, with
-    its names and tensors, becomes the class of `bnsurgery.nn` derived from its own. Layers that cannot be set, such as
-    SyncBatchNorm, stay as they are, and a warning names them. So do frozen ones, in the mode "running" with a weight
-    and bias of `requires_grad=False`, as `insert` makes them behind a frozen layer, unless `where` chooses them.
+    For a mode other than "batch" each `torch.nn.BatchNorm1d/2d/3d`, the same object with its names and tensors, becomes
+    the class of `bnsurgery.nn` derived from its own. A warning names the layers that stay as they are: those that
+    cannot be set, such as SyncBatchNorm, and, unless `where` chooses them, frozen ones, which are in the mode "running"
+    with a weight and bias of `requires_grad=False`, as `insert` makes them behind a frozen layer.
 
     Args:
         bn_model: a network with BatchNorm layers.
@@ -54,8 +54,7 @@ def set_statistics_(
 
     Raises:
         ValueError: `mode` or `renorm_steps` is none of these.
-        BNSurgeryError: the model has no BatchNorm that can be set, `where` chooses none, or one that it chooses has no
-            running statistics.
+        BNSurgeryError: no BatchNorm can be set, `where` chooses none, or a chosen one has no running statistics.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -69,11 +68,11 @@ def set_statistics_(
         raise ValueError(f"set_statistics_: `mode` must be 'batch', 'running' or 'renorm', got {mode!r}")
     if mode == "renorm" and renorm_steps < 1:
         raise ValueError(f"set_statistics_: `renorm_steps` must be at least 1, got {renorm_steps}")
-    norms = {name: module for name, module in bn_model.named_modules() if isinstance(module, _BatchNorm)}
-    if where is not None:
-        norms = {name: norm for name, norm in norms.items() if where(name, norm)}
-    frozen = [] if where is not None or mode == "running" else [name for name, norm in norms.items() if is_frozen(norm)]
-    foreign = [name for name, norm in norms.items() if not isinstance(norm, Insertable) and not _has_counterpart(norm)]
+    found = {name: module for name, module in bn_model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {name: norm for name, norm in found.items() if where is None or where(name, norm)}
+    frozen = [name for name, norm in norms.items() if where is None and mode != "running" and is_frozen(norm)]
+    convertible = [name for name, norm in norms.items() if type(norm) in OURS and norm.running_mean is not None]
+    foreign = [name for name, norm in norms.items() if not isinstance(norm, Insertable) and name not in convertible]
     chosen = {name: norm for name, norm in norms.items() if name not in frozen and name not in foreign}
     if not chosen and not frozen:
         which = "for which `where(name, module)` is true" if where is not None else "that it can set: insert some first"
@@ -84,24 +83,21 @@ def set_statistics_(
                 f"set_statistics_: '{name}' has no running statistics, which {mode!r} needs: leave it out with `where`"
             )
     for norm in chosen.values():
-        if isinstance(norm, Insertable) or mode != "batch":
-            ours = _ours_(norm)
-            ours.statistics, ours.renorm_state = mode, None
+        if mode != "batch" and not isinstance(norm, Insertable):
+            norm.__class__, norm.__module__ = OURS[type(norm)], type(norm).__module__
+        if isinstance(norm, Insertable):
+            norm.statistics = mode
+            norm._buffers.pop("renorm_state", None)
             if mode == "renorm":
-                ours.start_renorm_(0, renorm_steps)
-    notes = []
+                norm.start_renorm_(0, renorm_steps)
     if frozen:
-        notes.append(
-            f"left {listed(frozen)} in 'running' mode: frozen (requires_grad=False), which {mode!r} would undo. "
-            "`where=lambda name, norm: True` sets frozen ones, too."
-        )
+        note = f"left {listed(frozen)} in 'running' mode: frozen (requires_grad=False), which {mode!r} would undo. "
+        note += "`where=lambda name, norm: True` sets frozen ones, too."
+        warnings.warn(f"set_statistics_: {note}", BNSurgeryWarning, stacklevel=2)
     if foreign and mode != "batch":
         kinds = ", ".join(sorted({type(norms[name]).__name__ for name in foreign}))
-        notes.append(
-            f"left {listed(foreign)} ({kinds}), which normalizes by the batch in train mode: its .eval() after every "
-            ".train() of the network freezes it, if it has running statistics."
-        )
-    for note in notes:
+        note = f"left {listed(foreign)} ({kinds}), which normalizes by the batch in train mode: its .eval() after "
+        note += "every .train() of the network freezes it, if it has running statistics."
         warnings.warn(f"set_statistics_: {note}", BNSurgeryWarning, stacklevel=2)
 
 
@@ -113,24 +109,8 @@ def freeze_(norm: nn.Module) -> None:
 
 def is_frozen(norm: nn.Module) -> bool:
     """Whether training leaves this norm as it is: see `freeze_`."""
-    parameters = list(norm.parameters())
-    trained = not parameters or any(parameter.requires_grad for parameter in parameters)
-    return getattr(norm, "statistics", None) == "running" and not trained
-
-
-def _has_counterpart(norm: _BatchNorm) -> bool:
-    return type(norm) in _OURS and norm.running_mean is not None
-
-
-def _ours_(norm: _BatchNorm) -> Insertable:
-    """The same object, whose class changes from torch's to ours."""
-    if not isinstance(norm, Insertable):
-        template = _OURS[type(norm)](0)
-        norm.__class__ = type(template)
-        for name, value in vars(template).items():
-            vars(norm).setdefault(name, value)
-        norm.register_buffer("renorm_state", None, persistent=False)
-    return cast(Insertable, norm)
+    gradients = {parameter.requires_grad for parameter in norm.parameters()}
+    return getattr(norm, "statistics", None) == "running" and gradients == {False}
 
 
 def listed(names: Iterable[str]) -> str:

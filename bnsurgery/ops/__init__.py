@@ -1,6 +1,6 @@
 """The numerical kernels: batch norm with ReLU, and per-channel moments, for the CPU and CUDA."""
 
-from bnsurgery.machine.torch_version import require_torch
+from bnsurgery.machine.system import require_torch
 
 require_torch()
 

@@ -1,6 +1,6 @@
-"""Batch norm by ATen: whole, in kernels with autograd of their own, and step by step, as kernels of our ops.
+"""Batch norm by ATen: by its batch norm kernels, and step by step, as kernels of our ops.
 
-The CPU takes the whole ones: nothing tried there is faster (benchmarks/norm.py). The steps are for ranks that exchange
+The CPU takes ATen's own: nothing tried there is faster (benchmarks/norm.py). The steps are for ranks that exchange
 sums, for compiled graphs, and for devices and dtypes without a Triton kernel.
 """
 
@@ -14,11 +14,9 @@ from torch.autograd import forward_ad
 from bnsurgery.machine.devices import takes_float64, widest
 
 from . import layout
+from .batch_statistics import Vector, mean_over_ranks, settle_
 from .cpu_moments import channel_moments_cpu
-from .renorm import r_and_d_
-from .sync import mean_over_ranks, merge_moments
 
-Vector = Tensor | None  # (C,); None for the function's default
 # |mean|/σ above which x is centred first: ATen's kernels round the mean to float32 and then subtract it.
 _FAR = 16.0
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -74,40 +72,14 @@ def transformed() -> bool:
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2 per channel in two passes: float64 of shape (C,), on the CPU where the device has no float64."""
+    """Mean and m2 = Σ(x − mean)² per channel in two passes: float64 (C,), on the CPU if the device has no float64."""
     if not takes_float64(x.device) or not x.numel():
         return channel_moments_cpu(x.cpu())
-    mean = x.mean(_others(x), dtype=torch.float64)
+    others = [0, *range(2, x.ndim)]
+    mean = x.mean(others, dtype=torch.float64)
     d = x - along_channels(mean, x)
-    offset = d.mean(_others(x))  # rounding error of `mean`
-    return mean + offset, d.square_().sum(_others(x)) - offset.square() * samples_per_channel(x)
-
-
-def settle_(
-    x: Tensor, moments: tuple[Tensor, Tensor], eps: float, running_mean: Vector, running_var: Vector,
-    counter: Tensor | None, renorm: Tensor | None, momentum: float, group: str,
-) -> Tensor:  # fmt: skip
-    """Merge the moments over the ranks, update running statistics and counter, and return the batch's statistics.
-
-    Returns:
-        (2, C), mean and population variance; with Batch Renormalization (4, C), with r and d. An empty batch gives
-        zeros and leaves the running statistics alone; others move running_var towards the unbiased variance.
-    """
-    count: Any = samples_per_channel(x)
-    mean, m2 = moments
-    if group:
-        count, mean, m2 = merge_moments(mean.new_full((), count), mean, m2, group)
-    some = count + (count == 0)
-    rows = torch.stack((mean, m2 / some))
-    if renorm is not None and running_mean is not None and running_var is not None:
-        rows = torch.cat((rows, r_and_d_(renorm, mean, rows[1], running_mean, running_var, eps, counter is not None)))
-    share = momentum * (count > 0)
-    for running, value in ((running_mean, mean), (running_var, m2 / (some - 1 * (some > 1)))):
-        if running is not None:
-            running.mul_(1 - share).add_(value.to(running.dtype).to(running.device) * share)
-    if counter is not None:
-        counter.add_(1)
-    return rows
+    offset = d.mean(others)  # rounding error of `mean`
+    return mean + offset, d.square_().sum(others) - offset.square() * samples_per_channel(x)
 
 
 def corrected(weight: Vector, bias: Vector, r_and_d: Sequence[Tensor] | Tensor, x: Tensor) -> tuple[Vector, Vector]:
@@ -136,24 +108,29 @@ def normalize(x: Tensor, statistics: Sequence[Tensor], weight: Vector, bias: Vec
     return y.relu_() if relu else y
 
 
-def forward(
+def batch_norm_fwd(
     x: Tensor, mean: Vector, var: Vector, weight: Vector, bias: Vector, eps: float, relu: bool, *moving: Any
 ) -> tuple[Tensor, Tensor]:
-    """Kernel of `library.batch_norm_fwd`."""
+    """Y = act((x − mean)/√(var + eps)·weight + bias), laid out like x; and mean and var, or what `settle_` returns.
+
+    If mean and var are None, the batch's take their place, over all ranks of the process group; then the running
+    statistics move by the momentum and the counter by one, which begins a step of Batch Renormalization.
+    """
     if mean is not None and var is not None:
         statistics = torch.stack((mean, var)).to(widest(x.device))
     else:
-        statistics = settle_(x, torch.ops.bnsurgery.channel_moments(x), eps, *moving)
+        statistics = settle_(samples_per_channel(x), torch.ops.bnsurgery.channel_moments(x), eps, moving)
     return normalize(x, statistics.unbind(), weight, bias, eps, relu), statistics
 
 
-def backward(
+def batch_norm_bwd(
     x: Tensor, grad: Tensor, y: Tensor | None, statistics: Tensor, weight: Vector, bias: Vector, eps: float,
     training: bool, relu: bool, group: str, wants_input: bool, wants_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Kernel of `library.batch_norm_bwd`: with d = x − mean and s = 1/√(var + eps).
+    """The gradients of input, weight and bias, empty if unwanted; the output y, if given, yields ReLU's mask.
 
-    In training dx = s·weight·(g − Σg/n − d·s²·Σ(g·d)/n), else s·weight·g; for weight Σ(g·d)·s, and for bias Σg.
+    With d = x − mean and s = 1/√(var + eps), dx = s·weight·(g − Σg/n − d·s²·Σ(g·d)/n) by the batch's statistics
+    (`training`), else s·weight·g; for weight Σ(g·d)·s and for bias Σg of this rank, since data parallelism adds up.
     """
     dtype = work_dtype(x)
     mean, var, *r_and_d = (row.to(dtype).to(x.device) for row in statistics)
@@ -164,7 +141,8 @@ def backward(
     invstd = (var + eps).rsqrt()
     scale = invstd if weight is None else invstd * weight
     dx, d_weight, d_bias = gradients(x, wants_input, wants_affine)
-    sums = torch.stack((g.sum(_others(x)), (g * d).sum(_others(x))))
+    others = [0, *range(2, x.ndim)]
+    sums = torch.stack((g.sum(others), (g * d).sum(others)))
     sums[1] -= low * sums[0]
     if wants_affine:
         d_bias.copy_(sums[0])
@@ -195,11 +173,6 @@ def samples_per_channel(x: Tensor) -> int:
 def work_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 for float64, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _others(x: Tensor) -> list[int]:
-    """All dims but that of the channels."""
-    return [dim for dim in range(x.ndim) if dim != 1]
 
 
 def along_channels(vector: Tensor, x: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from . import layout
 
-# Smaller tiles lose more time to kernel launches than nearer caches save: 49 ms at 1 MiB, 38 at 4, 35 at 8 for VGG-16's
-# convolution outputs on two Zen 4 cores.
+# Smaller tiles lose more to launches than nearer caches save: for these outputs 49 ms at 1 MiB, 38 at 4, 35 at 8.
 TILE_BYTES = 1 << 22
 SAMPLES = 32  # along outer and along inner, for a first estimate of the mean
 # (mean − shift)²/σ² up to which one pass suffices: rounding errors grow by a factor of one plus this.
@@ -52,27 +51,20 @@ def _shifted_pass(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, bool]:
     # A tile has `some` channels of one outer position, or all channels of `many` outer positions.
     some = max(TILE_BYTES // shift.itemsize // inner, 1)
     many = max(some // channels, 1)
-    many -= many % 16 if many > 16 else 0  # for the groups of rows in `_sums`
+    many -= many % 16 if many > 16 else 0  # for the groups of rows below
     buffer = torch.empty(min(many, outer) * min(some, channels) * inner, dtype=shift.dtype)
     sums = torch.zeros(2, channels, dtype=torch.float64)
     for o in range(0, outer, many):
         for c in range(0, channels, some):
             part = x[o : o + many, c : c + some]
             d = torch.sub(part, shift[c : c + some, None], out=buffer[: part.numel()].view(part.shape))
-            sums[:, c : c + some] += _sums(d)
+            # torch.sum splits groups of rows over the threads better than one (channels_last: 38 ms, else 195).
+            rows, dim = (d.view(math.gcd(len(d), 16), -1, d.shape[1]), 1) if inner == 1 else (d, 2)
+            first = rows.sum(dim)
+            second = rows.square_().sum(dim)
+            sums[:, c : c + some] += torch.stack((first, second)).sum(1, dtype=torch.float64)
     offset = sums[0] / (outer * inner)
     cancelled = sums[0] * offset
     m2 = (sums[1] - cancelled).clamp_min(0)
     good = (cancelled <= MAX_CANCELLATION * m2) & (m2 < math.inf)
     return offset + shift, m2, bool(good.all())
-
-
-def _sums(d: Tensor) -> Tensor:
-    """Return Σd and Σd² by channel as float64 of shape (2, C), and leave d² in `d`."""
-    outer, channels, inner = d.shape
-    # In up to 16 groups of rows, since torch.sum splits groups over the threads better than one group (channels_last:
-    # 38 ms with, 195 without).
-    rows, dim = (d.view(math.gcd(outer, 16), -1, channels), 1) if inner == 1 else (d, 2)
-    first = rows.sum(dim)
-    second = rows.square_().sum(dim)
-    return torch.stack((first, second)).sum(1, dtype=torch.float64)

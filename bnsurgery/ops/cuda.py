@@ -8,15 +8,13 @@ import triton
 from torch import Tensor
 
 from . import aten, kernels, layout
-from .aten import Vector
-from .sync import mean_over_ranks
+from .batch_statistics import Moving, Vector, mean_over_ranks, settle_
 
 # Elements of a tile; 16 for each of a program's 256 threads, which is 2 or 4 loads of 16 bytes in flight per tensor.
 TILE, WARPS = 4096, 8
 # Fusing x·scale + shift into one operation is safe: an exact insertion has scale 1 and shift 0.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
-# Programs per multiprocessor: for a reduction as many as run at once, for an elementwise pass more, so that few of them
-# finish last.
+# Programs per multiprocessor: for a reduction as many as run at once, elementwise more, so that few finish last.
 REDUCING, STREAMING = 4, 16
 MAX_SPLITS = COMBINING = 1024  # partial results that a program of a combining kernel holds in registers
 # Tiles that one program adds up alone, to save another launch. An estimate: no GPU has been measured yet.
@@ -24,21 +22,13 @@ ALONE = 8
 
 
 class Grid(NamedTuple):
-    """How work items (see `kernels`) are shared out.
-
-    Attributes:
-        programs: how many there are.
-        splits: programs for each block of channels.
-        sizes: arguments of the kernels: outer, inner, channels and per_split.
-        blocks: constants of the kernels.
-        combining: programs of `combine`, and its constants.
-    """
+    """How work items (see `kernels`) are shared out among `programs`."""
 
     programs: int
-    splits: int
-    sizes: tuple[int, int, int, int]
-    blocks: dict[str, Any]
-    combining: tuple[int, dict[str, Any]]
+    splits: int  # programs for each block of channels
+    sizes: tuple[int, int, int, int]  # arguments of the kernels: outer, inner, channels and per_split
+    blocks: dict[str, Any]  # constants of the kernels
+    combining: tuple[int, dict[str, Any]]  # programs of `combine`, and its constants
 
 
 @functools.lru_cache(maxsize=4096)
@@ -64,20 +54,20 @@ def grid(outer: int, channels: int, inner: int, programs: int, tile: int, alone:
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernel of `library.channel_moments`."""
+    """As `aten.channel_moments`."""
     x = layout.dense(x)
-    mean, var = _statistics(x, 0.0, None, None, None, None, 0.0, "")
+    mean, var = _statistics(x, 0.0, (None, None, None, None, 0.0, ""))
     return mean, var * aten.samples_per_channel(x)
 
 
-def forward(
+def batch_norm_fwd(
     x: Tensor, mean: Vector, var: Vector, weight: Vector, bias: Vector, eps: float, relu: bool, *moving: Any
 ) -> tuple[Tensor, Tensor]:
-    """Kernel of `library.batch_norm_fwd`."""
+    """As `aten.batch_norm_fwd`."""
     x, kept = layout.dense(x), None
     y = torch.empty_like(x)
     if mean is None:
-        mean = statistics = _statistics(x, eps, *moving)
+        mean = statistics = _statistics(x, eps, moving)
     else:
         statistics = kept = x.new_empty(2, x.shape[1], dtype=torch.float64)
     flags = {"BATCH": kept is None, "RENORM": len(statistics) == 4, "RELU": relu}
@@ -88,25 +78,22 @@ def forward(
     return y, statistics
 
 
-def _statistics(
-    x: Tensor, eps: float, running_mean: Vector, running_var: Vector, counter: Tensor | None, renorm: Tensor | None,
-    momentum: float, group: str,
-) -> Tensor:  # fmt: skip
-    """As `aten.settle_`, which is called for several ranks and for vectors with gaps; else in one launch or two."""
-    running = running_mean, running_var
-    if group or not all(vector is None or vector.is_contiguous() for vector in running):
-        return aten.settle_(x, channel_moments(x), eps, *running, counter, renorm, momentum, group)
-    statistics = x.new_empty(2 if renorm is None else 4, x.shape[1], dtype=torch.float64)
+def _statistics(x: Tensor, eps: float, moving: Moving) -> Tensor:
+    """As `settle_`, which is called for several ranks and for vectors with gaps; else in one launch or two."""
+    running_mean, running_var, _, renorm, _, group = moving
+    if group or not all(vector is None or vector.is_contiguous() for vector in (running_mean, running_var)):
+        return settle_(aten.samples_per_channel(x), channel_moments(x), eps, moving)
     flags = {"BATCH": True, "RENORM": renorm is not None, "RELU": False}
-    _reduce(x, None, statistics, (None, None), (*running, counter, renorm, momentum), eps, flags)
+    statistics = x.new_empty(4 if flags["RENORM"] else 2, x.shape[1], dtype=torch.float64)
+    _reduce(x, None, statistics, (None, None), moving[:-1], eps, flags)
     return statistics
 
 
-def backward(
+def batch_norm_bwd(
     x: Tensor, grad: Tensor, y: None, statistics: Tensor, weight: Vector, bias: Vector, eps: float, training: bool,
     relu: bool, group: str, wants_input: bool, wants_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Kernel of `library.batch_norm_bwd`."""
+    """As `aten.batch_norm_bwd`."""
     x = layout.dense(x)
     grad = layout.dense(grad, x)
     sums, samples = x.new_empty(2, x.shape[1], dtype=torch.float64), aten.samples_per_channel(x)

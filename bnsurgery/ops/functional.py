@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import aten, library
-from .aten import Vector
-from .sync import group_name
+from .batch_statistics import Vector, group_name, settle_
 
 # Elements up to which a CUDA tensor in training goes to ATen's kernels, whose launches take the host less time. An
 # estimate: no GPU has been measured yet (benchmarks/gpu).
@@ -14,18 +13,15 @@ _ATEN_UP_TO = 1 << 18
 
 
 def channel_moments(input: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Count, mean and centred sum of squares of every channel, over all samples and positions.
-
-    mean = Σx / count and m2 = Σ(x − mean)², per channel, over every dim but 1; population variance is m2 / count.
+    """Count, mean = Σx/count and m2 = Σ(x − mean)² per channel, over every dim but 1. Population variance is m2/count.
 
     Args:
         input: floating-point tensor of shape (N, C, *), of any layout; not changed.
 
     Returns:
-        The number of samples per channel; mean, in the units of `input`, and m2, in these squared: float64 of shape
-        (C,), on the device of `input`, or on the CPU if that has no float64 (MPS). An empty input gives zeros. A
-        channel with NaN or Inf has a non-finite mean or m2, and does not affect the others; on CUDA so has one whose
-        squares overflow float32 (beyond 1e19).
+        The samples per channel; mean, in units of `input`, and m2, in these squared: float64 of shape (C,), on the
+        device of `input`, or on the CPU if that has no float64 (MPS). An empty input gives zeros. A channel with NaN or
+        Inf, on CUDA also values above 1e19, has a non-finite mean or m2; others are not affected.
 
     Raises:
         TypeError: `input` is not of floating-point dtype.
@@ -72,7 +68,7 @@ def batch_norm(
         momentum: share of the batch in the new running statistics; a 0-dim tensor keeps a changing one on the device.
         eps: added to the variance.
         relu: apply ReLU.
-        process_group: share the batch's statistics and their gradients over its ranks, a collective in forward and
+        process_group: its ranks share the batch's statistics and their gradients, by collectives in forward and
             backward; local batches may differ in size or be empty. None for this process alone.
 
     Returns:
@@ -103,32 +99,24 @@ def normalize(
     momentum: float | Tensor, eps: float, relu: bool, group: str = "", counter: Tensor | None = None,
     renorm: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`batch_norm` with checked arguments, by ATen's kernels or by our ops.
-
-    In training `counter` moves by one. `renorm` is the state of `renorm.schedule`, whose next step begins if there is a
-    counter.
-
-    Raises:
-        ValueError: there is one value per channel, whose variance of 0 would erase it.
-    """
-    if training and not group and input.numel() == input.shape[1]:
+    """`batch_norm` with checked arguments, by ATen's kernels or by our ops; `counter` and `renorm` as for these."""
+    if training and not group and input.numel() == input.shape[1]:  # a variance of 0 would erase the values
         raise ValueError(
             f"batch_norm: expected more than 1 value per channel when training, got shape {tuple(input.shape)}: use "
             "larger batches, eval mode or frozen statistics (bnsurgery.set_statistics_(model, 'running'))"
         )
     if isinstance(momentum, Tensor):
-        moved = [t if t is None else t.clone() for t in (running_mean, running_var)]  # autograd saves them
-        rest = (weight, bias, training, 1.0, eps, relu, group, counter, renorm)
-        y = normalize(input, moved[0], moved[1], *rest)
-        for running, new in zip((running_mean, running_var), moved, strict=True):
+        mean, var = (t if t is None else t.clone() for t in (running_mean, running_var))  # autograd saves them
+        y = normalize(input, mean, var, weight, bias, training, 1.0, eps, relu, group, counter, renorm)
+        for running, new in ((running_mean, mean), (running_var, var)):
             if running is not None and new is not None:
                 running.lerp_(new, momentum.to(running.dtype))
         return y
     ours = group or torch.compiler.is_compiling()
     if ours or not _suits_aten(input, running_mean, running_var, weight, bias, training):
         vectors = running_mean, running_var
-        given, moving = ((None, None), vectors) if training else (vectors, (None, None))
-        return library.batch_norm(input, *given, weight, bias, eps, relu, *moving, counter, renorm, momentum, group)
+        given, moved = ((None, None), vectors) if training else (vectors, (None, None))
+        return library.batch_norm(input, *given, weight, bias, eps, relu, *moved, counter, renorm, momentum, group)
     if not training:
         assert running_mean is not None and running_var is not None
         if torch.is_grad_enabled():  # the next training step will change them in place
@@ -137,8 +125,8 @@ def normalize(
             return aten.normalize(input, (running_mean, running_var), weight, bias, eps, relu)
     elif renorm is not None:
         with torch.no_grad():
-            moments = library.channel_moments(input)
-            rows = aten.settle_(input, moments, eps, running_mean, running_var, counter, renorm, momentum, "")
+            moving = running_mean, running_var, counter, renorm, momentum, ""
+            rows = settle_(aten.samples_per_channel(input), library.channel_moments(input), eps, moving)
         running_mean = running_var = None
         weight, bias = aten.corrected(weight, bias, rows[2:], input)
     elif counter is not None:
@@ -167,7 +155,4 @@ def check(input: Tensor, name: str, **per_channel: Vector) -> None:
         raise ValueError(f"{name}: got shape {tuple(input.shape)}, expected (N, C, ...)")
     for key, tensor in per_channel.items():
         if tensor is not None and tensor.shape != input.shape[1:2]:
-            raise ValueError(
-                f"{name}: got {key} of shape {tuple(tensor.shape)}, expected ({input.shape[1]},) for input of shape "
-                f"{tuple(input.shape)}"
-            )
+            raise ValueError(f"{name}: got {key} of shape {tuple(tensor.shape)}, expected ({input.shape[1]},)")

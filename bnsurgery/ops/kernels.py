@@ -5,10 +5,9 @@ the output in the forward, and given a gradient dx in the backward.
 
 Every kernel sees its tensors as (outer, C, inner) in one dense order, channels_last (LAST) with C innermost and
 positions as inner, and works on tiles of BLOCK_C channels by BLOCK_INNER positions. A "work item" is one tile position
-(outer, inner block); a program takes `per_split` consecutive ones of one block of channels. Sums stay in registers, one
-per element of the tile, and leave a program as one partial result per channel: no atomics, so the same bits every run.
-The same program stores the final results if it has seen all of its channels (ALONE), else a program of `combine` does.
-Arithmetic is float32; what crosses programs is float64.
+(outer, inner block); a program takes `per_split` consecutive ones of one block of channels. Sums stay in float32
+registers, one per element of the tile, and leave a program as one float64 result per channel: no atomics, so the same
+bits every run. A program that has seen all of its channels (ALONE) stores the final results, else `combine` does.
 """
 
 import triton
@@ -48,36 +47,31 @@ def _positions(first, last, inner_blocks, inner, BLOCK_INNER: tl.constexpr):
 
 
 @triton.jit
-def _vector(pointer, c, channels, other: tl.constexpr):
-    """The elements of channels `c`; `other` beyond the last one, and everywhere if there is no vector."""
-    if pointer is None:
-        found = tl.full(c.shape, other, tl.float32)
-    else:
-        found = tl.load(pointer + c, mask=c < channels, other=other)
-    return found
+def _vector(row, c, channels, other: tl.constexpr):
+    """The elements of channels `c` in a row; `other` beyond the last one, and everywhere if there is no row."""
+    return tl.full(c.shape, other, tl.float32) if row is None else tl.load(row + c, mask=c < channels, other=other)
 
 
 @triton.jit
-def _coefficients(mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, c, eps, BATCH: tl.constexpr, RENORM: tl.constexpr):
+def _coefficients(mean, var, weight, bias, channels, c, eps, BATCH: tl.constexpr, RENORM: tl.constexpr):
     """Per channel (center, low, invstd, scale, shift): y = (x − center)·scale + shift.
 
-    The statistics are two vectors, or with var_ptr None the rows of one tensor: mean, var, and with RENORM r and d.
+    The statistics are two vectors, or without `var` the rows of one tensor: mean, var, and with RENORM r and d.
     With the batch's center + low is the float64 mean, so that a mean far above the deviation costs no digits. With
-    running ones the center is 0 and invstd and scale are rounded like ATen's on the CPU, each step on its own
-    (`div_rn`, `sqrt_rn`: Triton's plain ones are approximate), for there inserted layers must be exact: their scale is
-    1 then, and no fusion of bias − mean·scale makes that other than 0.
+    running ones the center is 0, and invstd and scale are rounded step by step like ATen's on the CPU (`div_rn`,
+    `sqrt_rn`: Triton's plain ones are approximate), so that inserted layers have scale 1 and, fused or not, shift 0.
     """
-    mean = _vector(mean_ptr, c, channels, 0.0)
-    var = _vector(mean_ptr + channels if var_ptr is None else var_ptr, c, channels, 1.0).to(tl.float32)
-    invstd = tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps))
-    weight = _vector(weight_ptr, c, channels, 1.0).to(tl.float32)
-    shift = _vector(bias_ptr, c, channels, 0.0).to(tl.float32)
+    exact = _vector(mean, c, channels, 0.0)
+    variance = _vector(mean + channels if var is None else var, c, channels, 1.0).to(tl.float32)
+    invstd = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
+    factor = _vector(weight, c, channels, 1.0).to(tl.float32)
+    shift = _vector(bias, c, channels, 0.0).to(tl.float32)
     if RENORM:
-        shift += weight * _vector(mean_ptr + 3 * channels, c, channels, 0.0).to(tl.float32)
-        weight *= _vector(mean_ptr + 2 * channels, c, channels, 1.0).to(tl.float32)
-    scale = invstd * weight
-    center = mean.to(tl.float32)
-    low = (mean - center).to(tl.float32)
+        shift += factor * _vector(mean + 3 * channels, c, channels, 0.0).to(tl.float32)
+        factor *= _vector(mean + 2 * channels, c, channels, 1.0).to(tl.float32)
+    scale = invstd * factor
+    center = exact.to(tl.float32)
+    low = (exact - center).to(tl.float32)
     if BATCH:
         shift -= low * scale
     else:
@@ -87,8 +81,9 @@ def _coefficients(mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, c, eps, BAT
 
 
 @triton.jit
-def _masked(grad, x, center, scale, shift, dtype: tl.constexpr, RELU: tl.constexpr):
+def _gradient(pointers, mask, x, center, scale, shift, dtype: tl.constexpr, RELU: tl.constexpr):
     """The gradient at the norm's output, with ReLU's mask computed from x again. NaN lets it pass, as in torch."""
+    grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         y = (x - center[:, None]) * scale[:, None] + shift[:, None]
         grad = tl.where(y.to(dtype).to(tl.float32) <= 0, 0.0, grad)  # a tiny y may round to 0
@@ -97,7 +92,7 @@ def _masked(grad, x, center, scale, shift, dtype: tl.constexpr, RELU: tl.constex
 
 @triton.jit
 def _settle(mean, var, count, c, channels, statistics, moving, eps):
-    """Store the batch's statistics, with renorm's r and d; update running ones and counter: as `aten.settle_`."""
+    """Store the batch's statistics, with renorm's r and d; update running ones and counter: as `settle_`."""
     running_mean, running_var, counter, renorm, momentum = moving
     exists = c < channels
     tl.store(statistics + c, mean, mask=exists)
@@ -147,75 +142,69 @@ def _finish(sum_dy, sum_dy_xmu, c, channels, statistics, gradients, eps, RENORM:
 
 @triton.jit(do_not_specialize=SIZES)
 def reduce(
-    x_ptr, grad_ptr, partial_ptr, statistics_ptr, weight_ptr, bias_ptr, results, eps, outer, inner, channels, per_split,
+    x_ptr, grad, partial, statistics, weight, bias, results, eps, outer, inner, channels, per_split,
     ALONE: tl.constexpr, BATCH: tl.constexpr, RENORM: tl.constexpr, RELU: tl.constexpr,
     LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """Mean, centred sum of squares and count of one split; given a gradient, Σg and Σg·(x − mean).
 
     Both are Σg and Σg·d with d = x − middle, where for moments g = d, else the gradient before the activation. The
-    partial results are (3, splits, C), float64. For moments the middle is the mean of the split's first tile. That tile
-    belongs to the split, so the squared distance from middle to mean is at most (number of tiles) variances:
-    cancellation costs no more than plain rounding.
+    partial results are (3, splits, C), float64. For moments the middle is the mean of the split's first tile, which is
+    at most √(number of tiles) deviations from the split's mean: cancellation costs no more than plain rounding.
     """
     c, split, first, last, inner_blocks = _span(outer, inner, channels, per_split, BLOCK_C, BLOCK_INNER)
-    if grad_ptr is None:
+    if grad is None:
         offsets, mask = _tile(first, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
         total = tl.sum(tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 1)
         middle = total / _positions(first, first + 1, inner_blocks, inner, BLOCK_INNER).to(tl.float32)
     else:
-        center, low, _, scale, shift = _coefficients(
-            statistics_ptr, None, weight_ptr, bias_ptr, channels, c, eps, BATCH, RENORM
-        )
-        middle = center
-        if not BATCH:
-            middle = _vector(statistics_ptr, c, channels, 0.0).to(tl.float32)
+        center, low, _, scale, shift = _coefficients(statistics, None, weight, bias, channels, c, eps, BATCH, RENORM)
+        middle = _vector(statistics, c, channels, 0.0).to(tl.float32)
     sums = tl.zeros((BLOCK_C, BLOCK_INNER), tl.float32)
     products = tl.zeros((BLOCK_C, BLOCK_INNER), tl.float32)
     for item in range(first, last):
         offsets, mask = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         d = x - middle[:, None]
-        if grad_ptr is None:
+        if grad is None:
             d = tl.where(mask, d, 0.0)
             g = d
         else:
-            g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            g = _masked(g, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
+            g = _gradient(grad + offsets, mask, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
         sums += g
         products += g * d
     one = tl.sum(sums.to(tl.float64), 1)
     two = tl.sum(products.to(tl.float64), 1)
-    if grad_ptr is None:
+    if grad is None:
         n = tl.full(c.shape, 0.0, tl.float64) + _positions(first, last, inner_blocks, inner, BLOCK_INNER)
         offset = one / n
         two -= offset * one
         one, two = middle.to(tl.float64) + offset, tl.where(two < 0, 0.0, two)
         if ALONE:
-            _settle(one, two / n, n, c, channels, statistics_ptr, results, eps)
+            _settle(one, two / n, n, c, channels, statistics, results, eps)
     else:
         two -= low.to(tl.float64) * one
         if ALONE:
-            _finish(one, two, c, channels, statistics_ptr, results, eps, RENORM)
+            _finish(one, two, c, channels, statistics, results, eps, RENORM)
     if not ALONE:
-        at = partial_ptr + split * channels + c
+        at = partial + split * channels + c
         splits = tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)
         tl.store(at, one, mask=c < channels)
         tl.store(at + splits * channels, two, mask=c < channels)
-        if grad_ptr is None:
+        if grad is None:
             tl.store(at + 2 * splits * channels, n, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def combine(
-    partial_ptr, statistics_ptr, results, eps, splits, channels,
+    partial, statistics, results, eps, splits, channels,
     MOMENTS: tl.constexpr, RENORM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All splits together, in float64: moments by Chan, Golub & LeVeque 1983, equation 2.1; gradients by adding up."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     s = tl.arange(0, BLOCK_S).to(tl.int64)
     mask = (s < splits)[:, None] & (c < channels)[None, :]
-    at = partial_ptr + s[:, None] * channels + c[None, :]
+    at = partial + s[:, None] * channels + c[None, :]
     one = tl.load(at, mask=mask, other=0.0)
     two = tl.load(at + splits * channels, mask=mask, other=0.0)
     if MOMENTS:
@@ -223,15 +212,14 @@ def combine(
         n = tl.sum(count, 0)
         mean = tl.sum(one * count, 0) / n
         d = tl.where(mask, one - mean[None, :], 0.0)
-        _settle(mean, tl.sum(two + d * d * count, 0) / n, n, c, channels, statistics_ptr, results, eps)
+        _settle(mean, tl.sum(two + d * d * count, 0) / n, n, c, channels, statistics, results, eps)
     else:
-        _finish(tl.sum(one, 0), tl.sum(two, 0), c, channels, statistics_ptr, results, eps, RENORM)
+        _finish(tl.sum(one, 0), tl.sum(two, 0), c, channels, statistics, results, eps, RENORM)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def stream(
-    x_ptr, grad_ptr, out_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, kept_ptr, sums_ptr, eps, samples,
-    outer, inner, channels, per_split,
+    x_ptr, grad, out_ptr, mean, var, weight, bias, kept, sums, eps, samples, outer, inner, channels, per_split,
     BATCH: tl.constexpr, RENORM: tl.constexpr, RELU: tl.constexpr,
     LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
@@ -241,27 +229,24 @@ def stream(
     divided by `samples`; with running statistics dx = scale·g.
     """
     c, split, first, last, inner_blocks = _span(outer, inner, channels, per_split, BLOCK_C, BLOCK_INNER)
-    center, low, invstd, scale, shift = _coefficients(
-        mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, c, eps, BATCH, RENORM
-    )
-    if kept_ptr is not None:  # noqa: SIM102
+    center, low, invstd, scale, shift = _coefficients(mean, var, weight, bias, channels, c, eps, BATCH, RENORM)
+    if kept is not None:  # noqa: SIM102
         if split == 0:
-            tl.store(kept_ptr + c, tl.load(mean_ptr + c, mask=c < channels), mask=c < channels)
-            tl.store(kept_ptr + channels + c, tl.load(var_ptr + c, mask=c < channels), mask=c < channels)
-    if sums_ptr is not None:
-        slope = _vector(sums_ptr + channels, c, channels, 0.0).to(tl.float32) / samples * scale * invstd * invstd
-        level = _vector(sums_ptr, c, channels, 0.0).to(tl.float32) / samples * scale - low * slope
+            tl.store(kept + c, tl.load(mean + c, mask=c < channels), mask=c < channels)
+            tl.store(kept + channels + c, tl.load(var + c, mask=c < channels), mask=c < channels)
+    if sums is not None:
+        slope = _vector(sums + channels, c, channels, 0.0).to(tl.float32) / samples * scale * invstd * invstd
+        level = _vector(sums, c, channels, 0.0).to(tl.float32) / samples * scale - low * slope
     for item in range(first, last):
         offsets, mask = _tile(item, inner_blocks, inner, channels, c, LAST, BLOCK_INNER)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        if grad_ptr is None:
+        if grad is None:
             out = (x - center[:, None]) * scale[:, None] + shift[:, None]
             if RELU:
                 out = tl.where(out < 0, 0.0, out)  # keeps NaN, which tl.maximum would turn into 0
         else:
-            g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            g = _masked(g, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
+            g = _gradient(grad + offsets, mask, x, center, scale, shift, x_ptr.dtype.element_ty, RELU)
             out = g * scale[:, None]
-            if sums_ptr is not None:
+            if sums is not None:
                 out -= level[:, None] + (x - center[:, None]) * slope[:, None]
         tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -21,12 +21,12 @@ def unflat(y: Tensor, x: Tensor) -> Tensor:
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     """`x`, or a copy of it, without gaps and in the order of `like` or its own."""
-    template = x if like is None else like
-    order, _, _ = memory(template.shape, template.stride())
+    like = x if like is None else like
+    order, _, _ = memory(like.shape, like.stride())
     stride = 1
     for dim in reversed(order):
         if x.shape[dim] > 1 and x.stride(dim) != stride:
-            return torch.empty_like(template).copy_(x)
+            return torch.empty_like(like).copy_(x)
         stride *= x.shape[dim]
     return x
 

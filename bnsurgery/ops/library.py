@@ -1,10 +1,8 @@
-"""The custom ops: schemas, fake kernels, kernels by device, and autograd around them.
+"""The custom ops: schemas, fake kernels, kernels by device, and autograd around them. `aten` has their formulas.
 
-- `channel_moments`: one read of x;
-- `batch_norm_fwd`: one read of x and one write of y, and another read for the statistics of the batch;
-- `batch_norm_bwd`: two reads of x and of the gradient, one write of dx.
-
-Our kernels compute ReLU's mask from x again, so that y need not live until the backward; ATen's keep y.
+`channel_moments` reads x once, `batch_norm_fwd` once or, by the batch's statistics, twice, and it writes y;
+`batch_norm_bwd` reads x and the gradient twice and writes dx. Our kernels compute ReLU's mask from x again, so that y
+need not live until the backward; ATen's keep y.
 """
 
 import functools
@@ -24,11 +22,12 @@ from .cpu_moments import channel_moments_cpu
 _LIBRARY = torch.library.Library("bnsurgery", "DEF")
 
 
-def _define(schema: str, fake: Callable[..., Any], **kernels: Callable[..., Any]) -> Any:
-    """Define an op with its fake kernel and its kernels by dispatch key, and return it."""
+def _define(schema: str, fake: Callable[..., Any], **others: Callable[..., Any]) -> Any:
+    """Define an op by its namesakes in `aten` and `cuda`, its fake kernel and others by dispatch key, and return it."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"bnsurgery::{name}", fake, lib=_LIBRARY)
+    kernels = {"CompositeExplicitAutograd": getattr(aten, name), "CUDA": cuda_kernel(name), **others}
     for key, kernel in kernels.items():
         _LIBRARY.impl(name, kernel, key)
     return getattr(torch.ops.bnsurgery, name).default
@@ -127,37 +126,22 @@ def _per_channel(x: Tensor, rows: int) -> Tensor:
     return x.new_empty(rows, x.shape[1], dtype=torch.float64, device=x.device if takes_float64(x.device) else CPU)
 
 
-# Mean and m2 = Σ(x − mean)² of every channel of (N, C, *): float64 of shape (C,), on the CPU if the device has no
-# float64; zeros for an empty input.
 channel_moments = _define(
     "channel_moments(Tensor input) -> (Tensor mean, Tensor m2)",
     lambda input: (_per_channel(input, 1)[0], _per_channel(input, 1)[0]),
-    CompositeExplicitAutograd=aten.channel_moments,
     CPU=channel_moments_cpu,
-    CUDA=cuda_kernel("channel_moments"),
 )
 
-# act((x − mean)/√(var + eps)·weight + bias), laid out like the input. None for mean and var stands for the batch's over
-# all ranks of the process group called `group` ("" for none); then the running statistics move by `momentum` and the
-# counter by one. `renorm` is the state of `renorm.schedule`, whose next step begins if a counter is given. The second
-# result is mean and var, (2, C), or with Batch Renormalization's r and d (4, C).
 batch_norm_fwd = _define(
     "batch_norm_fwd(Tensor input, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps, bool relu, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? counter, Tensor(d!)? renorm, float momentum, "
     "str group) -> (Tensor output, Tensor statistics)",
     lambda input, *args: (torch.empty_like(input), _per_channel(input, 2 if args[9] is None else 4)),
     Autograd=lambda *args: _BatchNorm.apply(*args),
-    CompositeExplicitAutograd=aten.forward,
-    CUDA=cuda_kernel("forward"),
 )
 
-# The gradients of input, weight and bias, empty if unwanted. Those of weight and bias are over this rank's samples,
-# since data parallelism adds them up. With `training` the statistics depend on the input. `output`, if given, yields
-# ReLU's mask.
 batch_norm_bwd = _define(
     "batch_norm_bwd(Tensor input, Tensor grad, Tensor? output, Tensor statistics, Tensor? weight, Tensor? bias, "
     "float eps, bool training, bool relu, str group, bool wants_input, bool wants_affine) -> (Tensor, Tensor, Tensor)",
     lambda input, *args: aten.gradients(input, *args[-2:]),
-    CompositeExplicitAutograd=aten.backward,
-    CUDA=cuda_kernel("backward"),
 )

@@ -2,8 +2,8 @@
 
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch import nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from bnsurgery.errors import ArchitectureError
+from bnsurgery.errors import ArchitectureError, shown
 from bnsurgery.graph.layer_kinds import NORMS
 
-_NAMES = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
+NAMES = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,14 @@ class Architecture:
     name: str
     num_classes: int = 1000
     dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"name: got {shown(self.name)}, expected one of {', '.join(NAMES)}")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes: got {shown(self.num_classes)}, expected 1 or more")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout: got {shown(self.dropout)}, expected 0 to 1")
 
     def build(self, device: torch.device | str = "meta") -> nn.Module:
         """The network in eval mode; on "meta", without memory or initialization."""
@@ -52,29 +60,24 @@ class Architecture:
         return max(self.weights.DEFAULT.meta["min_size"])
 
 
-def names() -> tuple[str, ...]:
-    """The names of the architectures, in alphabetical order."""
-    return _NAMES
-
-
 def architecture(name: str) -> Architecture:
     """The architecture called `name`, with torchvision's defaults.
 
     Raises:
         ArchitectureError: torchvision has none of that name, or it is normalized already or not a plain CNN.
     """
-    if name in _NAMES:
+    if name in NAMES:
         return Architecture(name)
-    known = ", ".join(_NAMES)
+    known = ", ".join(NAMES)
     if name not in models.list_models():
-        close = difflib.get_close_matches(name, _NAMES, n=3, cutoff=0.5)
+        close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {known}."
         raise ArchitectureError(f"'{name}': no such architecture or file. {hint}")
     norm = _first_norm(name)
     if norm is None:
         raise ArchitectureError(f"'{name}': not one of the networks this command handles: {known}.")
     free = name.removesuffix("_bn")
-    hint = f" Its BN-free twin is {free}." if free in _NAMES else ""
+    hint = f" Its BN-free twin is {free}." if free in NAMES else ""
     raise ArchitectureError(f"'{name}' has normalization layers already, the first: {norm}.{hint}")
 
 
@@ -92,26 +95,19 @@ def _first_norm(name: str) -> str | None:
     return next((f"'{fqn}' ({type(module).__name__})" for fqn, module in found), None)
 
 
-def identify(
-    shapes: Mapping[str, torch.Size], candidates: Sequence[Architecture] | None = None, dropout: float | None = None
-) -> Architecture | None:
-    """The architecture with a state dict of these keys and shapes, with any number of classes, or None.
+def identify(shapes: Mapping[str, torch.Size], candidates: Iterable[Architecture] = ()) -> Architecture | None:
+    """The architecture with a state dict of these shapes, by key, but any number of classes; None if there is none.
 
     Args:
-        shapes: by state-dict key.
-        candidates: the architectures to try; None for all.
-        dropout: of the returned architecture; None for the candidate's.
+        candidates: the architectures to try; all, if empty.
     """
-    for candidate in candidates or [Architecture(name) for name in _NAMES]:
-        expected = state_shapes(candidate.build())
-        head = list(expected)[-1]
-        if head not in shapes or len(shapes[head]) != 1 or not shapes[head][0]:
-            continue
-        found = replace(candidate, num_classes=shapes[head][0])
-        if dropout is not None:
-            found = replace(found, dropout=dropout)
-        if state_shapes(found.build()) == dict(shapes):
-            return found
+    for candidate in candidates or map(Architecture, NAMES):
+        head_bias = list(state_shapes(candidate.build()))[-1]
+        classes = shapes.get(head_bias, ())
+        if len(classes) == 1 and classes[0]:
+            found = replace(candidate, num_classes=classes[0])
+            if state_shapes(found.build()) == dict(shapes):
+                return found
     return None
 
 
@@ -119,10 +115,11 @@ def identify_model(model: nn.Module) -> Architecture | None:
     """The architecture of `model`, compared layer by layer; None for a subclass, or if a layer was changed."""
     if type(model) not in (models.VGG, models.AlexNet, models.SqueezeNet):
         return None
-    dropout = next((module.p for module in model.modules() if isinstance(module, nn.Dropout)), None)
-    found = identify(state_shapes(model), dropout=dropout)
+    found = identify(state_shapes(model))
     if found is None:
         return None
+    dropout = next((module.p for module in model.modules() if isinstance(module, nn.Dropout)), found.dropout)
+    found = replace(found, dropout=dropout)
     built, given = (str(network).replace("inplace=True", "inplace=False") for network in (found.build(), model))
     return found if built == given else None
 
@@ -132,38 +129,15 @@ def state_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-@dataclass(frozen=True)
-class ArchitectureSummary:
-    """One line of `bnsurgery archs`.
-
-    Attributes:
-        conv, dense: number of layers of each kind.
-        parameters: their number in millions, with 1000 classes.
-        min_size: smallest image side in pixels.
-        weights: names of torchvision's pretrained weights.
-    """
-
-    name: str
-    conv: int
-    dense: int
-    parameters: float
-    min_size: int
-    weights: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-
-def summary(name: str) -> ArchitectureSummary:
-    """The line of `bnsurgery archs` for an architecture."""
+def summary(name: str) -> dict[str, Any]:
+    """One row of `bnsurgery archs`: numbers of layers, parameters in millions with 1000 classes, pixels, weights."""
     chosen = architecture(name)
     model = chosen.build()
-    return ArchitectureSummary(
-        name=name,
-        conv=sum(isinstance(module, nn.Conv2d) for module in model.modules()),
-        dense=sum(isinstance(module, nn.Linear) for module in model.modules()),
-        parameters=round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
-        min_size=chosen.min_size,
-        weights=chosen.weight_names,
-    )
+    return {
+        "name": name,
+        "conv": sum(isinstance(module, nn.Conv2d) for module in model.modules()),
+        "dense": sum(isinstance(module, nn.Linear) for module in model.modules()),
+        "parameters": round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
+        "min_size": chosen.min_size,
+        "weights": chosen.weight_names,
+    }

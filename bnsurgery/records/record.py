@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
@@ -16,17 +15,37 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnsurgery._version import __version__
 from bnsurgery.errors import BNSurgeryError, CheckpointError, shown
 from bnsurgery.graph.planning import Plan, Site
+from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.text.tables import table
 from bnsurgery.text.typed_json import loads, parse
 from bnsurgery.text.words import counted
 
-from .architectures import Architecture, names
-from .task import Task
+from .architectures import Architecture
 
 # 1 named a ReLU only if it was fused; 1 and 2 had no frozen parameters, and preprocessing only of fine-tuned networks;
 # 3 had those frozen at the insertion. All three had the fields of plan and options in the record itself.
 FORMAT_VERSION = 4
+_VERSIONS = {"bnsurgery": __version__, "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 _ATTRIBUTE = "_bnsurgery_record"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The preprocessing of images for a network, and the classes it was fine-tuned to.
+
+    Attributes:
+        classes: their names, in the order of the outputs; empty if it was not fine-tuned.
+        head: fqn of the output layer in the original network if it was replaced for these classes, else None.
+        preprocessing: from an image to the input; None if the inputs are not images.
+    """
+
+    classes: tuple[str, ...]
+    head: str | None
+    preprocessing: Preprocessing | None
+
+    def __post_init__(self) -> None:
+        if self.head is not None and not self.classes:
+            raise CheckpointError("task: a new head, but no classes for it")
 
 
 @dataclass(frozen=True)
@@ -50,9 +69,7 @@ class Options:
     def check(self, placement: str) -> None:
         """Raise ValueError if these options do not go with `placement`."""
         if self.absorb_bias and placement != "pre-activation":
-            raise ValueError(
-                "insert: absorbing biases needs `placement='pre-activation'`: no shift passes an activation"
-            )
+            raise ValueError("insert: absorbing biases needs `placement='pre-activation'`: shifts pass no activation")
 
 
 @dataclass(frozen=True)
@@ -106,19 +123,17 @@ class SurgeryRecord:
     sites: tuple[InsertedSite, ...]
     calibration_digest: str
     provenance: dict[str, str | int] = field(default_factory=dict)
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            "bnsurgery": __version__,
-            "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__),
-        }
-    )
+    versions: dict[str, str] = field(default_factory=_VERSIONS.copy)
     task: Task | None = None
     dropped_lrn: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
     frozen: tuple[str, ...] = ()
     frozen_at_save: tuple[str, ...] | None = None
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.input_shape is not None and min(self.input_shape, default=1) < 1:
+            raise ValueError(f"input_shape: got {shown(self.input_shape)}, expected sizes of 1 or more")
 
     def __str__(self) -> str:
         rows = [(s.site.name, s.norm, s.site.channels, s.site.activation) for s in self.sites]
@@ -156,46 +171,35 @@ class SurgeryRecord:
         except ValueError as error:
             raise CheckpointError(f"record: not JSON: {error}") from None
         version = data.get("format_version") if isinstance(data, dict) else None
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        if type(version) is not int or version < 1:
             raise CheckpointError(f"record: got format version {shown(version)}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
-            known = f"this bnsurgery reads up to {FORMAT_VERSION}: upgrade it"
-            raise CheckpointError(f"record: written in format version {shown(version)}; {known}")
+            raise CheckpointError(
+                f"record: got format version {shown(version)}, above {FORMAT_VERSION}: upgrade bnsurgery"
+            )
         if version < 3:
             data = {**data, "task": _upgraded_task(data.get("task")), "frozen": []}
         if version < 4:
-            data = _upgraded_to_format_4({**data, "frozen_at_save": None})
+            data = _upgraded_to_format_4(data)
         plan = parse(Plan, data.get("plan"), "record.plan")
         sites = data.get("sites")
         if not isinstance(sites, list) or len(sites) != len(plan.sites) or not all(isinstance(s, dict) for s in sites):
             raise CheckpointError(f"record.sites: got {shown(sites)}, expected an object for every site of the plan")
         planned = data["plan"]["sites"]
         data = {**data, "sites": [{**now, "site": site} for now, site in zip(sites, planned, strict=True)]}
-        found = typing.cast(SurgeryRecord, parse(cls, data, "record"))
-        found._check()
+        found: SurgeryRecord = parse(cls, data, "record")  # `load` compares it with the network and its tensors
         return found
-
-    def _check(self) -> None:
-        """Refuse values that no insertion writes. `load` compares the rest with the network and its tensors."""
-        sizes, architecture = self.input_shape, self.architecture
-        _expect(sizes is None or min(sizes, default=1) >= 1, "input_shape", sizes, "sizes of 1 or more")
-        if architecture is not None:
-            name, classes, dropout = architecture.name, architecture.num_classes, architecture.dropout
-            _expect(name in names(), "architecture.name", name, f"one of {', '.join(names())}")
-            _expect(classes >= 1, "architecture.num_classes", classes, "1 or more")
-            _expect(0 <= dropout <= 1, "architecture.dropout", dropout, "0 to 1")
 
 
 def _upgraded_to_format_4(data: dict[str, Any]) -> dict[str, Any]:
     """Convert a record of formats 1 to 3, which had these fields in itself and each site in full."""
-    old = dict(data)
-    sites: Any = old.get("sites")
+    data, sites = dict(data), data.get("sites", [])
     sound = isinstance(sites, list) and all(isinstance(site, dict) for site in sites)
     sites = [dict(site) for site in sites] if sound else []
-    where = {name: old.pop(name, None) for name in ("model", "placement", "layers", "head")}
-    planned = [site.pop("site", None) for site in sites]
-    how = {field.name: old.pop(field.name, None) for field in fields(Options)}
-    return {**old, "plan": {**where, "sites": planned, "skipped": [], "lrn": []}, "options": how, "sites": sites}
+    plan = {name: data.pop(name, None) for name in ("model", "placement", "layers", "head")}
+    plan |= {"sites": [site.pop("site", None) for site in sites], "skipped": [], "lrn": []}
+    options = {option.name: data.pop(option.name, None) for option in fields(Options)}
+    return {**data, "plan": plan, "options": options, "sites": sites, "frozen_at_save": None}
 
 
 def _upgraded_task(task: Any) -> Any:
@@ -207,11 +211,6 @@ def _upgraded_task(task: Any) -> Any:
     found |= {"width": found.get("height"), "scale": 1.0, "interpolation": "bilinear"}
     found["channels"] = "grey" if isinstance(task.get("mean"), list) and len(task["mean"]) == 1 else "rgb"
     return {**{name: value for name, value in task.items() if name not in names}, "preprocessing": found}
-
-
-def _expect(sound: bool, name: str, got: object, expected: str) -> None:
-    if not sound:
-        raise CheckpointError(f"record.{name}: got {shown(got)}, expected {expected}. The file is damaged or forged.")
 
 
 def record(bn_model: nn.Module) -> SurgeryRecord:

@@ -12,8 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from bnsurgery.errors import CalibrationError
 
-_EXPECTED = "expected a tensor, a dict of keyword arguments, or a tuple whose first item is the input"
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -36,17 +34,16 @@ class Inputs:
         item = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if isinstance(item, Inputs):
             return item
-        inside = item is not batch
         if isinstance(item, Tensor) and item.ndim < 2:
             raise CalibrationError(f"batches: got a tensor of shape {tuple(item.shape)}, expected (N, ...)")
         if isinstance(item, Mapping):
             found = cls(kwargs=dict(item))
-        elif isinstance(item, Tensor) or (inside and isinstance(item, (tuple, list))):
-            found = cls(item) if isinstance(item, tuple) else cls((item,))
         else:
-            found = cls()
+            found = cls(item if isinstance(item, tuple) else (item,))
         if not found.tensors:
-            raise CalibrationError(f"batches: got {type(item).__name__}, {_EXPECTED}")
+            raise CalibrationError(
+                f"batches: got {type(item).__name__}, expected a tensor, a dict, or a tuple that begins with the input"
+            )
         return found
 
     @property
@@ -73,18 +70,17 @@ class Inputs:
         return Inputs(args, kwargs)
 
     def of_signature(self, function: Callable[..., Any]) -> "Inputs":
-        """The arguments as `function` takes them: a dict's entries by name, if it has parameters of these names.
+        """The arguments as `function` takes them: a dict's entries for its parameters, without others such as labels.
 
-        Keys without a parameter, such as labels, are left out. If no key has one, or others are required, the dict is
-        the one argument. Arguments that fit in no way are left as they are.
+        If these do not suffice, the dict is the one argument. Arguments that fit in no way are left as they are.
         """
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):  # some built-in functions have none
             return self
         taken = {name: value for name, value in self.kwargs.items() if name in signature.parameters}
-        ways = [self, Inputs(self.args, taken)] if taken else [self]
-        for way in [*ways, Inputs((dict(self.kwargs),))] if self.kwargs and not self.args else []:
+        ways = (self, Inputs(kwargs=taken) if taken else self, Inputs((dict(self.kwargs),)))
+        for way in ways if self.kwargs and not self.args else ():
             try:
                 signature.bind(*way.args, **way.kwargs)
             except TypeError:
@@ -154,8 +150,7 @@ def inputs(batches: Iterable[Any]) -> Iterator[Inputs]:
         raise CalibrationError(f"batches: got one {kind}, expected an iterable of batches: pass [{kind}]")
     if not isinstance(batches, Iterable):
         raise CalibrationError(f"batches: got {type(batches).__name__}, expected an iterable of tensors")
-    for batch in batches:
-        yield Inputs.of(batch)
+    yield from map(Inputs.of, batches)
 
 
 def peek(batches: Iterable[Any]) -> tuple[Inputs, Iterable[Any]]:
@@ -164,12 +159,7 @@ def peek(batches: Iterable[Any]) -> tuple[Inputs, Iterable[Any]]:
     Raises:
         CalibrationError: there is no batch.
     """
-    if isinstance(batches, Iterator):  # next() consumes the item: put it back in front
-        head = next(batches, None)
-        first = None if head is None else Inputs.of(head)
-        batches = chain([head], batches)
-    else:
-        first = next(inputs(batches), None)
-    if first is None:
-        raise CalibrationError("batches: empty; expected at least one batch of inputs")
-    return first, batches
+    for first in inputs(batches):
+        # An iterator has lost the item: put it back in front.
+        return first, chain([first], batches) if isinstance(batches, Iterator) else batches
+    raise CalibrationError("batches: empty; expected at least one batch of inputs")

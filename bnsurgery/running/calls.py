@@ -33,11 +33,7 @@ def run(operation: str, model: nn.Module, batch: Inputs) -> Any:
         if batch.args and given.kwargs and isinstance(error, (TypeError, LookupError, AttributeError)):
             advice = " The dict was its one argument, since its forward has no parameters of these names."
         elif isinstance(error, TypeError) and "argument" in str(error):
-            advice = (
-                " A tuple is several arguments, a list one: pass a list as one."
-                if len(batch.args) > 1
-                else " Several inputs go into a tuple of their own, ((a, b), label), or into a dict."
-            )
+            advice = " A tuple is several arguments, a list one: ((a, b), label) passes two, ([a, b], label) one."
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise CalibrationError(
             f"{operation}: {type(model).__name__} failed on an input of shape {batch.shapes()}, "

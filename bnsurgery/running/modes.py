@@ -1,7 +1,7 @@
 """Run a network and restore its modes, attributes, statistics and torch's random state afterwards."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,49 +28,46 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def keeping_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes and buffers of every module on exit: code may store results or count calls.
-
-    The items of lists, dicts and sets are restored; changes inside other objects are not.
-    """
+def _restoring(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """A function that restores the modules' attributes, with the items of lists, dicts and sets, and their buffers."""
     before = []
-    for module in model.modules():
+    for module in modules:
         attributes = dict(vars(module))
         contents = {name: copy.copy(value) for name, value in attributes.items() if type(value) in (list, dict, set)}
         buffers = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
         before.append((module, attributes, contents, buffers))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, attributes, contents, buffers in before:
-                vars(module).clear()
-                vars(module).update(attributes)
-                for name, items in contents.items():
-                    container: Any = attributes[name]
-                    container.clear()
-                    (container.extend if isinstance(container, list) else container.update)(items)
-                for name, values in buffers.items():
-                    module._buffers[name].copy_(values)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for module, attributes, contents, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, items in contents.items():
+                container: Any = attributes[name]
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(items)
+            for name, values in buffers.items():
+                module._buffers[name].copy_(values)  # type: ignore[union-attr]
+
+    return restore
 
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """Eval mode without autograd; on exit the model and torch's random state are as before."""
-    with keeping_random(), keeping_attributes(model), evaluating(model), torch.inference_mode():
-        yield
+    """Eval mode without autograd; on exit the model and torch's random state are as before.
+
+    The model may store results or count calls; only changes inside objects other than lists, dicts and sets stay.
+    """
+    restore = _restoring(model.modules())
+    try:
+        with keeping_random(), evaluating(model), torch.inference_mode():
+            yield
+    finally:
+        restore()
 
 
 def evaluate(operation: str, model: nn.Module, batch: Inputs) -> list[Tensor]:
-    """All tensors that `model` returns for `batch`, inside `observing`.
-
-    Args:
-        operation: the name of the caller, with which messages begin.
-
-    Raises:
-        CalibrationError: as `run`.
-    """
+    """All tensors that `model` returns for `batch`, inside `observing`; raises as `run`, for the caller `operation`."""
     with observing(model):
         return outputs(run(operation, model, batch))
 
@@ -80,21 +77,10 @@ def training_norms(model: nn.Module, *, by_batch: bool) -> Iterator[Callable[[],
     """`observing` with only the BatchNorm layers in train mode: nothing but BN changes the outputs.
 
     The norms keep their statistics mode, but with `by_batch` "renorm" becomes "batch". No statistics are exchanged with
-    other processes, which may not run the model now. Yields a function that restores the running statistics, or None
-    if there is no BatchNorm; on exit the model is as before.
+    other processes, which may not run the model now. Yields a function that restores the norms, or None if there is no
+    BatchNorm; on exit the model is as before.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    saved = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-    seen = [getattr(norm, "renorm_weights", None) for norm in norms]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for norm, buffers, weights in zip(norms, saved, seen, strict=True):
-            for name, value in buffers.items():
-                getattr(norm, name).copy_(value)
-            if isinstance(norm, Insertable):
-                norm.renorm_weights = weights
-
     with observing(model):
         for norm in norms:
             norm.train()
@@ -102,4 +88,4 @@ def training_norms(model: nn.Module, *, by_batch: bool) -> Iterator[Callable[[],
                 norm.process_group = ""
                 if by_batch and norm.statistics != "running":
                     norm.statistics = "batch"
-        yield restore if norms else None
+        yield _restoring(norms) if norms else None

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial, reduce
 from typing import Any
 
@@ -21,7 +21,7 @@ from bnsurgery.running.calls import placed, run
 from bnsurgery.running.modes import observing, training_norms
 from bnsurgery.text.words import counted
 
-from .moments import ChannelMoments
+from .moments import ChannelMoments, is_dead
 
 
 def calibrate(
@@ -61,9 +61,9 @@ def calibrate(
     # A norm inside its layer comes before the layer's hooks, a sibling after them.
     first = {site.name for site in plan.sites if not site.in_sequential}
     last_dim = {site.name for site in plan.sites if site.channel_dim == -1}
-    with _watching(anchors, output=True, first=first, last_dim=last_dim) as measured, observing(model):
-        failure = _feed("calibrate", model, batches, measured, progress)
-    return _gather("calibrate", measured, anchors, failure)
+    return _measure(
+        "calibrate", model, anchors, batches, observing(model), progress, output=True, first=first, last_dim=last_dim
+    )
 
 
 def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> None:
@@ -87,17 +87,13 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
         >>> round(model.eval()(5 + torch.randn(64, 3, 16, 16)).std().item(), 1)
         1.0
     """
-    norms: dict[str, nn.Module] = {}
-    kept = []
-    for name, module in bn_model.named_modules():
-        if isinstance(module, _BatchNorm) and getattr(module, "statistics", None) == "running":
-            kept.append(name)
-        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
-            norms[name] = module
+    found = {name: module for name, module in bn_model.named_modules() if isinstance(module, _BatchNorm)}
+    kept = [name for name, norm in found.items() if getattr(norm, "statistics", None) == "running"]
+    norms = {name: norm for name, norm in found.items() if name not in kept and norm.running_mean is not None}
     if not norms and not kept:
         raise BNSurgeryError(f"recalibrate_: {type(bn_model).__name__} has no BatchNorm with running statistics")
     if kept:
-        if all(is_frozen(bn_model.get_submodule(name)) for name in kept):
+        if all(is_frozen(found[name]) for name in kept):
             reason = "these are frozen with their layers (requires_grad=False), which others would change"
         else:
             reason = (
@@ -112,9 +108,8 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
             stacklevel=2,
         )
     last_dim = {name for name, norm in norms.items() if isinstance(norm, LastDimBatchNorm1d)}
-    with _watching(norms, output=False, last_dim=last_dim) as measured, training_norms(bn_model, by_batch=True):
-        failure = _feed("recalibrate_", bn_model, batches, measured, progress, joining=True)
-    moments = _gather("recalibrate_", measured, norms, failure)
+    context = training_norms(bn_model, by_batch=True)
+    moments = _measure("recalibrate_", bn_model, norms, batches, context, progress, last_dim=last_dim, joining=True)
     with torch.no_grad():
         for name in norms:
             bn_model.get_buffer(f"{name}.running_mean").copy_(moments[name].mean)
@@ -122,23 +117,16 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
 
 
 def input_moments(model: nn.Module, name: str, batches: Iterable[Any]) -> ChannelMoments:
-    """Measure the input of the submodule `name` in eval mode; as in `calibrate`, the ranks are merged.
-
-    Raises:
-        CalibrationError: as `calibrate`.
-    """
-    modules = {name: model.get_submodule(name)}
-    with _watching(modules, output=False) as measured, observing(model):
-        failure = _feed("measure", model, batches, measured, progress=False)
-    return _gather("measure", measured, modules, failure)[name]
+    """Measure the input of the submodule `name` in eval mode; ranks and errors are as in `calibrate`."""
+    return _measure("measure", model, {name: model.get_submodule(name)}, batches, observing(model))[name]
 
 
-def warn_of_dead_channels(moments: Mapping[str, ChannelMoments], eps: float) -> None:
-    """Warn of channels whose variance is below `eps`: train-mode BN amplifies their small differences."""
-    dead = {name: count for name, site in moments.items() if (count := int((site.variance < eps).sum()))}
+def warn_of_dead_channels(variances: Mapping[str, Tensor], eps: float) -> None:
+    """Warn of the dead channels of these sites: train-mode BN amplifies their small differences."""
+    dead = {name: count for name, variance in variances.items() if (count := int(is_dead(variance, eps).sum()))}
     if dead:
         worst = sorted(dead, key=lambda name: -dead[name])[:3]
-        listed = ", ".join(f"'{name}' {dead[name]} of {len(moments[name].mean)}" for name in worst)
+        listed = ", ".join(f"'{name}' {dead[name]} of {len(variances[name])}" for name in worst)
         warnings.warn(
             f"channels with a variance below eps ({eps:g}) on this data, dead or nearly: {sum(dead.values())} in "
             f"{counted(len(dead), 'layer')}, most in {listed}. They stay exact; training may amplify them.",
@@ -147,60 +135,52 @@ def warn_of_dead_channels(moments: Mapping[str, ChannelMoments], eps: float) -> 
         )
 
 
-class _Measured(dict[str, ChannelMoments]):
-    """The moments by name, and the dtypes of the tensors that they describe."""
+def _measure(
+    operation: str,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    context: AbstractContextManager[object],
+    progress: bool = False,
+    *,
+    output: bool = False,
+    first: Container[str] = (),
+    last_dim: Container[str] = (),
+    joining: bool = False,
+) -> dict[str, ChannelMoments]:
+    """The moments of each module's output, or else of its first input, over all batches and ranks.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: dict[str, torch.dtype] = {}
-
-
-@contextmanager
-def _watching(
-    modules: dict[str, nn.Module], *, output: bool, first: Container[str] = (), last_dim: Container[str] = ()
-) -> Iterator[_Measured]:
-    """Collect the moments of each module's output, or else of its first input.
-
-    Args:
-        first: names of the modules that are watched before their own hooks run.
-        last_dim: names of the modules whose channels are the last dimension, not the second.
+    The modules named in `first` are watched before their own hooks run. The channels of those in `last_dim` are the
+    last dimension, not the second. `joining` joins batches of one sample to a neighbour.
     """
-    measured = _Measured()
+    measured: dict[str, ChannelMoments] = {}
+    dtypes: dict[str, torch.dtype] = {}
 
     def add(name: str, module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
         tensor = (output or args)[0]
         moments = ChannelMoments(*channel_moments(tensor.flatten(0, -2) if name in last_dim else tensor))
         measured[name] = measured[name].merge(moments) if name in measured else moments
-        measured.dtypes[name] = tensor.dtype
+        dtypes[name] = tensor.dtype
 
-    handles = []
-    try:
-        for name, module in modules.items():
-            register = module.register_forward_hook if output else module.register_forward_pre_hook
-            handles.append(register(partial(add, name), prepend=name in first))
-        yield measured
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _feed(
-    operation: str, model: nn.Module, batches: Iterable[Any], measured: _Measured, progress: bool, joining: bool = False
-) -> Exception | None:
-    """Run the batches until one fails, and return the error: a rank that raised it would leave the others waiting."""
+    failure = None
     total = len(batches) if isinstance(batches, Sized) else None
     given = _joining(inputs(batches)) if joining else inputs(batches)
     bar = tqdm(given, desc=operation, total=total, unit="batch", disable=None if progress else True, leave=False)
-    try:
-        for number, batch in enumerate(bar):
-            run(operation, model, batch)
-            tensors = [tensor for site in measured.values() for tensor in (site.mean, site.m2)]
-            # One check of all sites together, so that a GPU is waited for once a batch.
-            if tensors and not torch.cat([t.to(tensors[0].device) for t in tensors]).isfinite().all():
-                return _non_finite(operation, model, measured, number, batch)
-    except Exception as error:  # also a loader's
-        return error
-    return None
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            register = module.register_forward_hook if output else module.register_forward_pre_hook
+            stack.enter_context(register(partial(add, name), prepend=name in first))
+        stack.enter_context(context)
+        try:
+            for number, batch in enumerate(bar):
+                run(operation, model, batch)
+                tensors = [tensor for site in measured.values() for tensor in (site.mean, site.m2)]
+                # One check of all sites together, so that a GPU is waited for once a batch.
+                if tensors and not torch.cat([t.to(tensors[0].device) for t in tensors]).isfinite().all():
+                    raise _non_finite(operation, model, measured, dtypes, number, batch)
+        except Exception as error:  # also a loader's; a rank that raised it here would leave the others waiting
+            failure = error
+    return _gather(operation, measured, modules, failure)
 
 
 def _joining(batches: Iterator[Inputs]) -> Iterator[Inputs]:
@@ -209,20 +189,28 @@ def _joining(batches: Iterator[Inputs]) -> Iterator[Inputs]:
     for batch in batches:
         if held is None:
             held = batch
-            continue
-        sizes = held.samples, batch.samples
-        both = join([held, batch]) if min(sizes) == 1 < max(sizes) else None
-        yield both or held
-        held = None if both else batch
+        elif min(sizes := (held.samples, batch.samples)) == 1 < max(sizes) and (both := join([held, batch])):
+            held = None
+            yield both
+        else:
+            yield held
+            held = batch
     if held is not None:
         yield held
 
 
-def _non_finite(operation: str, model: nn.Module, measured: _Measured, number: int, batch: Inputs) -> NonFiniteError:
+def _non_finite(
+    operation: str,
+    model: nn.Module,
+    measured: dict[str, ChannelMoments],
+    dtypes: dict[str, torch.dtype],
+    number: int,
+    batch: Inputs,
+) -> NonFiniteError:
     """The error for the first batch with non-finite activations, with their origin."""
     bad = {name: int((~(site.mean.isfinite() & site.m2.isfinite())).sum()) for name, site in measured.items()}
     name = next(name for name, channels in bad.items() if channels)  # the first that ran
-    dtype = measured.dtypes[name]
+    dtype = dtypes[name]
     if samples := placed(model, batch).non_finite():
         which = ", ".join(map(str, samples[:8])) + (" and others" if len(samples) > 8 else "")
         cause = f", whose input is NaN or Inf in {dtype} in sample {which} (counted from 0). Repair it or leave it out."
@@ -238,7 +226,7 @@ def _non_finite(operation: str, model: nn.Module, measured: _Measured, number: i
 
 
 def _gather(
-    operation: str, measured: _Measured, sites: dict[str, nn.Module], failure: Exception | None
+    operation: str, measured: dict[str, ChannelMoments], sites: Mapping[str, nn.Module], failure: Exception | None
 ) -> dict[str, ChannelMoments]:
     """Merge the moments over the ranks, in rank order on the CPU: all get the same bits, or all raise the error."""
     local = {name: (m.count, m.mean.cpu(), m.m2.cpu()) for name, m in measured.items()}

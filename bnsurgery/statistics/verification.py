@@ -76,9 +76,9 @@ class EquivalenceReport:
             trained += textwrap.wrap(f"drift by batch size{of}: {drifts}", WIDTH - 13)
         if self.no_drift is not None:
             trained += textwrap.wrap(f"drift not measured: {self.no_drift}", WIDTH - 13)
-        starts = ["eval mode", *[""] * (len(evaluated) - 1), "train mode", *[""] * len(trained)]
-        lines = [f"{start:13}{line}" for start, line in zip(starts, evaluated + trained, strict=False)]
-        return "\n".join(lines).replace(_TOGETHER, " ")
+        modes = [("eval mode", evaluated), ("train mode", trained)]
+        text = "\n".join(f"{mode:13}" + f"\n{'':13}".join(lines) for mode, lines in modes if lines)
+        return text.replace(_TOGETHER, " ")
 
     @property
     def inputs(self) -> str:
@@ -209,16 +209,11 @@ class _Comparison:
         self.samples += count
         self._shapes.add(batch.shape)
         room = self.keep - sum(kept.samples for kept, _ in self.kept)
-        if room > 0 and self.obstacle is None:
-            self._keep(batch, expected, room)
-
-    def _keep(self, batch: Inputs, expected: list[Tensor], room: int) -> None:
-        odd = next((tensor for tensor in expected if tensor.shape[:1] != (batch.samples,)), None)
-        kept = batch.take(0, room)
-        if odd is not None:
-            self.obstacle = (
-                f"an output of shape {tuple(odd.shape)} does not have one row for each of {batch.samples} inputs"
-            )
+        if room <= 0 or self.obstacle is not None:
+            return
+        kept, rowless = batch.take(0, room), [tuple(t.shape) for t in expected if t.shape[:1] != (count,)]
+        if rowless:
+            self.obstacle = f"an output of shape {rowless[0]} does not have one row for each of {count} inputs"
         elif join([*(inputs for inputs, _ in self.kept), kept]) is None:
             self.obstacle = "the inputs of the batches have other shapes, or are no tensors, and cannot be put together"
         else:
@@ -236,17 +231,10 @@ class _Comparison:
             )
         agreement = None if self._agreeing is None else self._agreeing / self.samples
         relative = self._max_abs / self._scale if self._scale else self._max_abs
+        shape = self._shapes.pop() if len(self._shapes) == 1 else None
+        measured = sum(batch.samples for batch, _ in self.kept) if drift else 0
         return EquivalenceReport(
-            self.samples,
-            self._equal,
-            self._max_abs,
-            relative,
-            agreement,
-            drift,
-            self._worst,
-            no_drift,
-            self._shapes.pop() if len(self._shapes) == 1 else None,
-            sum(batch.samples for batch, _ in self.kept) if drift else 0,
+            self.samples, self._equal, self._max_abs, relative, agreement, drift, self._worst, no_drift, shape, measured
         )
 
 

@@ -1,17 +1,18 @@
 """Copies of a model, with or without its weights."""
 
 import copy
-import gc
-from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bnsurgery.errors import BNSurgeryError
+from bnsurgery.graph.layer_kinds import find_lrn
+
+from .module_tree import drop_lrn_
 
 T = TypeVar("T")
-_ATOMS = (type, ModuleType, FunctionType, BuiltinFunctionType)  # deepcopy does not copy these
 
 
 def independent(model: T) -> T:
@@ -24,20 +25,21 @@ def independent(model: T) -> T:
 
 
 def sharing_tensors(model: nn.Module) -> nn.Module:
-    """A copy of the module tree with the model's own parameters and buffers, which costs no memory.
-
-    Raises:
-        BNSurgeryError: as `independent`.
-    """
+    """A copy of the module tree with the model's own parameters and buffers, which costs no memory."""
     return _copy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
-def on_meta(model: nn.Module) -> nn.Module:
-    """A copy with its state dict on the meta device. Buffers outside the state dict are real copies.
+def without_lrn(model: nn.Module) -> nn.Module:
+    """As `sharing_tensors`, but without the layers of local response normalization; refused if there are none."""
+    names, without = find_lrn(model), sharing_tensors(model)
+    if not names:
+        raise BNSurgeryError(f"insert: {type(model).__name__} has no LocalResponseNorm layer: leave `drop_lrn` out")
+    drop_lrn_(without, names)
+    return without
 
-    Raises:
-        BNSurgeryError: as `independent`.
-    """
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy with its state dict on the meta device. Buffers outside the state dict are real copies."""
     memo = {}
     for tensor in model.state_dict(keep_vars=True).values():
         meta = tensor.detach().to("meta")
@@ -48,8 +50,8 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 def _copy(model: T, memo: dict[int, Any]) -> T:
     try:
-        with torch.inference_mode(False):  # tensors made under inference mode could never be trained
-            return copy.deepcopy(model, {**_computed(model), **memo})
+        with torch.inference_mode(False), _Detaching():  # tensors made under inference mode could never be trained
+            return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise BNSurgeryError(
             f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}. Does it hold "
@@ -57,22 +59,13 @@ def _copy(model: T, memo: dict[int, Any]) -> T:
         ) from error
 
 
-def _computed(model: object) -> dict[int, Tensor]:
-    """Detached copies of all tensors with a gradient history, which deepcopy refuses, by id.
+class _Detaching(TorchFunctionMode):
+    """Lets deepcopy copy tensors with a gradient history, which it refuses, without that history.
 
-    Pruning leaves such tensors, and so does code that stores outputs: in lists, dicts and other objects, also those
-    whose methods are hooks.
+    Pruning leaves such tensors, and so does code that stores outputs.
     """
-    found: dict[int, Tensor] = {}
-    seen: dict[int, Any] = {}
-    waiting: list[Any] = [model]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or isinstance(item, _ATOMS):
-            continue
-        seen[id(item)] = item  # kept alive, or another object could get its id
-        if isinstance(item, Tensor) and not item.is_leaf:
-            found[id(item)] = item.detach().clone()
-        elif not isinstance(item, Tensor):
-            waiting += gc.get_referents(item)
-    return found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))

@@ -44,12 +44,7 @@ class OwnNorm:
 
 
 def own_norms(model: nn.Module, example: Inputs | None = None) -> list[OwnNorm]:
-    """All BatchNorm layers of `model`, in order of definition.
-
-    Raises:
-        UntraceableModelError: the forward pass cannot be followed.
-        CalibrationError: the model does not take the example.
-    """
+    """All BatchNorm layers of `model`, in order of definition. `Trace` raises if it cannot follow the forward pass."""
     trace = Trace(model, example)
     norms = [norm for norm in trace.names if isinstance(norm, OWN_NORMS)]
     found = [OwnNorm(trace.names[norm], *_layer_before(trace, norm)) for norm in norms]
@@ -81,16 +76,16 @@ def _layer_before(trace: Trace, norm: nn.Module) -> tuple[str | None, str | None
         return None, "has hooks, which would be lost: remove them first"
     if norm in trace.read:
         return None, "the code of another module reads its parameters"
-    if not trace.calls(norm):
+    if not trace.calls[norm]:
         reason = trace.obstacle(norm)
-        if reason is not None and trace.observed is None:
+        if reason is not None and trace.example is None:
             reason += ": pass a batch as `example` if its code asks for shapes"
         return None, reason or "is never called in eval mode, so that its layer is not known"
     after, before = norm, _source(trace, norm)
     while isinstance(before, _NOTHING_IN_EVAL) and trace.only_user(before) is after and not is_hooked(before):
         after, before = before, _source(trace, before)
     if not isinstance(before, LAYERS):
-        nodes = {str(source) for node in trace.calls(after) for source in node.all_input_nodes}
+        nodes = {str(source) for node in trace.calls[after] for source in node.all_input_nodes}
         what = f"'{nodes.pop()}', which is no module" if len(nodes) == 1 else "different things"
         what = what if before is None else f"{type(before).__name__} '{trace.names[before]}'"
         return None, f"does not stand behind a conv or dense layer, but behind {what}"
@@ -103,7 +98,7 @@ def _layer_before(trace: Trace, norm: nn.Module) -> tuple[str | None, str | None
         return None, f"the code of another module reads the parameters of '{name}'"
     if is_hooked(before):
         return None, f"'{name}' has hooks, which may change the norm's input: remove them first"
-    if isinstance(before, nn.Linear) and not isinstance(norm, LastDimBatchNorm1d) and not trace.shapes(before):
+    if isinstance(before, nn.Linear) and not isinstance(norm, LastDimBatchNorm1d) and not trace.shapes[before]:
         return None, f"may normalize another dimension than the features of '{name}': pass `example`, a batch"
     if not _same_channels(trace, before, norm):
         return None, f"normalizes another dimension than the channels of '{name}'"
@@ -112,7 +107,7 @@ def _layer_before(trace: Trace, norm: nn.Module) -> tuple[str | None, str | None
 
 def _source(trace: Trace, module: nn.Module) -> nn.Module | None:
     """The module that gives every call of `module` its input, or None."""
-    inputs = [node.all_input_nodes[:1] for node in trace.calls(module)]
+    inputs = [node.all_input_nodes[:1] for node in trace.calls[module]]
     sources = {first[0].meta.get("module") if first else None for first in inputs}
     return sources.pop() if len(sources) == 1 else None
 
@@ -125,18 +120,22 @@ def _same_channels(trace: Trace, layer: Layer, norm: nn.Module) -> bool:
         return isinstance(layer, nn.Linear)
     if isinstance(layer, nn.Linear) and not isinstance(norm, (nn.BatchNorm1d, nn.SyncBatchNorm)):
         return False
-    return {len(shape) for shape in trace.shapes(layer)} <= {batched_ndim(layer)}
+    return {len(shape) for shape in trace.shapes[layer]} <= {batched_ndim(layer)}
 
 
-def unfoldable(model: nn.Module, layer: nn.Module) -> str | None:
+def unfoldable(model: nn.Module, name: str) -> str | None:
     """The reason why scaling this layer's weight would not just scale its output, or None."""
-    plain = detached_class(layer)
-    if plain.forward not in _PLAIN_FORWARDS or getattr(plain, "_conv_forward", None) not in _PLAIN_CONV_FORWARDS:
-        return "whose class has a custom forward"
-    if "forward" in vars(layer):
-        return "whose forward was replaced on the object"
-    weight = layer._parameters.get("weight")
-    if weight is None or layer._forward_pre_hooks:
-        return "whose weight is computed (parametrized, normalized or pruned)"
+    layer = model.get_submodule(name)
+    plain, weight = detached_class(layer), layer._parameters.get("weight")
     users = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
-    return "whose weight is tied to another layer's" if len(users) > 1 else None
+    if plain.forward not in _PLAIN_FORWARDS or getattr(plain, "_conv_forward", None) not in _PLAIN_CONV_FORWARDS:
+        reason = "class has a custom forward"
+    elif "forward" in vars(layer):
+        reason = "forward was replaced on the object"
+    elif weight is None or layer._forward_pre_hooks:
+        reason = "weight is computed (parametrized, normalized or pruned)"
+    elif len(users) > 1:
+        reason = "weight is tied to another layer's"
+    else:
+        return None
+    return f"cannot be folded into {type(layer).__name__} '{name}', whose {reason}"

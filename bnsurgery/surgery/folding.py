@@ -1,7 +1,7 @@
 """Take BatchNorm out: fold it into the neighbouring layers. Inserted norms leave the layers of the original."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -25,7 +25,7 @@ from .module_tree import place, remove, replace
 from .recomputation import keep_activations_
 from .relu_fusion import give_back_, is_fused
 
-_NAMED = 8  # layers in a message
+_NAMED = 8  # items in a message
 _NO_BIAS = "shifts, and '{}' has no bias that could take the shift: `bias='add'` gives it one"
 _NOT_FINITE = "its parameters or statistics are not finite"
 _PARTIAL = "`allow_partial=True` leaves such norms in place."  # a note: the command line does not print these
@@ -89,28 +89,26 @@ def fold(
     if not allow_partial:
         _refuse(obstacles, _PARTIAL)
     folded = [inserted for inserted in sites if not obstacles[inserted.norm]]
-    changed = _changed_though_frozen(bn_model, folded)
-    if changed:
-        warnings.warn(
-            f"fold: {_layers(changed)} of requires_grad=False had a norm that was trained or went by the batch, so "
-            "folding changes the weights. To keep such layers as they are, freeze the norms with them before training: "
+    notes = []
+    if changed := _changed_though_frozen(bn_model, folded):
+        notes.append(
+            f"{_layers(changed)} of requires_grad=False had a norm that was trained or went by the batch, so folding "
+            "changes the weights. To keep such layers as they are, freeze the norms with them before training: "
             "norm.requires_grad_(False), then bnsurgery.set_statistics_(model, 'running', where=lambda name, norm: not "
-            "norm.weight.requires_grad)",
-            BNSurgeryWarning,
-            stacklevel=2,
+            "norm.weight.requires_grad)"
+        )
+    if gained and bias == "add":
+        notes.append(
+            f"{_layers(gained.values())} had no bias and got one, since the BatchNorm there shifts. Load the weights "
+            "into a network that has bias=True there: load_state_dict with strict=False would drop the shift, which "
+            "changes the outputs."
         )
     plain = independent(bn_model)
     keep_activations_(plain)
     fold_(plain, folded)
     detach_record(plain)
-    if gained and bias == "add":
-        warnings.warn(
-            f"fold: {_layers(gained.values())} had no bias and got one, since the BatchNorm there shifts. Load the "
-            "weights into a network that has bias=True there: load_state_dict with strict=False would drop the shift, "
-            "which changes the outputs.",
-            BNSurgeryWarning,
-            stacklevel=2,
-        )
+    for note in notes:
+        warnings.warn(f"fold: {note}", BNSurgeryWarning, stacklevel=2)
     return plain
 
 
@@ -128,12 +126,8 @@ def _fold_own(model: nn.Module, allow_partial: bool, bias: str, example: Any) ->
             replace(plain, norm, rest(norm))
     left = [f"'{name}': {reason}" for name, reason in obstacles.items() if reason]
     if left:
-        more = f"; and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-        warnings.warn(
-            f"fold: {len(left)} of {len(found)} BatchNorm layers stay: {'; '.join(left[:_NAMED])}{more}",
-            BNSurgeryWarning,
-            stacklevel=3,
-        )
+        text = f"fold: {len(left)} of {len(found)} BatchNorm layers stay: {_first(left, '; ')}"
+        warnings.warn(text, BNSurgeryWarning, stacklevel=3)
     return plain
 
 
@@ -143,13 +137,23 @@ def _own_obstacle(model: nn.Module, own: OwnNorm, bias: str) -> str | None:
     scale, shift = _scale_shift(model.get_submodule(own.name))
     if not (scale.isfinite().all() and shift.isfinite().all()):
         return _NOT_FINITE
-    if reason := unfoldable(model, layer):
-        return f"cannot be folded into {type(layer).__name__} '{own.layer}', {reason}"
+    if reason := unfoldable(model, str(own.layer)):
+        return reason
     return _NO_BIAS.format(own.layer) if bias == "refuse" and layer.bias is None and shift.any() else None
 
 
+def _targets(
+    model: nn.Module, sites: Iterable[InsertedSite]
+) -> Iterator[tuple[InsertedSite, str, Layer, Tensor, Tensor]]:
+    """By site: the layer that its norm folds into, with its name in the original, and the norm's scale and shift."""
+    for inserted in sites:
+        now, name = _target(inserted)
+        if now is not None and name is not None:
+            yield inserted, name, _layer(model, now), *_scale_shift(model.get_submodule(inserted.norm))
+
+
 def _target(inserted: InsertedSite) -> tuple[str | None, str | None]:
-    """The layer that a norm folds into: its name now and in the original."""
+    """The names of the layer that a norm folds into: now, and in the original."""
     if inserted.site.anchor == inserted.site.name:
         return inserted.layer, inserted.site.name
     return inserted.next_layer, inserted.site.next_layer
@@ -157,63 +161,51 @@ def _target(inserted: InsertedSite) -> tuple[str | None, str | None]:
 
 def gained_biases(model: nn.Module, sites: Iterable[InsertedSite]) -> dict[str, str]:
     """The original names of the layers without a bias that get one if these norms are folded, by norm."""
-    found = {}
-    for inserted in sites:
-        now, name = _target(inserted)
-        shifts = bool(_scale_shift(model.get_submodule(inserted.norm))[1].any())
-        if shifts and not inserted.absorbed_bias and now and name and _layer(model, now).bias is None:
-            found[inserted.norm] = name
-    return found
+    return {
+        inserted.norm: name
+        for inserted, name, layer, _, shift in _targets(model, sites)
+        if shift.any() and layer.bias is None and not inserted.absorbed_bias
+    }
+
+
+def _first(items: list[str], between: str = ", ") -> str:
+    return between.join(items[:_NAMED]) + (f" and {len(items) - _NAMED} more" if len(items) > _NAMED else "")
 
 
 def _layers(names: Iterable[str]) -> str:
-    listed = [f"'{name}'" for name in names]
-    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
-    return f"layer{'s' if len(listed) > 1 else ''} {', '.join(listed[:_NAMED])}{more}"
+    quoted = [f"'{name}'" for name in names]
+    return f"layer{'s' if len(quoted) > 1 else ''} {_first(quoted)}"
 
 
 def _changed_though_frozen(model: nn.Module, sites: Iterable[InsertedSite]) -> list[str]:
     """The original names of frozen layers that change if these norms are folded; none if no layer is trained."""
     changed, trained = [], False
-    for inserted in sites:
-        now, name = _target(inserted)
-        weight = None if now is None else _layer(model, now)._parameters.get("weight")
-        norm = model.get_submodule(inserted.norm)
-        if weight is None or name is None:
-            continue
-        if weight.requires_grad:
+    for inserted, name, layer, scale, shift in _targets(model, sites):
+        weight, norm = layer._parameters.get("weight"), model.get_submodule(inserted.norm)
+        moves = (scale != 1).any() or (shift.any() and not inserted.absorbed_bias)
+        if weight is not None and weight.requires_grad:
             trained = True
-        elif not is_frozen(norm):
-            scale, shift = _scale_shift(norm)
-            if (scale != 1).any() or (shift.any() and not inserted.absorbed_bias):
-                changed.append(name)
+        elif weight is not None and moves and not is_frozen(norm):
+            changed.append(name)
     return changed if trained else []
 
 
 def fold_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
-    """Fold these norms, in place; the others and the record stay.
-
-    Raises:
-        FoldError: as `fold`.
-    """
+    """Fold these norms, in place, with the errors of `fold`; the others and the record stay."""
     sites = list(sites)
     _refuse({inserted.norm: _obstacle(model, inserted) for inserted in sites})
-    for inserted in sites:
-        layer, now = _layer(model, inserted.layer), _target(inserted)[0]
-        scale, shift = _scale_shift(model.get_submodule(inserted.norm))
-        if inserted.absorbed_bias:  # restore the dropped bias before adding to it
-            layer.bias = _zero_bias(layer)
-        if now is not None and not _is_identity(scale, shift):
-            (_fold_into_output if now == inserted.layer else _fold_into_input)(_layer(model, now), scale, shift)
+    for inserted, name, layer, scale, shift in _targets(model, sites):
+        if not _is_identity(scale, shift):
+            (_fold_into_output if name == inserted.site.name else _fold_into_input)(layer, scale, shift)
     strip_(model, sites)
 
 
-def _refuse(obstacles: dict[str, str | None], *notes: str) -> None:
-    refused = [(norm, reason) for norm, reason in obstacles.items() if reason]
+def _refuse(obstacles: dict[str, str | None], note: str | None = None) -> None:
+    refused = [f"'{norm}': {reason}" for norm, reason in obstacles.items() if reason]
     if refused:
         more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
-        error = FoldError(f"fold: '{refused[0][0]}': {refused[0][1]}{more}")
-        for note in notes:
+        error = FoldError(f"fold: {refused[0]}{more}")
+        if note:
             error.add_note(note)
         raise error
 
@@ -223,7 +215,7 @@ def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:
     now = _target(inserted)[0]
     try:
         norm, layer = model.get_submodule(inserted.norm), model.get_submodule(inserted.layer)
-        target = model.get_submodule(now) if now is not None else None
+        model.get_submodule(now or "")
         is_fused(model, inserted)
     except AttributeError as error:
         return f"the model was changed since the insertion: {error}"
@@ -240,21 +232,16 @@ def _obstacle(model: nn.Module, inserted: InsertedSite) -> str | None:
         return None
     if layer._forward_hooks and not isinstance(model.get_submodule(inserted.norm.rpartition(".")[0]), Normed):
         return f"'{inserted.layer}' has forward hooks, which may change the norm's input: remove them first"
-    if target is None:
+    if now is None:
         return (
             f"stands behind the activation of '{inserted.layer}', and no single dense layer, or conv without zero "
             "padding, follows that could take its shift"
         )
-    reason = unfoldable(model, target)
-    return f"cannot be folded into {type(target).__name__} '{now}', {reason}" if reason else None
+    return unfoldable(model, now)
 
 
 def strip_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
-    """Change only the module tree: remove the norms, restore ReLUs and dropped biases, and keep all numbers.
-
-    Raises:
-        BNSurgeryError: a ReLU is lost, see `is_fused`; nothing is changed then.
-    """
+    """Change only the module tree: remove the norms, restore ReLUs and dropped biases, and keep all numbers."""
     sites = list(sites)
     give_back_(model, sites)
     # Before any edit: removing a sibling renumbers those behind it.
@@ -266,64 +253,55 @@ def strip_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
         else:
             remove(parent, name)
         if absorbed_bias and layer.bias is None:
-            layer.bias = _zero_bias(layer)
+            layer.bias = zero_bias(layer)
 
 
 def _is_identity(scale: Tensor, shift: Tensor) -> bool:
     return bool((scale == 1).all() and (shift == 0).all())
 
 
+@torch.no_grad()
 def _fold_into_output(layer: Layer, scale: Tensor, shift: Tensor) -> None:
     """W·a and b·a + s per output channel; identity channels keep their bits.
 
     Output channels are dimension 0 of the weight, or dimension 1 in each group of a transposed conv.
     """
-    weight, bias = layer.weight.detach().cpu(), _bias(layer)
-    identity = (scale == 1) & (shift == 0)
+    weight = layer.weight.cpu()
     per_weight = scale.view(-1, *[1] * (weight.ndim - 1))
     if isinstance(layer, TRANSPOSED):
         per_weight = scale.view(layer.groups, 1, weight.shape[1]).expand(-1, weight.shape[0] // layer.groups, -1)
         per_weight = per_weight.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
-    _set(layer, "weight", weight * per_weight)
-    if layer.bias is not None or shift.any():
-        _set(layer, "bias", torch.where(identity, bias, bias * scale + shift))
+    layer.weight.copy_(weight * per_weight)
+    _change_bias(layer, lambda bias: torch.where((scale == 1) & (shift == 0), bias, bias * scale + shift), shift)
 
 
+@torch.no_grad()
 def _fold_into_input(layer: Layer, scale: Tensor, shift: Tensor) -> None:
     """W·a and b + W·s per input channel (dimension 1; features of a flattened map in channel-major order)."""
-    weight = layer.weight.detach().cpu()
+    weight = layer.weight.cpu()
     if isinstance(layer, nn.Linear):
         repeats = layer.in_features // len(scale)
         a, s = scale.repeat_interleave(repeats), shift.repeat_interleave(repeats)
     else:  # each group of output channels sees its own slice of the input channels
-        per_group = weight.shape[1]
         rows = torch.arange(weight.shape[0]) // (weight.shape[0] // layer.groups)
-        shape = (weight.shape[0], per_group, *[1] * (weight.ndim - 2))
-        a, s = scale.view(-1, per_group)[rows].view(shape), shift.view(-1, per_group)[rows].view(shape)
-    if layer.bias is not None or s.any():
-        _set(layer, "bias", _bias(layer) + (weight * s).flatten(1).sum(1, dtype=torch.float64))
-    _set(layer, "weight", weight * a)
+        shape = (weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
+        a, s = (values.view(-1, weight.shape[1])[rows].view(shape) for values in (scale, shift))
+    added = (weight * s).flatten(1).sum(1, dtype=torch.float64)
+    _change_bias(layer, lambda bias: bias + added, shift)
+    layer.weight.copy_(weight * a)
 
 
-def _zero_bias(layer: Layer) -> nn.Parameter:
+def _change_bias(layer: Layer, change: Callable[[Tensor], Tensor], shift: Tensor) -> None:
+    """Change the bias in float64: float32 sums would lose digits where terms cancel. A shift needs one."""
+    if layer.bias is None and shift.any():
+        layer.bias = zero_bias(layer)
+    if layer.bias is not None:
+        layer.bias.copy_(change(layer.bias.cpu().double()))
+
+
+def zero_bias(layer: Layer) -> nn.Parameter:
+    """A bias for `layer` that changes nothing, and takes a gradient if the weight does."""
     return nn.Parameter(layer.weight.new_zeros(outputs_of(layer)), layer.weight.requires_grad)
-
-
-def _bias(layer: Layer) -> Tensor:
-    """The layer's bias, or zeros, in float64: float32 sums would lose digits where terms cancel."""
-    bias = _zero_bias(layer) if layer.bias is None else layer.bias
-    return bias.detach().cpu().double()
-
-
-def _set(layer: Layer, name: str, value: Tensor) -> None:
-    old = getattr(layer, name)
-    like = layer.weight if old is None else old
-    value = value.to(device=like.device, dtype=like.dtype)
-    if old is None:
-        layer.register_parameter(name, nn.Parameter(value, requires_grad=like.requires_grad))
-    else:
-        with torch.no_grad():
-            old.copy_(value)
 
 
 def _layer(model: nn.Module, name: str) -> Layer:

@@ -1,10 +1,11 @@
 """The output layer of a classifier: find it, and replace it for another number of classes."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import skip_init
 
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.graph.layer_kinds import LAYERS
@@ -32,7 +33,7 @@ def find_head(model: nn.Module, shape: Sequence[int] | Inputs | None = None) -> 
     heads = [
         name
         for module, name in trace.names.items()
-        if isinstance(module, LAYERS) and trace.calls(module) and not list(trace.next_layers(module))
+        if isinstance(module, LAYERS) and trace.calls[module] and not list(trace.next_layers(module))
     ]
     if len(heads) != 1:
         got = ", ".join(f"'{name}'" for name in heads[:4]) or "none that is not normalized"
@@ -57,12 +58,11 @@ def replace_head_(model: nn.Module, name: str, classes: int, seed: int = 0) -> N
             f"head: '{name}' of {type(model).__name__} is {with_article(type(old).__name__)}, not the layer expected"
         )
     kind: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-    with torch.random.fork_rng(devices=[]):  # torch initializes the weights, which are overwritten
-        if isinstance(old, nn.Linear):
-            new: Any = nn.Linear(old.in_features, classes, **kind)
-        else:
-            shape = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
-            new = cast(Any, type(old))(old.in_channels, classes, *shape, padding_mode=old.padding_mode, **kind)
+    if isinstance(old, nn.Linear):
+        new: Any = skip_init(nn.Linear, old.in_features, classes, **kind)
+    else:
+        shape = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
+        new = skip_init(type(old), old.in_channels, classes, *shape, padding_mode=old.padding_mode, **kind)
     if not old.weight.is_meta:
         with torch.no_grad():
             generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, CalibrationError
-from bnsurgery.graph.layer_kinds import LAYERS, device_and_dtype, find_lrn
+from bnsurgery.graph.layer_kinds import LAYERS, find_lrn
 from bnsurgery.graph.planning import Layers, Placement, Plan, Site
 from bnsurgery.graph.planning import plan as find_sites
 from bnsurgery.images.preprocessing import Preprocessing
@@ -22,31 +23,24 @@ from bnsurgery.records.record import (
     InsertedSite,
     Options,
     SurgeryRecord,
+    Task,
     attach_record,
     carries_record,
-    record,
     state_digest,
 )
-from bnsurgery.records.task import Task
 from bnsurgery.running.batches import Inputs, peek
 from bnsurgery.running.calls import equal
 from bnsurgery.running.modes import evaluate
 from bnsurgery.statistics.calibration import calibrate, warn_of_dead_channels
 from bnsurgery.statistics.moments import ChannelMoments, digest
-from bnsurgery.text.words import counted
+from bnsurgery.text.words import counted, percent
 
-from .copies import independent, sharing_tensors
-from .lrn import warn_of_change, without_lrn
+from .copies import independent, sharing_tensors, without_lrn
 from .module_tree import insert_after
 from .relu_fusion import fuse_relu_
 
 _EXACT = ("cpu", "cuda", "meta")  # devices that keep every bit; the rounding of others is untested
-_NORM_CLASSES: dict[int, type[BatchNorm1d | BatchNorm2d | BatchNorm3d]] = {
-    2: BatchNorm1d,
-    3: BatchNorm1d,
-    4: BatchNorm2d,
-    5: BatchNorm3d,
-}
+_NORM_CLASSES: dict[int, Any] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 
 
 def insert(
@@ -132,23 +126,20 @@ def insert(
         raise ValueError("insert: placement, layers and head are the plan's: leave them out beside `plan`")
     if moments is not None and plan is None:
         raise ValueError("insert: moments are those of a plan's sites: pass `plan`, too")
-    odd = next((name for name, value in (provenance or {}).items() if type(value) not in (str, int)), None)
-    if provenance is not None and odd is not None:
-        raise ValueError(f"insert: provenance: expected text or a whole number for {odd!r}, got {provenance[odd]!r}")
+    for name, value in (provenance or {}).items():
+        if type(value) not in (str, int):
+            raise ValueError(f"insert: provenance: expected text or a whole number for {name!r}, got {value!r}")
     if not isinstance(preprocessing, Preprocessing | None):
         raise ValueError(f"insert: preprocessing must be a Preprocessing, got {type(preprocessing).__name__}")
     options = Options(absorb_bias, fuse_relu, eps, momentum)
     options.check(placement if plan is None else plan.placement)
-    if isinstance(batches, Iterator):  # it has started and continues its random numbers
+    # A shuffling loader draws a seed on every start; an iterator has started and continues its random numbers.
+    with nullcontext() if isinstance(batches, Iterator) else torch.random.fork_rng(devices=[]):
         example, batches = peek(batches)
-    else:
-        with torch.random.fork_rng(devices=[]):  # a shuffling loader draws a seed on every start
-            example, batches = peek(batches)
     dropped = find_lrn(model) if drop_lrn else ()
-    reference = model
+    reference = without_lrn(model) if drop_lrn else model
     if drop_lrn:
-        reference = without_lrn(model)
-        warn_of_change(model, reference, example, len(dropped))
+        _warn_of_change(model, reference, example, len(dropped))
     if plan is None:
         plan = find_sites(reference, example, placement=placement, layers=layers, head=head)
     if carries_record(model):
@@ -160,13 +151,16 @@ def insert(
     bn_model = sharing_tensors(reference) if share_weights else independent(reference)
     if moments is None:
         moments = calibrate(reference, plan, batches, progress=progress)
-    parameters = [_parameters(reference, site, moments[site.name], options) for site in plan.sites]
-    warn_of_dead_channels(moments, eps)
     with torch.inference_mode(False), torch.no_grad():
         sites = edit_(bn_model, plan.sites, options)
-        for inserted, values in zip(sites, parameters, strict=True):
-            for name, value in values.items():
-                getattr(bn_model.get_submodule(inserted.norm), name).copy_(value)
+        norms: dict[str, Any] = {site.site.name: bn_model.get_submodule(site.norm) for site in sites}
+        for site in sites:
+            name = site.site.name
+            _set_identity_(norms[name], moments[name], f"'{name}' ({site.site.layer})")
+            if site.absorbed_bias:
+                bias = reference.get_parameter(f"{name}.bias").cpu().double()
+                norms[name].running_mean.copy_(moments[name].mean - bias)
+    warn_of_dead_channels({name: norm.running_var for name, norm in norms.items()}, eps)
     frozen = [name for name, p in reference.named_parameters(remove_duplicate=False) if not p.requires_grad]
     new_record = SurgeryRecord(
         plan=plan,
@@ -184,9 +178,8 @@ def insert(
     attach_record(bn_model, new_record)
     if fuse_relu:
         fuse_relu_(bn_model)
-    _check_result(reference, bn_model, example.take(0, 1))
-    norms = {site.layer: bn_model.get_submodule(site.norm) for site in record(bn_model).sites}
-    training = [layer for layer, norm in norms.items() if norm.training and not is_frozen(norm)]
+    _check_result(reference, bn_model, norms.values(), options, example.take(0, 1))
+    training = [name for name, norm in norms.items() if norm.training and not is_frozen(norm)]
     if training:
         warnings.warn(
             f"insert: {type(model).__name__} is in train mode (such as '{training[0]}'), and so is the copy with "
@@ -198,6 +191,21 @@ def insert(
     return bn_model
 
 
+def _warn_of_change(model: nn.Module, without: nn.Module, example: Inputs, dropped: int) -> None:
+    """Warn of the change of the outputs without the LRN layers, ‖without − with‖₂/‖with‖₂ on `example`."""
+    before, after = (evaluate("insert", network, example) for network in (model, without))
+    change = sum((b - a).cpu().double().square().sum().item() for a, b in zip(before, after, strict=True))
+    size = sum(a.cpu().double().square().sum().item() for a in before)
+    moved = (change / size) ** 0.5 if size else torch.inf
+    warnings.warn(
+        f"{counted(dropped, 'LocalResponseNorm layer')} dropped, which changes the function: the "
+        f"outputs move by {percent(moved, '.3g')} on the first calibration batch. "
+        "The insertion keeps the function of the network without them; fine-tune it.",
+        BNSurgeryWarning,
+        stacklevel=3,
+    )
+
+
 def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMoments] | None) -> None:
     modules = dict(model.named_modules())
     if len({site.name for site in plan.sites}) < len(plan.sites):
@@ -205,9 +213,8 @@ def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMomen
     for site in plan.sites:
         layer = modules.get(site.name)
         named = {site.anchor, site.relu, site.next_layer} - {None}
-        channels = getattr(layer, "out_channels", site.channels)
-        if isinstance(layer, nn.Linear):  # converters may leave `out_features` wrong
-            channels = len(layer.weight)
+        # Converters may leave `out_features` wrong.
+        channels = len(layer.weight) if isinstance(layer, nn.Linear) else getattr(layer, "out_channels", site.channels)
         if type(layer).__name__ != site.layer or not named <= modules.keys() or channels != site.channels:
             raise BNSurgeryError(
                 f"insert: the plan is of another network: {type(model).__name__} has no {site.layer} '{site.name}' of "
@@ -219,28 +226,25 @@ def _check_plan(model: nn.Module, plan: Plan, moments: Mapping[str, ChannelMomen
             )
 
 
-def _check_result(model: nn.Module, bn_model: nn.Module, sample: Inputs) -> None:
+def _check_result(
+    model: nn.Module, bn_model: nn.Module, norms: Iterable[nn.Module], options: Options, sample: Inputs
+) -> None:
     """Refuse a result that computes something else: code may do what no trace shows, such as index its layers."""
-    options, sites = record(bn_model).options, record(bn_model).sites
     exact = not options.absorb_bias and all(parameter.device.type in _EXACT for parameter in model.parameters())
     once, again = (evaluate("insert", model, sample) for _ in range(2))  # with the same random numbers
-    silent = {site.norm for site in sites}
-    handles = [
-        bn_model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: silent.discard(name))
-        for name in tuple(silent)
-    ]
+    silent = set(norms)
     failure, defect = None, ""
-    try:
-        got = evaluate("insert", bn_model, sample)
-        if _same(once, again, exact=True) and not _same(once, got, exact=exact):
-            defect = "computes something else"
-        elif silent:
-            defect = f"does not run {len(silent)} of its BatchNorms"
-    except CalibrationError as error:
-        failure, defect = error, "no longer runs"
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for norm in tuple(silent):
+            hooks.enter_context(norm.register_forward_pre_hook(lambda norm, args: silent.discard(norm)))
+        try:
+            got = evaluate("insert", bn_model, sample)
+            if _same(once, again, exact=True) and not _same(once, got, exact=exact):
+                defect = "computes something else"
+            elif silent:
+                defect = f"does not run {len(silent)} of its BatchNorms"
+        except CalibrationError as error:
+            failure, defect = error, "no longer runs"
     if defect:
         raise BNSurgeryError(
             f"insert: {type(model).__name__} {defect} after the insertion, so it is not returned. Does its code look "
@@ -283,12 +287,14 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
     made = []
     for site, layer, anchor, relu, following in found:
         cls = _NORM_CLASSES[site.ndim] if site.channel_dim == 1 else LastDimBatchNorm1d
-        device, dtype = device_and_dtype(layer)[0], _norm_dtype(layer)
-        norm = cls(site.channels, options.eps, options.momentum, device=device, dtype=dtype).train(anchor.training)
+        like = next(layer.parameters())
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        norm = cls(site.channels, options.eps, options.momentum, device=like.device, dtype=dtype).train(anchor.training)
         frozen = _is_frozen(layer) or (following is not None and _is_frozen(following))
         if frozen:
             freeze_(norm)
-        absorbed = options.absorb_bias and _bias(layer) is not None and anchor is layer and not frozen
+        bias = layer._parameters.get("bias") if isinstance(layer, LAYERS) else None  # code of others may need it
+        absorbed = options.absorb_bias and bias is not None and anchor is layer and not frozen
         if absorbed:
             layer.register_parameter("bias", None)
         if site.in_sequential:
@@ -311,26 +317,14 @@ def edit_(model: nn.Module, sites: Iterable[Site], options: Options) -> tuple[In
     )
 
 
-def _parameters(model: nn.Module, site: Site, moments: ChannelMoments, options: Options) -> dict[str, torch.Tensor]:
-    layer = model.get_submodule(site.name)
-    dtype = _norm_dtype(layer)
+def _set_identity_(norm: Any, moments: ChannelMoments, where: str) -> None:
+    dtype = norm.weight.dtype
     mean, variance = moments.mean.numpy(), moments.variance.numpy()
     largest = max(np.abs(mean).max(), variance.max())
     if largest > torch.finfo(dtype).max / 4:
-        raise CalibrationError(
-            f"insert: '{site.name}' ({site.layer}): a channel's mean or variance is {largest:.3g}, "
-            f"too large for {dtype}"
-        )
-    values = identity_parameters(mean, variance, options.eps, dtype)
-    bias = _bias(layer)
-    if options.absorb_bias and bias is not None and not _is_frozen(layer):
-        values["running_mean"] = (moments.mean - bias.detach().cpu().double()).to(dtype)
-    return values
-
-
-def _bias(layer: nn.Module) -> torch.Tensor | None:
-    """The bias if it may be dropped: a plain one of a torch layer. The code of a custom layer may need it."""
-    return layer._parameters.get("bias") if isinstance(layer, LAYERS) else None
+        raise CalibrationError(f"insert: {where}: a channel's mean or variance is {largest:.3g}, too large for {dtype}")
+    for name, value in identity_parameters(mean, variance, norm.eps, dtype).items():
+        getattr(norm, name).copy_(value)
 
 
 def _is_frozen(layer: nn.Module) -> bool:
@@ -340,7 +334,3 @@ def _is_frozen(layer: nn.Module) -> bool:
     """
     weight = layer._parameters.get("weight")
     return not any(p.requires_grad for p in (layer.parameters() if weight is None else [weight]))
-
-
-def _norm_dtype(layer: nn.Module) -> torch.dtype:
-    return torch.float64 if device_and_dtype(layer)[1] == torch.float64 else torch.float32

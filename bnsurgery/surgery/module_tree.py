@@ -1,5 +1,7 @@
 """Edits of a module tree: insert a module behind another, remove it, replace it."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 
@@ -31,6 +33,12 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, module in parent._modules.items():
             if module is old:
                 parent._modules[name] = new
+
+
+def drop_lrn_(model: nn.Module, names: Iterable[str]) -> None:
+    """Replace each named `nn.LocalResponseNorm` by an `nn.Identity`, which keeps all keys."""
+    for layer in [model.get_submodule(name) for name in names]:
+        replace(model, layer, nn.Identity().train(layer.training))
 
 
 def place(model: nn.Module, child: nn.Module) -> tuple[nn.Module, str]:

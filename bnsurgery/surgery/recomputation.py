@@ -182,11 +182,10 @@ class _Forward(saved_tensors_hooks):
 
 
 def _enter(model: nn.Module, args: Any) -> None:
-    if not (model.training and torch.is_grad_enabled()) or _elsewhere():
-        return
-    forward = _Forward(model)
-    forward.__enter__()
-    vars(_threads).setdefault("forwards", []).append(forward)
+    if model.training and torch.is_grad_enabled() and not _elsewhere():
+        forward = _Forward(model)
+        forward.__enter__()
+        vars(_threads).setdefault("forwards", []).append(forward)
 
 
 def _exit(model: nn.Module, *args: Any) -> None:

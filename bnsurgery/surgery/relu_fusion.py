@@ -71,14 +71,9 @@ def _note(bn_model: nn.Module, *, fused: bool) -> None:
 
 
 def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
-    """`fuse_relu_` at those of `sites` that are not fused; hooks and the record stay as they are.
-
-    Raises:
-        BNSurgeryError: as `is_fused`, or a norm or ReLU was replaced; nothing is changed then.
-    """
-    sites = [site for site in sites if site.relu is not None and not is_fused(model, site)]
-    for site in sites:
-        norm, relu = _norm_and_relu(model, site)
+    """`fuse_relu_` at those of `sites` that are not fused, with its errors; hooks and the record stay as they are."""
+    found = _pairs(model, sites, fused=False)
+    for site, norm, relu in found:
         for name, module, expected, sound in (
             (site.norm, norm, "a BatchNorm of bnsurgery.nn", isinstance(norm, Insertable)),
             (site.relu, relu, "an nn.ReLU", type(relu) is nn.ReLU),
@@ -86,20 +81,14 @@ def take_over_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
             if not sound:
                 got = with_article(type(module).__name__)
                 raise BNSurgeryError(f"fuse_relu_: '{name}' is {got} now, expected {expected}")
-    for site in sites:
-        norm, relu = _norm_and_relu(model, site)
+    for _, norm, relu in found:
         norm.activation = "relu"
         relu.__class__ = nn.Identity  # the same object keeps its settings, names, mode and hooks
 
 
 def give_back_(model: nn.Module, sites: Iterable[InsertedSite]) -> None:
-    """`unfuse_relu_` at those of `sites` that are fused; hooks and the record stay as they are.
-
-    Raises:
-        BNSurgeryError: as `is_fused`; nothing is changed then.
-    """
-    for site in [site for site in sites if is_fused(model, site)]:
-        norm, relu = _norm_and_relu(model, site)
+    """`unfuse_relu_` at those of `sites` that are fused, with its errors; hooks and the record stay as they are."""
+    for _, norm, relu in _pairs(model, sites, fused=True):
         norm.activation = None
         relu.__class__ = nn.ReLU
 
@@ -113,7 +102,7 @@ def is_fused(model: nn.Module, site: InsertedSite) -> bool:
     if site.relu is None:
         return False
     try:
-        norm, place = _norm_and_relu(model, site)
+        norm, place = model.get_submodule(site.norm), model.get_submodule(site.relu)
     except AttributeError as error:
         raise BNSurgeryError(f"the model was changed since the insertion: {error}") from None
     applied, gone = getattr(norm, "activation", None) == "relu", type(place) is nn.Identity
@@ -133,7 +122,7 @@ def is_fused(model: nn.Module, site: InsertedSite) -> bool:
 def _checked(model: nn.Module, caller: str, fused: bool) -> list[InsertedSite]:
     """The sites whose ReLU is `fused` or not, after a check that none of their modules has hooks."""
     try:
-        sites = [site for site in record(model).sites if site.relu is not None and is_fused(model, site) == fused]
+        sites = [site for site, _, _ in _pairs(model, record(model).sites, fused)]
     except BNSurgeryError as error:
         raise BNSurgeryError(f"{caller}: {error}") from None
     if sites and recomputes(model):
@@ -150,5 +139,7 @@ def _checked(model: nn.Module, caller: str, fused: bool) -> list[InsertedSite]:
     return sites
 
 
-def _norm_and_relu(model: nn.Module, site: InsertedSite) -> tuple[Any, Any]:
-    return model.get_submodule(site.norm), model.get_submodule(str(site.relu))
+def _pairs(model: nn.Module, sites: Iterable[InsertedSite], fused: bool) -> list[tuple[InsertedSite, Any, Any]]:
+    """The norms and their ReLUs at those of `sites` that are `fused` or not."""
+    found = [site for site in sites if site.relu is not None and is_fused(model, site) == fused]
+    return [(site, model.get_submodule(site.norm), model.get_submodule(str(site.relu))) for site in found]

@@ -1,27 +1,21 @@
 """An inserted network in torch.nn's own layers, for tools that look at types."""
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.graph.layer_kinds import device_and_dtype
-from bnsurgery.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LastDimBatchNorm1d, Normed
+from bnsurgery.nn import LastDimBatchNorm1d, Normed
 from bnsurgery.nn.normed import detach_
+from bnsurgery.nn.settings import OURS
 from bnsurgery.records.record import InsertedSite, detach_record, record
 
 from .copies import independent
-from .folding import fold_
+from .folding import fold_, zero_bias
 from .module_tree import replace
 from .recomputation import keep_activations_
 from .relu_fusion import give_back_
-
-_TORCH: dict[type, type[nn.modules.batchnorm._BatchNorm]] = {
-    BatchNorm1d: nn.BatchNorm1d,
-    BatchNorm2d: nn.BatchNorm2d,
-    BatchNorm3d: nn.BatchNorm3d,
-}
 
 
 def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lambda site: True) -> nn.Module:
@@ -51,40 +45,30 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
     sites, model = record(bn_model).sites, independent(bn_model)
     keep_activations_(model)
     give_back_(model, sites)
-    found, folded = [], []
-    for site in sites:
-        norm = model.get_submodule(site.norm)
-        if keep(site) and not isinstance(norm, LastDimBatchNorm1d):  # modules: folding renumbers those behind
-            parent = model.get_submodule(site.norm.rpartition(".")[0])
-            found.append((norm, parent, model.get_submodule(site.layer), site))
-        else:
-            folded.append(site)
-    fold_(model, folded)
-    inserted = {norm for norm, *_ in found}
-    for norm in [module for module in model.modules() if type(module) in _TORCH and module not in inserted]:
-        replace(model, norm, _stock(norm, int(vars(norm)["num_features"])))  # the network came with it
-    for norm, parent, layer, site in found:
-        stock = _stock(norm, site.site.channels)
-        if isinstance(parent, Normed):
-            if parent._forward_hooks:
+    kept = [site for site in sites if keep(site) and not isinstance(model.get_submodule(site.norm), LastDimBatchNorm1d)]
+    # Modules, not names: folding renumbers those behind.
+    found: list[Any] = [
+        (site, *map(model.get_submodule, (site.norm, site.norm.rpartition(".")[0], site.layer))) for site in kept
+    ]
+    fold_(model, [site for site in sites if site not in kept])
+    for site, norm, carrier, layer in found:
+        if isinstance(carrier, Normed):
+            if carrier._forward_hooks:
                 hooked = f"'{site.layer}' has forward hooks, which run behind its norm"
                 raise BNSurgeryError(f"to_torch: {hooked}: remove them first")
-            detach_(parent)
-            replace(model, parent, nn.Sequential(parent, stock).train(parent.training))
-        else:
-            replace(model, norm, stock)
+            detach_(carrier)
+            replace(model, carrier, nn.Sequential(carrier, norm).train(carrier.training))
         if site.absorbed_bias and layer.bias is None:  # torch's own networks have one
-            device, dtype = device_and_dtype(layer)
-            layer.bias = nn.Parameter(torch.zeros(site.site.channels, device=device, dtype=dtype))
+            layer.bias = zero_bias(layer)
+    for norm in [module for module in model.modules() if type(module) in OURS.values()]:
+        replace(model, norm, _stock(norm))
     detach_record(model)
     return model
 
 
-def _stock(norm: nn.Module, channels: int) -> nn.modules.batchnorm._BatchNorm:
-    assert isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
-    cls = next(stock for ours, stock in _TORCH.items() if isinstance(norm, ours))
-    with torch.device("meta"):
-        new = cls(channels, norm.eps, norm.momentum)
+def _stock(norm: nn.Module) -> nn.Module:
+    cls: Any = next(cls for cls in type(norm).__mro__ if cls in OURS)
+    new = cls(vars(norm)["num_features"], norm.eps, norm.momentum, device="meta")
     new._parameters.update(norm._parameters)
     new._buffers.update({name: norm._buffers[name] for name in new._buffers})
     return new.train(norm.training)

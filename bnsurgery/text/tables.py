@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
+from bnsurgery.errors import printable
+
 from .words import thousands
 
 WIDTH = 80  # columns of a terminal
@@ -21,16 +23,12 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths) > _SHORTEST:
         widths[widths.index(max(widths))] -= 1
-
-    def lines(values: Sequence[str]) -> list[str]:
-        found = []
+    lines = []
+    for values in (headers, ["─" * width for width in widths], *cells):
         for row in zip_longest(*map(_wrap, values, widths), fillvalue=""):
             pads = (v.rjust(w) if right else v.ljust(w) for v, w, right in zip(row, widths, numeric, strict=True))
-            found.append("  ".join(pads).rstrip())
-        return found
-
-    body = [line for row in cells for line in lines(row)]
-    return "\n".join([*lines(headers), *lines(["─" * width for width in widths]), *body])
+            lines.append("  ".join(pads).rstrip())
+    return "\n".join(lines)
 
 
 def cell_text(cell: object) -> str:
@@ -39,11 +37,9 @@ def cell_text(cell: object) -> str:
         return "–"
     if isinstance(cell, float) and not 100 <= abs(cell) < 1e6:
         return f"{cell:#.3g}"
-    number = isinstance(cell, (int, float)) and not isinstance(cell, bool)
-    text = thousands(cell) if number else str(cell)  # type: ignore[arg-type]
-    # Names can come from an untrusted file: nothing in them may control the terminal.
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-    return "".join(c if c.isprintable() else "�" for c in text)
+    if isinstance(cell, (int, float)) and not isinstance(cell, bool):
+        return thousands(cell)
+    return printable(str(cell), _LONGEST)
 
 
 def is_number(text: str) -> bool:

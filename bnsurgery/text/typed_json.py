@@ -3,6 +3,7 @@
 import json
 import types
 import typing
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -33,25 +34,23 @@ def _refuse_constant(name: str) -> None:
 
 
 def parse(expected: Any, value: Any, where: str) -> Any:
-    """Check `value` against the type `expected` and build dataclasses and tuples from it.
+    """Check `value`, which `loads` gave, against the type `expected`, and build dataclasses and tuples from it.
 
     Args:
         expected: a dataclass, str, int, float, bool, None, a union, or a tuple or dict of these.
-        value: the result of `loads`.
-        where: its name in messages.
+        where: the value's name in messages.
 
     Raises:
         CheckpointError: a field is missing, unknown, of the wrong type or refused by its dataclass.
     """
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (types.UnionType, typing.Union):
-        for option in arguments:
-            if (value is None) == (option is type(None)):
-                try:
-                    return parse(option, value, where)
-                except CheckpointError:
-                    if option is arguments[-1] or (type(None) in arguments and len(arguments) == 2):
-                        raise
+        options = [option for option in arguments if (value is None) == (option is type(None))]
+        for option in options[:-1]:
+            with suppress(CheckpointError):
+                return parse(option, value, where)
+        if options:
+            return parse(options[-1], value, where)
     elif isinstance(expected, type) and is_dataclass(expected) and isinstance(value, dict):
         hints = typing.get_type_hints(expected)
         names = {f.name for f in fields(expected)}

@@ -1,5 +1,9 @@
 """Numbers and nouns in messages and tables."""
 
+from collections.abc import Iterable
+
+from bnsurgery.errors import printable
+
 _SEPARATED = 10_000  # from here on, thousands are separated
 
 
@@ -16,6 +20,13 @@ def thousands(number: float) -> str:
 def counted(count: int, noun: str) -> str:
     """Such as "1 image", "0 images" or "10,000 images"."""
     return f"{thousands(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """The first names, such as "a, b, c, d and 3 more"."""
+    names = [printable(name) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def with_article(noun: str) -> str:

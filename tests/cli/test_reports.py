@@ -57,7 +57,7 @@ def test_nothing_is_started_that_cannot_be_written(command, folder):
         (("--report", "r.html"), "existing file"),
         (("--report", "no/r.html"), "Create it first"),
         (("--plot", "figures"), "expected an empty one"),
-        (("--plot", "net.py"), "name another folder"),
+        (("--plot", "net.py"), "Choose another place"),
     ):
         code, out, err = folder(*command, *option)
         assert (code, out) == (1, "") and message in err

@@ -17,10 +17,10 @@ from torchvision import models
 import bnsurgery
 from benchmarks.zoo import NETWORKS
 from bnsurgery import CalibrationError, CheckpointError, ExportError, FoldError, export, insert
-from bnsurgery.exports.exporting import SUFFIXES, export_folded
+from bnsurgery.exports.exporting import export_folded
+from bnsurgery.exports.formats import SUFFIXES
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.record import attach_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, attach_record, record
 
 pytestmark = [
     pytest.mark.slow,
@@ -495,7 +495,7 @@ def test_what_computes_something_else_gets_no_name(squeezenet, tmp_path, monkeyp
     def spoil(state, *args, **kwargs):
         save_file({name: tensor + 0.1 for name, tensor in state.items()}, *args, **kwargs)
 
-    monkeypatch.setattr("bnsurgery.exports.exporting.save_file", spoil)
+    monkeypatch.setattr("bnsurgery.exports.writers.save_file", spoil)
     with pytest.raises(ExportError, match="what was written differs by"):
         export(squeezenet, tmp_path / "net", to="torchvision", example=torch.randn(2, 3, 64, 64))
     assert not list(tmp_path.iterdir())
@@ -506,4 +506,4 @@ def test_code_that_loads_a_folded_network_never_drops_an_activation(tmp_path):
     nn.init.ones_(layers[-1].bias)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), *layers).eval()
     result = export_folded(model, tmp_path / "net.safetensors", example=torch.randn(2, 3, 8, 8))
-    assert "with each norm's activation, or nn.Identity, in its place, and bias=True in 2\n" in result.usage
+    assert "with each norm's activation, or nn.Identity, in its place, with bias=True in 2\n" in result.usage

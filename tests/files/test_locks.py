@@ -153,8 +153,9 @@ def test_another_users_lock():
 
 def test_within_a_process_it_can_be_held_as_often_as_wanted(tmp_path):
     cleaned = []
-    with locked(tmp_path / "lock", lambda: cleaned.append(1)), locked(tmp_path / "lock", lambda: cleaned.append(2)):
-        assert cleaned == [1]
+    lock = tmp_path / "lock"
+    with locked(lock, cleaned.append), locked(lock, lambda path: cleaned.append("again")):
+        assert cleaned == [lock]
     assert names(tmp_path) == []
 
 

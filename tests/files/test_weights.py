@@ -93,7 +93,9 @@ def test_refusals(tmp_path, content, message, suffix):
     refused(tmp_path / f"weights{suffix}", content, message)
 
 
-@pytest.mark.parametrize("content", [b"hello, these are my weights", b"cposix\nsystem\n(S'true'\ntR.", bytes(100)])
+@pytest.mark.parametrize(
+    "content", [b"hello, these are my weights", b"cposix\nsystem\n(S'true'\ntR.", bytes(100), b"\n"]
+)
 def test_what_is_neither_format_is_never_unpickled(tmp_path, content):
     refused(tmp_path / "a.pth", content, "something else")
 
@@ -157,7 +159,7 @@ FOREIGN = {
         "Git LFS pointer.*git lfs pull",
     ),
     "json": (lambda: b'{"weight_map": {"a": "model-00001.safetensors"}}', "JSON text.*weights file that belongs to it"),
-    "gzip": (lambda: gzip.compress(to_torch(STATE)), "a gzip archive.*Unpack it"),
+    "gzip": (lambda: gzip.compress(to_torch(STATE)), "a compressed archive.*Unpack it"),
     "zip": (lambda: zipped("release/net.pth", "release/README"), "a zip archive.*Unpack it"),
 }
 

@@ -73,6 +73,36 @@ def test_the_table_shows_every_rate_and_divergence():
     assert all(len(line) <= 100 for line in text.splitlines()[:-1])
 
 
+def test_the_validation_part_chooses_and_the_test_part_reports():
+    tested = {0.01: 0.6, 0.1: 0.65, 1.0: 0.9}
+    trials = tuple(
+        replace(t, start_accuracy=0.3, test_accuracy=None if t.diverged else tested[t.lr]) for t in MADE_UP.trials
+    )
+    result = replace(MADE_UP, trials=trials)
+    plain, ours = result.summary()
+    assert (plain.lr, ours.lr) == (0.01, 0.1)  # as without a test part, though 1.0 is better on it
+    assert (plain.accuracy, ours.accuracy, ours.start) == (0.6, 0.65, pytest.approx(0.3))
+    assert (ours.to_plain, ours.largest_lr) == (10, 1.0)  # of validation
+    assert "on test images" in str(result) and "on the images that chose it" in str(MADE_UP)
+    assert "ahead of plain by 5.00 points" in result.verdict()
+
+
+def test_a_best_rate_at_the_end_of_the_grid_is_said():
+    plain, ours = MADE_UP.summary()
+    assert (plain.beyond, ours.beyond) == ("smaller", "")
+    assert "best rate of plain is at the end of those tried: try smaller ones" in MADE_UP.verdict()
+    one = Comparison("one rate", (trial("plain", 0.1, 0, 0.5), trial("bn", 0.1, 0, 0.6)))
+    assert "try" not in one.verdict()
+
+
+@pytest.mark.parametrize(("fresh", "text"), [(0.5, "The task is near: "), (0.65, "The task is far: ")])
+def test_the_verdict_says_which_kind_of_task_it_was(fresh, text):
+    first, *others = MADE_UP.trials
+    kind = finetune.TaskKind(kept=0.7, fresh=fresh)
+    assert text in replace(MADE_UP, trials=(replace(first, kind=kind), *others)).verdict()
+    assert "task is" not in MADE_UP.verdict()
+
+
 def compared(config, model, data, **options):
     options = {"arms": ("plain", "bn", "bn-naive", "bn-half"), "rates": (0.03, 0.3), **options}
     return finetune.compare(config(epochs=2), model=model, data=data, **options)

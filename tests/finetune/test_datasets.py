@@ -45,6 +45,19 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path):
     assert (len(data.train), len(data.val)) == (6, 3)
 
 
+@pytest.mark.parametrize("has_val", [True, False])
+def test_a_test_folder_is_kept_apart(tmp_path, has_val):
+    folder(tmp_path / "train", cat=4, dog=4)
+    folder(tmp_path / "test", cat=3, dog=2)
+    if has_val:
+        folder(tmp_path / "val", cat=1, dog=2)
+    data = load(tmp_path)
+    assert (len(data.train), len(data.val), len(data.test)) == ((8, 3, 5) if has_val else (6, 2, 5))
+    folder(tmp_path / "test", emu=1)
+    with pytest.raises(DataError, match="test/ must have the same classes, but not all have: emu"):
+        load(tmp_path)
+
+
 def test_a_train_folder_alone_is_split(tmp_path):
     folder(tmp_path / "train", cat=4, dog=4)
     data = load(tmp_path)
@@ -90,7 +103,7 @@ def test_what_cannot_be_learnt_from_is_refused(tmp_path, counts, text):
 def test_classes_of_train_and_val_must_agree(tmp_path):
     folder(tmp_path / "train", cat=2, dog=2)
     folder(tmp_path / "val", cat=2, wolf=2)
-    with pytest.raises(DataError, match="only one has: dog, wolf"):
+    with pytest.raises(DataError, match="not all have: dog, wolf"):
         load(tmp_path)
 
 

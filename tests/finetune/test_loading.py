@@ -16,7 +16,7 @@ from bnsurgery.finetune import from_tensors
 from bnsurgery.finetune.loading import Loader, Prepared, Reader, TrainBatches, evaluation
 from bnsurgery.finetune.parts import Split
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 
 TASK = Task(("a", "b", "c", "d"), None, Preprocessing(8, 8, 8, (0.0,), (1.0,), channels="grey"))
 
@@ -147,7 +147,7 @@ def test_a_process_that_holds_a_loader_ends(tmp_path):
         from tiny_task import patterns
         from bnsurgery.finetune import from_tensors
         from bnsurgery.finetune.loading import Loader, Prepared, TrainBatches
-        from bnsurgery.records.task import Task
+        from bnsurgery.records.record import Task
         split = from_tensors(patterns(50, 1), patterns(8, 2), "abcd").train
         loader = Loader(Prepared(split, Task(tuple("abcd"), None, None), "none", 0), TrainBatches(50, 12, 7, 0, 1), 1)
         batches = iter(loader)

@@ -342,7 +342,7 @@ def test_torchvisions_weights_know_their_classes(monkeypatch):
     """A thousand classes of one's own are not ImageNet's."""
     made = models.squeezenet1_1(weights=None)
     monkeypatch.setattr(network.pretrained, "load", lambda *_, **__: network.pretrained.Pretrained(
-        "squeezenet1_1", made, None, "SqueezeNet1_1_Weights.IMAGENET1K_V1", None
+        made, None, "SqueezeNet1_1_Weights.IMAGENET1K_V1", None
     ))  # fmt: skip
     source = network.find(replace(CONFIG, source="squeezenet1_1"))
     assert source.classes == tuple(models.SqueezeNet1_1_Weights.DEFAULT.meta["categories"])

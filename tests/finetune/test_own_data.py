@@ -13,13 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 import bnsurgery
 from bnsurgery import finetune, report
 from bnsurgery.errors import BNSurgeryError, DataError
-from bnsurgery.finetune.loading import EVALUATED, Prepared, Share, TrainBatches
+from bnsurgery.finetune.loading import EVALUATED, Prepared, Reader, Share, TrainBatches
 from bnsurgery.finetune.own_data import open_own
 from bnsurgery.finetune.parts import Stream
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.networks.own_data import OwnBatches
-from bnsurgery.records.record import record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, record
 from bnsurgery.running.batches import Inputs
 
 CODE = """
@@ -207,7 +206,7 @@ def _numbered(*sizes):
 )
 def test_ranks_share_every_batch(sizes, world, used):
     stream = Stream("f", "training", _numbered(*sizes))
-    shares = [Share(stream, 0, rank, world, train=True) for rank in range(world)]
+    shares = [Share(stream, 0, Reader(0, rank, world), train=True) for rank in range(world)]
     assert [(share.per_epoch, share.images, share.left_over) for share in shares] == [
         (len(used), sum(used), sum(sizes) - sum(used))
     ] * world
@@ -217,11 +216,11 @@ def test_ranks_share_every_batch(sizes, world, used):
         assert len({len(labels) for _, labels in parts}) == 1
         whole = torch.stack([labels for _, labels in parts], 1).flatten()
         assert torch.equal(whole, _numbered(*sizes)[number][1][: used[number]])
-    everything = [list(Share(stream, 0, rank, world, train=False)) for rank in range(world)]
+    everything = [list(Share(stream, 0, Reader(0, rank, world), train=False)) for rank in range(world)]
     assert sorted(torch.cat([labels for part in everything for _, labels in part]).tolist()) == list(range(sum(sizes)))
     shares[0].start = 1
     assert len(list(shares[0])) == max(0, len(used) - 1)
-    assert sum(len(y) for _, y in Share(stream, 0, 0, 1, train=False, most=2)) == min(sum(sizes), max(2, sizes[0]))
+    assert sum(len(y) for _, y in Share(stream, 0, Reader(), train=False, most=2)) == min(sum(sizes), max(2, sizes[0]))
 
 
 def test_passes_within_passes_do_not_disturb_each_other(own, model):

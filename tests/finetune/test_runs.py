@@ -16,9 +16,9 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune import loop, network, rate_range, recipe, runs
 from bnsurgery.finetune.loading import Prepared, TrainBatches, evaluation
 from bnsurgery.finetune.run_directory import RunDirectory
-from bnsurgery.finetune.setup import build, processes
+from bnsurgery.finetune.setup import _check_sizes, build, processes
 from bnsurgery.images.preprocessing import Preprocessing
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 
 pytestmark = pytest.mark.slow
 
@@ -223,6 +223,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(model, 
 def test_sizes_that_cannot_work_are_refused_before_anything_is_done(model, data, config):
     with pytest.raises(DataError, match="more than the 96 training images: pass `batch_size=96`"):
         finetune.run(config(batch_size=97), model=model, data=data, save=False)
+    with pytest.raises(DataError, match="a batch of 16 cannot be shared evenly by 3 processes: pass `batch_size=15`"):
+        _check_sizes(config(batch_size=16), data, 3)
     with pytest.raises(BNSurgeryError, match="a batch of 1 has no statistics"):
         finetune.run(config(batch_size=1, statistics="batch"), model=model, data=data, save=False)
     with pytest.raises(BNSurgeryError, match="image size.*`image_size`"):
@@ -474,7 +476,7 @@ def test_a_diverged_run_advises_what_was_not_tried(lr, clip, advice, config, mod
     def forward(self, labels, images):
         return self.network(images).sum() * torch.nan, labels.sum()
 
-    monkeypatch.setattr(loop.Objective, "forward", forward)
+    monkeypatch.setattr(recipe.Objective, "forward", forward)
     with pytest.raises(finetune.DivergedError) as error:
         finetune.run(config(lr=lr, clip=clip, statistics="batch"), model=model, data=data)
     assert str(error.value).endswith(f" Try {advice}, with another `output`.")

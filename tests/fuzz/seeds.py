@@ -21,8 +21,7 @@ from bnsurgery.finetune.datasets import Fingerprint
 from bnsurgery.finetune.results import Resolved, Row
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.records.architectures import Architecture
-from bnsurgery.records.record import attach_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task, attach_record, record
 from tests.torch_files import Evil, deflated, to_torch
 
 from .networks import CORPUS, inserted, small

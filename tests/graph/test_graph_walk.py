@@ -240,7 +240,7 @@ def test_lists_are_one_argument():
 
     model = module(forward, conv=nn.Conv2d(3, 4, 3), head=nn.Conv2d(4, 2, 1))
     round_trip(model, [([X[0], X[1, :, :8]], None)])
-    with pytest.raises(CalibrationError, match="A tuple is several arguments, a list one: pass a list as one"):
+    with pytest.raises(CalibrationError, match="A tuple is several arguments, a list one: "):
         insert(model, [((X[0], X[1]), None)])
 
 
@@ -253,6 +253,32 @@ def test_nested_inputs_and_unpacking():
 
     model = module(forward, conv=nn.Conv2d(3, 4, 3), head=nn.Conv2d(4, 2, 1))
     assert sites(model, (({"pair": (X, torch.ones(4, 1, 1, 1))}, torch.ones(4, 1, 1, 1)), 0)) == ["conv"]
+
+
+class Pyramid(nn.Module):
+    """Opaque, and returns a dict within a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return {"fine": y, "rest": {"coarse": y * 2 if y.mean() > 100 else y}}
+
+
+def test_code_may_search_the_dicts_of_its_inputs_and_of_opaque_modules():
+    def forward(self, batch):
+        levels = self.pyramid(batch["x"])
+        y = sum(level for name, level in levels.items() if name != "rest") + sum(levels["rest"].values())
+        if batch.get("mask") is not None and batch["flag"]:
+            y = y * batch["mask"]
+        return self.head(self.conv(y).relu())
+
+    parts = {"pyramid": Pyramid(), "conv": nn.Conv2d(4, 4, 1), "head": nn.Conv2d(4, 2, 1)}
+    model = module(forward, **parts)
+    for extra in ({"flag": False}, {"flag": True, "mask": torch.rand(4, 1, 10, 10)}):
+        assert sites(model, {"batch": {"x": X, **extra}}) == ["conv"]
 
 
 def test_control_flow_on_shapes_goes_the_examples_way():
@@ -410,9 +436,7 @@ def test_a_network_whose_own_code_cannot_be_followed_is_followed_in_parts():
     why = reasons(model, X)
     assert "if x.sum() > 0" in why["Net"]
     assert why["head"] == "inside Net, whose forward cannot be followed"
-    assert (
-        why["features.2"] == "output of 'features', whose further way cannot be followed (the head option takes it too)"
-    )
+    assert why["features.2"] == "output of 'features', whose further way cannot be followed (`head=True` takes it, too)"
     assert sites(model, X, head=True) == ["features.0", "features.2"]
     assert hasattr(bn_model.features[0], "norm")  # and nothing is renumbered, or taken over, that other inputs may use
     assert type(bn_model.features[1]) is nn.ReLU
@@ -512,7 +536,7 @@ def test_lrn_stays_unless_dropped():
         nn.Conv2d(4, 2, 1),
     ).eval()  # fmt: skip
     kept = round_trip(model, [X])
-    assert "LocalResponseNorm stays: 2. drop_lrn takes it out" in str(plan(model, X))
+    assert "LocalResponseNorm stays: 2. `drop_lrn=True` removes it" in str(plan(model, X))
     assert sum(isinstance(m, nn.LocalResponseNorm) for m in kept.modules()) == 1
     with pytest.warns(BNSurgeryWarning, match=r"1 LocalResponseNorm layer dropped, which changes the function.* %"):
         bn_model = insert(model, [X], drop_lrn=True)
@@ -555,7 +579,7 @@ def test_what_is_no_ordinary_network_is_refused_by_name():
         (torch.jit.trace(model, X), "compiled TorchScript: pass the Python module"),
         (torch.jit.script(model), "compiled TorchScript: pass the Python module"),
         (exported, "ExportedProgram is not the network itself: it is an exported program"),
-        (exported.module(), "an exported program's graph"),
+        (exported.module(), "it is an exported program: pass the Python module"),
         (torch.compile(model), r"compiled by torch.compile: pass model\._orig_mod"),
         (nn.DataParallel(model), "pass model.module"),
         (quantized, "quantized: '1' is a Conv2d with integer weights"),

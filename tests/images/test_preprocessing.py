@@ -21,8 +21,7 @@ from bnsurgery.finetune.datasets import from_tensors
 from bnsurgery.images.preprocessing import Preprocessing, Wanted
 from bnsurgery.networks import interface, pretrained
 from bnsurgery.records.architectures import architecture
-from bnsurgery.records.record import SurgeryRecord, attach_record, record
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import SurgeryRecord, Task, attach_record, record
 
 MEAN = (123.68, 116.779, 103.939)
 CAFFE = Preprocessing(8, 8, 8, MEAN, (1.0, 1.0, 1.0), scale=255.0, channels="bgr")

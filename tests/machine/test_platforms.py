@@ -14,7 +14,7 @@ from bnsurgery import finetune
 from bnsurgery.finetune.loading import Prepared, _leave_signals_to_the_parent
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.machine import system
-from bnsurgery.records.task import Task
+from bnsurgery.records.record import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 POSIX_ONLY = "fcntl grp posix pty pwd resource syslog termios tty"

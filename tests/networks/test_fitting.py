@@ -161,7 +161,9 @@ def test_where_two_places_fit_nobody_guesses(tmp_path):
 def test_the_usual_place_is_taken_and_the_other_named(tmp_path):
     torch.save({"ema": OTHER, "model": STATE}, tmp_path / "a.pth")
     net = Net()
-    with pytest.warns(BNSurgeryWarning, match=r"its 'model\..*; ema would fit as well: `weights_key` or") as said:
+    with pytest.warns(
+        BNSurgeryWarning, match=r"its 'model\..*; other places that fit \(`weights_key` or .*\): ema"
+    ) as said:
         fill_(net, "Net", read_weights(tmp_path / "a.pth"), BEST_FIT)
     assert len(said) == 1
     assert_is_state(net.state_dict(), STATE)

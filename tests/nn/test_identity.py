@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnsurgery.nn.identity import identity_parameters, kernel_scale, kernel_scale_shift, solve_identity
+from bnsurgery.nn.identity import identity_parameters, kernel_scale_shift
 
 EDGE_VARIANCES = [0.0, 1e-45, 1e-38, 1e-9, 1e-5, 1.0, 1e8]
 
@@ -12,14 +12,15 @@ def variances():
     return np.concatenate([10 ** np.random.default_rng(0).uniform(-12, 8, 100_000), EDGE_VARIANCES])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 1e-12])
 def test_the_scale_is_exactly_one_and_the_variance_hardly_moves(variances, dtype, eps):
-    running_var, weight = solve_identity(variances, eps, np.dtype(dtype))
-    assert (kernel_scale(running_var, weight, eps) == 1).all()
-    assert running_var.dtype == weight.dtype == dtype
+    tensors = identity_parameters(np.zeros_like(variances), variances, eps, dtype)
+    assert (kernel_scale_shift(**tensors, eps=eps)[0] == 1).all()
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    running_var, weight = tensors["running_var"].numpy(), tensors["weight"].numpy()
     # At most 64 steps of one ulp of var + eps, each below 2^-23 (2^-52) of it.
-    steps = 64 * np.finfo(dtype).eps
+    steps = 64 * torch.finfo(dtype).eps
     assert (np.abs(running_var - variances) <= steps * (variances + eps)).all()
     assert (np.abs(weight - np.sqrt(variances + eps)) <= steps * np.sqrt(variances + eps)).all()
 
@@ -27,7 +28,8 @@ def test_the_scale_is_exactly_one_and_the_variance_hardly_moves(variances, dtype
 def test_the_plain_square_root_would_not_do(variances):
     """What the search is for: without it a tenth or more of the channels is off by an ulp."""
     var = variances.astype(np.float32)
-    plain = kernel_scale(var, np.sqrt(var + np.float32(1e-5)), 1e-5)
+    arrays = np.zeros_like(var), var, np.sqrt(var + np.float32(1e-5))
+    plain, _ = kernel_scale_shift(*map(torch.from_numpy, arrays), None, 1e-5)
     assert (plain != 1).mean() > 0.05
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import bnsurgery
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.nn import BatchNorm1d, BatchNorm2d
-from bnsurgery.ops.renorm import limits
+from bnsurgery.ops.batch_statistics import r_and_d_, schedule
 
 
 @pytest.fixture
@@ -151,14 +151,17 @@ def test_a_checkpoint_loaded_afterwards_cannot_stop_the_schedule():
 
 
 def test_limits_open_at_first_and_close_at_last():
-    r_max, d_max = limits(torch.tensor(0.0), 10)
-    assert (r_max, d_max) == (float("inf"), float("inf"))
-    r_max, d_max = limits(torch.tensor(5.0), 10)
-    torch.testing.assert_close((float(r_max), float(d_max)), (3.0, 5.0))
-    for step in (10, 11, 1000):
-        assert limits(torch.tensor(float(step)), 10) == (1, 0)
-    values = [limits(torch.tensor(float(step)), 10) for step in range(11)]
-    assert all(earlier > later for earlier, later in itertools.pairwise(values))
+    """As r and d show them for a batch of a mean and a deviation far from the running ones, 0 and 1."""
+    mean, var = torch.full((1,), 1e30), torch.full((1,), 1e32)
+
+    def limits(step):
+        state = schedule(torch.zeros(1), step, 10)
+        return tuple(r_and_d_(state, mean, var, torch.zeros(1), torch.ones(1), 0.0, True).flatten().tolist())
+
+    assert limits(0) == pytest.approx((1e16, 1e30))  # none
+    assert limits(5) == pytest.approx((3.0, 5.0))
+    assert [limits(step) for step in (10, 11, 1000)] == [(1, 0)] * 3
+    assert all(earlier > later for earlier, later in itertools.pairwise(map(limits, range(11))))
 
 
 @pytest.mark.parametrize("mode", ["batch", "renorm"])

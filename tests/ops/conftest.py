@@ -25,14 +25,9 @@ if INTERPRETED:
     functional._ATEN_UP_TO = -1
     library.takes_kernels = lambda x: x.dtype != torch.float64 and x.numel() > 0
     interpreted = torch.library.Library("bnsurgery", "IMPL").m  # torch 2.6's own `impl` takes no second kernel
-    kernels = {
-        "channel_moments": library.cuda_kernel("channel_moments"),
-        "batch_norm_fwd": library.cuda_kernel("forward"),
-        "batch_norm_bwd": library.cuda_kernel("backward"),
-    }
     with warnings.catch_warnings(action="ignore"):  # that a kernel takes another's place
-        for name, kernel in kernels.items():
-            interpreted.impl(name, "CPU", kernel)
+        for name in ("channel_moments", "batch_norm_fwd", "batch_norm_bwd"):
+            interpreted.impl(name, "CPU", library.cuda_kernel(name))
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)][: 1 + torch.cuda.is_available()]
 

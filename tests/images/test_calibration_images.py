@@ -12,7 +12,7 @@ from torchvision.transforms import functional as F
 
 from bnsurgery.errors import DataError
 from bnsurgery.images import decoding
-from bnsurgery.images.batches import ImageBatches, calibration_batches, sample_crops
+from bnsurgery.images.calibration_images import ImageBatches, calibration_batches, sample_crops
 from bnsurgery.images.decoding import find_images, load_image
 from bnsurgery.images.preprocessing import Preprocessing
 
@@ -92,7 +92,7 @@ def test_all_bad(tmp_path):
         (tmp_path / name).touch()
     batches = image_batches(find_images(tmp_path).images, plain, 2, skip_bad=True)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"got no usable image of 2. The first: .*a\.png"):
+        with pytest.raises(DataError, match=r"no usable image of 2. The first: .*a\.png"):
             list(batches)
 
 
@@ -215,7 +215,7 @@ def test_samples_take_size_and_values_from_the_preprocessing():
 @pytest.mark.slow
 def test_samples_do_not_import_scikit_learn():
     script = (
-        "import sys; from bnsurgery.images.batches import sample_crops\n"
+        "import sys; from bnsurgery.images.calibration_images import sample_crops\n"
         "from bnsurgery.images.preprocessing import Preprocessing\n"
         "list(sample_crops(2, 2, preprocess=Preprocessing(32, 32, 32), seed=0))\n"
         "sys.exit('sklearn' in sys.modules)"
@@ -234,7 +234,7 @@ def test_without_scikit_learn(tmp_path):
     (site / "bnsurgery").exists() or (site / "bnsurgery").symlink_to(Path(decoding.__file__).parents[1])
     script = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "from bnsurgery.images.batches import calibration_batches\n"
+        "from bnsurgery.images.calibration_images import calibration_batches\n"
         "from bnsurgery.errors import DataError\n"
         "try: calibration_batches('samples', num_images=1, batch_size=1, preprocess=None, seed=0)\n"
         "except DataError as error: print(error)"
@@ -245,7 +245,7 @@ def test_without_scikit_learn(tmp_path):
 
 @pytest.mark.slow
 def test_statistics_of_the_samples_are_like_those_of_photographs(real):
-    """Per channel of every conv in SqueezeNet: the figures in batches.py, with some air."""
+    """Per channel of every conv in SqueezeNet: the figures in calibration_images.py, with some air."""
     net = real.squeezenet1_0_imagenet()
 
     def moments(batches):

@@ -3,9 +3,10 @@
 import importlib.util
 import math
 import random
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,30 +26,28 @@ _SAMPLES = ("china.jpg", "flower.jpg")
 _CROP_AREA = (0.01, 0.3)
 _CROP_ASPECT = (3 / 4, 4 / 3)
 
-Item = TypeVar("Item", bound=Hashable)
 
-
-class ImageBatches(Generic[Item]):
+class ImageBatches:
     """Images as batches of shape (B, C, H, W), each read when it is asked for; each pass starts anew."""
 
-    # Reading ahead in a thread was measured and left out: on two cores, which torch uses meanwhile, SqueezeNet, AlexNet
-    # and VGG11 took as long with it (2.7, 1.4 and 12.3 s for 96 images) as without (2.7, 1.4 and 12.5 s).
+    # No thread reads ahead: on two cores, which torch uses, too, SqueezeNet, AlexNet and VGG11 took as long with one
+    # (2.7, 1.4 and 12.3 s for 96 images) as without (2.7, 1.4 and 12.5 s).
 
     def __init__(
         self,
-        items: Sequence[Item],
-        read: Callable[[Item], Tensor],
+        items: Sequence[Any],
+        read: Callable[[Any], Tensor],
         batch_size: int,
         *,
         description: str,
         skip_bad: bool = False,
         passed_over: Sequence[Path] = (),
     ) -> None:
-        """Keep what is to be read; nothing is read yet.
+        """Read nothing yet.
 
         Args:
-            items: one for each image, such as its path.
-            read: makes of an item a tensor, all of one shape (C, H, W), or raises DataError.
+            items: one for each image, such as its path; hashable.
+            read: turns an item into a tensor of shape (C, H, W), the same for all, or raises DataError.
             batch_size: images at a time.
             description: where the images come from, in words.
             skip_bad: leave images out that `read` refuses, instead of raising at the first.
@@ -58,10 +57,10 @@ class ImageBatches(Generic[Item]):
             raise DataError(f"images: got a batch size of {batch_size}, expected 1 or more.")
         self.description, self.passed_over = description, tuple(passed_over)
         self._items, self._read, self._batch_size, self._skip_bad = items, read, batch_size, skip_bad
-        self._bad: dict[Item, str] = {}
+        self._bad: dict[Any, str] = {}
 
     @property
-    def skipped(self) -> list[tuple[Item, str]]:
+    def skipped(self) -> list[tuple[Any, str]]:
         """The items left out so far, with the reason; none is read a second time."""
         return list(self._bad.items())
 
@@ -86,40 +85,28 @@ class ImageBatches(Generic[Item]):
         Raises:
             DataError: an image is bad and `skip_bad` is off, all are bad, or memory runs out on a batch.
         """
+        images = self._images()
         try:
-            yield from self._stacked()
+            # No variable holds the images while their batch is used: they are not in memory twice.
+            yield from map(torch.stack, iter(lambda: list(islice(images, self._batch_size)), []))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise DataError(use_less("images", self._batch_size)) from error
 
-    def _stacked(self) -> Iterator[Tensor]:
-        batch: list[Tensor] = []
+    def _images(self) -> Iterator[Tensor]:
         for item in self._items:
             if item in self._bad:
                 continue
             try:
-                batch.append(self._read(item))
+                yield self._read(item)
             except DataError as error:
                 if not self._skip_bad:
                     raise
                 self._bad[item] = str(error)
-            if len(batch) == self._batch_size:
-                yield _stack(batch)
-        if batch:
-            yield _stack(batch)
         if not self.used:
             first = next(iter(self._bad.values()), "there is none")
-            raise DataError(
-                f"images: {self.description}: got no usable image of {len(self._items)}. The first: {first}"
-            )
-
-
-def _stack(images: list[Tensor]) -> Tensor:
-    """One batch of the images, which leave the list, so that they are not in memory twice while it is used."""
-    batch = torch.stack(images)
-    images.clear()
-    return batch
+            raise DataError(f"images: {self.description}: no usable image of {len(self._items)}. The first: {first}")
 
 
 def calibration_batches(
@@ -130,15 +117,15 @@ def calibration_batches(
     preprocess: Preprocessing,
     seed: int,
     skip_bad: bool = False,
-) -> ImageBatches[Path] | ImageBatches["_Crop"]:
+) -> ImageBatches:
     """The images to calibrate with.
 
     Args:
         source: "samples" for random crops of scikit-learn's two photographs, or a directory, searched through.
-        num_images: how many; of a larger directory a random choice, in the order of their names.
-        batch_size: how many at a time.
-        preprocess: the network's own.
-        seed: of the random choice or crops; the caller's random numbers are left alone.
+        num_images: their number; of a larger directory a random choice, in the order of their names.
+        batch_size: images at a time.
+        preprocess: from an image to the input; a crop is scaled and normalized, but not cropped again.
+        seed: of the random choice or crops; equal seeds give equal bytes. The caller's random numbers are left alone.
         skip_bad: leave damaged images out instead of raising at the first.
 
     Raises:
@@ -151,33 +138,29 @@ def calibration_batches(
     paths, others = find_images(source)
     if len(paths) > num_images:
         paths = sorted(random.Random(seed).sample(paths, num_images))
+    return ImageBatches(
+        paths,
+        lambda path: preprocess(load_image(path)),
+        batch_size,
+        description=f"folder {source}",
+        skip_bad=skip_bad,
+        passed_over=others,
+    )
 
-    def read(path: Path) -> Tensor:
-        return preprocess(load_image(path))
 
-    return ImageBatches(paths, read, batch_size, description=f"folder {source}", skip_bad=skip_bad, passed_over=others)
-
-
-_Crop = tuple[int, tuple[int, int, int, int]]  # which photograph; top, left, height and width in pixels
-
-
-def sample_crops(num: int, batch_size: int, *, preprocess: Preprocessing, seed: int) -> ImageBatches[_Crop]:
-    """`num` random crops, alternately of scikit-learn's two photographs, scaled and normalized for the network.
-
-    Args:
-        num: how many.
-        batch_size: how many at a time.
-        preprocess: gives the size, interpolation and normalization; a crop is not cropped again.
-        seed: equal seeds give equal bytes; the caller's random numbers are left alone.
-
-    Raises:
-        DataError: scikit-learn is not installed.
-    """
-    photographs = [load_image(path) for path in _sample_paths()]
+def sample_crops(num: int, batch_size: int, *, preprocess: Preprocessing, seed: int) -> ImageBatches:
+    """`num` random crops, alternately of scikit-learn's two photographs; see `calibration_batches`."""
+    spec = importlib.util.find_spec("sklearn")  # it is not imported, which takes a second
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "images: 'samples': got no scikit-learn, expected it for its two photographs. Run pip install "
+            "'bnsurgery[samples]', or pass `data=DIR`."
+        )
+    photographs = [load_image(Path(spec.origin).parent / "datasets" / "images" / name) for name in _SAMPLES]
     generator = torch.Generator().manual_seed(seed)
-    crops: list[_Crop] = [(index % 2, _random_box(photographs[index % 2].size, generator)) for index in range(num)]
+    crops = [(index % 2, _random_box(photographs[index % 2].size, generator)) for index in range(num)]
 
-    def read(crop: _Crop) -> Tensor:
+    def read(crop: tuple[int, tuple[int, int, int, int]]) -> Tensor:
         which, (top, left, height, width) = crop
         image = photographs[which].crop((left, top, left + width, top + height))
         image = preprocess.resized(image, preprocess.height, preprocess.width)
@@ -196,18 +179,6 @@ def _random_box(size: tuple[int, int], generator: torch.Generator) -> tuple[int,
     low, high = torch.tensor(_CROP_ASPECT).log().tolist()
     aspect = torch.empty(1).uniform_(low, high, generator=generator).exp().item()
     crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    top, left = (
-        int(torch.randint(room + 1, (1,), generator=generator)) for room in (height - crop_height, width - crop_width)
-    )
+    rooms = (height - crop_height, width - crop_width)
+    top, left = (int(torch.randint(room + 1, (1,), generator=generator)) for room in rooms)
     return top, left, crop_height, crop_width
-
-
-def _sample_paths() -> list[Path]:
-    """Where scikit-learn keeps its photographs; it is not imported, which takes a second."""
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        raise DataError(
-            "images: 'samples': got no scikit-learn, expected it for its two photographs. Run pip install "
-            "'bnsurgery[samples]', or pass `data=DIR`."
-        )
-    return [Path(spec.origin).parent / "datasets" / "images" / name for name in _SAMPLES]

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from bnsurgery import BNSurgeryWarning, ChannelMoments, insert, plan
 from bnsurgery.report import cost, view_sites
 from bnsurgery.running.batches import Inputs
 
@@ -48,6 +50,17 @@ def test_channels_that_say_little(inserted, batches):
     assert first.silent == int((first.largest <= 0).sum())
     assert twice.silent is None  # a tanh and a ReLU follow: it is not one activation's
     assert all(view.silent is None and view.before is None for view in view_sites(inserted))
+
+
+def test_the_warning_of_insert_counts_the_same_dead_channels():
+    """The first variance is above eps, but float32's nearest, which the norm has, is below."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval(), torch.randn(2, 3, 4, 4)
+    variance = torch.tensor([1e-5 * (1 + 1e-9), 2e-5, 1.0, 0.0], dtype=torch.float64)
+    assert variance[0] > 1e-5 > variance.float()[0].double()
+    moments = {"0": ChannelMoments(8, torch.zeros(4, dtype=torch.float64), 8 * variance)}
+    with pytest.warns(BNSurgeryWarning, match="'0' 2 of 4"):
+        bn_model = insert(model, [x], plan=plan(model, x), moments=moments)
+    assert view_sites(bn_model)[0].dead == 2
 
 
 def test_nothing_is_changed(inserted, batches):
