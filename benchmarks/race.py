@@ -7,16 +7,14 @@ full one: the rate's schedule is the same.
 """
 
 import argparse
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from bnsurgery.finetune import Comparison, Trial
 from bnsurgery.finetune.grid import Grid, Key, validations_until
-from bnsurgery.text.typed_json import loads, parse
 from bnsurgery.text.words import percent
 
 RESULTS = Path(__file__).parent / "results"
-_DEFAULTS = {field.name: field.default for field in fields(Trial) if field.default is not MISSING}  # of older files
 
 
 def raced(full: Comparison) -> Comparison:
@@ -40,13 +38,11 @@ def steps(comparison: Comparison) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("*.json")))
+    parser.add_argument(
+        "files", nargs="*", type=Path, default=sorted(set(RESULTS.glob("*.json")) - {RESULTS / "insertion.json"})
+    )
     for path in parser.parse_args().files:
-        content = loads(path.read_text())
-        if "trials" not in content:
-            continue
-        trials = tuple(parse(Trial, {**_DEFAULTS, **trial}, path.name) for trial in content["trials"])
-        full = Comparison(content["task"], trials)
+        full = Comparison.read(path)
         race = raced(full)
         print(f"{path.stem}: {percent(steps(race) / steps(full), '.0f')} of the steps")
         for before, after in zip(full.summary(), race.summary(), strict=True):

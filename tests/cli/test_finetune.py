@@ -188,8 +188,11 @@ def test_compare_recommends_the_winner_and_finetune_makes_it(winner, cli, folder
     wanted = {"plain": "plain", "bn-naive": "bn-naive"}.get(winner)
     for wrong, text in (
         (["finetune", *comparison], "its model is made by running 'net.py:tiny': pass --model net.py:tiny again"),
-        ([*next_step, "--batch-size", "9"], "the comparison was made with batch_size 8, not 9. Leave that out"),
-        ([*next_step, "--lr", "0.2"], "the comparison was made with lr 0.1, not 0.2. Leave that out"),
+        (
+            [*next_step, "--batch-size", "9"],
+            "the comparison was made with batch_size 8, not 9. Leave these options out",
+        ),
+        ([*next_step, "--lr", "0.2"], "the comparison was made with lr 0.1, not 0.2. Leave these options out"),
         ([*next_step, "--resume", "runs/x"], "leave one of them out"),
         (["finetune", "--from", "images", *next_step[3:]], "no comparison has finished there"),
     ):
