@@ -183,7 +183,7 @@ def rows_of(job: Job) -> dict:
 def test_trials_that_have_no_time_left_are_counted_and_leave_no_process(tmp_path):
     job, before = a_job(tmp_path, 9), set(multiprocessing.active_children())
     wanted = [(arm, 0.1, 0) for arm in photographs.ARMS]
-    photographs.compare(job, "endless", gpu_steps.endless, Config(), wanted, 1)
+    photographs.compare(job, "endless", gpu_steps.endless, Config(output="none"), wanted, 1)
     assert rows_of(job)["rows"] == [
         {"table": "left out", "what": "3 of 3 trials", "reason": "no time left"},
         {"table": "left out", "what": "the summary", "reason": "no rate has finished in all arms"},
@@ -194,7 +194,7 @@ def test_trials_that_have_no_time_left_are_counted_and_leave_no_process(tmp_path
 @pytest.mark.parametrize("task", [gpu_steps.without_data, gpu_steps.dying_process])
 def test_a_trial_that_fails_or_kills_its_process_is_a_failure(task, tmp_path):
     job = a_job(tmp_path)
-    photographs.compare(job, "bad", task, Config(), [("bn", 0.1, 0), ("plain", 0.1, 0)], 1)
+    photographs.compare(job, "bad", task, Config(output="none"), [("bn", 0.1, 0), ("plain", 0.1, 0)], 1)
     told = [failure["what"] for failure in rows_of(job)["failures"]]
     assert sorted(told) == (
         ["the trials"] if task is gpu_steps.dying_process else ["bn at 0.1, seed 0", "plain at 0.1, seed 0"]
