@@ -157,7 +157,7 @@ def test_compare_says_what_it_found_and_goes_on(cli, folder):
     args = ["compare", *FAST[:-4], "--device", "cpu", "--arms", "plain,bn", "--rates", "0.03,0.3", "--jobs", "1"]
     code, out, err = cli(*args)
     assert code == 0, err
-    assert "bn is " in out and "by rate" in out
+    assert "bn is " in out and "validation" in out
     code, out, _ = cli(*args, "--json")
     result = json.loads(out)
     assert [arm["arm"] for arm in result["arms"]] == ["plain", "bn"]
