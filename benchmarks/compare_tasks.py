@@ -20,7 +20,7 @@ from bnsurgery.pages.style import write
 from .tasks import SEEDS, TASKS, Task
 
 RESULTS = Path(__file__).parent / "results"
-_GRID = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_GRID = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def compared(name: str, task: Task, arms: list[str], folder: Path, jobs: int) -> Comparison:
