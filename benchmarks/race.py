@@ -19,7 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def raced(full: Comparison) -> Comparison:
     """What a race would have left of a full grid."""
-    seeds, trials = sorted({trial.seed for trial in full.trials}), []
+    seeds = sorted({trial.seed for trial in full.trials})
+    trials: list[Trial] = []
     for arm in full.arms:
         rates = tuple(sorted({trial.lr for trial in full.of(arm)}))
         grid, results = Grid((arm,), rates, len(seeds), race=True), dict[Key, Trial]()
