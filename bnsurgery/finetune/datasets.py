@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bnsurgery.errors import DataError
-from bnsurgery.images.decoding import find_images, load_image
+from bnsurgery.images.decoding import load_image
+from bnsurgery.images.folders import find_images
 from bnsurgery.running.batches import Inputs
 
 from .config import Config
