@@ -57,16 +57,16 @@ Scenes = tuple[Tensor, Tensor]  # images (N, 3, 64, 64) in 0 to 1, density maps 
 
 @dataclass(frozen=True)
 class Arm:
-    """Mean absolute errors of the count, by seed; None where training diverged.
+    """Mean absolute errors of the count, by seed; None where training diverged, or left a network that returns NaN.
 
     Attributes:
         val: by rate, on the validation scenes.
-        rate: the best of these.
+        rate: the best of these; None if a seed diverged at each.
         test: of this rate, on the test scenes.
     """
 
     val: dict[float, list[float | None]]
-    rate: float
+    rate: float | None
     test: list[float]
 
 
@@ -189,10 +189,13 @@ def compare(
             networks[rate] = [
                 train(csrnet(trunk, channels, seed), arm, data["train"], rate, seed, epochs) for seed in seeds
             ]
-            val[rate] = [None if network is None else error(network, data["val"]) for network in networks[rate]]
+            found = [math.nan if network is None else error(network, data["val"]) for network in networks[rate]]
+            val[rate] = [each if math.isfinite(each) else None for each in found]
             print(arm, rate, *val[rate], flush=True)
-        best = min(val, key=lambda rate: mean(math.inf if found is None else found for found in val[rate]))
-        folded = [network if arm == "plain" else bnsurgery.fold(network) for network in networks[best] if network]
+        ended = {rate: mean(errors) for rate, errors in val.items() if None not in errors}
+        best = min(ended, key=ended.__getitem__, default=None)
+        chosen = networks.get(best, [])
+        folded = [network if arm == "plain" else bnsurgery.fold(network) for network in chosen]
         result[arm] = Arm(val, best, [error(network, data["test"]) for network in folded])
     return result
 
@@ -207,7 +210,7 @@ def report(result: dict[str, Arm], constant: float) -> str:
         return f"{mean(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
     rows = [
-        (name, f"{rate:g}", shown(errors), shown(arm.test) if rate == arm.rate else "")
+        (name, f"{rate:g}", shown(errors), shown(arm.test) if rate == arm.rate else "" if arm.rate else "diverged")
         for name, arm in result.items()
         for rate, errors in arm.val.items()
     ]

@@ -32,7 +32,7 @@ def command(
     FILE comes from `bnsurgery finetune` or `bnsurgery insert`. Folders are searched for images. If an image cannot be
     read, the command predicts the others and exits with 1.
     """
-    from bnsurgery.images.decoding import find_images, told_of
+    from bnsurgery.images.folders import find_images, told_of
     from bnsurgery.machine import devices
     from bnsurgery.networks.prediction import Prediction, predict, predictions_csv, predictions_table
 

@@ -69,7 +69,7 @@ def main():
         {"params": [weight, bias], "lr": args.lr / 10, "weight_decay": 0},
     ]
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    schedule = OneCycleLR(optimizer, [group["lr"] for group in groups], args.epochs * len(train), pct_start=0.1)
+    schedule = OneCycleLR(optimizer, [g["lr"] for g in groups], args.epochs * len(train), 0.1, cycle_momentum=False)
     for epoch in range(1, args.epochs + 1):
         model.train()
         for images, labels in train:

@@ -108,6 +108,29 @@ def test_only_the_rate_that_is_best_on_validation_is_tested(monkeypatch):
     assert found == {"plain": expected} and tested == [(0.2, 0), (0.2, 1)]
 
 
+def test_an_arm_that_diverges_at_every_rate_is_reported(monkeypatch):
+    """NaN on the scenes counts as that, too, and never as the smallest error."""
+    errors = {"nowhere": {0.1: torch.nan, 0.2: torch.inf}, "once": {0.1: torch.nan, 0.2: 5.0}}
+    monkeypatch.setattr(dense, "error", lambda network, part: errors[network.arm][network.rate])
+
+    def train(model, arm, data, rate, seed, epochs):
+        network = nn.Identity()
+        network.arm, network.rate = arm, rate
+        return network
+
+    monkeypatch.setattr(dense, "train", train)
+    monkeypatch.setattr(dense.bnsurgery, "fold", lambda network: network)
+    data = {part: part for part in ("train", "val", "test")}
+    found = dense.compare(trunk(), 8, data, errors, (0,))
+    assert found["nowhere"] == dense.Arm({0.1: [None], 0.2: [None]}, None, [])
+    assert found["once"] == dense.Arm({0.1: [None], 0.2: [5.0]}, 0.2, [5.0])
+    rows = [line.split() for line in dense.report(found, 3.0).splitlines()]
+    assert [row[0:2] + row[-1:] for row in rows if row[:1] == ["nowhere"]] == [
+        ["nowhere", rate, "diverged"] for rate in ("0.1", "0.2")
+    ]
+    assert any(row[:2] == ["once", "0.2"] and "5.00" in row for row in rows)
+
+
 @pytest.mark.skipif(not dense.REAL.is_file(), reason="needs ../shared/real")
 def test_the_real_comparison_on_a_few_scenes():
     photographs = dense.photographs()
@@ -125,4 +148,7 @@ def test_the_real_comparison_on_a_few_scenes():
         (0,),
         1,
     )
-    assert all(0 < error < 60 for arm in found.values() for error in arm.test)
+    tested = [error for arm in found.values() for error in arm.test]
+    assert {arm: found[arm].rate for arm in found} == {arm: rates[0] for arm, rates in dense.RATES.items()}
+    assert len(set(tested)) == len(found) == 4  # one of each arm, and no two arms are the same
+    assert all(0 < error < 60 for error in tested)

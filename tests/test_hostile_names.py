@@ -21,7 +21,8 @@ from bnsurgery.files.checkpoint import read_record
 from bnsurgery.files.weights import read_tensors
 from bnsurgery.finetune import Config
 from bnsurgery.finetune.datasets import open_data
-from bnsurgery.images.decoding import find_images, load_image
+from bnsurgery.images.decoding import load_image
+from bnsurgery.images.folders import find_images
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.records.record import Task, attach_record, record
 from tests.fuzz.networks import inserted

@@ -50,10 +50,12 @@ def squeezenet(job: Job) -> None:
 
 def vgg16(job: Job) -> None:
     """VGG-16 at its full size, trained on three classes, to the three others."""
-    config, file = replace(_config(job), head="new"), Path(tempfile.gettempdir(), "vgg16.pt")
-    torch.save(pretrain(job).state_dict(), file)
+    config = replace(_config(job), head="new")
     name = f"VGG-16 trained on {', '.join(OLD)}, to {', '.join(NEW)}"
-    compare(job, name, functools.partial(_vgg16, file, job.quick), config, keys(job, VGG_RATES), 9)
+    with tempfile.TemporaryDirectory() as folder:  # half a gigabyte
+        file = Path(folder, "vgg16.pt")
+        torch.save(pretrain(job).state_dict(), file)
+        compare(job, name, functools.partial(_vgg16, file, job.quick), config, keys(job, VGG_RATES), 9)
 
 
 def _config(job: Job) -> Config:
@@ -109,7 +111,7 @@ def pretrain(job: Job) -> nn.Module:
     images, labels = (tensor.to(job.device) for tensor in photographs(side, OLD, most))
     model = network(True, job.quick).to(job.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, epochs * (count // size))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, epochs * (count // size), cycle_momentum=False)
     done = 0
     while done < epochs and job.left() > job.seconds / 2:
         for batch in torch.randperm(count)[: count - count % size].to(job.device).split(size):
@@ -162,7 +164,7 @@ def compare(job: Job, name: str, task: Task, config: Config, wanted: Sequence[Ru
     processors = os.cpu_count() or 1
     workers = min(most, len(wanted), max(1, processors - 2))
     each = max(1, processors // workers)
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(each,))
     measuring = next(key for key in wanted if key[0] == "bn")  # the trial that also measures the kind of the task
     running = {pool.submit(_trial, task, key, trial_config(config, *key), key == measuring): key for key in wanted}
@@ -180,7 +182,7 @@ def compare(job: Job, name: str, task: Task, config: Config, wanted: Sequence[Ru
             left = len(running) - sum(future.done() for future in running)
             job.row("left out", what=f"{left} of {len(running)} trials", reason="no time left")
         finally:
-            for child in multiprocessing.active_children():
+            for child in set(multiprocessing.active_children()) - others:
                 child.kill()
             pool.shutdown(cancel_futures=True)
     summarize(job, name, complete(found))

@@ -12,8 +12,8 @@ from .head_fit import fit_head_ as fit_head_
 from .loop import DivergedError as DivergedError
 from .results import Resolved as Resolved
 from .results import Row as Row
-from .results import TaskKind as TaskKind
 from .runs import Result as Result
 from .runs import resume as resume
 from .runs import run as run
 from .stopping import Interrupted as Interrupted
+from .task_kind import TaskKind as TaskKind

@@ -14,7 +14,8 @@ from bnsurgery.text.tables import WIDTH, table
 from bnsurgery.text.typed_json import loads, parse
 from bnsurgery.text.words import counted, percent, thousands
 
-from .results import Row, TaskKind
+from .results import Row
+from .task_kind import TaskKind
 
 ARMS = ("plain", "bn", "bn-naive", "bn-half")  # values of `Config.arm`; "-half" stands for half the epochs
 _TRAINS = 0.10  # a rate still trains if its accuracy is at most this far below the arm's best

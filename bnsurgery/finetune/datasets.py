@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bnsurgery.errors import DataError
-from bnsurgery.images.decoding import find_images, load_image
+from bnsurgery.images.decoding import load_image
+from bnsurgery.images.folders import find_images
 from bnsurgery.running.batches import Inputs
 
 from .config import Config
-from .parts import Split, Stream
+from .parts import Split, Stream, taking_turns
 
 _SMALL = 64  # pixels: an image with a shorter side below is no photograph, and zooming loses its content
 # For each of torchvision's datasets with one label an image: the arguments that give its training, validation and test
@@ -116,9 +117,8 @@ class Data:
         assert isinstance(self.train, Split)
         order = list(range(len(self.train)))
         random.Random(seed).shuffle(order)
-        ranks: dict[int, itertools.count[int]] = defaultdict(itertools.count)
-        rank = {index: next(ranks[self.train.labels[index]]) for index in order}  # within the image's class
-        return _checked(replace(self, train=self.train.take(sorted(sorted(order, key=rank.__getitem__)[:limit]))))
+        chosen = sorted(taking_turns(order, self.train.labels)[:limit])
+        return _checked(replace(self, train=self.train.take(chosen)))
 
 
 def from_tensors(

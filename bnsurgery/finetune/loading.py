@@ -22,7 +22,7 @@ from bnsurgery.records.record import Task
 from bnsurgery.running.batches import Inputs
 
 from . import recipe
-from .parts import Split, Stream, collated, started
+from .parts import Split, Stream, collated, started, taking_turns
 
 Key = tuple[int, int]  # epoch and number of the image
 EVALUATED = -1  # stands for the epoch where nothing is random
@@ -63,6 +63,11 @@ class Prepared(Dataset[tuple[Any, int]]):
 
     def __len__(self) -> int:
         return len(self._split)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Class index of every image."""
+        return self._split.labels
 
     def __getitem__(self, key: Key) -> tuple[Any, int]:
         epoch, index = key
@@ -232,16 +237,25 @@ def training(
 
 
 def evaluation(
-    data: Prepared | Stream, batch_size: int, reader: Reader = ALONE, *, images: int | None = None
+    data: Prepared | Stream,
+    batch_size: int,
+    reader: Reader = ALONE,
+    *,
+    images: int | None = None,
+    evenly: bool = False,
 ) -> Loader | Share:
     """This rank's share of a random choice of `images` images (or all) without augmentation, in a fixed random order.
 
     Data often comes sorted by class, and statistics of a batch want all classes in it. A last batch of one image, which
     has no statistics, joins the batch before. A stream gives its first batches, with `images` samples or a few more.
+
+    Args:
+        evenly: let the classes take turns, so that none is missing where there are images enough.
     """
     if isinstance(data, Stream):
         return Share(data, 0, reader, train=False, most=images)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images].tolist()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    order = (taking_turns(order, data.labels) if evenly else order)[:images]
     batches = list(BatchSampler(order[reader.rank :: reader.world], batch_size, drop_last=False))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [batches[-2] + batches[-1]]

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ class Split:
     def digest(self) -> str:
         """SHA-256 over labels and names: another one means other images."""
         return hashlib.sha256(repr((self.labels, self.names)).encode(errors="surrogateescape")).hexdigest()
+
+
+def taking_turns(order: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """`order` with an image of each class, a second one of each, and so on, as far as each class has images."""
+    ranks: dict[int, itertools.count[int]] = defaultdict(itertools.count)
+    rank = {index: next(ranks[labels[index]]) for index in order}  # within the image's class
+    return sorted(order, key=rank.__getitem__)
 
 
 class Stream:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bnsurgery.text.words import percent, thousands
 
-_NEAR = 0.10  # see docs/evidence.md: the tasks with a smaller difference are those where a fresh BatchNorm keeps up
+from .task_kind import TaskKind
 
 
 @dataclass(frozen=True)
@@ -38,38 +38,6 @@ class Row:
             f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {percent(self.train_accuracy)}   "
             f"validation loss {self.val_loss:.4f}, {percent(self.val_accuracy)}   "
             f"{thousands(self.images_per_second)} samples/s"
-        )
-
-
-@dataclass(frozen=True)
-class TaskKind:
-    """How much the pretrained function helps a task before any training.
-
-    Two heads are fitted by `fit_head_` on the same training images: one on the features of the network as inserted, one
-    on those of a copy with fresh BatchNorms (weight 1, bias 0, population statistics), which has the same convolutions
-    but does not compute the same function.
-
-    Attributes:
-        kept: accuracy of the first on held-out images, 0 to 1.
-        fresh: accuracy of the second on the same images.
-
-    Examples:
-        >>> print(bnsurgery.finetune.TaskKind(kept=0.67, fresh=0.48))
-        near: before training, a fitted head is right on 67.00 % with the pretrained function, on 48.00 % without it
-    """
-
-    kept: float
-    fresh: float
-
-    @property
-    def near(self) -> bool:
-        """Whether the function is worth 10 points or more. Elsewhere a fresh BatchNorm may do as well or better."""
-        return self.kept - self.fresh >= _NEAR
-
-    def __str__(self) -> str:
-        return (
-            f"{'near' if self.near else 'far'}: before training, a fitted head is right on {percent(self.kept)} with "
-            f"the pretrained function, on {percent(self.fresh)} without it"
         )
 
 

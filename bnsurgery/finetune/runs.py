@@ -19,10 +19,11 @@ from bnsurgery.text.words import counted, percent
 from .config import Config
 from .datasets import Data, Fingerprint
 from .own_data import in_its_batches
-from .results import Resolved, Row, TaskKind
+from .results import Resolved, Row
 from .run_directory import RunDirectory
 from .setup import EVALUATED_TOGETHER, build, load_data, processes
 from .stopping import listening
+from .task_kind import TaskKind
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -231,9 +232,9 @@ def train(
     """
     accelerator = processes(config)
     show = show and accelerator.is_main_process
-    from .loop import Trainer  # these need accelerate, whose absence has been reported by now
+    from .kind_measurement import measure  # these need accelerate, whose absence has been reported by now
+    from .loop import Trainer
     from .rate_range import find_rate
-    from .task_kind import measure
 
     with _alone(accelerator, config, directory, new=before is None), keeping_random(accelerator.device):
         data = data or load_data(config, show)
@@ -249,9 +250,11 @@ def train(
         if show:
             print("\n".join(setup.facts), flush=True)
         if measures_kind and before is None and config.arm == "bn":
-            setup.resolved = replace(setup.resolved, kind=measure(setup))
-            if show and setup.resolved.kind is not None:
-                print(_told(setup.resolved.kind), flush=True)
+            kind = measure(setup)
+            if isinstance(kind, TaskKind):
+                setup.resolved = replace(setup.resolved, kind=kind)
+            if show:
+                print(_told(kind), flush=True)
         if config.lr == "auto" and resolved is None:
             found = find_rate(setup, show)
             setup.resolved = replace(setup.resolved, lr=found.chosen, lr_reason=found.reason)
@@ -284,9 +287,15 @@ def train(
     return Result(path, tuple(trainer.rows), setup.resolved, trainer.seconds, data.thing, tested)
 
 
-def _told(kind: TaskKind) -> str:
-    advice = "" if kind.near else ". A fresh BatchNorm may do as well or better: `arm='bn-naive'`, or compare"
-    return f"task         {kind}{advice}"
+def _told(kind: TaskKind | str) -> str:
+    if isinstance(kind, str):
+        return f"task         not measured: {kind}"
+    advice = {
+        "near": "",
+        "far": ". A fresh BatchNorm may do as well or better: `arm='bn-naive'`, or compare",
+        "not clear": ". The limit of 10 points is within two standard errors: compare, or take more validation images",
+    }
+    return f"task         {kind}{advice[kind.verdict]}"
 
 
 def _refuse_other_data(before: Fingerprint, now: Fingerprint) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError, DataError
-from bnsurgery.images.decoding import told_of
+from bnsurgery.images.folders import told_of
 from bnsurgery.machine import devices
 from bnsurgery.networks import factories
 from bnsurgery.nn import set_process_group_, set_statistics_

@@ -15,7 +15,8 @@ from bnsurgery.errors import DataError
 from bnsurgery.running.calls import out_of_memory, use_less
 from bnsurgery.text.words import counted, thousands
 
-from .decoding import find_images, load_image, told_of
+from .decoding import load_image
+from .folders import find_images, told_of
 from .preprocessing import Preprocessing
 
 _SAMPLES = ("china.jpg", "flower.jpg")

@@ -95,10 +95,17 @@ def test_a_best_rate_at_the_end_of_the_grid_is_said():
     assert "try" not in one.verdict()
 
 
-@pytest.mark.parametrize(("fresh", "text"), [(0.5, "The task is near: "), (0.65, "The task is far: ")])
+@pytest.mark.parametrize(
+    ("fresh", "text"),
+    [
+        (0.5, "The task is near: "),
+        (0.65, "The task is far: "),
+        (0.58, "The task is not clearly near or far: "),
+    ],
+)
 def test_the_verdict_says_which_kind_of_task_it_was(fresh, text):
     first, *others = MADE_UP.trials
-    kind = finetune.TaskKind(kept=0.7, fresh=fresh)
+    kind = finetune.TaskKind(kept=0.7, fresh=fresh, images=400, error=0.02)
     assert text in replace(MADE_UP, trials=(replace(first, kind=kind), *others)).verdict()
     assert "task is" not in MADE_UP.verdict()
 

@@ -10,12 +10,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision import models
 
 import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, DataError, NonFiniteError
-from bnsurgery.finetune import fit_head_, setup
+from bnsurgery.finetune import fit_head_, head_fit, setup
+from bnsurgery.running.calls import out_of_memory
 
 
 def batches(count=240, classes=4, size=12, channels=3, seed=0):
@@ -122,8 +124,6 @@ def test_two_classes_are_what_the_binary_regression_finds():
 
 @pytest.mark.parametrize("split", [1, 7, 240])
 def test_how_the_data_is_split_does_not_matter(split, monkeypatch):
-    from bnsurgery.finetune import head_fit
-
     loader = batches()
     images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
     weights = []
@@ -209,6 +209,21 @@ class Doubled(nn.Module):
         return self.head(pooled) + self.head(-pooled)
 
 
+class Tied(nn.Module):
+    """Its head's weight is that of a layer in the trunk; or, "read" by the trunk's own code."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.trunk, self.mix, self.head = trunk(), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.read = name == "read"
+        if not self.read:
+            setattr(self.head, name, getattr(self.mix, name))
+
+    def forward(self, x):
+        pooled = self.trunk(x).mean((2, 3))
+        return self.head(torch.tanh(F.linear(pooled, self.head.weight) if self.read else self.mix(pooled)))
+
+
 def labelled(change):
     return [(images, change(labels)) for images, labels in batches()]
 
@@ -227,6 +242,9 @@ UNFIT = {
     ),
     "a 3x3 head": (lambda: sequential(nn.Conv2d(12, 4, 3), POOL, nn.Flatten()), None, "more than one position"),
     "run twice": (Doubled, None, "does not run once"),
+    "tied weight": (lambda: Tied("weight"), lambda y: torch.arange(len(y)) % 12, "shares its weights with 'mix'"),
+    "tied bias": (lambda: Tied("bias"), lambda y: torch.arange(len(y)) % 12, "shares its weights with 'mix'"),
+    "read by the trunk": (lambda: Tied("read"), lambda y: torch.arange(len(y)) % 12, "input depends on the head's"),
     "one output": (lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 1)), lambda y: y * 0, "one output"),
     "regression": (
         lambda: sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), lambda y: y.float(), "float32 .* are not classes",
@@ -282,16 +300,117 @@ def test_a_loader_that_fails_in_the_second_pass_leaves_the_head_as_it_was():
 
 def test_other_bad_input_is_named():
     model, loader = sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), batches()
+    x, y = loader[0]
     for given, reason in (
         (iter(loader), "which one pass exhausts"),
-        ([images for images, _ in loader], "batch 0: expected a tuple of an input and labels"),
+        (5, "got an int, expected a DataLoader or a list"),
+        ([images for images, _ in loader], "batch 0: got a Tensor, expected a pair of an input and a tensor of labels"),
+        ([(x, y), {"pixels": x, "labels": y}], "batch 1: got a dict with the keys 'pixels', 'labels', expected"),
+        ([(x, y.tolist())], "batch 0: got a tuple of Tensor, list, expected"),
+        ([[x]], "batch 0: got a list of Tensor, expected"),
+        ([(x, y), (x[:0], y[:0])], "batch 1: has no sample"),
+        ([], "the loader is empty"),
     ):
-        with pytest.raises(DataError, match=reason):
-            fit_head_(model, given)
-    with pytest.raises(DataError, match="the loader is empty"):
-        fit_head_(model, [], head_of(model))
+        for head in (None, head_of(model)):
+            with pytest.raises(DataError, match=reason):
+                fit_head_(model, given, head)
     with pytest.raises(BNSurgeryError, match="failed on an input of shape"):
         fit_head_(model, [(torch.ones(4, 5), torch.arange(4))], head_of(model))
+
+
+class Used:
+    """An iterable, and no iterator, that gives what is left of one pass."""
+
+    def __init__(self, items):
+        self.items = iter(items)
+
+    def __iter__(self):
+        return self.items
+
+
+class UsedDataset(Used, IterableDataset):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Used, lambda loader: DataLoader(UsedDataset(pair for x, y in loader for pair in zip(x, y, strict=True)), 50)],
+    ids=["iterable", "DataLoader"],
+)
+def test_what_can_be_iterated_once_is_fitted_on_whole_or_refused(make):
+    """One pass suffices but for a ReLU behind the head."""
+    fitted = []
+    for given in (batches(), make(batches())):
+        model = sequential(POOL, nn.Flatten(), nn.Linear(12, 4))
+        assert fit_head_(model, given).images == 240
+        fitted.append(head_of(model).weight)
+    assert torch.equal(*fitted)
+    model = sequential(nn.Conv2d(12, 4, 1), nn.ReLU(), POOL, nn.Flatten())
+    before = [parameter.clone() for parameter in head_of(model).parameters()]
+    with pytest.raises(
+        DataError, match="240 samples in its first pass and 0 in the second: pass a DataLoader or a list"
+    ):
+        fit_head_(model, make(batches()))
+    assert all(map(torch.equal, before, head_of(model).parameters()))
+
+
+class Pair(nn.Module):
+    """Token ids and a number for each; the code looks at their shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, ids, scale):
+        features = torch.relu(self.mix(self.embed(ids) * scale[..., None]))
+        return self.head(features.mean(1) if ids.shape[1] > 3 else features[:, 0])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_head_is_found_whatever_the_inputs_are(named):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (200,), generator=generator)
+    ids = torch.randint(0, 5, (200, 7), generator=generator) + 4 * labels[:, None]
+    inputs = [{"ids": i, "scale": i / 20} if named else (i, i / 20) for i in ids.split(50)]
+    loader = list(zip(inputs, labels.split(50), strict=True))
+    weights = []
+    for give in (False, True):
+        torch.manual_seed(0)
+        model = Pair()
+        assert fit_head_(model, loader, model.head if give else None).refusal is None
+        weights.append(model.head.weight)
+    assert torch.equal(*weights)
+
+
+def test_features_that_do_not_fit_into_memory_are_named_by_their_size(monkeypatch):
+    model = sequential(POOL, nn.Flatten(), nn.Linear(12, 4))
+    before = head_of(model).weight.clone()
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 19.53 GiB")
+
+    with monkeypatch.context() as patched, pytest.raises(BNSurgeryError) as raised:
+        patched.setattr(head_fit, "_solve", full)
+        fit_head_(model, batches())
+    assert "the features of 240 samples, (240, 12), float32: 0.00 GiB" in str(raised.value)
+    assert "`limit`" in str(raised.value) and "`head_init='random'`" in str(raised.value)
+    assert not out_of_memory(raised.value.__cause__)  # or `finetune` would advise smaller images instead
+    assert torch.equal(head_of(model).weight, before)
+
+
+def test_little_more_than_the_features_is_held(monkeypatch):
+    """They are copied in parts: at a time `_NUMBERS` and the rest of a batch."""
+    sizes, solve = [], head_fit._solve
+
+    def spy(parts, *rest):
+        sizes.extend(map(len, parts))
+        return solve(parts, *rest)
+
+    monkeypatch.setattr(head_fit, "_NUMBERS", 240)
+    monkeypatch.setattr(head_fit, "_solve", spy)
+    loader = [(images[:7], labels[:7]) for images, labels in batches(500)]
+    assert fit_head_(sequential(POOL, nn.Flatten(), nn.Linear(12, 4)), loader).images == 70
+    assert sizes == [21, 21, 21, 7]
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from torchvision.transforms import functional as F
 from bnsurgery.errors import DataError
 from bnsurgery.images import decoding
 from bnsurgery.images.calibration_images import ImageBatches, calibration_batches, sample_crops
-from bnsurgery.images.decoding import find_images, load_image
+from bnsurgery.images.decoding import load_image
+from bnsurgery.images.folders import find_images
 from bnsurgery.images.preprocessing import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, 40)

@@ -10,7 +10,8 @@ from image_files import gradient, save
 from PIL import EpsImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin
 
 from bnsurgery.errors import DataError
-from bnsurgery.images.decoding import find_images, load_image
+from bnsurgery.images.decoding import load_image
+from bnsurgery.images.folders import find_images
 
 
 def pixels(image):
