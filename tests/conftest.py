@@ -29,6 +29,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_rounds():
+    """A page times its training steps thrice, not for five seconds: no test is about how long they take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnsurgery.report.cost._SECONDS", 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real():
     """The loaders of the real pretrained networks and photographs; skips where the folder is absent."""
