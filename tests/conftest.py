@@ -37,6 +37,17 @@ def _few_rounds():
         yield
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs and comparisons leave empty figures: to draw them takes longer than to train a tiny network."""
+    from bnsurgery.finetune import comparing, run_directory
+
+    for module, names in ((run_directory, ("plot_curves", "plot_rate_range")), (comparing, ("plot_comparison",))):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *args, **options: None)
+        monkeypatch.setattr(module, "write_figure", lambda figure, path: path.touch())
+
+
 @pytest.fixture(scope="session")
 def real():
     """The loaders of the real pretrained networks and photographs; skips where the folder is absent."""

@@ -24,7 +24,7 @@ from warm_process import command
 import bnsurgery
 from bnsurgery.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "from tiny_task import tiny\n"

@@ -109,7 +109,7 @@ def compared(config, model, data, **options):
     return finetune.compare(config(epochs=2), model=model, data=data, **options)
 
 
-def test_a_comparison_runs_every_arm_on_the_same_batches(model, data, config):
+def test_a_comparison_runs_every_arm_on_the_same_batches(model, data, config, drawn):
     result = compared(config, model, data, arms=("bn", "bn-half"), rates=(0.3,), seeds=2)
     assert len(result.trials) == 4
     assert {t.rows[-1].step for t in result.of("bn-half")} == {6}
