@@ -40,7 +40,10 @@ def steps(comparison: Comparison) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "files", nargs="*", type=Path, default=sorted(set(RESULTS.glob("*.json")) - {RESULTS / "insertion.json"})
+        "files",
+        nargs="*",
+        type=Path,
+        default=sorted(set(RESULTS.glob("*.json")) - {RESULTS / f"{name}.json" for name in ("insertion", "dense")}),
     )
     for path in parser.parse_args().files:
         full = Comparison.read(path)

@@ -6,18 +6,16 @@ DATA has train/CLASS/*.jpg and val/CLASS/*.jpg. The output is a state dict of to
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
 import bnsurgery
 from bnsurgery.finetune import fit_head_
 
+ARCHITECTURES = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -31,7 +29,7 @@ def evaluate(model, loader, when):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--arch", default="vgg16", help="or another of torchvision's without BatchNorm")
+    parser.add_argument("--arch", default="vgg16", choices=ARCHITECTURES, help="torchvision's without BatchNorm")
     parser.add_argument("--weights", default="DEFAULT", help="DEFAULT (torchvision's), a state dict's file, or none")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images in pixels")
     parser.add_argument("--epochs", type=int, default=10)
@@ -40,26 +38,28 @@ def main():
     parser.add_argument("--workers", type=int, default=4, help="processes that read images")
     parser.add_argument("--output", type=Path, default="vgg16-finetuned.pth")
     args = parser.parse_args()
-
-    weights = models.get_model_weights(args.arch).DEFAULT
-    preprocess = weights.transforms(crop_size=args.size, resize_size=round(args.size * 256 / 224))
+    best = models.get_model_weights(args.arch).DEFAULT
+    preprocess = best.transforms(crop_size=args.size, resize_size=round(args.size * 256 / 224))
     augment = transforms.Compose([transforms.RandomHorizontalFlip(), preprocess])
     folders = ((args.data / "train", augment), (args.data / "train", preprocess), (args.data / "val", preprocess))
     try:
         train, calibration, val = (datasets.ImageFolder(*folder) for folder in folders)
     except OSError as error:
-        sys.exit(f"{error} (expected {args.data}/train/CLASS/*.jpg and {args.data}/val/CLASS/*.jpg)")
+        parser.error(f"{error} (expected {args.data}/train/CLASS/*.jpg and {args.data}/val/CLASS/*.jpg)")
     if train.classes != val.classes or len(train.classes) < 2:
-        sys.exit(f"expected the same classes, two or more: {train.root} has {train.classes}, {val.root} {val.classes}")
+        parser.error(f"expected the same 2 or more classes: {train.root} has {train.classes}, {val.root} {val.classes}")
     options = {"batch_size": min(args.batch_size, len(train)), "num_workers": args.workers}
-    train = DataLoader(train, shuffle=True, drop_last=True, **options)
-    calibration, val = DataLoader(calibration, **options), DataLoader(val, **options)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    train = torch.utils.data.DataLoader(train, shuffle=True, drop_last=True, **options)
+    calibration, val = (torch.utils.data.DataLoader(part, **options) for part in (calibration, val))
     torch.manual_seed(0)
     model = models.get_model(args.arch, num_classes=len(val.dataset.classes), dropout=0.2).to(DEVICE).eval()
     if args.weights != "none":
-        state = weights.get_state_dict() if args.weights == "DEFAULT" else torch.load(args.weights, weights_only=True)
-        model.load_state_dict(state | dict(list(model.state_dict().items())[-2:]))  # the last layer is new
+        try:
+            state = best.get_state_dict() if args.weights == "DEFAULT" else torch.load(args.weights, weights_only=True)
+            model.load_state_dict(state | dict(list(model.state_dict().items())[-2:]))  # the last layer is new
+        except Exception as error:  # torch.load raises many kinds
+            parser.error(f"no state dict of {args.arch} in --weights {args.weights}: {type(error).__name__}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     model = bnsurgery.insert(model, calibration)
     print("head", fit_head_(model, calibration))
     *body, weight, bias = model.parameters()
@@ -73,10 +73,10 @@ def main():
     for epoch in range(1, args.epochs + 1):
         model.train()
         for images, labels in train:
-            loss = nn.functional.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE))
+            loss = torch.nn.functional.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE))
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             schedule.step()
         bnsurgery.recalibrate_(model, calibration)

@@ -29,6 +29,25 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_rounds():
+    """A page times its training steps thrice, not for five seconds: no test is about how long they take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnsurgery.report.cost._SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs and comparisons leave empty figures: to draw them takes longer than to train a tiny network."""
+    from bnsurgery.finetune import comparing, run_directory
+
+    for module, names in ((run_directory, ("plot_curves", "plot_rate_range")), (comparing, ("plot_comparison",))):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *args, **options: None)
+        monkeypatch.setattr(module, "write_figure", lambda figure, path: path.touch())
+
+
 @pytest.fixture(scope="session")
 def real():
     """The loaders of the real pretrained networks and photographs; skips where the folder is absent."""

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm_process
 
 from benchmarks import norm, timing
 from benchmarks.gpu import driver, photographs, report
@@ -91,8 +92,9 @@ def test_a_run_of_good_and_refused_steps_is_good(tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_leaves_what_it_has_and_no_process(tmp_path, signum):
     code = (
-        "import sys, pathlib; sys.path[:0] = ['.', 'tests']; import test_gpu_benchmark as t; "
-        "t.driver.run([t.a_step('good'), t.a_step('hanging')], pathlib.Path(sys.argv[1]), 'cpu', True, None)"
+        "import pathlib, sys; from benchmarks.gpu import driver; from benchmarks.gpu.steps import Step\n"
+        "steps = [Step(name, name, 60, f'tests.gpu_steps:{name}') for name in ('good', 'hanging')]\n"
+        "driver.run(steps, pathlib.Path(sys.argv[1]), 'cpu', True, None)"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 60
@@ -233,8 +235,9 @@ def test_photographs_need_data_and_the_packages_of_fine_tuning(tmp_path, monkeyp
 
 
 def test_the_tasks_do_without_scikit_learn():
-    code = "import sys; sys.modules['sklearn'] = None; import benchmarks.tasks"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    code = "import sys; assert 'sklearn' not in sys.modules; sys.modules['sklearn'] = None; import benchmarks.tasks"
+    exit_code, _, errors = warm_process.script(ROOT, code)
+    assert exit_code == 0, errors
 
 
 def test_a_busy_process_ends_with_an_error_and_with_its_parent():
@@ -271,8 +274,10 @@ def without_a_gpu(code: str) -> str:
     """What Python prints where CPU tensors go the way of CUDA tensors, and launches do nothing."""
     if not has_triton():
         pytest.skip("no Triton here takes the kernels, and the op does without them")
-    script = "from benchmarks import host; host.lead_the_cuda_way(); host.idle()\n" + code
-    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    code = "from benchmarks import host; host.lead_the_cuda_way(); host.idle()\n" + code
+    exit_code, printed, errors = warm_process.script(ROOT, code)
+    assert exit_code == 0, errors
+    return printed
 
 
 def test_what_the_sanitizer_watches_runs_every_kernel():

@@ -1,6 +1,7 @@
 """The figures of fine-tuning: curves, a learning-rate range test, a comparison."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from bnsurgery.pages.style import BN, BN_HALF, INK, NEUTRAL, PLAIN, WRONG, draw_bars, log_axis, new_figure
@@ -17,12 +18,15 @@ _ARMS = {"plain": PLAIN, "bn": BN, "bn-naive": WRONG, "bn-half": BN_HALF}
 _KINDS = {"train": ("training", NEUTRAL), "val": ("validation", INK)}
 
 
-def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accuracy")) -> "Figure":
+def plot_curves(
+    rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accuracy"), start: float | None = None
+) -> "Figure":
     """Training and validation by epoch; a single validation, which makes no curve, as bars.
 
     Args:
         rows: the validations of a run, `finetune.Result.rows`.
         panels: "loss" and "accuracy", side by side.
+        start: accuracy before the first step, `finetune.Result.resolved.start_accuracy`: the validation's at epoch 0.
 
     Examples:
         >>> from bnsurgery.finetune.results import Row
@@ -46,11 +50,15 @@ def plot_curves(rows: Sequence["Row"], panels: Sequence[str] = ("loss", "accurac
         values = {kind: [scale * getattr(row, f"{kind}_{panel}") for row in rows] for kind in _KINDS}
         if len(rows) == 1:
             ends = {label: values[kind][0] for kind, (label, _) in _KINDS.items()}
-            draw_bars(axis, ends, unit, [colour for _, colour in _KINDS.values()])
+            if start is not None and panel == "accuracy":
+                ends["validation at the start"] = scale * start
+            draw_bars(axis, ends, unit, [NEUTRAL, INK, INK][: len(ends)])
             axis.set_xlabel(f"{title} after {epochs}")
             continue
         for kind, (label, colour) in _KINDS.items():
-            axis.plot([row.epoch for row in rows], values[kind], color=colour, marker="o", markersize=3, label=label)
+            before = [scale * start] if start is not None and (kind, panel) == ("val", "accuracy") else []
+            at, drawn = [0.0] * len(before) + [row.epoch for row in rows], before + values[kind]
+            axis.plot(at, drawn, color=colour, marker="o", markersize=3, label=label)
         axis.set(xlabel="epoch", ylabel=title, xlim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(frameon=False)
@@ -82,9 +90,10 @@ def plot_comparison(result: "Comparison", panels: Sequence[str] = ()) -> "Figure
 
     Args:
         result: the comparison, from `finetune.compare` or `finetune.Comparison.read`.
-        panels: "steps" (accuracy by step, each arm at its best rate, the band between smallest and largest seed),
-            "rates" (accuracy at the end by learning rate, a cross where a seed diverged), "seconds" (of a run). By
-            default "steps", and "rates" if there is more than one rate. A panel with single points has bars.
+        panels: "steps" (accuracy by step from before the first on, each arm at its best rate, the band between smallest
+            and largest seed), "rates" (accuracy at the end by learning rate, a cross where a seed diverged), "seconds"
+            (of a run). By default "steps", and "rates" if there is more than one rate. A panel with single points has
+            bars.
 
     Examples:
         >>> from bnsurgery.finetune.comparison import Comparison, Trial
@@ -110,20 +119,28 @@ def default_panels(result: "Comparison") -> tuple[str, ...]:
 def _steps(axis: Any, result: "Comparison") -> None:
     arms = result.summary()
     axis.set_title("each arm at its best rate")
-    if all(s.lr is None or len(result.curve(s.arm, s.lr)) == 1 for s in arms):
+    curves = {s.arm: _from_the_start(result, s.arm, s.lr) for s in arms if s.lr is not None}
+    if all(len(curve) == 1 for curve in curves.values()):
         return _ends(axis, {s.arm if s.lr is None else f"{s.arm} at {s.lr:g}": s.accuracy for s in arms}, result)
     for summary in arms:
         colour = _ARMS[summary.arm]
         if summary.lr is None:
             axis.plot([], [], color=colour, label=f"{summary.arm}: diverged at every rate")
             continue
-        at, *bands = zip(*result.curve(summary.arm, summary.lr), strict=True)
+        at, *bands = zip(*curves[summary.arm], strict=True)
         mean, low, high = ([100 * share for share in band] for band in bands)
         label, size = f"{summary.arm} at {summary.lr:g}", 3 if len(at) > 1 else 7
         axis.plot(at, mean, color=colour, label=label, marker="o", markersize=size)
         axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.set(xlabel="training step", ylabel="validation accuracy (%)", xlim=(0, None))
     _name_arms(axis)
+
+
+def _from_the_start(result: "Comparison", arm: str, lr: float) -> list[tuple[int, float, float, float]]:
+    """`Comparison.curve`, with the accuracy before the first step at step 0 where it was measured."""
+    starts = [trial.start_accuracy for trial in result.of(arm, lr) if trial.start_accuracy is not None]
+    before = [(0, fmean(starts), min(starts), max(starts))] if starts else []
+    return before + result.curve(arm, lr)
 
 
 def draw_rates(axis: Any, result: "Comparison") -> None:

@@ -147,7 +147,8 @@ class RunDirectory:
             unfuse_relu_(kept)  # as other tools expect it
             checkpoint.save(kept, self.best, overwrite=True)
         self._write_table("metrics.csv", (*Row.__dataclass_fields__, _PEAK), ((*astuple(row), peak) for row in rows))
-        write_figure(plot_curves(rows), self.path / "curves.png")
+        start = self.read_config()[2].start_accuracy
+        write_figure(plot_curves(rows, start=start), self.path / "curves.png")
         scalars = asdict(rows[-1])
         del scalars["epoch"]
         step = scalars.pop("step")

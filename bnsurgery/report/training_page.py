@@ -38,7 +38,7 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         speed = thousands(row.images_per_second)
         rows.append((f"{row.epoch:.4g}", row.step, f"{row.lr:.3g}", *measured, speed))
     validations = Table(("epoch", "step", "learning rate", *measures, "images/s"), rows)
-    curves = {panel: plot_curves(result.rows, (panel,)) for panel in ("loss", "accuracy")}
+    curves = {panel: plot_curves(result.rows, (panel,), resolved.start_accuracy) for panel in ("loss", "accuracy")}
     chosen = {"augment": resolved.augment, "batch_size": resolved.batch_size}
     options = [(key, str(chosen.get(key, value))) for key, value in _applying(config).items()]
     right = f"{percent(best.val_accuracy)} of the validation {result.thing}s right"

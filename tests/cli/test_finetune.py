@@ -1,9 +1,11 @@
 """Fine-tuning from the command line, killed and stopped as a user's machine would."""
 
+import contextlib
 import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -22,7 +24,7 @@ from warm_process import command
 import bnsurgery
 from bnsurgery.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "from tiny_task import tiny\n"
@@ -30,17 +32,22 @@ TASK = ["--model", "net.py:tiny", "--data", "images", "--image-size", "8", "--no
 FAST = [*TASK, "--epochs", "3", "--batch-size", "8", "--num-workers", "0", "--lr", "0.1", "--device", "cpu"]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder with a network and grey images of two classes, bright and dark; the working directory."""
-    (tmp_path / "net.py").write_text(NETWORK)
+def filled(folder):
+    """Write a network and grey images of two classes, bright and dark."""
+    (folder / "net.py").write_text(NETWORK)
     generator = torch.Generator().manual_seed(0)
     for label, name in enumerate(("bright", "dark")):
-        (tmp_path / "images" / name).mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True)
         for i in range(30):
             pixels = torch.randint(0, 100, (8, 8), generator=generator) + 120 * (1 - label)
-            Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / "images" / name / f"{i}.png")
-    monkeypatch.chdir(tmp_path)
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / "images" / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a network and images; the working directory."""
+    monkeypatch.chdir(filled(tmp_path))
     return tmp_path
 
 
@@ -164,13 +171,24 @@ def test_compare_says_what_it_found_and_goes_on(cli, folder):
     assert Path(result["output"], "comparison.png").is_file()
 
 
-@pytest.mark.parametrize("winner", ["plain", "bn", "bn-half", "bn-naive"])
-def test_compare_recommends_the_winner_and_finetune_makes_it(winner, cli, folder):
+ARMS = ["plain", "bn", "bn-half", "bn-naive"]
+ALL_ARMS = ["compare", *FAST[:-4], "--device", "cpu", "--arms", ",".join(ARMS), "--rates", "0.1", "--jobs", "1"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A folder with a network, images and their finished comparison, which tests copy."""
+    place = filled(tmp_path_factory.mktemp("compared"))
+    with contextlib.chdir(place), pytest.raises(SystemExit) as exit_:
+        main(ALL_ARMS)
+    assert exit_.value.code == 0
+    return place
+
+
+@pytest.mark.parametrize("winner", ARMS)
+def test_compare_recommends_the_winner_and_finetune_makes_it(winner, compared, cli, folder):
     """Finished trials are taken from the study as they are, so this says who wins."""
-    arms = ("plain", "bn", "bn-naive", "bn-half")
-    args = ["compare", *FAST[:-4], "--device", "cpu", "--arms", ",".join(arms), "--rates", "0.1", "--jobs", "1"]
-    code, out, err = cli(*args)
-    assert code == 0, err
+    shutil.copytree(compared, folder, dirs_exist_ok=True)
     with sqlite3.connect("runs/compare-net-images/study.db") as study:
         found = study.execute(
             "SELECT trial_user_attribute_id, value_json FROM trial_user_attributes WHERE key = 'result'"
@@ -181,7 +199,7 @@ def test_compare_recommends_the_winner_and_finetune_makes_it(winner, cli, folder
             changed = json.dumps(json.dumps(trial)), index
             study.execute("UPDATE trial_user_attributes SET value_json = ? WHERE trial_user_attribute_id = ?", changed)
     study.close()
-    code, out, err = cli(*args)
+    code, out, err = cli(*ALL_ARMS)
     next_step = shlex.split(out.rpartition("Next: bnsurgery ")[2])
     comparison = ["--from", "runs/compare-net-images"]
     assert next_step == ["finetune", *comparison, "--model", "net.py:tiny", "--num-workers", "0"]

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 from dataclasses import replace
@@ -12,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import warm_process
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -544,9 +544,9 @@ PARTS = "from torch import nn\ndef block(): return nn.Sequential(nn.Conv2d(3, {w
 
 def in_a_process_of_its_own(code):
     """What it prints; modules that a test's files import would stay in this process."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    exit_code, printed, errors = warm_process.script(Path.cwd(), textwrap.dedent(code))
+    assert exit_code == 0, errors
+    return printed
 
 
 @pytest.mark.parametrize("spec", ["repo/net.py:make", "net:make", "sub.net:make"])

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
+from warm_process import script
 
 import bnsurgery
 from bnsurgery import CheckpointError, ExportError, SurgeryRecord, insert, load, record, save
@@ -75,7 +74,8 @@ def test_a_new_process_computes_the_same_bits_without_initializing(saved, insert
         "model = bnsurgery.load(sys.argv[1])\n"
         "with torch.inference_mode(): assert torch.equal(model(io['x']), io['y'])\n"
     )
-    subprocess.run([sys.executable, "-c", code, saved, tmp_path / "io.pt"], check=True)
+    exit_code, _, errors = script(tmp_path, code, saved, tmp_path / "io.pt")
+    assert exit_code == 0, errors
 
 
 def test_loaded_networks_can_be_trained_and_saved_again(saved, images, tmp_path):

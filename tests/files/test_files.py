@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from warm_process import script
 
 from bnsurgery.errors import CheckpointError
 from bnsurgery.files.writing import atomic_write, check_writable
@@ -20,7 +21,7 @@ def on_a_full_disk(target, write):
 
     A process of its own, because the limit would hold for the file that pytest's report may be going to as well.
     """
-    script = (
+    code = (
         "import resource, sys; from bnsurgery.errors import CheckpointError; "
         "from bnsurgery.files.writing import atomic_write\n"
         "import torch; from safetensors.torch import save_file\n"
@@ -33,10 +34,9 @@ def on_a_full_disk(target, write):
         "else:\n"
         "    sys.exit('written')\n"
     )
-    command = [sys.executable, "-c", script, target]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    exit_code, message, errors = script(target.parent, code, target)
+    assert exit_code == 0, errors
+    return message
 
 
 def names(directory):
@@ -95,14 +95,14 @@ def test_a_file_that_is_replaced_keeps_who_may_read_it(tmp_path):
 @pytest.mark.slow
 def test_what_a_killed_writer_of_tensors_leaves_is_removed(tmp_path):
     """Safetensors writes to a name of its own, beside the one it is given."""
-    script = (
+    code = (
         "import os, sys, torch; from safetensors.torch import save_file; "
         "from bnsurgery.files.writing import atomic_write\n"
         "with atomic_write(sys.argv[1], overwrite=True) as temporary:\n"
         "    (temporary.parent / '.tmpAbCdEf').write_bytes(bytes(1000)); os.kill(os.getpid(), 9)\n"
     )
     target = tmp_path / "a.safetensors"
-    subprocess.run([sys.executable, "-c", script, target], check=False)
+    assert script(tmp_path, code, target)[0] == -signal.SIGKILL
     assert names(tmp_path) != []
     with atomic_write(target, overwrite=True) as temporary:
         temporary.write_bytes(b"new")

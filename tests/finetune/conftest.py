@@ -21,6 +21,17 @@ def _fresh_accelerate():
     AcceleratorState._reset_state(True)
 
 
+@pytest.fixture(autouse=True)
+def _undrawn(request):
+    if "drawn" not in request.fixturenames:
+        request.getfixturevalue("undrawn")
+
+
+@pytest.fixture
+def drawn():
+    """For tests of the figures that a run leaves."""
+
+
 @pytest.fixture
 def model():
     return tiny()

@@ -14,10 +14,12 @@ import bnsurgery
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.finetune import loop, network, rate_range, recipe, runs
+from bnsurgery.finetune.figures import plot_curves
 from bnsurgery.finetune.loading import Prepared, TrainBatches, evaluation
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.setup import _check_sizes, build, processes
 from bnsurgery.images.preprocessing import Preprocessing
+from bnsurgery.pages.style import write as write_figure
 from bnsurgery.records.record import Task
 
 pytestmark = pytest.mark.slow
@@ -108,7 +110,7 @@ def test_validating_changes_nothing_in_training(model, data, config, tmp_path):
     assert all(map(torch.equal, *(state["average"] for state in states)))
 
 
-def test_the_run_directory_holds_what_it_should(model, data, config):
+def test_the_run_directory_holds_what_it_should(model, data, config, drawn):
     result = finetune.run(config(lr="auto"), model=model, data=data)
     files = {path.name for path in result.directory.iterdir()}
     assert files == {
@@ -130,7 +132,10 @@ def test_the_run_directory_holds_what_it_should(model, data, config):
     events = EventAccumulator(str(result.directory / "tensorboard")).Reload()
     values = [event.value for event in events.Scalars("val/accuracy")]
     assert values == pytest.approx([row.val_accuracy for row in result.rows])
-    assert (result.directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    curves = plot_curves(result.rows, start=result.resolved.start_accuracy)
+    (result.directory / "again").mkdir()
+    write_figure(curves, result.directory / "again" / "curves.png")
+    assert (result.directory / "curves.png").read_bytes() == (result.directory / "again" / "curves.png").read_bytes()
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_random_numbers_alone(model, data, config, tmp_path):

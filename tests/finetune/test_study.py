@@ -79,7 +79,7 @@ def storage(request, tmp_path):
 
 def _work(config, storage, dies, log):
     """One of the processes: note what it trains; one of them stands still in the middle of its first trial."""
-    study.BEAT, study.GRACE = 0.5, 30.0
+    study.BEAT, study.GRACE = 0.5, 10.0
     run_trial = comparing.run_trial
 
     def noting(key, worker, report):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from image_files import save
 from PIL import Image
 from torchvision.transforms import functional as F
@@ -214,14 +215,14 @@ def test_samples_take_size_and_values_from_the_preprocessing():
 
 
 @pytest.mark.slow
-def test_samples_do_not_import_scikit_learn():
-    script = (
+def test_samples_do_not_import_scikit_learn(tmp_path):
+    code = (
         "import sys; from bnsurgery.images.calibration_images import sample_crops\n"
         "from bnsurgery.images.preprocessing import Preprocessing\n"
         "list(sample_crops(2, 2, preprocess=Preprocessing(32, 32, 32), seed=0))\n"
         "sys.exit('sklearn' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    assert warm_process.script(tmp_path, code)[0] == 0
 
 
 @pytest.mark.slow

@@ -349,6 +349,28 @@ def test_plots_of_a_comparison():
     assert list(accuracy.lines[1].get_ydata()) == [50, 75] and list(loss.lines[0].get_ydata()) == [1.0, 0.5]
 
 
+def test_curves_begin_with_the_accuracy_before_training():
+    result = dataclasses.replace(RESULT, resolved=dataclasses.replace(RESOLVED, start_accuracy=0.25))
+    figures = report.training(result, finetune.Config(data="photos", output="runs/x", source="vgg11")).figures
+    points = {
+        name: [list(zip(*line.get_data(), strict=True)) for line in figure.axes[0].lines]
+        for name, figure in figures.items()
+    }
+    assert points == {
+        "loss": [[(1, 1.0), (2, 0.5)], [(1, pytest.approx(1.1)), (2, pytest.approx(0.55))]],
+        "accuracy": [[(1, 50), (2, 75)], [(0, 25), (1, 50), (2, 75)]],
+    }
+    trials = [
+        dataclasses.replace(trial, seed=seed, start_accuracy=start)
+        for trial in COMPARISON.trials if trial.arm == "bn"
+        for seed, start in ((0, 0.2), (1, 0.3))
+    ]  # fmt: skip
+    (steps,) = report.plot_comparison(Comparison("two seeds", tuple(trials)), ("steps",)).axes
+    assert list(zip(*steps.lines[0].get_data(), strict=True)) == [(0, pytest.approx(25)), (10, 50), (20, 80)]
+    band = steps.collections[0].get_paths()[0].vertices
+    assert {y for x, y in band.tolist() if x == 0} == {20, 30}
+
+
 def test_no_label_is_cut_off(inserted, batches):
     """However long the names of the sites."""
     views = [dataclasses.replace(view, name="w" * 40) for view in view_sites(inserted, batches)]
@@ -412,6 +434,8 @@ def test_what_has_one_point_is_drawn_as_bars():
     assert bars_of(loss) == [("training", 1.0, "1.00"), ("validation", pytest.approx(1.1), "1.10")]
     assert bars_of(accuracy) == [(kind, pytest.approx(46.7), "46.7 %") for kind in ("training", "validation")]
     assert accuracy.get_xlabel() == "accuracy (%) after 1 epoch" and not accuracy.lines
+    (accuracy,) = report.plot_curves(rows(0.467), ("accuracy",), start=0.25).axes
+    assert bars_of(accuracy)[2:] == [("validation at the start", 25, "25.0 %")]
     one = Comparison(
         "one rate",
         (
