@@ -35,7 +35,7 @@ from .recipe_options import recipe_options, run_name
     option("seeds", "Number of seeds; every trial runs once with each.", type=click.IntRange(1, 1000), default=1),
     option("jobs", "Trials at a time.  [default: as memory and processors allow]", type=COUNT),
 )
-@recipe_options(leave_out=("arm", "lr", "save_every", "seed"))
+@recipe_options(leave_out=("arm", "lr", "save_every", "seed", "log_with"))
 @report_options
 @force_option("Replace the files of --report and --plot if they exist.")
 @print_options

@@ -83,6 +83,7 @@ def command(
             after = f"{typed('predict', *words)} IMAGE...\n      {after}"
         elif (record := read_record(Path(best))) is not None and record.input_shape is None:
             after += " --data FILE.py:FUNCTION  (which gives batches of inputs)"
-        files = f"Wrote {best} and, beside it, metrics.csv, curves.png and tensorboard/."
+        curves = "curves.png and tensorboard/" if config.log_with == "tensorboard" else "and curves.png"
+        files = f"Wrote {best} and, beside it, metrics.csv, {curves}."
         text = f"\n{result}\n\n{files}\n{wrote}Next: {after}"
         show(text, {**result.to_dict(), "best": best, **reporting.to_dict()})

@@ -18,7 +18,7 @@ from bnsurgery.text.words import counted, percent
 from .config import Config
 from .datasets import Data, Fingerprint
 from .own_data import in_its_batches
-from .results import Resolved, Row, TaskKind
+from .results import NormRow, Resolved, Row, TaskKind
 from .run_directory import RunDirectory
 from .setup import EVALUATED_TOGETHER, build, load_data, processes
 from .stopping import listening
@@ -37,6 +37,7 @@ class Result:
         resolved: the learning rate, statistics mode and head it ran with.
         seconds: that this process spent on training and validation, without the setup; None if read from a directory.
         test_accuracy: on the test part at the end, 0 to 1; None without such a part or if read from a directory.
+        norms: the statistics of every BatchNorm, one row per norm and validation; empty in the arm "plain".
         thing: the word for what is classified: "image" or "sample".
 
     Examples:
@@ -54,6 +55,7 @@ class Result:
     seconds: float | None = None
     thing: str = "image"
     test_accuracy: float | None = None
+    norms: tuple[NormRow, ...] = ()
 
     @classmethod
     def read(cls, directory: str | Path) -> "Result":
@@ -65,7 +67,7 @@ class Result:
         place = RunDirectory(directory)
         config, _, resolved = place.read_config()
         thing = "sample" if factories.names_code(config.data) else "image"
-        return cls(place.path, place.read_metrics(), resolved, thing=thing)
+        return cls(place.path, place.read_metrics(), resolved, thing=thing, norms=place.read_norms())
 
     @property
     def best(self) -> Row:
@@ -223,6 +225,7 @@ def train(
     from .loop import Trainer  # these need accelerate, whose absence has been reported by now
     from .rate_range import find_rate
     from .task_kind import measure
+    from .trackers import Tracker
 
     with _alone(accelerator, config, directory, new=before is None), keeping_random(accelerator.device):
         data = data or load_data(config, show)
@@ -251,8 +254,6 @@ def train(
             setup.resolved = replace(setup.resolved, start_accuracy=trainer.evaluate()[1])
             if show:
                 print(f"start        {percent(setup.resolved.start_accuracy)} of the validation {data.thing}s right")
-            if writes is not None:  # not earlier: a refused start leaves no run behind
-                writes.write_config(config, data.fingerprint, setup.resolved)
         torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout
         if state is not None:
             trainer.load_state_dict(state)
@@ -260,11 +261,20 @@ def train(
             if before is not None and state is None:
                 print("resume       no checkpoint was saved yet: from the beginning")
             print(f"peak rate    {setup.resolved.lr:.3g}: {setup.resolved.lr_reason}", flush=True)
-        with listening() as stop:
-            trainer.fit(stop)
+        with ExitStack() as ending:
+            if writes is not None and config.log_with != "tensorboard" and trainer.step < trainer.steps:
+                tracker = ending.enter_context(Tracker(config, setup.resolved, accelerator, trainer.step))
+                for row in trainer.rows:  # of a resumed run
+                    tracker.add(row.scalars, row.step)
+                writes.curves = tracker
+            if writes is not None and before is None:  # not earlier: a refused start leaves no run behind
+                writes.write_config(config, data.fingerprint, setup.resolved)
+            with listening() as stop:
+                trainer.fit(stop)
         tested = trainer.test()
     path = directory.path if directory else None
-    return Result(path, tuple(trainer.rows), setup.resolved, trainer.seconds, data.thing, tested)
+    rows, norms = tuple(trainer.rows), tuple(trainer.norms)
+    return Result(path, rows, setup.resolved, trainer.seconds, data.thing, tested, norms)
 
 
 def _told(kind: TaskKind) -> str:

@@ -20,7 +20,7 @@ from bnsurgery.files.writing import atomic_write, make_folder, only_process_in
 from bnsurgery.machine.system import WINDOWS, peak_memory, processors
 from bnsurgery.pages.style import write as write_figure
 from bnsurgery.text.typed_json import parse
-from bnsurgery.text.words import percent
+from bnsurgery.text.words import percent, thousands
 
 from .comparison import ARMS, Comparison, Trial, read_json
 from .config import RATES, Config
@@ -34,7 +34,7 @@ from .stopping import Interrupted, StopRequest, listening
 Key = tuple[str, float, int]  # arm, rate, seed
 Pending = Sequence[tuple[Key, Config, bool]]  # whether the trial measures the kind of the task
 Outcome = tuple[Trial, str, int]  # the trial, where its head came from in words, peak memory of its process in bytes
-_VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every")
+_VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every", "log_with")
 _FILES = ("shared.json", "comparison.*", "trials", "trials/*")
 _USABLE = 0.7  # of the free memory
 _POLL = 0.5  # seconds between two looks at whether a signal asked for an end
@@ -116,6 +116,8 @@ def compare(
                 if show:
                     end = "diverged" if trial.diverged else percent(trial.rows[-1].val_accuracy)
                     tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
+                    speed = f", {thousands(trial.rows[-1].images_per_second)} images/s" if trial.rows else ""
+                    bar.set_postfix_str(f"{trial.arm} at {trial.lr:g}: {end}{speed}")
                 bar.update()
         name = config.source or config.model or type(model).__name__
         result = Comparison(f"{name} on {data.description}", tuple(finished[key] for key in paths))

@@ -1,17 +1,25 @@
 """The pages of fine-tuning: of a run, and of a comparison."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bnsurgery.finetune.figures import default_panels, plot_comparison, plot_curves, seconds_by_arm
+from bnsurgery.finetune.figures import (
+    NORM_PANELS,
+    by_norm,
+    default_panels,
+    plot_comparison,
+    plot_curves,
+    plot_norms,
+    seconds_by_arm,
+)
 from bnsurgery.finetune.own_data import FOR_IMAGES
 from bnsurgery.networks import factories
 from bnsurgery.pages.page import Report, Section, Table
-from bnsurgery.text.words import percent, thousands
+from bnsurgery.text.words import counted, percent, thousands
 
 if TYPE_CHECKING:
-    from bnsurgery.finetune import Comparison, Config, Result
+    from bnsurgery.finetune import Comparison, Config, NormRow, Result
 
 
 def training(result: "Result", config: "Config", *, title: str | None = None) -> Report:
@@ -57,6 +65,8 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         good=None,
         facts=(
             ("accuracy", f"{percent(best.val_accuracy)} at best, {percent(final.val_accuracy)} at the end"),
+            *((("at start", percent(resolved.start_accuracy)),) if resolved.start_accuracy is not None else ()),
+            *((("task", str(resolved.kind)),) if resolved.kind else ()),
             ("peak learning rate", f"{resolved.lr:.3g}: {resolved.lr_reason}"),
             ("statistics", f"{resolved.statistics}: {resolved.reason}"),
             ("head", resolved.head),
@@ -69,10 +79,38 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
                 figures={panel: plot_curves(result.rows, (panel,)) for panel in ("loss", "accuracy")},
             ),
             Section("Validations", table=validations),
+            *([_norms(result.norms)] if result.norms else ()),
             Section("Options", table=Table(("option", "value"), options)),
         ),
         terms=("accuracy", "loss", "batch", "renorm", "running"),
     )
+
+
+def _norms(rows: Sequence["NormRow"]) -> Section:
+    """The statistics of every BatchNorm at the first and the last validation, and their curves in between."""
+    norms = by_norm(rows)
+    ends = {name: (line[0], line[-1]) for name, line in norms.items()}
+    table = _table(
+        {
+            "norm": lambda pair: pair[1].norm,
+            "channels": lambda pair: pair[1].channels,
+            "dead at first": lambda pair: pair[0].dead,
+            "dead at the end": lambda pair: pair[1].dead,
+            "σ at first": lambda pair: pair[0].median,
+            "σ at the end": lambda pair: pair[1].median,
+            "smallest σ": lambda pair: pair[1].smallest,
+            "largest σ": lambda pair: pair[1].largest,
+        },
+        ends.values(),
+    )
+    worst = max(ends.values(), key=lambda pair: pair[1].dead / pair[1].channels)[1]
+    dead, channels = (sum(getattr(last, field) for _, last in ends.values()) for field in ("dead", "channels"))
+    text = f"Of {counted(channels, 'channel')} in {counted(len(norms), 'norm')}, {thousands(dead)} are dead at the end"
+    text += f", the largest share at {worst.norm}: {worst.dead} of {worst.channels}." if dead else "."
+    drawn = [panel for panel in NORM_PANELS if panel != "dead" or any(row.dead for row in rows)]
+    several = len({row.step for row in rows}) > 1
+    figures = {f"norms-{panel}": plot_norms(rows, (panel,)) for panel in drawn} if several else {}
+    return Section("BatchNorms over training", (text,), table, figures=figures)
 
 
 def _applying(config: "Config") -> dict[str, Any]:
@@ -104,6 +142,7 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         {
             "arm": lambda arm: arm.arm,
             "statistics": lambda arm: arm.statistics or "none",
+            "at start": lambda arm: percent(arm.start),
             "accuracy": lambda arm: percent(arm.accuracy),
             "spread": lambda arm: percent(arm.spread),
             "at rate": lambda arm: _rate(arm.lr),
@@ -121,7 +160,7 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
     else:
         by_rate = Section(
             "By learning rate",
-            ("Accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does.",),
+            ("Validation accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does.",),
             Table(("arm", *(f"{lr:g}" for lr in rates)), [(arm.arm, *map(arm.ending, rates)) for arm in summary]),
         )
     diverged = [f"{t.arm} at {t.lr:g}, seed {t.seed}: {t.diverged}" for t in result.trials if t.diverged]
@@ -150,6 +189,8 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         facts=(
             ("runs", f"{len(result.trials)}, of which {len(diverged)} diverged"),
             ("seeds", str(len({trial.seed for trial in result.trials}))),
+            ("judged on", "the test part" if result.tested else "the validation part, which also chose the rates"),
+            *((("task", str(result.kind)),) if result.kind else ()),
         ),
         sections=tuple(sections),
         terms=tuple(result.arms),
