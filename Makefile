@@ -19,7 +19,7 @@ test-gpu: .venv/.installed
 	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make test-gpu: torch finds no CUDA device')"
 	$(BIN)/pytest -m gpu -W default
 
-# everything that a GPU is needed for, in at most eight minutes, with a Python that has torch already: nothing is installed
+# everything that a GPU is needed for, in at most twelve minutes, with a Python that has torch already: nothing is installed
 gpu:
 	$(PYTHON) -m benchmarks.gpu --output gpu-results
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.at_a_glance [--measure]
 
-Draws benchmarks/results/at-a-glance.png from insertion.json and vgg19-quarter.json beside it. `--measure` first makes
+Draws benchmarks/results/at-a-glance.png from insertion.json and trash-vgg19.json beside it. `--measure` first makes
 insertion.json anew: the test loss of mnist_cnn, a network that others trained, after putting BatchNorm in with
 different weights and biases; it needs the folder with real networks. The other file is compare_tasks.py's.
 """
@@ -69,7 +69,9 @@ def changed(
 def draw(losses: dict[str, dict[str, float]], comparison: finetune.Comparison) -> Any:
     """Two panels: the losses on insertion, the accuracies by learning rate."""
     said = ", ".join(f"{name} {entry['loss']:.3g}" for name, entry in losses.items())
-    figure, axes = new_figure(f"Left: test loss after insertion: {said}. Right: accuracy by learning rate.", columns=2)
+    figure, axes = new_figure(
+        f"Left: test loss after insertion: {said}. Right: validation accuracy by learning rate.", columns=2
+    )
     bars, rates = axes[0]
     values = [entry["loss"] for entry in losses.values()]
     bars.barh(list(losses), values, color=COLOURS)
@@ -81,7 +83,7 @@ def draw(losses: dict[str, dict[str, float]], comparison: finetune.Comparison) -
     bars.set_xlim(0, 1.5 * max(values))
     bars.set(xlabel="loss (accuracy) on MNIST's test set", title="a trained CNN, BatchNorm put in")
     draw_rates(rates, comparison)
-    rates.set_title("a small VGG-19, fine-tuned to MNIST")
+    rates.set_title("a small VGG-19 on photographs")
     return figure
 
 
@@ -94,7 +96,7 @@ def main() -> None:
         with atomic_write(path, overwrite=True) as temporary:
             temporary.write_text(text, encoding="utf-8")
     losses = json.loads(path.read_text(encoding="utf-8"))
-    write(draw(losses, finetune.Comparison.read(RESULTS / "vgg19-quarter.json")), RESULTS / "at-a-glance.png")
+    write(draw(losses, finetune.Comparison.read(RESULTS / "trash-vgg19.json")), RESULTS / "at-a-glance.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 # Every public name and its module: __init__.py loads each on first use.
 from . import finetune as finetune
+from . import integrations as integrations
 from . import nn as nn
 from . import ops as ops
 from . import report as report

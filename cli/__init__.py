@@ -1,10 +1,8 @@
 """The `bnsurgery` command: one file per subcommand, loaded when it is called, so that help needs no torch."""
 
-import ast
 import importlib
 import io
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,23 +11,18 @@ import click
 
 from bnsurgery._version import __version__
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, printable
-from bnsurgery.machine.system import quote, require_torch
+from bnsurgery.machine.system import require_torch
 
-from .options import words
+from .options import with_flags
 
 _COMMANDS = ("insert", "plan", "verify", "finetune", "compare", "report", "predict", "fold", "export", "archs")
 _MAX_LINE, _MAX_LINES = 2000, 200  # characters; of a message
-_FIELD = re.compile(r"(, or [^`,.:;]*)?`(\w+)(?:=([^`]{1,200}))?`")
 
 
 class _LazyGroup(click.Group):
-    """Finds the subcommand `name` in the sibling module `cmd_<name>`.
+    """Finds the subcommand `name` in the sibling module `cmd_<name>`."""
 
-    Attributes:
-        at_hand: the command that runs, once it is known: messages name its options.
-    """
-
-    at_hand: click.Command | None = None
+    at_hand: click.Command | None = None  # the command that runs, once it is known: messages name its options
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -103,24 +96,5 @@ def _complain(message: str, kind: str = "Error", colour: str = "red") -> None:
 
 def _printable(message: str) -> str:
     """The message with flags, in which no name from a file steers the terminal, fills it, or looks like a message."""
-    lines = _FIELD.sub(_flag, message).split("\n")[:_MAX_LINES]
+    lines = with_flags(message, cli.at_hand).split("\n")[:_MAX_LINES]
     return "\n  ".join(printable(line, _MAX_LINE) for line in lines)
-
-
-def _flag(match: re.Match[str]) -> str:
-    """A field in backquotes as the option of the command at hand: `batch_size=8` as --batch-size 8, else as it is.
-
-    "..., or skip them by `skip_bad=True`" is left out for a command without such an option.
-    """
-    lead, field, value = match[1] or "", match[2], match[3]
-    for option in cli.at_hand.params if cli.at_hand else ():
-        if isinstance(option, click.Option) and field in (option.name, option.opts[0][2:].replace("-", "_")):
-            if value is None:
-                return lead + option.opts[0]
-            try:
-                value = ast.literal_eval(value)
-            except (ValueError, SyntaxError, TypeError):  # a placeholder, such as FILE.onnx
-                return f"{lead}{option.opts[0]} {value}"
-            given = " ".join(map(quote, words(option, value)))
-            return lead + given if given else match[0]
-    return "" if lead and value else match[0]

@@ -1,12 +1,9 @@
 """bnsurgery archs."""
 
-import click
-
-from .output import print_options, show
+from .output import show, subcommand
 
 
-@click.command("archs")
-@print_options
+@subcommand("archs")
 def command() -> None:
     """List the architectures that have a name."""
     from bnsurgery.records import architectures

@@ -1,55 +1,41 @@
 """bnsurgery export."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
+import bnsurgery
 from bnsurgery.exports.formats import AXES, SUFFIXES
 
-from .options import (
-    Checkpoint,
-    batches_option,
-    bias_option,
-    checkpoint_options,
-    given,
-    group,
-    names,
-    option,
-    preprocess_options,
-)
-from .output import claim, output_options, overwrite, print_options, show
-
-if TYPE_CHECKING:
-    from bnsurgery.images.preprocessing import Wanted
+from . import options
+from .options import Checkpoint, Values, given, group, names, option
+from .output import claim, output_options, overwrite, show, subcommand
 
 
-@click.command("export")
-@checkpoint_options
+@subcommand("export")
+@options.checkpoint
 @group(
     "how",
     dict,
-    option("to", "The format, see above.", required=True, type=click.Choice(list(SUFFIXES))),
-    option("keep_bn", "Leave the BatchNorm layers in.", is_flag=True),
+    option("to", "Format of the file, see above.", click.Choice(list(SUFFIXES)), required=True),
+    option("keep_bn", "Keep the BatchNorm layers.", bool),
     option(
         "dynamic",
         "Sizes that may vary in onnx and exported-program: some of batch, height, width. Each is tested at two values.",
-        type=names,
+        names,
         default="batch",
         metavar="A,B,...",
     ),
-    bias_option,
+    options.bias,
 )
-@preprocess_options
-@batches_option
+@options.preprocessing
+@options.example
 @output_options(
     "File to write; .pth gives torch.save's format.  [default: in this folder, the name of FILE or its run with the "
     "format's suffix]"
 )
-@print_options
 def command(
-    checkpoint: Checkpoint, how: dict[str, Any], wanted: "Wanted", example: Callable[[], Any], output: Path | None
+    checkpoint: Checkpoint, how: Values, wanted: "options.Wanted", example: str | None, output: Path | None
 ) -> None:
     """Write the network in FILE in a format that needs no bnsurgery.
 
@@ -60,9 +46,8 @@ def command(
       onnx               the folded network, for any batch size it allows
       exported-program   the same for torch.export.load
 
-    The command reads back what it wrote and compares it before the file gets its name.
+    The command reads back what it wrote and compares it with the network before the file gets its name.
     """  # noqa: D301 (the \b is click's: leave the lines as they are)
-    import bnsurgery
     from bnsurgery.images.preprocessing import NOTHING
     from bnsurgery.networks import interface
 
@@ -72,9 +57,10 @@ def command(
     bn_model = checkpoint.load()
     claim(output)
     seen, record = None, bnsurgery.record(bn_model)
-    if wanted != NOTHING and not interface.takes_images(record, bn_model):
-        raise click.UsageError(f"{given(*vars(wanted))[0]} is for images, and the network takes other inputs.")
     if wanted != NOTHING:
+        if not interface.takes_images(record, bn_model):
+            raise click.UsageError(f"{given(*vars(wanted))[0]} is for images, and the network takes other inputs.")
         seen = interface.preprocessing_of(record, bn_model, wanted)
-    result = bnsurgery.export(bn_model, output, example=example(), preprocessing=seen, overwrite=overwrite(), **how)
+    how |= {"example": options.first_batch(example), "preprocessing": seen, "overwrite": overwrite()}
+    result = bnsurgery.export(bn_model, output, **how)
     show(str(result), result.to_dict())

@@ -1,75 +1,68 @@
 """bnsurgery insert."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import Images, Network, data_options, given, group, network_options, option, sites_options, typed
-from .output import Reporting, claim, loud, output_options, overwrite, print_options, report_options, show
+import bnsurgery
+from bnsurgery.errors import CalibrationError
+from bnsurgery.text.words import counted
+
+from . import options
+from .options import Checkpoint, Images, Network, Values, given, group, option, typed
+from .output import Reporting, claim, loud, output_options, overwrite, report_options, show, subcommand
 
 
-@click.command("insert")
-@network_options(
-    weights="Name of the library's weights (downloaded once), random, or a .pth, .pt or .safetensors file; with "
-    "MODULE:FUNCTION a file, else what the function makes."
+@subcommand("insert")
+@options.network(
+    weights_help="Name of the library's weights (downloaded once), random, or a .pth, .pt or .safetensors file. With "
+    "--model a file; by default those that the function makes."
 )
-@data_options
-@sites_options
+@options.data
+@options.sites
 @group(
-    "norms",
+    "how",
     dict,
-    option("absorb_bias", "Drop the layers' biases: BN shifts too. Equal to 1e-6, not bitwise.", is_flag=True),
-    option("fuse_relu", "Let the BatchNorm apply the ReLU after it.", "--fuse-relu/--no-fuse-relu", default=False),
-    option("eps", "Added to the variance: above 0, at most 1.", type=float, default=1e-5),
-    option("momentum", "Momentum of the running statistics in training: 0 to 1.", type=float, default=0.1),
+    option("absorb_bias", "Remove the layers' biases. The outputs then agree within 1e-6, not bit for bit.", bool),
+    option("fuse_relu", "Let BatchNorm apply the ReLU behind it.", bool, "--fuse-relu/--no-fuse-relu", default=False),
+    option("eps", "Number added to the variance: above 0, at most 1.", float, default=1e-5),
+    option("momentum", "Momentum of the running statistics in training: 0 to 1.", float, default=0.1),
+    option("drop_lrn", "Remove the LocalResponseNorm layers first. This changes the function.", bool),
 )
-@option("drop_lrn", "First remove LocalResponseNorm layers. This changes the function.", is_flag=True)
 @output_options("File to write.  [default: ARCH-bn.safetensors or FILE's name, in this folder]")
 @report_options
-@print_options
 def command(
-    network: Network,
-    images: Images,
-    sites: dict[str, Any],
-    norms: dict[str, Any],
-    drop_lrn: bool,
-    output: Path | None,
-    reporting: Reporting,
+    network: Network, images: Images, sites: Values, how: Values, output: Path | None, reporting: Reporting
 ) -> None:
     """Insert BatchNorm into ARCH so that it computes the same, bit for bit.
 
-    Measures every layer's mean and variance on calibration images, inserts BatchNorm layers that normalize by them and
-    undo it, verifies that the outputs are equal, and writes one safetensors file. ARCH is one of `bnsurgery archs`, or
-    timm:NAME. FILE is an ONNX file, or a file of weights, whose architecture is recognised. --model takes your own
-    network; FILE then holds its weights.
+    The command measures every layer's mean and variance on calibration images, inserts BatchNorm layers that normalize
+    by them and undo the normalization, verifies that the outputs are equal, and writes one safetensors file. ARCH is
+    one of `bnsurgery archs`, or timm:NAME. FILE is an ONNX file, or a file of weights, whose architecture is
+    recognised. --model takes your own network; FILE then holds its weights.
     """
-    import bnsurgery
-    from bnsurgery.errors import CalibrationError
     from bnsurgery.machine import devices
     from bnsurgery.networks import interface, onnx_files, pretrained
-    from bnsurgery.records.record import Options
-    from bnsurgery.report.summary import summarize
+    from bnsurgery.report.insertion_summary import summarize
+    from bnsurgery.running.batches import Inputs
     from bnsurgery.statistics.verification import DRIFT_SAMPLES, TOLERANCE
     from bnsurgery.surgery import copies
-    from bnsurgery.text.words import counted
 
+    drop_lrn = how.pop("drop_lrn")
     try:
-        Options(**norms).check(sites["placement"])
+        bnsurgery.Options(**how).check(sites["placement"])
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     output = output or Path(f"{network.stem}-bn.safetensors")
     place = devices.device(images.device)
-    own, weights, choice, seed = network.own, network.weights, network.choice, images.seed
+    own, name, weights, choice, seed = network.own, network.name, network.weights, network.choice, images.seed
     architecture = None if own else network.architecture
     claim(output)
     reporting.check(output, weights)
     if architecture is None:
-        name, preprocess = network.name, None
         model, origin = pretrained.own_network(name, weights, seed, choice)
-        if not images.are_batches:
-            preprocess = interface.own_preprocessing(model, images.wanted)
+        preprocess = None if images.are_batches else interface.own_preprocessing(model, images.wanted)
     else:
         found = pretrained.load(architecture, weights, choice=choice, wanted=images.wanted, seed=seed, progress=loud())
         name, model, origin = architecture.name, found.model, found.weights
@@ -80,7 +73,11 @@ def command(
     example = next(iter(batches)) if preprocess is None else interface.example(preprocess, on_meta=not own)
     plan = bnsurgery.plan(reference if own else copies.on_meta(reference), example, **sites)
     moments = bnsurgery.calibrate(reference, plan, batches, progress=loud())
-    samples = list(_first(batches, DRIFT_SAMPLES))  # as many as give the drift that `verify` prints
+    samples: list[Any] = []  # whole batches, because a network may take batches of one size only
+    for batch in batches:
+        samples.append(batch)
+        if sum(Inputs.of(kept).samples for kept in samples) >= DRIFT_SAMPLES:  # they give the drift of `verify`
+            break
     facts: dict[str, str | int] = {"weights": origin, "data": batches.description, "images": batches.used, "seed": seed}
     facts |= {"model": name} if own else {}
     if in_onnx := onnx_files.source(model):
@@ -88,7 +85,7 @@ def command(
     bn_model = bnsurgery.insert(
         model,
         samples,
-        **norms,
+        **how,
         drop_lrn=drop_lrn,
         plan=plan,
         moments=moments,
@@ -98,15 +95,16 @@ def command(
     )
     sizes = (2, 4, 8, 16, 32) if reporting.wanted else (2, 8, 32)
     equivalence = bnsurgery.verify(reference, bn_model, samples, drift_batch_sizes=sizes)
-    tolerance = 0.0 if place.type == "cpu" and not norms["absorb_bias"] else TOLERANCE
+    tolerance = 0.0 if place.type == "cpu" and not how["absorb_bias"] else TOLERANCE
     if not equivalence.within(tolerance):
         raise CalibrationError(f"insert: the outputs differ by {equivalence.max_rel:.3g}; nothing was written")
     bnsurgery.save(bn_model, output, overwrite=overwrite())
     wrote = reporting.write(
         lambda: bnsurgery.report.insertion(reference, bn_model, samples, result=equivalence, tolerance=tolerance)
     )
-    summary = summarize(bnsurgery.record(bn_model), moments)
-    after = typed("verify", str(output), *(["--model", name] if own else []), *given(*Images.AGAIN))
+    summary, rows = summarize(bnsurgery.record(bn_model), moments)
+    made = Checkpoint(output, name if own else None)  # which holds the preprocessing
+    after = typed("verify", *made.words, *given(*vars(images)))
     text = (
         f"{summary}\n\n{name}: {counted(len(plan.sites), 'BatchNorm layer')} inserted\n"
         f"weights      {origin}\nimages       {batches.summary}\n{equivalence}\n\n"
@@ -118,20 +116,9 @@ def command(
         **facts,
         "skipped_images": [str(path) for path, _ in batches.skipped],
         "passed_over": [str(path) for path in batches.passed_over],
-        "sites": summary.to_dict(),
+        "sites": rows,
         "skipped": [skip.to_dict() for skip in plan.skipped],
         "equivalence": equivalence.to_dict(),
         **reporting.to_dict(),
     }
     show(text, told)
-
-
-def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """So many inputs or a few more, in whole batches, because a network may take batches of one size only."""
-    from bnsurgery.running.batches import Inputs
-
-    for batch in batches:
-        yield batch
-        count -= Inputs.of(batch).samples
-        if count <= 0:
-            break

@@ -1,35 +1,37 @@
 """bnsurgery predict."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from .options import COUNT, Checkpoint, checkpoint_options, device_option, option, preprocess_options
-from .output import claim, output_options, overwrite, print_options, show
+from bnsurgery.errors import DataError
+from bnsurgery.files.writing import atomic_write
 
-if TYPE_CHECKING:
-    from bnsurgery.images.preprocessing import Wanted
+from . import options
+from .options import COUNT, Checkpoint, option
+from .output import claim, output_options, overwrite, show, subcommand
 
 
-@click.command("predict")
-@checkpoint_options
+@subcommand("predict")
+@options.checkpoint
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|DIR...")
-@option("top", "Number of classes per image.", type=COUNT, default=3)
-@preprocess_options
+@option("top", "Number of classes per image.", COUNT, default=3)
+@options.preprocessing
 @output_options("CSV file to write as well.")
-@device_option
-@print_options
+@options.device
 def command(
-    checkpoint: Checkpoint, images: tuple[str, ...], top: int, wanted: "Wanted", output: Path | None, device: str
+    checkpoint: Checkpoint,
+    images: tuple[str, ...],
+    top: int,
+    wanted: "options.Wanted",
+    output: Path | None,
+    device: str,
 ) -> None:
     """Print the likeliest classes of images.
 
     FILE comes from `bnsurgery finetune` or `bnsurgery insert`. Folders are searched for images. If an image cannot be
     read, the command predicts the others and exits with 1.
     """
-    from bnsurgery.errors import DataError
-    from bnsurgery.files.writing import atomic_write
     from bnsurgery.images.decoding import find_images, told_of
     from bnsurgery.machine import devices
     from bnsurgery.networks.prediction import Prediction, predict, predictions_csv, predictions_table

@@ -1,28 +1,29 @@
 """bnsurgery verify."""
 
-import click
+import bnsurgery
+from bnsurgery.errors import BNSurgeryError
 
-from .options import Checkpoint, Images, Weights, checkpoint_options, data_options, typed, weights_options
-from .output import Reporting, force_option, loud, print_options, report_options, show
+from . import options
+from .options import Checkpoint, Images, typed
+from .output import Reporting, force_option, loud, report_options, show, subcommand
 
 
-@click.command("verify")
-@checkpoint_options
-@weights_options("Compare with these weights.  [default: with FILE's own folded network]")
-@data_options
+@subcommand("verify")
+@options.checkpoint
+@options.weights("Compare with these weights.  [default: with FILE's own folded network]")
+@options.data
 @report_options
-@force_option("Replace the files of --report and --plot if they exist.")
-@print_options
-def command(checkpoint: Checkpoint, weights: Weights, images: Images, reporting: Reporting) -> None:
+@force_option
+def command(
+    checkpoint: Checkpoint, weights: str | None, choice: "options.Choice", images: Images, reporting: Reporting
+) -> None:
     """Verify that FILE equals its BN-free network, and measure drift.
 
-    Runs both networks on images in eval mode, and FILE's in train mode in batches of 2, 8 and 32.
+    The command runs both networks on images in eval mode, and FILE's also in train mode in batches of 2, 8 and 32.
 
-    Exits with 1 if the outputs differ by more than the tolerance. The tolerance is 0 for a fresh insertion on the CPU.
-    It is 1e-5 of the largest output on other devices, if biases were absorbed, or if the network was trained since.
+    It exits with 1 if the outputs differ by more than the tolerance. The tolerance is 0 for a fresh insertion on the
+    CPU. It is 1e-5 of the largest output on other devices, if biases were absorbed, or if the network was trained.
     """
-    import bnsurgery
-    from bnsurgery.errors import BNSurgeryError
     from bnsurgery.exports.exporting import origin_of
     from bnsurgery.machine import devices
     from bnsurgery.networks import interface, pretrained
@@ -31,25 +32,24 @@ def command(checkpoint: Checkpoint, weights: Weights, images: Images, reporting:
 
     file = checkpoint.file
     place = devices.device(images.device)
-    reporting.check(file, weights.weights)
+    reporting.check(file, weights)
     bn_model = checkpoint.load()
-    inserted = bnsurgery.record(bn_model)
-    folded = bnsurgery.fold(bn_model)
-    untouched = state_digest(folded.state_dict()) == inserted.weights_digest
-    reference, against = folded, "its own folded network"
-    if weights.weights is not None and inserted.architecture is not None:
-        source = pretrained.load(inserted.architecture, weights.weights, choice=weights.choice, progress=loud())
+    record = bnsurgery.record(bn_model)
+    reference, against = bnsurgery.fold(bn_model), "its own folded network"
+    untouched = state_digest(reference.state_dict()) == record.weights_digest
+    batches = images.open(lambda: interface.preprocessing_of(record, bn_model, images.wanted))
+    if weights is not None and record.architecture is not None:
+        source = pretrained.load(record.architecture, weights, choice=choice, progress=loud())
         reference, against = source.model, source.weights
-    elif weights.weights is not None:
-        reference, against = pretrained.own_network(str(checkpoint.model), weights.weights, choice=weights.choice)
-    batches = images.open(lambda: interface.preprocessing_of(inserted, folded, images.wanted))
+    elif weights is not None:
+        reference, against = pretrained.own_network(str(checkpoint.model), weights, choice=choice)
     reference, bn_model = reference.to(place), bn_model.to(place)
     result = bnsurgery.verify(reference, bn_model, batches)
     tolerance = 0.0 if untouched and place.type == "cpu" else TOLERANCE
     if untouched:
-        remark = f"as rounding on {place.type} may have it" if tolerance else "not to the bit"
+        remark = f"as rounding on {place.type} allows" if tolerance else "not to the bit"
     else:
-        remark = "as with absorbed biases" if inserted.options.absorb_bias else "as after training"
+        remark = "as with absorbed biases" if record.options.absorb_bias else "as after training"
     facts = {"compared with": against, "images": batches.summary}
     wrote = reporting.write(
         lambda: bnsurgery.report.insertion(
@@ -58,8 +58,7 @@ def command(checkpoint: Checkpoint, weights: Weights, images: Images, reporting:
     )
     text = (
         f"{file} against {against}\nimages       {batches.summary}\n{result.text(remark)}\n"
-        f"folds back to {origin_of(inserted, untouched)}\n\n"
-        f"{wrote}Next: {typed('fold', *checkpoint.words)}"
+        f"folds back to {origin_of(record, untouched)}\n\n{wrote}Next: {typed('fold', *checkpoint.words)}"
     )
     ok = result.within(tolerance)
     told = {
@@ -73,7 +72,7 @@ def command(checkpoint: Checkpoint, weights: Weights, images: Images, reporting:
     }
     show(text, told)
     if not ok:
+        expected = "expected at most 1e-5" if tolerance else "expected the same bits, as it was not trained"
         raise BNSurgeryError(
-            f"verify: '{file}' differs from {against} by {result.max_rel:.3g} of the largest output, "
-            + ("expected at most 1e-5" if tolerance else "expected the same bits, as it was not trained")
+            f"verify: '{file}' differs from {against} by {result.max_rel:.3g} of the largest output, {expected}"
         )

@@ -1,62 +1,78 @@
 """How commands print and write: --json, --quiet, --force, --output, --report and --plot."""
 
+import importlib.util
 import json
 import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO, cast
 
 import click
 
-from bnsurgery.errors import CheckpointError, printable
+import bnsurgery
+from bnsurgery.errors import BNSurgeryError, CheckpointError, printable
+from bnsurgery.files.writing import check_writable, claimed, make_folder
 from bnsurgery.text.words import counted
 
-from .options import PATH, F, group, option, together
+from .options import PATH, Decorator, group, option, together, with_flags
 
-if TYPE_CHECKING:
-    from bnsurgery.report import Report
-
-_STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"(?m)^eval mode    different", {"fg": "red", "bold": True}),
-    (r"bit-identical|equal within [^,]*", {"fg": "green", "bold": True}),
-    (r"(?m)^Next:", {"bold": True}),
-)
+_COLOURS = {
+    r"(?m)^eval mode    different": "red",
+    r"bit-identical|equal within [^,]*": "green",
+    r"(?m)^Next:": None,
+}
 
 
-def _note(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    context.ensure_object(dict)[parameter.name] = value
+class _Command(click.Command):
+    """A command with --json and --quiet; the functions below find these and --force in the context's object."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.params += [
+            click.Option(["--json"], is_flag=True, help="Print one JSON object on stdout and nothing else."),
+            click.Option(["--quiet", "-q"], is_flag=True, help="Print only errors and warnings."),
+        ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        ctx.obj = {name: ctx.params.pop(name, False) for name in ("json", "quiet", "overwrite")}
+        return super().invoke(ctx)
 
 
-def _noted_flag(name: str, help: str, *flags: str) -> Callable[[F], F]:
-    """A flag that goes into the context's object, where the functions below look, and not to the command."""
-    return option(name, help, *flags, is_flag=True, expose_value=False, callback=_note)
+subcommand = partial(click.command, cls=_Command)
+force_option = option("overwrite", "Replace existing files of these names.", bool, "--force")
 
 
-print_options = together(
-    _noted_flag("json", "Print one JSON object on stdout and nothing else."),
-    _noted_flag("quiet", "Print nothing but errors and warnings.", "--quiet", "-q"),
-)
-
-
-def force_option(help: str) -> Callable[[F], F]:
-    """--force: the library's `overwrite`."""
-    return _noted_flag("overwrite", help, "--force")
-
-
-def output_options(help: str) -> Callable[[F], F]:
+def output_options(help: str) -> Decorator:
     """--output, as `output`, and --force."""
-    return together(
-        option("output", help, "--output", "-o", type=PATH, metavar="FILE"),
-        force_option("Replace the output file if it exists."),
-    )
+    return together(option("output", help, PATH, "--output", "-o", metavar="FILE"), force_option)
 
 
 def overwrite() -> bool:
     """Whether --force was given."""
     return bool(click.get_current_context().obj["overwrite"])
+
+
+class _NamingOptions:
+    """A stream that writes the library's fields as options of the command at hand."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._command = stream, click.get_current_context().command
+
+    def write(self, text: str) -> int:
+        return self._stream.write(with_flags(text, self._command))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def naming_options() -> AbstractContextManager[Any]:
+    """Inside, what the library prints names options, as messages do."""
+    return redirect_stdout(cast(TextIO, _NamingOptions(sys.stdout)))
 
 
 def loud() -> bool:
@@ -67,20 +83,19 @@ def loud() -> bool:
 
 def show(text: str, data: dict[str, Any]) -> None:
     """Print a result as the user asked for it, as text or JSON; nothing in it steers the terminal."""
-    if click.get_current_context().obj["json"]:
+    context = click.get_current_context()
+    if context.obj["json"]:
         text = json.dumps(data, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8")
         click.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text))
     elif loud():
-        text = "\n".join(printable(line, len(line)) for line in text.split("\n"))
-        for pattern, style in _STYLES:  # click takes the colours out if stdout is no terminal
-            text = re.sub(pattern, lambda match, style=style: click.style(match[0], **style), text)  # type: ignore[misc]
+        text = "\n".join(printable(line, len(line)) for line in with_flags(text, context.command).split("\n"))
+        for pattern, colour in _COLOURS.items():  # click takes the colours out if stdout is no terminal
+            text = re.sub(pattern, lambda match, colour=colour: click.style(match[0], colour, bold=True), text)  # type: ignore[misc]
         click.echo(text, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def claim(output: Path) -> None:
     """Make sure that `output` can be written, and keep other processes from it until the command ends."""
-    from bnsurgery.files.writing import claimed
-
     click.get_current_context().with_resource(claimed(output, overwrite=overwrite()))
 
 
@@ -99,20 +114,13 @@ class Reporting:
     def check(self, *others: str | Path | None) -> None:
         """Make sure, before the work starts, that the report can be made and written.
 
-        Args:
-            others: the other files and folders that the command reads or writes. The page must not replace one. If it
-                goes into one of these folders or that of the figures, the folder is made.
-
-        Raises:
-            CheckpointError: a file exists already, cannot be written, or is one of the others.
-            BNSurgeryError: matplotlib or Jinja is not installed.
+        The page must not replace one of the `others`, the files and folders that the command reads or writes. If it
+        goes into one of these folders or that of the figures, the folder is made.
         """
-        from bnsurgery.files.writing import check_writable, make_folder
-        from bnsurgery.pages.page import require_libraries
-
         page, plot = self.page, self.plot
-        if self.wanted:
-            require_libraries()
+        missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+        if self.wanted and missing:
+            raise BNSurgeryError(f"report: needs {' and '.join(missing)}: pip install 'bnsurgery[report]'")
         if plot is not None:
             if any(make_folder(plot).iterdir()) and not overwrite():
                 raise CheckpointError(f"write: '{plot}': got a non-empty folder, expected an empty one, or --force")
@@ -128,17 +136,17 @@ class Reporting:
                 make_folder(page.parent)
             claim(page)
 
-    def write(self, make: "Callable[[], Report]") -> str:
+    def write(self, make: "Callable[[], bnsurgery.report.Report]") -> str:
         """Write what was asked for of the report that `make` makes; returns a line for each, for people."""
-        wrote = ""
-        if self.wanted:
-            report = make()
-            if self.page is not None:
-                report.save(self.page, overwrite=overwrite())
-                wrote += f"Wrote {self.page}.\n"
-            if self.plot is not None:
-                count = len(report.save_figures(self.plot, overwrite=overwrite()))
-                wrote += f"Wrote {counted(count, 'figure')} into {self.plot}.\n"
+        if not self.wanted:
+            return ""
+        report, wrote = make(), ""
+        if self.page is not None:
+            report.save(self.page, overwrite=overwrite())
+            wrote += f"Wrote {self.page}.\n"
+        if self.plot is not None:
+            count = len(report.save_figures(self.plot, overwrite=overwrite()))
+            wrote += f"Wrote {counted(count, 'figure')} into {self.plot}.\n"
         return wrote
 
     def to_dict(self) -> dict[str, str]:
@@ -146,10 +154,10 @@ class Reporting:
         return {name: str(path) for name, path in (("report", self.page), ("plot", self.plot)) if path is not None}
 
 
-plot_option = option("plot", "Write every figure as SVG and PNG into this folder.", type=PATH, metavar="DIR")
+plot_option = option("plot", "Write every figure as SVG and PNG into this folder.", PATH, metavar="DIR")
 report_options = group(
     "reporting",
     Reporting,
-    option("page", "Write a page with figures.", "--report", type=PATH, metavar="FILE.html"),
+    option("page", "Write a page with figures.", PATH, "--report", metavar="FILE.html"),
     plot_option,
 )

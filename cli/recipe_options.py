@@ -1,6 +1,5 @@
 """The options of fine-tuning, one for every field of `bnsurgery.finetune.Config`."""
 
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import click
 
 from bnsurgery.finetune.config import CHOICES, Config
 
-from .options import CHOICE, COUNT, PREPROCESSING, SEED, F, group, model_option, option
+from .options import CHOICE, COUNT, PREPROCESSING, SEED, Decorator, group, model, option
 
 
 def rate(text: str) -> float | str:
@@ -27,43 +26,58 @@ _DEFAULTS = {field.name: field.default for field in fields(Config)}
 
 # In the order of --help: an option that other commands have too; or the field, its type (None: CHOICES) and the help.
 _OPTIONS: tuple[Any, ...] = (
-    model_option,
+    model,
     ("weights", str, "Weights of ARCH: DEFAULT or another name in torchvision, random, or a file."),
     *CHOICE,
-    ("layers", None, "Which layers get a BatchNorm."),
-    ("head", None, "New output layer, or the old one; auto: the old one if it is for these classes, or as many."),
+    ("layers", None, "Layers that get a BatchNorm."),
+    (
+        "head",
+        None,
+        "Make a new output layer or keep the old one; auto keeps it if it is for these classes, or as many.",
+    ),
     ("head_init", None, "How a new head starts: fitted to the network's features on the training images, or random."),
-    ("arm", None, "bn: inserted; plain: no BatchNorm; bn-naive: a fresh one, with weight 1 and bias 0."),
+    ("arm", None, "bn: BatchNorm inserted; plain: none; bn-naive: a fresh one, with weight 1 and bias 0."),
     ("dropout", _SHARE, "Probability of every Dropout layer.  [default: at most 0.2]"),
     ("root", str, "Folder of torchvision's datasets."),
-    ("download", bool, "Download a torchvision dataset that is not there."),
-    ("val_fraction", _PART, "Share of the images to validate on if there is no val/."),
+    ("download", bool, "Download a torchvision dataset that is missing."),
+    ("val_fraction", _PART, "Share of the images to validate on if the folder has no val/."),
     ("limit", click.IntRange(min=2), "Number of training images at most, evenly from the classes."),
-    ("skip_bad", bool, "Leave out damaged images, and count them; reads every image once first."),
+    ("skip_bad", bool, "Leave out damaged images, and count them. This first reads every image once."),
     *PREPROCESSING,
-    ("augment", None, "Random shifts, flips, zooms; auto chooses by the data."),
+    ("augment", None, "Random shifts, flips and zooms; auto chooses them by the data."),
     ("num_workers", click.IntRange(min=0), "Processes that read images.  [default: processors - 1, at most 8]"),
     ("epochs", COUNT, "Passes over the training images."),
     ("batch_size", COUNT, "Images in a step, over all processes."),
     ("lr", rate, "Peak learning rate; auto finds one by a range test of 100 steps.  [default: by batch size]"),
     ("optimizer", None, "SGD (Nesterov, momentum 0.9) or AdamW."),
     ("weight_decay", _POSITIVE, "Weight decay, except of biases and BatchNorm.  [default: 1e-4, AdamW 0.01]"),
-    ("warmup", _SHARE, "Share of the steps in which the rate rises; then it falls as a cosine."),
+    ("warmup", _SHARE, "Share of the steps in which the rate rises; afterwards it falls as a cosine."),
     ("clip", _POSITIVE, "Largest norm of the gradient; 0 for no limit."),
     ("label_smoothing", _SHARE, "Label smoothing of the loss."),
-    ("ema", _SHARE, "Decay per step of an average of the weights, which is then validated and saved; 0 for none."),
-    ("train", None, "Which parameters to train."),
-    ("statistics", None, "Which statistics BatchNorm normalizes by; auto chooses by batch size and drift."),
-    ("recalibrate", click.IntRange(min=2), "Images for the population statistics."),
+    ("ema", _SHARE, "Decay per step of an average of the weights, which is validated and saved; 0 for none."),
+    ("train", None, "Parameters to train."),
+    ("statistics", None, "Statistics that BatchNorm normalizes by; auto chooses by batch size and drift."),
+    ("recalibrate", click.IntRange(min=2), "Number of images for the population statistics."),
     ("precision", None, "Mixed precision; auto: bf16 on a GPU."),
     ("channels_last", bool, "Memory layout of images and convolutions."),
     ("compile", bool, "Use torch.compile."),
-    ("device", str, "cpu, cuda, cuda:1, mps, xpu, ...; auto: a CUDA GPU if there is one, else the CPU."),
+    ("device", str, "Device: cpu, cuda, cuda:1, mps, xpu, ...; auto: a CUDA GPU if there is one, else the CPU."),
     ("evaluations", COUNT, "Validations per epoch."),
     ("save_every", _POSITIVE, "Seconds between checkpoints within an epoch."),
     ("seed", SEED, "Seed of all random numbers."),
     ("log_with", None, "Where the measurements of the validations go, besides metrics.csv."),
 )
+
+
+def recipe_options(*, leave_out: tuple[str, ...] = ()) -> Decorator:
+    """An option for every field of Config except source, data, output and `leave_out`: together, as `recipe`."""
+    rows = (row for row in _OPTIONS if callable(row) or row[0] not in leave_out)
+    return group("recipe", dict, *(row if callable(row) else _option(*row) for row in rows))
+
+
+def _option(name: str, kind: Any, help: str) -> Decorator:
+    flags = [f"--{name}/--no-{name}".replace("_", "-")] if _DEFAULTS[name] is True else []
+    return option(name, help, kind or CHOICES[name], *flags, default=_DEFAULTS[name])
 
 
 def run_name(source: str | None, model: str | None, data: str) -> str:
@@ -72,17 +86,3 @@ def run_name(source: str | None, model: str | None, data: str) -> str:
 
     task = data.rpartition(":")[2] if names_code(data) else Path(data).name
     return f"{Path(source or str(model)).stem.replace(':', '-')}-{task}"
-
-
-def recipe_options(*, leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """An option for every field of Config except source, data, output and `leave_out`: together, as `recipe`."""
-    rows = [row for row in _OPTIONS if callable(row) or row[0] not in leave_out]
-    return group("recipe", dict, *(row if callable(row) else _option(*row) for row in rows))
-
-
-def _option(name: str, kind: Any, help: str) -> Callable[[F], F]:
-    default = _DEFAULTS[name]
-    if kind is bool:
-        flag = name.replace("_", "-")
-        return option(name, help, f"--{flag}/--no-{flag}" if default else f"--{flag}", is_flag=True, default=default)
-    return option(name, help, type=click.Choice(CHOICES[name]) if kind is None else kind, default=default)

@@ -7,6 +7,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+_SCRIPT = re.compile(r"^\[`.+`\]\((?:\.\./)+(examples/\w+\.py)\)$", re.MULTILINE)
 _ALIGNED = re.compile(r"<p>([^<\n]+(?:\n  [^<\n]+)+)</p>")
 
 
@@ -17,8 +18,10 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Point to these figures; the path in the source is the one that a repository's viewer follows."""
+def on_page_markdown(markdown: str, config: MkDocsConfig, **_: Any) -> str:
+    """Point to these figures, and show a script whose link is a paragraph; a repository's viewer follows the source."""
+    root = Path(config.docs_dir).parent
+    markdown = _SCRIPT.sub(lambda found: f'```python title="{found[1]}"\n{(root / found[1]).read_text()}```', markdown)
     return markdown.replace("](../benchmarks/results/", "](results/")
 
 

@@ -1,9 +1,10 @@
-"""Steps for the tests of `benchmarks.gpu`: each goes another way."""
+"""Steps and tasks for the tests of `benchmarks.gpu`: each goes another way."""
 
 import os
 import subprocess
 import sys
 import time
+from typing import NoReturn
 
 from benchmarks.gpu.job import Job, NotPossible
 
@@ -34,3 +35,16 @@ def dying(job: Job) -> None:
 
 def refused(job: Job) -> None:
     raise NotPossible("the machine does not let it", "refused")
+
+
+def endless() -> NoReturn:
+    while True:
+        time.sleep(600)
+
+
+def without_data() -> NoReturn:
+    raise FileNotFoundError("the photographs")
+
+
+def dying_process() -> NoReturn:
+    os._exit(7)

@@ -25,7 +25,15 @@ from bnsurgery.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 _FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in _FILES}
-PACKAGES = ["bnsurgery", "bnsurgery.finetune", "bnsurgery.report", "bnsurgery.nn", "bnsurgery.ops"]
+PACKAGES = [
+    "bnsurgery",
+    "bnsurgery.finetune",
+    "bnsurgery.report",
+    "bnsurgery.nn",
+    "bnsurgery.ops",
+    "bnsurgery.integrations",
+]
+OPTIONAL = {"lightning", "torchao", "transformers"}  # a block that needs one is skipped where it is missing
 _FENCE = re.compile(r'```(\w+)(?: title="(.+)")?')
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
 
@@ -111,7 +119,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text or "```sh" in text])
 def test_what_a_page_shows_runs(page, folder, capfd):
     names: dict[str, object] = {"__name__": "__main__"}
-    found = blocks(PAGES[page])
+    found, missing = blocks(PAGES[page]), []
     for number, (block, following) in enumerate(zip(found, [*found[1:], None], strict=True), 1):
         where = f"{page}, block {number}"
         if block.language == "python":
@@ -119,7 +127,13 @@ def test_what_a_page_shows_runs(page, folder, capfd):
                 (folder / block.title).write_text(block.text)
             if "group.WORLD" in block.text and "init_process_group" not in block.text:
                 torch.distributed.init_process_group("gloo")
-            exec(compile(block.text, where, "exec"), names)
+            try:
+                exec(compile(block.text, where, "exec"), names)
+            except ModuleNotFoundError as error:
+                if error.name not in OPTIONAL:
+                    raise
+                missing.append(error.name)
+                continue
             printed = capfd.readouterr().out
             if following is not None and following.language in ("text", "") and following.before.startswith("prints"):
                 assert agree(printed, following.text), f"{where} prints\n{printed}"
@@ -127,6 +141,8 @@ def test_what_a_page_shows_runs(page, folder, capfd):
             for words in commands(block):
                 run(words, where)
                 capfd.readouterr()
+    if missing:
+        pytest.skip(f"all but the blocks that need {', '.join(missing)}")
 
 
 def run(words: list[str], where: str) -> None:
@@ -193,6 +209,13 @@ def test_the_site_needs_no_network(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|link|img)\b[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text())
         assert not loaded, page
+
+
+@pytest.mark.slow
+def test_the_site_shows_the_script_that_its_source_links(site):
+    page = (site / "howto" / "training-loop" / "index.html").read_text()
+    shown = html.unescape(re.sub("<[^>]+>", "", page))
+    assert (ROOT / "examples" / "finetune_vgg16.py").read_text() in shown
 
 
 @pytest.mark.slow

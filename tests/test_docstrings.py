@@ -15,7 +15,15 @@ import torchvision
 
 import bnsurgery
 
-MODULES = ("bnsurgery", "bnsurgery.nn", "bnsurgery.ops", "bnsurgery.finetune", "bnsurgery.report")
+MODULES = (
+    "bnsurgery",
+    "bnsurgery.nn",
+    "bnsurgery.ops",
+    "bnsurgery.finetune",
+    "bnsurgery.report",
+    "bnsurgery.integrations",
+)
+NEEDS = {"bnsurgery.integrations.LightningCallback": "lightning"}  # a package that the extras do not bring
 BUILT_BY_USERS = {"bnsurgery.finetune.Config"}  # the dataclasses that need an example
 
 
@@ -35,6 +43,8 @@ def test_the_example_runs(name, tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("an example uses the network")
 
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     value = _public(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", refuse)

@@ -4,8 +4,9 @@ In CI a quick run takes the cheap steps; the op's tests, a training step, calibr
 by themselves.
 """
 
-import importlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,9 +17,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import norm, timing
-from benchmarks.gpu import driver, report
+from benchmarks.gpu import driver, photographs, report
+from benchmarks.gpu.job import Job, NotPossible
 from benchmarks.gpu.steps import BUDGET, STEPS, Step
+from bnsurgery.finetune import Config, Row, Trial
 from bnsurgery.ops.library import has_triton
+from tests import gpu_steps
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -107,7 +111,7 @@ def test_a_killed_run_leaves_what_it_has_and_no_process(tmp_path, signum):
 
 
 def test_the_steps_fit_into_the_budget_and_exist():
-    assert sum(step.limit for step in STEPS) <= BUDGET == 480
+    assert sum(step.limit for step in STEPS) <= BUDGET == 685
     assert len({step.name for step in STEPS}) == len(STEPS)
     for step in STEPS:
         module, _, name = step.function.partition(":")
@@ -145,6 +149,89 @@ def test_a_quick_run_on_the_cpu(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "## norm" in page and "| skipped |" in page
+
+
+def test_fine_tuning_on_photographs(real, tmp_path):
+    """A quick run of both steps: three arms on real photographs, in processes of their own."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--steps", "squeezenet,vgg16"]
+    command += ["--output", str(tmp_path), "--data", str(Path(real.__file__).parent)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + (tmp_path / "log.txt").read_text()[-4000:]
+    for step in load(tmp_path)["steps"]:
+        assert step["verdict"] == "passed"
+        trials = [row for row in step["rows"] if "seed" in row]
+        assert sorted(row["arm"] for row in trials) == ["bn", "bn-naive", "plain"]
+        (summary,) = {row["table"] for row in step["rows"] if row["table"].endswith("best rate, 1 seed")}
+        ends = {row["arm"]: row["test, %"] for row in step["rows"] if row["table"] == summary}
+        assert ends == {row["arm"]: row["test, %"] for row in trials}
+        (verdict,) = [row["text"] for row in step["rows"] if row["table"] == "verdict"]
+        assert "The task is " in verdict
+    (pretrained,) = [row for row in step["rows"] if "folded, %" in row]
+    assert pretrained["with BatchNorm, %"] == pytest.approx(pretrained["folded, %"], abs=100 / 32)
+
+
+def a_job(folder: Path, seconds: float = 120) -> Job:
+    return Job("cpu", True, folder, seconds, folder / "rows.jsonl")
+
+
+def rows_of(job: Job) -> dict:
+    record: dict = {}
+    driver.read(job.file, record)
+    return record
+
+
+def test_trials_that_have_no_time_left_are_counted_and_leave_no_process(tmp_path):
+    job, before = a_job(tmp_path, 9), set(multiprocessing.active_children())
+    wanted = [(arm, 0.1, 0) for arm in photographs.ARMS]
+    photographs.compare(job, "endless", gpu_steps.endless, Config(output="none"), wanted, 1)
+    assert rows_of(job)["rows"] == [
+        {"table": "left out", "what": "3 of 3 trials", "reason": "no time left"},
+        {"table": "left out", "what": "the summary", "reason": "no rate has finished in all arms"},
+    ]
+    assert set(multiprocessing.active_children()) == before
+
+
+@pytest.mark.parametrize("task", [gpu_steps.without_data, gpu_steps.dying_process])
+def test_a_trial_that_fails_or_kills_its_process_is_a_failure(task, tmp_path):
+    job = a_job(tmp_path)
+    photographs.compare(job, "bad", task, Config(output="none"), [("bn", 0.1, 0), ("plain", 0.1, 0)], 1)
+    told = [failure["what"] for failure in rows_of(job)["failures"]]
+    assert sorted(told) == (
+        ["the trials"] if task is gpu_steps.dying_process else ["bn at 0.1, seed 0", "plain at 0.1, seed 0"]
+    )
+    assert job.failed == len(told)
+
+
+def test_the_summary_is_of_rates_that_all_arms_have_finished_with_the_same_seeds():
+    row = Row(1.0, 10, 0.1, 0.5, 0.8, 0.6, 0.7, 99.0)
+    wanted = [(arm, lr, seed) for seed in range(3) for lr in (0.1, 0.01) for arm in photographs.ARMS]
+    trials = [Trial(*key, "batch", None, (row,), 1.0) for key in wanted]
+
+    def rates_and_seeds(count: int) -> tuple[set[float], int]:
+        found = photographs.complete(reversed(trials[:count]))
+        assert len(found) == 3 * len({t.lr for t in found}) * len({t.seed for t in found})
+        return {t.lr for t in found}, len({t.seed for t in found})
+
+    assert rates_and_seeds(2) == (set(), 0)
+    assert rates_and_seeds(5) == ({0.1}, 1)
+    assert rates_and_seeds(6) == ({0.1, 0.01}, 1)
+    assert rates_and_seeds(9) == ({0.1}, 2)  # as many trials as one seed at both rates
+    assert rates_and_seeds(12) == rates_and_seeds(15) == ({0.1, 0.01}, 2)
+    assert rates_and_seeds(18) == ({0.1, 0.01}, 3)
+
+
+def test_photographs_need_data_and_the_packages_of_fine_tuning(tmp_path, monkeypatch):
+    with pytest.raises(NotPossible, match="photographs"):
+        photographs.squeezenet(a_job(tmp_path))
+    (tmp_path / "trash").mkdir()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else True)
+    with pytest.raises(NotPossible, match="needs tensorboard"):
+        photographs.vgg16(a_job(tmp_path))
+
+
+def test_the_tasks_do_without_scikit_learn():
+    code = "import sys; sys.modules['sklearn'] = None; import benchmarks.tasks"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_busy_process_ends_with_an_error_and_with_its_parent():
@@ -210,7 +297,7 @@ def test_the_table_at_the_end_is_short_and_the_page_is_complete():
     data = {"steps": [{"name": s.name, "description": s.description, **step} for s in STEPS], "device": "cuda"}
     data |= {"quick": False, "commit": None, "started": "then"}
     text = report.short(data)
-    assert len(text.splitlines()) <= 40 and len(text.encode()) < 12_000
+    assert len(text.splitlines()) <= 1 + 4 * len(STEPS) and len(text.encode()) < 12_000
     assert "test[1], and 48 more" in text
     page = report.markdown(data)
     assert page.count("Failed: file.py::test[49]") == len(STEPS)

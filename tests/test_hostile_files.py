@@ -270,6 +270,7 @@ def test_nesting_is_refused_at_any_depth():
 
 def test_a_trial_without_an_end_is_no_result(tmp_path):
     trial = {"arm": "bn", "lr": 0.1, "seed": 0, "statistics": "", "diverged": None, "rows": [], "seconds": 1.0}
+    trial |= {"start_accuracy": None, "kind": None, "test_accuracy": None, "raced_out": False}
     (tmp_path / "comparison.json").write_text(json.dumps({"task": "x", "trials": [trial]}))
     with pytest.raises(CheckpointError, match="0 rows, expected a finite rate and rows"):
         Comparison.read(tmp_path)

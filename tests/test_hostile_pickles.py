@@ -265,4 +265,4 @@ def test_help_says_whose_code_runs(capfd):
         with pytest.raises(SystemExit):
             commands.main([name, "--help"])
         text = " ".join(capfd.readouterr().out.split())
-        assert "--model" not in text or "runs its code; never taken from a checkpoint" in text, name
+        assert "--model" not in text or "runs its code, which is never taken from a checkpoint" in text, name

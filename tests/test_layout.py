@@ -26,6 +26,7 @@ PACKAGES = [  # bottom to top
     "pages",
     "finetune",
     "report",
+    "integrations",
 ]
 # cli/ is another package, which stands at the top of the repository and is installed as bnsurgery.cli.
 TOP = {"__init__.py", "__init__.pyi", "_version.py", "errors.py", "py.typed", "__pycache__", "cli"}
@@ -52,7 +53,9 @@ def _imports(name: str, path: Path) -> Iterator[str]:
 
 def test_only_three_modules_stand_beside_the_packages():
     assert {path.name for path in ROOT.iterdir()} - TOP == set(PACKAGES)
-    assert not set(PACKAGES) & set(bnsurgery.__all__) - {"finetune", "nn", "ops", "report"}, "hides a function"
+    assert not set(PACKAGES) & set(bnsurgery.__all__) - {"finetune", "integrations", "nn", "ops", "report"}, (
+        "hides a function"
+    )
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["setuptools"]["packages"] == ["bnsurgery", *(f"bnsurgery.{p}" for p in [*PACKAGES, "cli"])]
 

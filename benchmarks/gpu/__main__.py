@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, in one command and at most eight minutes.
+"""Everything that a GPU is needed for, in one command and at most twelve minutes.
 
     python -m benchmarks.gpu --output DIR [--data FOLDER] [--steps op,norm] [--quick] [--device cpu]
     python -m benchmarks.gpu --markdown DIR/results.json > benchmarks/results/GPU.md

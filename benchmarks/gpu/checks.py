@@ -42,8 +42,6 @@ def run(job: Job, *arguments: str, processes: int = PROCESSES, **variables: str)
         **os.environ, **variables, "BNSURGERY_ROWS": str(job.file), "BNSURGERY_DEVICE": job.device,
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    if job.data:
-        environment["BNSURGERY_REAL"] = str(job.data)
     before = _failures(job)
     code = subprocess.run([*command, *arguments], cwd=ROOT, env=environment).returncode
     job.failed += _failures(job) - before

@@ -61,13 +61,14 @@ def run(steps: Sequence[Step], folder: Path, device: str, quick: bool, data: Pat
     end = time.monotonic() + slow * BUDGET
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="bnsurgery-gpu-", ignore_cleanup_errors=True) as scratch:
+        variables = environment(scratch, device, data)
         options = ["--device", device, *(["--quick"] if quick else []), *(["--data", str(data)] if data else [])]
         for index, step in enumerate(steps):
             record = results.data["steps"][index]
             rows = Path(scratch, f"{step.name}.jsonl")
             limit = min(slow * step.limit, end - time.monotonic())
             inner = ["--step", step.function, "--rows", str(rows), "--seconds", f"{limit:.1f}", *options]
-            run_step(record, [sys.executable, "-m", "benchmarks.gpu", *inner], rows, limit, results, scratch, device)
+            run_step(record, [sys.executable, "-m", "benchmarks.gpu", *inner], rows, limit, results, variables)
             print(f"{step.name}: {record['verdict']} after {record['seconds']:.0f} s. {record['reason']}", flush=True)
     signal.signal(signal.SIGTERM, before)
     results.data["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -77,7 +78,7 @@ def run(steps: Sequence[Step], folder: Path, device: str, quick: bool, data: Pat
 
 
 def run_step(
-    record: dict[str, Any], command: list[str], rows: Path, limit: float, results: Results, scratch: str, device: str
+    record: dict[str, Any], command: list[str], rows: Path, limit: float, results: Results, variables: dict[str, str]
 ) -> None:
     """Run one step to its end or its limit, and leave what it came to in `record` and in the file."""
     start = time.monotonic()
@@ -87,7 +88,7 @@ def run_step(
         log.write(f"\n{'=' * 30} {record['name']} {'=' * 30}\n")
         log.flush()
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(scratch, device), stdin=subprocess.PIPE, stdout=log,
+            command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=log,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         verdict = "interrupted"
@@ -146,8 +147,9 @@ def read(rows: Path, record: dict[str, Any]) -> tuple[str, str] | None:
     return (found["end"][-1]["verdict"], found["end"][-1]["reason"]) if found["end"] else None
 
 
-def environment(scratch: str, device: str) -> dict[str, str]:
+def environment(scratch: str, device: str, data: Path | None) -> dict[str, str]:
     """Of a step: caches and temporary files in one place that is removed, whatever the home directory is."""
+    real = {"BNSURGERY_REAL": str(data)} if data else {}  # for the tests and benchmarks.tasks
     ours = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "PYTHONUNBUFFERED": "1",
@@ -161,7 +163,7 @@ def environment(scratch: str, device: str) -> dict[str, str]:
         "MPLCONFIGDIR": f"{scratch}/matplotlib",
         "MPLBACKEND": "Agg",
     }
-    return {**os.environ, **ours, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+    return {**os.environ, **ours, **real, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
 
 
 def commit() -> str | None:

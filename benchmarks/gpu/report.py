@@ -6,7 +6,7 @@ from typing import Any
 from bnsurgery.text.tables import cell_text
 
 WIDTH = 150
-LINES, FAILURES = 4, 2  # of a step in the short table, 40 in all; the other key figures are on the page
+LINES, FAILURES = 4, 2  # of a step in the short table; the other key figures are on the page
 TESTS = "tests"  # rows of this table are tests, of which the page counts the good ones
 
 

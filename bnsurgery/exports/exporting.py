@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -159,7 +159,8 @@ def export(
     origin = None if keep_bn or new_head or to != "onnx" else in_file  # whose graph stays
     stays = keep_bn or to == "torchvision-bn"
     name = record.architecture.name if record.architecture is not None else record.model
-    name += "_bn" if to == "torchvision-bn" else ""
+    variant = "_bn" if to == "torchvision-bn" else ""
+    name += variant
     stock = record.architecture if to.startswith("torchvision") else None
     with evaluating(bn_model):
         if stays:
@@ -180,7 +181,7 @@ def export(
             elif to == "exported-program":
                 written = writers.write_program(network, inputs, axes, temporary, known)
             else:
-                again = on_meta(network) if stock is None else replace(stock, name=name).build()
+                again = on_meta(network) if stock is None else stock.build(variant=variant)
                 written = writers.write_state(network, temporary, path.suffix, known, again)
             equivalence = _compare(written, bn_model, inputs, f"as {to}, the network cannot be run")
             for axis in dict.fromkeys(name for names in axes for name in names.values()):

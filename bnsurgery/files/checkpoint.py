@@ -20,7 +20,7 @@ from bnsurgery.nn.settings import is_frozen
 from bnsurgery.records.architectures import Architecture, identify_model, state_shapes
 from bnsurgery.records.record import FORMAT_VERSION, InsertedSite, SurgeryRecord, attach_record
 from bnsurgery.records.record import record as record_of
-from bnsurgery.surgery.copies import on_meta
+from bnsurgery.surgery.copies import on_meta, refuse_sharded
 from bnsurgery.surgery.folding import strip_
 from bnsurgery.surgery.heads import replace_head_
 from bnsurgery.surgery.insertion import edit_
@@ -54,6 +54,7 @@ def save(bn_model: nn.Module, path: str | PathLike[str], *, overwrite: bool = Fa
             else; an old file stays intact.
         BNSurgeryError: the model carries no record, or its norms apply other ReLUs than the record says.
     """
+    refuse_sharded("save", bn_model)
     record = current_record(bn_model)
     for site in record.sites:
         if site.relu is not None and is_fused(bn_model, site) != record.options.fuse_relu:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -98,20 +99,21 @@ def read_text(path: Path) -> str:
 
 
 @contextmanager
-def only_process_in(folder: Path, what: str, files: Iterable[str]) -> Iterator[None]:
+def only_process_in(folder: Path, what: str, files: Iterable[str], patience: float = 0.0) -> Iterator[None]:
     """Keep other processes from this folder until the block ends, and remove files that killed ones left half-written.
 
     Args:
         folder: exists; it may come from a stranger.
         what: its kind, for messages.
         files: patterns of the files that will be written in it.
+        patience: seconds to wait for another process.
 
     Raises:
         CheckpointError: another process is in it, or one of the files is a link, perhaps to a file of value elsewhere.
     """
     folder = folder.resolve()
     busy = "is at work in it. Wait until it is done or stop it, or name another `output`."
-    with _holding(folder / f"{_PREFIX}folder.lock", folder, what, busy):
+    with _holding(folder / f"{_PREFIX}folder.lock", folder, what, busy, patience=patience):
         link = next((path for pattern in files for path in folder.glob(pattern) if path.is_symlink()), None)
         if link is not None:
             raise CheckpointError(f"{what} '{folder}': '{link.name}' is a link, expected a file of its own. Remove it.")
@@ -142,14 +144,19 @@ def _target(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def _holding(lock: Path, place: Path, what: str, busy: str) -> Iterator[None]:
-    """Hold the lock of a file or folder, or raise CheckpointError."""
+def _holding(lock: Path, place: Path, what: str, busy: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a file or folder, or raise CheckpointError if others still have it after `patience` seconds."""
+    end = time.monotonic() + patience
     with ExitStack() as stack:
-        try:
-            with _naming(place):
-                stack.enter_context(locked(lock, _remove_temporaries))
-        except LockedError as error:
-            raise CheckpointError(f"{what} '{place}': {error} {busy}") from None
+        while True:
+            try:
+                with _naming(place):
+                    stack.enter_context(locked(lock, _remove_temporaries))
+                break
+            except LockedError as error:
+                if time.monotonic() >= end:
+                    raise CheckpointError(f"{what} '{place}': {error} {busy}") from None
+                time.sleep(0.05)
         yield
 
 

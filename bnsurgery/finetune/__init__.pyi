@@ -1,4 +1,6 @@
 # Every public name and its module: __init__.py loads each on first use.
+from .comparing import compare as compare
+from .comparing import from_comparison as from_comparison
 from .comparison import ArmSummary as ArmSummary
 from .comparison import Comparison as Comparison
 from .comparison import Trial as Trial
@@ -16,4 +18,3 @@ from .runs import Result as Result
 from .runs import resume as resume
 from .runs import run as run
 from .stopping import Interrupted as Interrupted
-from .trials import compare as compare

@@ -31,6 +31,7 @@ class Trial:
         seconds: of training and validating, without setting up.
         start_accuracy, kind: see `Resolved`.
         test_accuracy: on the test part at the end; None without such a part.
+        raced_out: whether a race stopped it before the end. It is then no result of its rate.
 
     Raises:
         ValueError: the rate is not finite, or the trial neither diverged nor was validated.
@@ -46,6 +47,7 @@ class Trial:
     start_accuracy: float | None = None
     kind: TaskKind | None = None
     test_accuracy: float | None = None
+    raced_out: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.lr) or not (self.diverged or self.rows):
@@ -70,8 +72,9 @@ class ArmSummary:
         steps: training steps of a run.
         to_plain: steps until the mean accuracy at the best rate first reached the final accuracy of plain at its best
             rate; None if it never did.
-        by_rate: validation accuracy by rate; None where a seed diverged.
+        by_rate: validation accuracy by rate; None where a seed diverged; without the rates that a race stopped.
         beyond: "smaller" or "larger" if the best of several rates is at that end, so that one beyond may be better.
+        raced_out: the rates that a race stopped before the end.
     """
 
     arm: str
@@ -85,9 +88,12 @@ class ArmSummary:
     by_rate: dict[float, float | None]
     start: float | None
     beyond: str
+    raced_out: tuple[float, ...] = ()
 
     def ending(self, lr: float) -> str:
-        """The end of the runs at a rate, for a table: the accuracy, "diverges", or a dash if the rate was not tried."""
+        """The end of the runs at a rate, for a table: the accuracy, "diverges", "raced out", or a dash if not tried."""
+        if lr in self.raced_out:
+            return "raced out"
         accuracy = self.by_rate.get(lr)
         return "diverges" if accuracy is None and lr in self.by_rate else percent(accuracy)
 
@@ -161,11 +167,13 @@ class Comparison:
         trials = self.of(arm)
         modes = " or ".join(dict.fromkeys(trial.statistics for trial in trials if trial.statistics))
         steps = max((trial.rows[-1].step for trial in trials if trial.rows), default=0)
-        by_rate = {lr: _mean_end(self.of(arm, lr)) for lr in sorted({trial.lr for trial in trials})}
+        rates = sorted({trial.lr for trial in trials})
+        raced_out = tuple(lr for lr in rates if _raced_out(self.of(arm, lr)))
+        by_rate = {lr: _mean_end(self.of(arm, lr)) for lr in rates if lr not in raced_out}
         ended = {lr: accuracy for lr, accuracy in by_rate.items() if accuracy is not None}
         lr = max(ended, key=ended.__getitem__, default=None)  # the first of equals
         if lr is None:
-            return ArmSummary(arm, modes, None, None, None, None, steps, None, by_rate, None, "")
+            return ArmSummary(arm, modes, None, None, None, None, steps, None, by_rate, None, "", raced_out)
         chosen = self.of(arm, lr)
         tested = [trial.test_accuracy for trial in chosen if trial.test_accuracy is not None]
         ends = tested or [trial.rows[-1].val_accuracy for trial in chosen]
@@ -173,11 +181,12 @@ class Comparison:
         largest = max(rate for rate, value in ended.items() if value >= ended[lr] - _TRAINS)
         reached = (step for step, mean, _, _ in self.curve(arm, lr) if goal is not None and mean >= goal)
         starts = [trial.start_accuracy for trial in chosen if trial.start_accuracy is not None]
-        ends_of_grid = {min(by_rate): "smaller", max(by_rate): "larger"} if len(by_rate) > 1 else {}
+        ends_of_grid = {rates[0]: "smaller", rates[-1]: "larger"} if len(rates) > 1 else {}
         return ArmSummary(
             *(arm, modes, statistics.fmean(ends), spread, lr, largest, steps, next(reached, None), by_rate),
             start=statistics.fmean(starts) if starts else None,
             beyond=ends_of_grid.get(lr, ""),
+            raced_out=raced_out,
         )
 
     def __str__(self) -> str:
@@ -195,6 +204,8 @@ class Comparison:
             "trains to: largest rate that ends within 10 points of the best in validation\n"
             "to plain's: steps until plain's validation accuracy is first reached"
         )
+        if any(s.raced_out for s in summary):
+            legend += "\nraced out: stopped before the end, because other rates of the arm were ahead"
         by_rate = [(s.arm, *map(s.ending, self.rates)) for s in summary]
         chart = table(("validation", *(f"{lr:g}" for lr in self.rates)), by_rate)
         verdict = textwrap.fill(self.verdict(), WIDTH, break_on_hyphens=False)
@@ -262,6 +273,11 @@ def read_json(path: Path) -> Any:
         return loads(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}': cannot be read: {error}. Remove it to have it made again.") from error
+
+
+def _raced_out(trials: Sequence[Trial]) -> bool:
+    """Whether a race stopped a rate, of which these are the trials."""
+    return any(trial.raced_out for trial in trials) and not any(trial.diverged for trial in trials)
 
 
 def _mean_end(trials: Sequence[Trial]) -> float | None:

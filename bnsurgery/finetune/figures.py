@@ -233,12 +233,13 @@ def _ends(axis: Any, accuracies: dict[str, float | None], result: "Comparison") 
 def _seconds(axis: Any, result: "Comparison") -> None:
     seconds = seconds_by_arm(result)
     draw_bars(axis, seconds, "s", [_ARMS[arm] for arm in seconds])
-    axis.set(xlabel="seconds a run, mean over those that did not diverge")
+    axis.set(xlabel="seconds a run, mean over those that reached their end")
 
 
 def seconds_by_arm(result: "Comparison") -> dict[str, float]:
-    """Mean seconds of the runs that did not diverge; an arm whose runs all diverged is left out."""
-    times = {arm: [trial.seconds for trial in result.of(arm) if not trial.diverged] for arm in result.arms}
+    """Mean seconds of the runs that reached their end; an arm of which none did is left out."""
+    ended = [trial for trial in result.trials if not (trial.diverged or trial.raced_out)]
+    times = {arm: [trial.seconds for trial in ended if trial.arm == arm] for arm in result.arms}
     return {arm: sum(found) / len(found) for arm, found in times.items() if found}
 
 

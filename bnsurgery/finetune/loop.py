@@ -4,7 +4,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -29,6 +29,7 @@ from bnsurgery.text.words import counted, percent
 
 from . import recipe
 from .config import Config
+from .grid import validations_until
 from .loading import moved
 from .results import NormRow, Row, norm_rows
 from .run_directory import RunDirectory
@@ -51,9 +52,22 @@ class DivergedError(BNSurgeryError):
 
 
 class Trainer:
-    """One run, from its current step to its end; it saves nothing if `directory` is None."""
+    """One run, from its current step to its end.
 
-    def __init__(self, setup: Setup, directory: RunDirectory | None, show: bool) -> None:
+    Args:
+        directory: where to save it; None to save nothing.
+        share: of the run, after which `fit` pauses: at the nearest validation.
+        report: called with each validation.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        directory: RunDirectory | None,
+        show: bool,
+        share: float = 1.0,
+        report: Callable[[Row], object] | None = None,
+    ) -> None:
         self.setup, self.directory = setup, directory
         self.config, self.accelerator, self.network = setup.config, setup.accelerator, setup.network
         self.show = show and self.accelerator.is_main_process
@@ -67,6 +81,9 @@ class Trainer:
         self.step = 0
         self.rows: list[Row] = []
         self.norms: list[NormRow] = []  # of every validation, each norm's
+        self._report = report
+        validations = self.config.epochs * min(self.config.evaluations, self.steps_per_epoch)
+        self._last = validations_until(share, validations)  # in `rows`, of this `fit`
         self.losses: list[float] = []  # since the last validation, like the accuracies
         self.accuracies: list[float] = []
         self._unread: list[tuple[Tensor, Tensor]] = []  # losses and accuracies of the last steps, still on the device
@@ -87,7 +104,7 @@ class Trainer:
         self.objective.train()
         try:
             with self._bar() as bar:
-                while self.step < self.steps:
+                while self.step < self.steps and len(self.rows) < self._last:
                     self.setup.batches.epoch, self.setup.batches.start = divmod(self.step, self.steps_per_epoch)
                     bar.set_description(f"epoch {self.setup.batches.epoch + 1}/{self.config.epochs}", refresh=False)
                     self._train_epoch(bar, stop)
@@ -113,6 +130,8 @@ class Trainer:
                 if validate:
                     self._validate()  # if it fails, nothing is saved: the resumed run repeats it
                 self._save_if_due(stop, validate)
+                if self.step < self.steps and len(self.rows) == self._last:  # the rest of the epoch comes later
+                    return
 
     def _batches(self, bar: Any, stop: StopRequest) -> Iterator[tuple[Any, Tensor]]:
         """The rest of the epoch. If it cannot be read, the run is saved."""
@@ -231,6 +250,8 @@ class Trainer:
                 self.directory.log(self.rows, self.norms, best, self.setup.resolved.lr)
         if self.show:
             tqdm.write(str(row))
+        if self._report is not None:
+            self._report(row)
         self.losses.clear()
         self.accuracies.clear()
         self._clock, self._timed = time.perf_counter(), 0

@@ -137,7 +137,7 @@ def choose_head(source: Source, shape: Sequence[int] | Inputs | None, classes: t
     elif outputs != len(classes):
         kept, why = False, f"the old one is for {outputs} classes"
     else:
-        kept, why = True, f"it is for {outputs} classes, too; their names are not known (head=new replaces it)"
+        kept, why = True, f"it is for {outputs} classes, too; their names are not known (`head='new'` replaces it)"
     if kept and outputs != len(classes):
         raise BNSurgeryError(
             f"finetune: the head has {outputs} outputs and cannot be kept for {len(classes)} classes: use `head='new'`"

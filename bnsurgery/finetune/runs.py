@@ -1,6 +1,6 @@
 """Start a run, or resume one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bnsurgery.errors import BNSurgeryError, DataError
+from bnsurgery.files.writing import make_folder
 from bnsurgery.machine.devices import keeping_random
 from bnsurgery.networks import factories
 from bnsurgery.running.calls import out_of_memory
@@ -152,18 +153,22 @@ def resume(
     """
     place = RunDirectory(directory)
     config, fingerprint, resolved = place.read_config()
+    require_code_again(config, f"resume: '{directory}'", model, data)
+    model = None if isinstance(model, str) else model
+    data = None if isinstance(data, str) else data
+    return train(replace(config, output=str(directory)), place, model, data, (fingerprint, resolved), show=show)
+
+
+def require_code_again(config: Config, what: str, model: nn.Module | str | None, data: Data | str | None) -> None:
+    """Raise an error if a file names code that makes the network or the data, and the caller did not name it again."""
     for field, code, given, kind in (
         ("model", config.model, model, nn.Module),
         ("data", factories.names_code(config.data) and config.data, data, Data),
     ):
         if code and given != code and not isinstance(given, kind):
             raise BNSurgeryError(
-                f"resume: '{directory}': its {field} is made by running '{code}': pass `{field}={code!r}` again if you "
-                "trust it"
+                f"{what}: its {field} is made by running '{code}': pass `{field}={code!r}` again if you trust it"
             )
-    model = None if isinstance(model, str) else model
-    data = None if isinstance(data, str) else data
-    return train(replace(config, output=str(directory)), place, model, data, (fingerprint, resolved), show=show)
 
 
 @contextmanager
@@ -214,11 +219,17 @@ def train(
     *,
     show: bool = False,
     measures_kind: bool = False,
+    share: float = 1.0,
+    paused: RunDirectory | None = None,
+    report: Callable[[Row], object] | None = None,
 ) -> Result:
     """Run from the start, or from the state in `directory` if `before` says what it started with.
 
     Args:
         measures_kind: whether a new run with inserted BatchNorm measures the kind of its task.
+        share: of the run, after which it pauses.
+        paused: where a paused run is saved, and continues from if it was.
+        report: called with each validation.
     """
     accelerator = processes(config)
     show = show and accelerator.is_main_process
@@ -249,12 +260,14 @@ def train(
             setup.resolved = replace(setup.resolved, lr=found.chosen, lr_reason=found.reason)
             if writes is not None:
                 writes.log_rate_range(found)
-        trainer = Trainer(setup, directory, show)
+        trainer = Trainer(setup, directory, show, share, report)
         if before is None:
             setup.resolved = replace(setup.resolved, start_accuracy=trainer.evaluate()[1])
             if show:
                 print(f"start        {percent(setup.resolved.start_accuracy)} of the validation {data.thing}s right")
         torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout
+        if paused is not None:
+            state = paused.load_state()
         if state is not None:
             trainer.load_state_dict(state)
         if show:
@@ -271,7 +284,11 @@ def train(
                 writes.write_config(config, data.fingerprint, setup.resolved)
             with listening() as stop:
                 trainer.fit(stop)
-        tested = trainer.test()
+        ended = trainer.step == trainer.steps
+        tested = trainer.test() if ended else None
+        if not ended and paused is not None:
+            make_folder(paused.last.parent)
+            paused.save_state(trainer.state_dict())
     path = directory.path if directory else None
     rows, norms = tuple(trainer.rows), tuple(trainer.norms)
     return Result(path, rows, setup.resolved, trainer.seconds, data.thing, tested, norms)

@@ -74,7 +74,7 @@ class Setup:
 def processes(config: Config) -> "Accelerator":
     """Hugging Face's Accelerate: one process, or those that torchrun or accelerate launch started."""
     own = config.log_with != "tensorboard"  # a tracker that no extra brings
-    for needed in ("accelerate", config.log_with, "matplotlib", "psutil"):  # the last three before hours of training
+    for needed in ("accelerate", config.log_with, "matplotlib"):  # the last two before hours of training
         if importlib.util.find_spec(needed) is None:
             package = needed if own and needed == config.log_with else "'bnsurgery[finetune]'"
             raise BNSurgeryError(f"finetune: needs {needed}, which is not installed: pip install {package}")

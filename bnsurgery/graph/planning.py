@@ -105,7 +105,7 @@ class Plan:
             text += "\n\n" + table(("skipped", "layer", "reason"), [(s.name, s.layer, s.reason) for s in self.skipped])
         if self.lrn:
             names = ", ".join(self.lrn)
-            text += f"\n\nLocalResponseNorm stays: {names}. drop_lrn takes it out and changes the function."
+            text += f"\n\nLocalResponseNorm stays: {names}. `drop_lrn=True` removes it and changes the function."
         counts = f"{counted(len(self.sites), 'site')}, {len(self.skipped)} skipped"
         return f"{text}\n\n{self.model}: {counts}, {self.placement}"
 
@@ -149,7 +149,7 @@ def plan(
         >>> len(plan.sites), plan.sites[0].name, plan.sites[0].relu
         (8, 'features.0', 'features.1')
         >>> plan.skipped[0].name, plan.skipped[0].reason
-        ('classifier.0', "left out by layers='conv'")
+        ('classifier.0', "left out by `layers='conv'`")
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"plan: placement must be one of {PLACEMENTS}, got {placement!r}")
@@ -190,11 +190,11 @@ def _consider(trace: Trace, module: nn.Module, placement: str, layers: Layers, h
     expected = batched_ndim(module) if isinstance(module, LAYERS) else LAYER_FUNCTIONS[function]
     kind = "dense" if expected == _DENSE else "conv"
     if not (layers(name, module) if callable(layers) else layers in ("all", kind)):
-        return f"left out by layers={layers!r}" if isinstance(layers, str) else "left out by the layers predicate"
+        return f"left out by `layers={layers!r}`" if isinstance(layers, str) else "left out by the layers predicate"
     if not following and not head:
         part = trace.part(module)
         what = f"output of {part}, whose further way cannot be followed" if part else "output layer"
-        return f"{what} (the head option takes it too)"
+        return f"{what} (`head=True` takes it, too)"
     shapes = trace.shapes[module]
     ndims = {len(shape) for shape in shapes}
     if not ndims or (min(ndims) < _DENSE if kind == "dense" else ndims != {expected}):
@@ -290,7 +290,9 @@ def _check(result: Plan) -> None:
         first = normalized[0]
         others = ", ".join(f"'{site.name}'" for site in result.sites)
         advice = (
-            f"Its dense layers without one ({others}) get one with layers='dense'." if others else "Nothing to insert."
+            f"Its dense layers without one ({others}) get one with `layers='dense'`."
+            if others
+            else "Nothing to insert."
         )
         raise NoSitesError(
             f"plan: {result.model} has normalization layers already: {len(normalized)} of its layers are followed by "

@@ -24,19 +24,6 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def peak_memory() -> int:
-    """The peak memory of this process in bytes. Without `getrusage` it needs psutil."""
-    try:
-        import resource
-    except ImportError:
-        import psutil
-
-        memory = psutil.Process().memory_info()
-        return int(getattr(memory, "peak_wset", memory.rss))  # peak_wset: Windows
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024  # bytes on macOS, KiB elsewhere
-
-
 def quote(word: str) -> str:
     """Quote `word` for a command line that people paste into their shell.
 

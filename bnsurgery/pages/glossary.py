@@ -3,10 +3,8 @@
 TERMS = {
     "site": "A conv or dense layer with an inserted BatchNorm behind it, by its name in the original network.",
     "channels": "Output channels or features of the layer, C. Each has a mean and a deviation.",
-    "|μ|": "Median over the channels of |μ|. A channel's mean μ is over all calibration images and positions, until "
-    "training changes it; in activation units.",
-    "σ": "Median over the channels of σ. A channel's (population) standard deviation σ is over all calibration images "
-    "and positions, until training changes it; in activation units.",
+    "|μ|": "Median of the channels' |μ|, in activation units: measured in calibration, over images and positions.",
+    "σ": "Median of the channels' σ (of the population), in activation units, measured as μ. Training changes both.",
     "dead": "Channels whose variance σ² is below the BatchNorm's eps: nearly constant on the calibration images. "
     "Training with BatchNorm can amplify their small differences.",
     "near eps": "Channels with eps ≤ σ² < 10·eps. Their output has a variance clearly below 1, since eps is more than "
@@ -18,8 +16,7 @@ TERMS = {
     "normalized": "(x − μ)/√(σ² + eps), channel by channel: a pre-activation x behind the BatchNorm, before its weight "
     "and bias. The dotted line is the normal distribution.",
     "bit-identical": "In eval mode every output has the same bits (torch.equal) on every image.",
-    "largest difference": "Largest |candidate − reference| over all outputs of all images; relative: divided by the "
-    "largest |reference|.",
+    "largest difference": "Largest |candidate − reference|, over all outputs; relative: ÷ the largest |reference|.",
     "top-1 agreement": "Share of the images for which both networks rank the same class first.",
     "drift": "‖train − eval‖₂ / ‖eval‖₂ over the outputs: how far they move when the BatchNorms are in train mode and "
     "(in statistics mode batch) normalize by the batch instead of by the population.",
@@ -28,10 +25,8 @@ TERMS = {
     "function, the last plain BatchNorm.",
     "running": "set_statistics_(model, 'running'): frozen statistics, trainable weight and bias.",
     "images a batch": "Images that train mode normalizes together, on one device or over a process group.",
-    "placement": "Whether BatchNorm stands before the activation, as in the BN paper, or behind it; and the layers "
-    "chosen.",
-    "eps, momentum": "eps is added to the BatchNorms' variance; momentum is the share of a new batch in the running "
-    "statistics.",
+    "placement": "Whether BatchNorm stands before the activation (as in the BN paper) or after it; and the layers.",
+    "eps, momentum": "eps is added to the variance; momentum is the share of a new batch in the running statistics.",
     "before": "The network without BatchNorm.",
     "after": "The network with BatchNorm.",
     "after ÷ before": "1: the same; 1.5: half as much again.",

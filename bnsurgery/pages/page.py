@@ -1,6 +1,5 @@
 """One self-contained HTML page from figures, tables and text: no network, no script, light and dark, for any width."""
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files as resources
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnsurgery._version import __version__
-from bnsurgery.errors import BNSurgeryError
 from bnsurgery.files.writing import atomic_write, check_writable, make_folder
 from bnsurgery.text.tables import cell_text, is_number
 
@@ -39,19 +37,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Box:
-    """One layer of a strip.
+    """One layer of a strip."""
 
-    Attributes:
-        name: fqn.
-        label: class and channels.
-        kind: "inserted", "taken" (a ReLU that the BatchNorm applies), "conv", "dense", "activation" or "other".
-        site: name in the original network, as in the tables, if the layer has a BatchNorm.
-    """
-
-    name: str
-    label: str
-    kind: str
-    site: str = ""
+    name: str  # fqn
+    label: str  # class and channels
+    kind: str  # "inserted", "taken" (a ReLU that the BatchNorm applies), "conv", "dense", "activation" or "other"
+    site: str = ""  # name in the original network, as in the tables, if the layer has a BatchNorm
 
 
 @dataclass(frozen=True)
@@ -143,10 +134,3 @@ class Report:
         for path in paths:
             write(self.figures[path.stem], path, overwrite=overwrite)
         return paths
-
-
-def require_libraries() -> None:
-    """Raise BNSurgeryError where matplotlib or Jinja, the extra `report`, is not installed."""
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BNSurgeryError(f"report: needs {' and '.join(missing)}: pip install 'bnsurgery[report]'")

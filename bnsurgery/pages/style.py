@@ -31,10 +31,7 @@ _DPI = 144
 def new_figure(alt: str, *, columns: int = 1, height: float = 3.2) -> tuple["Figure", Any]:
     """A figure and its axes, in an array of shape (1, columns), without a window system or global state.
 
-    Args:
-        alt: description of the figure for those who cannot see it; kept as its label.
-        columns: number of panels.
-        height: inches of a panel.
+    `alt` describes the figure to those who cannot see it, and becomes its label; `height` is in inches.
     """
     from matplotlib.figure import Figure
 
@@ -68,15 +65,15 @@ def log_axis(axis: Any, which: str = "x") -> None:
 
 def draw_bars(axis: Any, values: Mapping[str, float | None], unit: str, colours: Sequence[str]) -> None:
     """A bar a name, the first on top, each with its value and unit, or "diverged" for None."""
-    axis.barh(list(values), [value or 0 for value in values.values()], min(0.8, 0.2 * len(values)), color=colours)
-    for row, value in enumerate(values.values()):
-        text = "diverged" if value is None else f"{cell_text(value)} {unit}".rstrip()
-        axis.annotate(text, (value or 0, row), xytext=(6, 0), textcoords="offset points", va="center")
+    lengths = [value or 0 for value in values.values()]
+    bars = axis.barh(list(values), lengths, min(0.8, 0.2 * len(values)), color=colours)
+    texts = ["diverged" if value is None else f"{cell_text(value)} {unit}".rstrip() for value in values.values()]
+    axis.bar_label(bars, texts, padding=6)
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.grid(False)
     axis.set_xticks([])  # the values are written
     axis.spines["bottom"].set_visible(False)
-    axis.set_xlim(0, 1.3 * max(value or 0 for value in values.values()) or 1)  # room for the longest value
+    axis.set_xlim(0, 1.3 * max(lengths) or 1)  # room for the longest value
 
 
 def write(figure: "Figure", path: Path, *, overwrite: bool = True) -> None:

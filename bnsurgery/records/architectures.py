@@ -39,10 +39,11 @@ class Architecture:
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout: got {shown(self.dropout)}, expected 0 to 1")
 
-    def build(self, device: torch.device | str = "meta") -> nn.Module:
-        """The network in eval mode; on "meta", without memory or initialization."""
+    def build(self, device: torch.device | str = "meta", variant: str = "") -> nn.Module:
+        """The network in eval mode; on "meta", without memory or initialization. `variant` "_bn" is the one with BN."""
+        options: dict[str, Any] = {"num_classes": self.num_classes, "dropout": self.dropout}
         with torch.device(device):
-            return models.get_model(self.name, weights=None, num_classes=self.num_classes, dropout=self.dropout).eval()
+            return models.get_model(self.name + variant, weights=None, **options).eval()
 
     @property
     def weights(self) -> type[WeightsEnum]:

@@ -9,7 +9,7 @@ from bnsurgery.pages.page import Report
 
 from .insertion_figures import plot_channels, plot_drift, plot_moments, plot_preactivations
 from .insertion_page import insertion
-from .sites import SiteView, view_sites
+from .site_statistics import SiteView, view_sites
 from .training_page import comparison, training
 
 __all__ = [

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,39 +21,37 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one network.
+    """The cost of one network."""
 
-    Attributes:
-        parameters: how many numbers training changes.
-        seconds: time of a forward and backward pass in train mode.
-        kept_bytes: tensors that autograd keeps between the two, without the parameters.
-    """
-
-    parameters: int
-    seconds: float
-    kept_bytes: int
+    parameters: int  # numbers that training changes
+    seconds: float  # of a forward and backward pass in train mode
+    kept_bytes: int  # of the tensors that autograd keeps between the two, without the parameters
 
 
-def measure_costs(reference: nn.Module, bn_model: nn.Module, batch: Inputs) -> tuple[Cost, Cost] | str:
+def measure_costs(
+    reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batch: Inputs
+) -> tuple[Cost, Cost] | str:
     """Time both networks by turns on the first 4 samples of `batch`, or give the reason why that fails.
 
     Neither network is changed, nor its statistics or torch's random state.
     """
-    sample, networks = batch.take(0, IMAGES), (reference, bn_model)
+    sample = batch.take(0, IMAGES)
+    if not isinstance(reference, nn.Module):
+        return "the reference is a function, not a network."
     if sample.samples < 2:
         return "a step in train mode needs two images"
-    times: tuple[list[float], list[float]] = ([], [])
+    networks = (reference, bn_model)
+    rounds: list[list[float]] = []  # the seconds of both networks
     try:
         with keeping_random(), torch.enable_grad():
             steps = [_step(network, sample) for network in networks]
             kept = [_kept_bytes(step, network) for step, network in zip(steps, networks, strict=True)]
-            while len(times[0]) < _ROUNDS.start or (len(times[0]) < _ROUNDS.stop and sum(map(sum, times)) < _SECONDS):
-                for step, taken in zip(steps, times, strict=True):
-                    taken.append(step())
+            while len(rounds) < _ROUNDS.start or (len(rounds) < _ROUNDS.stop and sum(map(sum, rounds)) < _SECONDS):
+                rounds.append([step() for step in steps])
     except BNSurgeryError as error:  # a detector wants targets in train mode
         return str(error)
     counts = [sum(p.numel() for p in network.parameters() if p.requires_grad) for network in networks]
-    first, second = (Cost(count, min(taken), size) for count, taken, size in zip(counts, times, kept, strict=True))
+    first, second = map(Cost, counts, map(min, zip(*rounds, strict=True)), kept)
     return first, second
 
 

@@ -1,4 +1,4 @@
-"""The figures of an insertion: statistics by site, pre-activations, channels that say little, train-mode drift."""
+"""The figures of an insertion: statistics by site, pre-activations, dead and silent channels, train-mode drift."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -11,7 +11,7 @@ from bnsurgery.pages.style import BN, INK, NEARLY, NEUTRAL, PLAIN, WRONG, log_ax
 from bnsurgery.statistics.verification import EquivalenceReport, statistics_for
 from bnsurgery.text.words import counted, percent, thousands
 
-from .sites import SiteView, channel_counts, view_sites
+from .site_statistics import SiteView, channel_counts, view_sites
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +95,8 @@ def plot_preactivations(
     figure, axes = new_figure(alt, columns=len(panels), height=_FRAME + 1.4 * _ROW * len(views))
     for axis, panel in zip(axes[0], panels, strict=True):
         for row, histogram in enumerate(histograms[panel]):
-            at, density = histogram.centers.numpy(), histogram.density.numpy()
+            at = (histogram.edges[:-1] + histogram.edges.diff() / 2).numpy()
+            density = histogram.density.numpy()
             scale = 0.95 / (density.max() or 1)  # of the row's height
             colour = PLAIN if panel == "before" else BN
             axis.fill_between(at, row, row - scale * density, color=colour, linewidth=0, alpha=0.8)
@@ -168,27 +169,25 @@ def plot_drift(result: EquivalenceReport, *, advise: bool = True) -> "Figure":
         >>> bnsurgery.report.plot_drift(result).savefig("drift.png")
     """
     advised = advised_drift(result)
-    drifts = {size: 100 * drift for size, (drift, _, _) in advised.items()}
+    drifts = [100 * drift for drift, _, _ in advised.values()]
     texts = {size: percent(drift, ".3g") for size, (drift, _, _) in advised.items()}
-    modes = {size: mode if advise else "" for size, (_, mode, _) in advised.items()}
-    on = f" on {result.drift_inputs}" if drifts else ""
+    on = f" on {result.drift_inputs}" if advised else ""
     measured = ", ".join(f"{text} at {size}" for size, text in texts.items()) or "not measured"
     figure, axes = new_figure(f"Train-mode drift of the outputs by batch size{on}: {measured}.")
     axis = axes[0, 0]
-    axis.plot(list(drifts), list(drifts.values()), color=NEUTRAL, linewidth=1, zorder=1)
-    for mode in dict.fromkeys(modes.values()):
-        points = {size: drift for size, drift in drifts.items() if modes[size] == mode}
-        marker, label = _MARKERS.get(mode, "o"), mode or None
-        axis.scatter(list(points), list(points.values()), color=BN, marker=marker, s=36, label=label, zorder=2)
-    for size, drift in drifts.items():
+    axis.plot(list(advised), drifts, color=NEUTRAL, linewidth=1, zorder=1)
+    for (size, (_, mode, _)), drift in zip(advised.items(), drifts, strict=True):
+        marker, label = (_MARKERS[mode], mode) if advise else ("o", None)
+        label = None if label in axis.get_legend_handles_labels()[1] else label
+        axis.scatter(size, drift, color=BN, marker=marker, s=36, label=label, zorder=2)
         axis.annotate(texts[size], (size, drift), xytext=(0, 8), textcoords="offset points", ha="center")
-    if drifts:
+    if advised:
         axis.set_xscale("log", base=2)
-        axis.set_xticks(list(drifts), [str(size) for size in drifts])
+        axis.set_xticks(list(advised), [str(size) for size in advised])
         axis.minorticks_off()
         if advise:
             axis.legend(frameon=False, title="statistics mode")
-    axis.set_ylim(0, 1.25 * max(drifts.values(), default=0) or 1)
+    axis.set_ylim(0, 1.25 * max(drifts, default=0) or 1)
     axis.margins(x=0.12)
     axis.set(xlabel="images a batch", ylabel="drift of the outputs (%)")
     return figure

@@ -11,13 +11,14 @@ from bnsurgery.errors import BNSurgeryError, CalibrationError
 from bnsurgery.nn.identity import kernel_scale_shift
 from bnsurgery.pages.page import Report, Section, Table
 from bnsurgery.records.record import SurgeryRecord, record
-from bnsurgery.running.batches import inputs
+from bnsurgery.running.batches import Inputs, inputs
 from bnsurgery.statistics.verification import TOLERANCE, EquivalenceReport, verify
 from bnsurgery.surgery.relu_fusion import is_fused
 from bnsurgery.text.words import counted, percent, thousands
 
-from . import cost, sites
+from . import cost
 from .insertion_figures import advised_drift, plot_channels, plot_drift, plot_moments, plot_preactivations
+from .site_statistics import IMAGES, SiteView, channel_counts, view_sites
 from .strip import boxes
 
 DRIFT_SIZES = (2, 4, 8, 16, 32)
@@ -68,12 +69,15 @@ def insertion(
     surgery = record(bn_model)
     if not surgery.sites:
         raise BNSurgeryError("report: nothing was inserted into this network: only its run has a report")
+    batch = next(inputs(batches), None)
+    if batch is None:
+        raise CalibrationError("report: no data. Pass at least one batch.")
     if result is None:
         result = verify(reference, bn_model, batches, drift_batch_sizes=DRIFT_SIZES)
     norms = [bn_model.get_submodule(site.norm) for site in surgery.sites]
     exact = all(map(_is_identity, norms))
     good = result.within((0.0 if exact else TOLERANCE) if tolerance is None else tolerance)
-    views = sites.view_sites(bn_model, batches)
+    views = view_sites(bn_model, batches)
     return Report(
         title=title or f"{surgery.architecture.name if surgery.architecture else surgery.model} with BatchNorm",
         verdict=_verdict(len(norms), result, good),
@@ -82,10 +86,10 @@ def insertion(
         sections=(
             _network(bn_model, surgery),
             _statistics(views, surgery),
-            _preactivations(views, surgery, exact, min(sites.IMAGES, result.samples)),
+            _preactivations(views, surgery, exact, min(IMAGES, result.samples)),
             _channels(views),
             _drift(result, {str(norm.statistics) for norm in norms}),
-            Section("What it costs", *_cost(reference, bn_model, batches)),
+            _cost(reference, bn_model, batch),
         ),
         terms=("pre-activation", "normalized", "training step", "kept for backward", "batch", "renorm", "running"),
     )
@@ -124,12 +128,13 @@ def _facts(surgery: SurgeryRecord, result: EquivalenceReport) -> Iterable[tuple[
 
 def _network(bn_model: nn.Module, surgery: SurgeryRecord) -> Section:
     count, fused = len(surgery.sites), sum(is_fused(bn_model, site) for site in surgery.sites)
-    text = f"In order of definition. {counted(count, 'BatchNorm layer')} {'was' if count == 1 else 'were'} inserted"
+    were = "was" if count == 1 else "were"
+    text = f"The layers stand in order of definition. {counted(count, 'BatchNorm layer')} {were} inserted"
     text += f"; {fused} of them apply the ReLU behind them, and an Identity stands in its place." if fused else "."
     return Section("The network", (text,), strip=boxes(bn_model))
 
 
-def _statistics(views: Sequence[sites.SiteView], surgery: SurgeryRecord) -> Section:
+def _statistics(views: Sequence[SiteView], surgery: SurgeryRecord) -> Section:
     rows = [(v.name, v.layer, v.channels, v.median_mean, v.median_std, v.dead, v.near_eps, v.silent) for v in views]
     note = " Where a bias was absorbed, μ is without it." if surgery.options.absorb_bias else ""
     text = (
@@ -142,22 +147,23 @@ def _statistics(views: Sequence[sites.SiteView], surgery: SurgeryRecord) -> Sect
     return Section("Statistics by site", (text,), table, figures=figures)
 
 
-def _preactivations(views: Sequence[sites.SiteView], surgery: SurgeryRecord, exact: bool, images: int) -> Section:
+def _preactivations(views: Sequence[SiteView], surgery: SurgeryRecord, exact: bool, images: int) -> Section:
     layers = "layers" if surgery.plan.placement == "pre-activation" else "activations in front of the BatchNorms"
     outside = max(h.outside for view in views for h in (view.before, view.after) if h is not None)
     beyond = f"at most {percent(outside, '.2g')} of a site's values lie" if outside else "no value lies"
+    after = "Weight and bias then undo the normalization exactly." if exact else "Weight and bias are applied later."
     text = (
-        f"The outputs of the {layers} on {images} of the images, all channels together: as they are, and normalized "
-        f"channel by channel. Weight and bias {'then undo that, exactly' if exact else 'follow'}. The histograms reach "
-        f"five deviations to either side; {beyond} further out."
+        f"The histograms show the outputs of the {layers} on {images} of the images, all channels together: as they "
+        f"are, and normalized channel by channel. {after} The histograms reach five deviations to either side; "
+        f"{beyond} further out."
     )
     figures = {f"preactivations-{panel}": plot_preactivations(views, panels=(panel,)) for panel in ("before", "after")}
     return Section("Pre-activations", (text,), figures=figures)
 
 
-def _channels(views: Sequence[sites.SiteView]) -> Section:
-    heading = "Channels that say little"
-    total, dead, near_eps, silent = sites.channel_counts(views)
+def _channels(views: Sequence[SiteView]) -> Section:
+    heading = "Dead, near-eps and silent channels"
+    total, dead, near_eps, silent = channel_counts(views)
     if not dead + near_eps + silent:
         return Section(heading, (f"None of {counted(total, 'channel')} is dead, near eps or silent on these images.",))
     text = (
@@ -197,29 +203,21 @@ def _drift(result: EquivalenceReport, modes: set[str]) -> Section:
     return Section(heading, (text,), table, figures={"drift": plot_drift(result, advise=by_batch)})
 
 
-def _cost(
-    reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batches: Iterable[Any]
-) -> tuple[tuple[str, ...], Table | None]:
-    """Paragraphs and table of the section."""
-    batch = next(inputs(batches), None)
-    if batch is None:
-        raise CalibrationError("report: no data. Pass at least one batch.")
-    if not isinstance(reference, nn.Module):
-        return ("Not measured: the reference is a function, not a network.",), None
-    costs = cost.measure_costs(reference, bn_model, batch)
+def _cost(reference: nn.Module | Callable[..., Any], bn_model: nn.Module, batch: Inputs) -> Section:
+    heading, costs = "What it costs", cost.measure_costs(reference, bn_model, batch)
     if isinstance(costs, str):
-        return (f"Not measured: {costs}",), None
+        return Section(heading, (f"Not measured: {costs}",))
     before, after = costs
-    pairs = (
-        ("parameters", before.parameters, after.parameters),
-        ("training step, milliseconds", 1000 * before.seconds, 1000 * after.seconds),
-        ("kept for backward, MiB", before.kept_bytes / _MIB, after.kept_bytes / _MIB),
-    )
-    rows = [(name, old, new, new / old if old else None) for name, old, new in pairs]
+    pairs = {
+        "parameters": (before.parameters, after.parameters),
+        "training step, milliseconds": (1000 * before.seconds, 1000 * after.seconds),
+        "kept for backward, MiB": (before.kept_bytes / _MIB, after.kept_bytes / _MIB),
+    }
+    rows = [(name, old, new, new / old if old else None) for name, (old, new) in pairs.items()]
     device = next((p.device.type for p in bn_model.parameters()), "cpu")
     threads = f" with {counted(torch.get_num_threads(), 'thread')}" if device == "cpu" else ""
     text = (
-        f"A training step on {counted(min(cost.IMAGES, batch.samples), 'image')}, on {device}{threads}, without and "
-        "with BatchNorm. Once folded, the network has its original architecture and cost."
+        f"The cost of a training step on {counted(min(cost.IMAGES, batch.samples), 'image')}, on {device}{threads}, "
+        "without and with BatchNorm. Once folded, the network has its original architecture and cost."
     )
-    return (text,), Table(("", "before", "after", "after ÷ before"), rows)
+    return Section(heading, (text,), Table(("", "before", "after", "after ÷ before"), rows))

@@ -1,6 +1,6 @@
 """The pages of fine-tuning: of a run, and of a comparison."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -40,19 +40,14 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         '80.00 % of the validation images right, in epoch 1 of 1.'
     """
     best, final, resolved = result.best, result.final, result.resolved
-    validations = _table(
-        {
-            "epoch": lambda row: f"{row.epoch:.4g}",
-            "step": lambda row: row.step,
-            "learning rate": lambda row: f"{row.lr:.3g}",
-            "training loss": lambda row: row.train_loss,
-            "training accuracy": lambda row: percent(row.train_accuracy),
-            "validation loss": lambda row: row.val_loss,
-            "validation accuracy": lambda row: percent(row.val_accuracy),
-            "images/s": lambda row: thousands(row.images_per_second),
-        },
-        result.rows,
-    )
+    measures = ("training loss", "training accuracy", "validation loss", "validation accuracy")
+    rows = []
+    for row in result.rows:
+        measured = (row.train_loss, percent(row.train_accuracy), row.val_loss, percent(row.val_accuracy))
+        speed = thousands(row.images_per_second)
+        rows.append((f"{row.epoch:.4g}", row.step, f"{row.lr:.3g}", *measured, speed))
+    validations = Table(("epoch", "step", "learning rate", *measures, "images/s"), rows)
+    curves = {panel: plot_curves(result.rows, (panel,)) for panel in ("loss", "accuracy")}
     chosen = {"augment": resolved.augment, "batch_size": resolved.batch_size}
     options = [(key, str(chosen.get(key, value))) for key, value in _applying(config).items()]
     right = f"{percent(best.val_accuracy)} of the validation {result.thing}s right"
@@ -74,10 +69,7 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
             ("steps", thousands(final.step)),
         ),
         sections=(
-            Section(
-                "Curves" if len(result.rows) > 1 else "The one validation",
-                figures={panel: plot_curves(result.rows, (panel,)) for panel in ("loss", "accuracy")},
-            ),
+            Section("Curves" if len(rows) > 1 else "The one validation", figures=curves),
             Section("Validations", table=validations),
             *([_norms(result.norms)] if result.norms else ()),
             Section("Options", table=Table(("option", "value"), options)),
@@ -90,19 +82,12 @@ def _norms(rows: Sequence["NormRow"]) -> Section:
     """The statistics of every BatchNorm at the first and the last validation, and their curves in between."""
     norms = by_norm(rows)
     ends = {name: (line[0], line[-1]) for name, line in norms.items()}
-    table = _table(
-        {
-            "norm": lambda pair: pair[1].norm,
-            "channels": lambda pair: pair[1].channels,
-            "dead at first": lambda pair: pair[0].dead,
-            "dead at the end": lambda pair: pair[1].dead,
-            "σ at first": lambda pair: pair[0].median,
-            "σ at the end": lambda pair: pair[1].median,
-            "smallest σ": lambda pair: pair[1].smallest,
-            "largest σ": lambda pair: pair[1].largest,
-        },
-        ends.values(),
-    )
+    headers = ("norm", "channels", "dead at first", "dead at the end", "σ at first", "σ at the end")
+    cells = [
+        (name, last.channels, first.dead, last.dead, first.median, last.median, last.smallest, last.largest)
+        for name, (first, last) in ends.items()
+    ]
+    table = Table((*headers, "smallest σ", "largest σ"), cells)
     worst = max(ends.values(), key=lambda pair: pair[1].dead / pair[1].channels)[1]
     dead, channels = (sum(getattr(last, field) for _, last in ends.values()) for field in ("dead", "channels"))
     text = f"Of {counted(channels, 'channel')} in {counted(len(norms), 'norm')}, {thousands(dead)} are dead at the end"
@@ -138,56 +123,41 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         ['by-step', 'time']
     """
     summary, seconds = result.summary(), seconds_by_arm(result)
-    judged = _table(
-        {
-            "arm": lambda arm: arm.arm,
-            "statistics": lambda arm: arm.statistics or "none",
-            "at start": lambda arm: percent(arm.start),
-            "accuracy": lambda arm: percent(arm.accuracy),
-            "spread": lambda arm: percent(arm.spread),
-            "at rate": lambda arm: _rate(arm.lr),
-            "trains to": lambda arm: _rate(arm.largest_lr),
-            "steps": lambda arm: arm.steps,
-            "to plain's": lambda arm: arm.to_plain,
-            "seconds": lambda arm: seconds.get(arm.arm),
-        },
-        summary,
-    )
-    rates = sorted({trial.lr for trial in result.trials})
+    judged_by = ("at start", "accuracy", "spread", "at rate", "trains to")
+    headers = ("arm", "statistics", *judged_by, "steps", "to plain's", "seconds")
+    rows = []
+    for arm in summary:
+        rated = (_rate(arm.lr), _rate(arm.largest_lr))
+        judged = (percent(arm.start), percent(arm.accuracy), percent(arm.spread), *rated)
+        rows.append((arm.arm, arm.statistics or "none", *judged, arm.steps, arm.to_plain, seconds.get(arm.arm)))
+    rates, raced_out = result.rates, sum(trial.raced_out for trial in result.trials)
+    chart = Table(("arm", *(f"{lr:g}" for lr in rates)), [(arm.arm, *map(arm.ending, rates)) for arm in summary])
+    text = "Validation accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does."
+    if raced_out:
+        text += " One that is raced out was stopped before the end, because other rates of the arm were ahead."
     if len(rates) == 1:
-        text = f"Only {rates[0]:g} was tried, so how the arms do at other rates is not known."
-        by_rate = Section("By learning rate", (text,))
-    else:
-        by_rate = Section(
-            "By learning rate",
-            ("Validation accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does.",),
-            Table(("arm", *(f"{lr:g}" for lr in rates)), [(arm.arm, *map(arm.ending, rates)) for arm in summary]),
-        )
+        text = f"Only {rates[0]:g} was tried: the accuracy of the arms at other rates is not known."
     diverged = [f"{t.arm} at {t.lr:g}, seed {t.seed}: {t.diverged}" for t in result.trials if t.diverged]
     names = {"steps": "by-step", "rates": "by-rate"}
     panels = default_panels(result) if result.winner else ()
-    texts = ["Same images in the same order, same head, same recipe and budget: only the BatchNorm differs."]
-    if not result.winner:
-        texts.append("Every run diverged: there is nothing to draw.")
+    figures = {names[panel]: plot_comparison(result, (panel,)) for panel in panels}
+    texts = ["The arms differ only in BatchNorm: images, their order, head, recipe and budget are the same."]
+    texts += [] if result.winner else ["Every run diverged: there is nothing to draw."]
     sections = [
-        Section(
-            "The arms, each at its best rate",
-            tuple(texts),
-            judged,
-            figures={names[panel]: plot_comparison(result, (panel,)) for panel in panels},
-        ),
-        by_rate,
+        Section("The arms, each at its best rate", tuple(texts), Table(headers, rows), figures=figures),
+        Section("By learning rate", (text,), chart if len(rates) > 1 else None),
     ]
     if seconds:
         sections.append(Section("Time", figures={"time": plot_comparison(result, ("seconds",))}))
     if diverged:
-        sections.append(Section("What diverged", tuple(diverged)))
+        sections.append(Section("Diverged runs", tuple(diverged)))
+    raced = f" and {raced_out} were raced out" if raced_out else ""
     return Report(
         title=title or f"Does BatchNorm help? {result.task}",
         verdict=result.verdict(),
         good=None,
         facts=(
-            ("runs", f"{len(result.trials)}, of which {len(diverged)} diverged"),
+            ("runs", f"{len(result.trials)}, of which {len(diverged)} diverged{raced}"),
             ("seeds", str(len({trial.seed for trial in result.trials}))),
             ("judged on", "the test part" if result.tested else "the validation part, which also chose the rates"),
             *((("task", str(result.kind)),) if result.kind else ()),
@@ -195,11 +165,6 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         sections=tuple(sections),
         terms=tuple(result.arms),
     )
-
-
-def _table(columns: dict[str, Callable[[Any], object]], items: Iterable[Any]) -> Table:
-    """One row an item, one column a header and the function that gives its cell."""
-    return Table(tuple(columns), [tuple(cell(item) for cell in columns.values()) for item in items])
 
 
 def _rate(lr: float | None) -> str | None:

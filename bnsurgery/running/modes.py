@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,21 @@ from bnsurgery.nn.batchnorm import Insertable
 
 from .batches import Inputs
 from .calls import outputs, run
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `module` was given to FSDP2's `fully_shard`, or has a parameter that is a shard (a DTensor)."""
+    return _is_fsdp(module) or any(hasattr(parameter, "full_tensor") for parameter in module._parameters.values())
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP2 free the parameters that the last forward pass gathered; an optimizer that is made now gets shards."""
+    for module in filter(_is_fsdp, model.modules()):
+        cast(Any, module).reshard()
 
 
 @contextmanager
@@ -29,11 +44,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _restoring(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """A function that restores the modules' attributes, with the items of lists, dicts and sets, and their buffers."""
+    """A function that restores the modules' attributes, with the items of lists, dicts and sets, and their buffers.
+
+    FSDP2 exchanges the parameters of a module in each forward pass and keeps account of it elsewhere, so these stay.
+    """
     before = []
     for module in modules:
         attributes = dict(vars(module))
         contents = {name: copy.copy(value) for name, value in attributes.items() if type(value) in (list, dict, set)}
+        if is_sharded(module):
+            del contents["_parameters"]
         buffers = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
         before.append((module, attributes, contents, buffers))
 
@@ -58,12 +78,16 @@ def observing(model: nn.Module) -> Iterator[None]:
 
     The model may store results or count calls; only changes inside objects other than lists, dicts and sets stay.
     """
+    _reshard(model)
     restore = _restoring(model.modules())
+    # FSDP2 keeps what its first forward pass allocates for the next ones, which may train.
+    sharded = any(is_sharded(module) for module in model.modules())
     try:
-        with keeping_random(), evaluating(model), torch.inference_mode():
+        with keeping_random(), evaluating(model), torch.no_grad() if sharded else torch.inference_mode():
             yield
     finally:
         restore()
+        _reshard(model)
 
 
 def evaluate(operation: str, model: nn.Module, batch: Inputs) -> list[Tensor]:

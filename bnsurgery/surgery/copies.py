@@ -9,10 +9,21 @@ from torch.overrides import TorchFunctionMode
 
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.graph.layer_kinds import find_lrn
+from bnsurgery.running.modes import is_sharded
 
 from .module_tree import drop_lrn_
 
 T = TypeVar("T")
+
+
+def refuse_sharded(operation: str, model: nn.Module) -> None:
+    """Raise BNSurgeryError if FSDP2 has sharded the parameters of `model`."""
+    if any(is_sharded(module) for module in model.modules()):
+        raise BNSurgeryError(
+            f"{operation}: the parameters of {type(model).__name__} are sharded (fully_shard). Insert before that; to "
+            "fold or save, load torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)) into a copy of the network with BatchNorm from before"
+        )
 
 
 def independent(model: T) -> T:

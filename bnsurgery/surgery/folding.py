@@ -18,7 +18,7 @@ from bnsurgery.records.record import InsertedSite, carries_record, detach_record
 from bnsurgery.running.batches import Inputs
 from bnsurgery.text.words import counted, with_article
 
-from .copies import independent
+from .copies import independent, refuse_sharded
 from .foldable import OWN_NORMS, OwnNorm, own_norms, rest, unfoldable
 from .heads import outputs_of
 from .module_tree import place, remove, replace
@@ -77,6 +77,7 @@ def fold(
     """
     if bias not in ("add", "refuse"):
         raise ValueError(f"fold: bias must be 'add' or 'refuse', got {bias!r}")
+    refuse_sharded("fold", bn_model)
     if not carries_record(bn_model):
         if not any(isinstance(module, OWN_NORMS) for module in bn_model.modules()):
             raise BNSurgeryError(f"fold: {type(bn_model).__name__} has no BatchNorm to fold")

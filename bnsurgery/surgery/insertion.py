@@ -35,7 +35,7 @@ from bnsurgery.statistics.calibration import calibrate, warn_of_dead_channels
 from bnsurgery.statistics.moments import ChannelMoments, digest
 from bnsurgery.text.words import counted, percent
 
-from .copies import independent, sharing_tensors, without_lrn
+from .copies import independent, refuse_sharded, sharing_tensors, without_lrn
 from .module_tree import insert_after
 from .relu_fusion import fuse_relu_
 
@@ -131,6 +131,7 @@ def insert(
             raise ValueError(f"insert: provenance: expected text or a whole number for {name!r}, got {value!r}")
     if not isinstance(preprocessing, Preprocessing | None):
         raise ValueError(f"insert: preprocessing must be a Preprocessing, got {type(preprocessing).__name__}")
+    refuse_sharded("insert", model)
     options = Options(absorb_bias, fuse_relu, eps, momentum)
     options.check(placement if plan is None else plan.placement)
     # A shuffling loader draws a seed on every start; an iterator has started and continues its random numbers.

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.nn.batchnorm import Insertable
+from bnsurgery.running.modes import is_sharded
 
 
 def recompute_activations_(bn_model: nn.Module, enabled: bool = True) -> None:
@@ -40,8 +41,8 @@ def recompute_activations_(bn_model: nn.Module, enabled: bool = True) -> None:
         enabled: False ends it.
 
     Raises:
-        BNSurgeryError: the model has no layer of `bnsurgery.nn`. In the backward: a tensor that the gradient needs was
-            changed in place after the forward.
+        BNSurgeryError: the model has no layer of `bnsurgery.nn`. In the forward: FSDP2 shards the parameters. In the
+            backward: a tensor that the gradient needs was changed in place after the forward.
 
     References: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174, section 4.
 
@@ -183,6 +184,11 @@ class _Forward(saved_tensors_hooks):
 
 def _enter(model: nn.Module, args: Any) -> None:
     if model.training and torch.is_grad_enabled() and not _elsewhere():
+        if any(is_sharded(module) for module in model.modules()):
+            raise BNSurgeryError(
+                f"recompute_activations_: the parameters of {type(model).__name__} are sharded (fully_shard), and the "
+                "norms' may be gone when the backward computes: call recompute_activations_(model, enabled=False)"
+            )
         forward = _Forward(model)
         forward.__enter__()
         vars(_threads).setdefault("forwards", []).append(forward)

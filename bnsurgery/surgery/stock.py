@@ -11,7 +11,7 @@ from bnsurgery.nn.normed import detach_
 from bnsurgery.nn.settings import OURS
 from bnsurgery.records.record import InsertedSite, detach_record, record
 
-from .copies import independent
+from .copies import independent, refuse_sharded
 from .folding import fold_, zero_bias
 from .module_tree import replace
 from .recomputation import keep_activations_
@@ -42,6 +42,7 @@ def to_torch(bn_model: nn.Module, *, keep: Callable[[InsertedSite], bool] = lamb
         >>> type(stock[1]) is nn.BatchNorm2d
         True
     """
+    refuse_sharded("to_torch", bn_model)
     sites, model = record(bn_model).sites, independent(bn_model)
     keep_activations_(model)
     give_back_(model, sites)

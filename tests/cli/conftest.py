@@ -11,7 +11,7 @@ from bnsurgery.cli import main
 def cli(tmp_path, monkeypatch, capfd):
     """Run a command in an empty folder; returns (exit code, stdout, stderr).
 
-    Messages name options that the command has, and no field of the library, unless `fields` is true.
+    Texts name options that the command has, and no field of the library, unless `fields` is true.
     """
     monkeypatch.chdir(tmp_path)
 
@@ -21,6 +21,7 @@ def cli(tmp_path, monkeypatch, capfd):
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         assert fields or not re.search(r"`\w+(=[^`]*)?`", err), err
+        assert fields or "--json" in args or not re.search(r"`\w+=[^`]*`", out), out
         return exit_.value.code, out, err
 
     return run

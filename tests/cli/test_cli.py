@@ -10,7 +10,7 @@ import sys
 import termios
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -71,11 +71,11 @@ def test_the_next_command_looks_at_the_same_images(cli, weights, photos):
 
 def test_insert_verify_and_report_look_at_the_same_images_by_default():
     commands = [group.get_command(None, name) for name in ("insert", "verify", "report")]
+    names = {field.name for field in fields(Images)} - {"wanted"}  # the preprocessing, which the checkpoint has
     defaults = [
-        {option.name: option.default for option in command.params if option.name in Images.AGAIN}
-        for command in commands
+        {option.name: option.default for option in command.params if option.name in names} for command in commands
     ]
-    assert defaults[0] == defaults[1] == defaults[2] and len(defaults[0]) == len(Images.AGAIN)
+    assert defaults[0] == defaults[1] == defaults[2] and len(defaults[0]) == len(names)
 
 
 def test_the_round_trip(cli, weights, photos, tmp_path):
@@ -254,13 +254,17 @@ def test_strange_names_cannot_steer_the_terminal(cli, weights):
 
 
 def test_plan(cli, weights):
+    layers = "nn.Conv2d(3, 4, 3), nn.LocalResponseNorm(2), nn.ReLU(), nn.Conv2d(4, 2, 3)"
+    Path("lrn.py").write_text(f"from torch import nn\ndef net(): return nn.Sequential({layers})\n")
     code, out, _ = cli("plan", "vgg16")
     assert code == 0
     assert "15 sites, 1 skipped" in out
-    assert "output layer" in out
+    assert "output layer (--head takes it, too)" in out
     assert max(map(len, out.splitlines())) <= 80
     code, out, _ = cli("plan", weights, "--layers", "conv")
     assert "25 sites" in out and f"Next: bnsurgery insert {shlex.quote(str(weights))} --layers conv" in out
+    assert "left out by --layers conv" in cli("plan", "vgg11", "--layers", "conv")[1]
+    assert "LocalResponseNorm stays: 1. --drop-lrn removes it" in cli("plan", "--model", "lrn.py:net")[1]
     code, out, _ = cli("plan", "squeezenet1_1", "--weights", weights)
     assert "25 sites" in out and f"Next: bnsurgery insert squeezenet1_1 --weights {shlex.quote(str(weights))}" in out
     code, out, err = cli("plan", "vgg11", "--weights", weights)

@@ -1,12 +1,12 @@
 """Fine-tuning from the command line, killed and stopped as a user's machine would."""
 
 import csv
-import itertools
 import json
 import os
 import shlex
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -157,7 +157,7 @@ def test_compare_says_what_it_found_and_goes_on(cli, folder):
     args = ["compare", *FAST[:-4], "--device", "cpu", "--arms", "plain,bn", "--rates", "0.03,0.3", "--jobs", "1"]
     code, out, err = cli(*args)
     assert code == 0, err
-    assert "bn is " in out and "by rate" in out
+    assert "bn is " in out and "validation" in out and "raced out" not in out
     code, out, _ = cli(*args, "--json")
     result = json.loads(out)
     assert [arm["arm"] for arm in result["arms"]] == ["plain", "bn"]
@@ -166,25 +166,48 @@ def test_compare_says_what_it_found_and_goes_on(cli, folder):
 
 @pytest.mark.parametrize("winner", ["plain", "bn", "bn-half", "bn-naive"])
 def test_compare_recommends_the_winner_and_finetune_makes_it(winner, cli, folder):
-    """Finished trials are taken as they are, so this says who wins."""
+    """Finished trials are taken from the study as they are, so this says who wins."""
     arms = ("plain", "bn", "bn-naive", "bn-half")
     args = ["compare", *FAST[:-4], "--device", "cpu", "--arms", ",".join(arms), "--rates", "0.1", "--jobs", "1"]
     code, out, err = cli(*args)
     assert code == 0, err
-    for path in Path("runs/compare-net-images/trials").iterdir():
-        trial = json.loads(path.read_text())
-        trial["rows"][-1]["val_accuracy"] = 0.9 if trial["arm"] == winner else 0.5
-        path.write_text(json.dumps(trial))
+    with sqlite3.connect("runs/compare-net-images/study.db") as study:
+        found = study.execute(
+            "SELECT trial_user_attribute_id, value_json FROM trial_user_attributes WHERE key = 'result'"
+        )
+        for index, text in found.fetchall():
+            trial = json.loads(json.loads(text))
+            trial["rows"][-1]["val_accuracy"] = 0.9 if trial["arm"] == winner else 0.5
+            changed = json.dumps(json.dumps(trial)), index
+            study.execute("UPDATE trial_user_attributes SET value_json = ? WHERE trial_user_attribute_id = ?", changed)
+    study.close()
     code, out, err = cli(*args)
     next_step = shlex.split(out.rpartition("Next: bnsurgery ")[2])
-    assert next_step[0] == "finetune" and next_step[-2:] == ["--lr", "0.1"]
-    said = dict(itertools.pairwise(next_step))
+    comparison = ["--from", "runs/compare-net-images"]
+    assert next_step == ["finetune", *comparison, "--model", "net.py:tiny", "--num-workers", "0"]
     wanted = {"plain": "plain", "bn-naive": "bn-naive"}.get(winner)
-    assert said.get("--arm") == wanted and said["--epochs"] == ("2" if winner == "bn-half" else "3")
+    for wrong, text in (
+        (["finetune", *comparison], "its model is made by running 'net.py:tiny': pass --model net.py:tiny again"),
+        (
+            [*next_step, "--batch-size", "9"],
+            "the comparison was made with batch_size 8, not 9. Leave these options out",
+        ),
+        ([*next_step, "--lr", "0.2"], "the comparison was made with lr 0.1, not 0.2. Leave these options out"),
+        ([*next_step, "--resume", "runs/x"], "leave one of them out"),
+        (["finetune", "--from", "images", *next_step[3:]], "no comparison has finished there"),
+    ):
+        code, out, err = cli(*wrong)
+        assert code in (1, 2) and text in err and not Path("runs/net-images").exists(), err
     code, out, err = cli(*next_step)
     assert code == 0, err
     best = f"runs/net-images{'-' + wanted if wanted else ''}/best.safetensors"
     assert f"Wrote {best}" in out
+    config = json.loads(Path(best).with_name("config.json").read_text())["config"]
+    expected = {"arm": wanted or "bn", "lr": 0.1, "epochs": 2 if winner == "bn-half" else 3, "augment": "crop"}
+    assert {name: config[name] for name in expected} == expected
+    Path("images/dark/1.png").unlink()
+    code, out, err = cli(*next_step, "-o", "runs/other")
+    assert code == 1 and "the data has changed since the comparison" in err
     code, out, err = cli("predict", best, "--model", "net.py:tiny", "images/dark/0.png")
     assert code == 0 and "dark" in out, err
     code, out, err = cli("report", best, "--model", "net.py:tiny", "--num-images", "4")

@@ -4,13 +4,14 @@ import json
 import pickle
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny_task import tiny
 
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.finetune import trials
+from bnsurgery.finetune import comparing
 from bnsurgery.finetune.comparison import Comparison, Trial
 from bnsurgery.finetune.results import Row
 
@@ -116,27 +117,28 @@ def test_a_comparison_runs_every_arm_on_the_same_batches(model, data, config):
     alone = finetune.run(replace(config(epochs=2), arm="bn", lr=0.3, seed=1), model=model, data=data, save=False).final
     (there,) = (t.rows[-1] for t in result.of("bn", 0.3) if t.seed == 1)
     assert (alone.val_loss, alone.train_loss) == (there.val_loss, there.train_loss)
-    stored = json.loads((trials.Path(config().output) / "comparison.json").read_text())
+    stored = json.loads((Path(config().output) / "comparison.json").read_text())
     assert stored["arms"][0]["accuracy"] == result.summary()[0].accuracy
-    assert (trials.Path(config().output) / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (Path(config().output) / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_finished_trials_are_not_run_again(model, data, config, monkeypatch):
     first = compared(config, model, data, arms=("bn",))
-    path = next((trials.Path(config().output) / "trials").glob("bn-0.3-0.json"))
-    path.unlink()
+    output = Path(config().output)
+    files = {path: path.read_bytes() for path in (*output.glob("trials/*"), output / "comparison.json")}
+    for path in files:
+        path.unlink()
     ran = []
-    run_trial = trials.run_trial
-    monkeypatch.setattr(trials, "run_trial", lambda key, *rest: ran.append(key) or run_trial(key, *rest))
-    second = compared(config, model, data, arms=("bn",))
-    assert ran == [("bn", 0.3, 0)]
-    one, two = ([replace(t, seconds=0, rows=tuple(replace(r, images_per_second=0) for r in t.rows)) for t in c.trials]
-                for c in (first, second))  # fmt: skip
-    assert one == two
+    run_trial = comparing.run_trial
+    monkeypatch.setattr(comparing, "run_trial", lambda key, *rest: ran.append(key) or run_trial(key, *rest))
+    assert compared(config, model, data, arms=("bn",)) == first
+    assert not ran and {path: path.read_bytes() for path in files} == files and len(files) == 3
+    more = compared(config, model, data, arms=("bn", "plain"), rates=(0.3,))
+    assert ran == [("plain", 0.3, 0, 1.0)] and more.of("bn") == first.of("bn", 0.3)
 
 
 def test_a_divergence_is_a_result(model, data, config, monkeypatch):
-    monkeypatch.setattr(trials, "train", _diverge)
+    monkeypatch.setattr(comparing, "train", _diverge)
     result = compared(config, model, data, arms=("plain",))
     assert [t.diverged for t in result.trials] == ["no number"] * 2
     assert result.summary()[0].accuracy is None
@@ -157,10 +159,10 @@ def _diverge(*args, **kwargs):
 
 
 def test_trials_in_processes_of_their_own_give_the_same(model, data, config, tmp_path):
-    """As many as the machine affords, once the first has told what one takes; compared with one thread here."""
+    """They use more threads than the one here."""
     alone = compared(config, model, data, arms=("bn", "plain"), rates=(0.1, 0.03))
     apart = config(epochs=2, output=str(tmp_path / "apart"))
-    result = finetune.compare(apart, model=model, data=data, arms=("bn", "plain"), rates=(0.1, 0.03), jobs=None)
+    result = finetune.compare(apart, model=model, data=data, arms=("bn", "plain"), rates=(0.1, 0.03), jobs=2)
     assert [t.arm for t in result.trials] == ["bn", "plain"] * 2
     for one, two in zip(alone.trials, result.trials, strict=True):
         # Other machines give these processes more threads, which sum in another order: a few roundings, by which the
@@ -173,7 +175,7 @@ def test_another_comparison_is_not_mixed_in(model, data, config):
     with pytest.raises(BNSurgeryError, match="holds another comparison, with batch_size 16 instead of 8"):
         finetune.compare(config(epochs=2, batch_size=8), arms=("plain",), rates=(0.1,), model=model, data=data)
     for damage in ("[5]", '{"config": {}}', '{"config": 1, "data": {}}'):
-        (trials.Path(config().output) / "shared.json").write_text(damage)
+        (Path(config().output) / "shared.json").write_text(damage)
         with pytest.raises(BNSurgeryError, match="damaged. Remove"):
             compared(config, model, data, arms=("plain",), rates=(0.1,))
     with pytest.raises(BNSurgeryError, match="got arms nonsense"):
@@ -181,7 +183,7 @@ def test_another_comparison_is_not_mixed_in(model, data, config):
 
 
 def test_a_signal_ends_it_and_keeps_what_is_finished(data, config, monkeypatch):
-    run_trial, ran = trials.run_trial, []
+    run_trial, ran = comparing.run_trial, []
 
     def interrupt_the_second(key, *rest):
         ran.append(key)
@@ -189,10 +191,10 @@ def test_a_signal_ends_it_and_keeps_what_is_finished(data, config, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return run_trial(key, *rest)
 
-    monkeypatch.setattr(trials, "run_trial", interrupt_the_second)
+    monkeypatch.setattr(comparing, "run_trial", interrupt_the_second)
     with pytest.raises(finetune.Interrupted) as error:
         compared(config, tiny(), data, arms=("plain",), rates=(0.03, 0.1, 0.3))
     assert error.value.signum == signal.SIGTERM
     assert "the same command again goes on" in str(error.value)
-    assert len(list((trials.Path(config().output) / "trials").iterdir())) == 1  # the second stopped at its first step
+    assert len(list((Path(config().output) / "trials").iterdir())) == 1  # the second stopped at its first step
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as from a trial's own process

@@ -295,7 +295,7 @@ def test_a_trained_head_that_fits_is_kept(tmp_path, kind, arm):
         source = network.given(tiny() if kind == "network" else inserted)
     before = tiny(7 if kind == "file" else 0)
     chosen = network.choose_head(source, (1, 8, 8), DATA.classes, config)
-    assert chosen.kept and "4 classes" in chosen.why and "head=new" in chosen.why
+    assert chosen.kept and "4 classes" in chosen.why and "head='new'" in chosen.why
     task, trained, head = prepared(source, DATA, config, [images])
     assert task.head is None
     assert torch.equal(head.weight, before[-1].weight) and torch.equal(head.bias, before[-1].bias)

@@ -248,7 +248,7 @@ def test_sizes_that_cannot_work_are_refused_before_anything_is_done(model, data,
         finetune.run(config(batch_size=1, statistics="batch"), model=model, data=data, save=False)
     with pytest.raises(BNSurgeryError, match="image size.*`image_size`"):
         finetune.run(config(image_size=None), model=model, data=data, save=False)
-    with pytest.raises(BNSurgeryError, match="`normalize='none'`"):
+    with pytest.raises(BNSurgeryError, match="grey images: leave out .*`normalize='imagenet'`"):
         finetune.run(config(normalize="imagenet"), model=model, data=data, save=False)
 
 

@@ -23,7 +23,7 @@ from bnsurgery.files.labels import noted_preprocessing
 from bnsurgery.finetune import Comparison, Result
 from bnsurgery.finetune.figures import plot_norms
 from bnsurgery.finetune.run_directory import RunDirectory
-from bnsurgery.finetune.trials import _read as read_trial
+from bnsurgery.finetune.study import read_trial
 from bnsurgery.images.decoding import load_image
 from bnsurgery.networks import fitting, pretrained
 from bnsurgery.networks.prediction import predict
@@ -149,9 +149,7 @@ def _comparison(data: bytes) -> None:
 
 
 def _trial(data: bytes) -> None:
-    path = Path("input.json")
-    path.write_bytes(data)
-    read_trial(path)
+    read_trial(data.decode(errors="surrogateescape"), "input")
 
 
 def _record(data: bytes) -> None:

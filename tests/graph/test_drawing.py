@@ -33,7 +33,7 @@ def test_boxes_and_lines():
     found = boxes(root)
     green = [text for text, _, fill in found if fill == "#b7e4c7"]
     assert len(green) == 12 and "up1 ConvTranspose2d + BatchNorm" in green
-    assert ("out Conv2d", "output layer (the head option takes it too)", "#ffd6a5") in found
+    assert ("out Conv2d", "output layer (`head=True` takes it, too)", "#ffd6a5") in found
     assert sum(text == "cat" for text, _, _ in found) == 2
     # One chain, and two skips that join it again: as many lines as boxes, and one more.
     assert len(list(root.iter(f"{SVG}polyline"))) == len(found) + 1

@@ -436,9 +436,7 @@ def test_a_network_whose_own_code_cannot_be_followed_is_followed_in_parts():
     why = reasons(model, X)
     assert "if x.sum() > 0" in why["Net"]
     assert why["head"] == "inside Net, whose forward cannot be followed"
-    assert (
-        why["features.2"] == "output of 'features', whose further way cannot be followed (the head option takes it too)"
-    )
+    assert why["features.2"] == "output of 'features', whose further way cannot be followed (`head=True` takes it, too)"
     assert sites(model, X, head=True) == ["features.0", "features.2"]
     assert hasattr(bn_model.features[0], "norm")  # and nothing is renumbered, or taken over, that other inputs may use
     assert type(bn_model.features[1]) is nn.ReLU
@@ -538,7 +536,7 @@ def test_lrn_stays_unless_dropped():
         nn.Conv2d(4, 2, 1),
     ).eval()  # fmt: skip
     kept = round_trip(model, [X])
-    assert "LocalResponseNorm stays: 2. drop_lrn takes it out" in str(plan(model, X))
+    assert "LocalResponseNorm stays: 2. `drop_lrn=True` removes it" in str(plan(model, X))
     assert sum(isinstance(m, nn.LocalResponseNorm) for m in kept.modules()) == 1
     with pytest.warns(BNSurgeryWarning, match=r"1 LocalResponseNorm layer dropped, which changes the function.* %"):
         bn_model = insert(model, [X], drop_lrn=True)

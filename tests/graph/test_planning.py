@@ -34,7 +34,7 @@ def meta_plan(name, **choice):
 def test_every_layer_but_the_head_is_a_site(name, conv, dense):
     found = meta_plan(name)
     assert [site.kind for site in found.sites] == ["conv"] * conv + ["dense"] * dense
-    assert [skip.reason for skip in found.skipped] == ["output layer (the head option takes it too)"]
+    assert [skip.reason for skip in found.skipped] == ["output layer (`head=True` takes it, too)"]
     assert all(site.relu is not None for site in found.sites)
     assert len(meta_plan(name, head=True).sites) == conv + dense + 1
 

@@ -19,7 +19,7 @@ from bnsurgery import finetune, report
 from bnsurgery.finetune.comparison import ARMS, Comparison, Trial
 from bnsurgery.finetune.results import NormRow, Resolved, Row, TaskKind
 from bnsurgery.pages.glossary import TERMS
-from bnsurgery.report.sites import view_sites
+from bnsurgery.report.site_statistics import view_sites
 from bnsurgery.report.strip import boxes
 from bnsurgery.statistics.verification import statistics_for
 from bnsurgery.text.tables import is_number
@@ -194,9 +194,12 @@ def test_a_trained_network_and_few_images(odd, inserted, batches):
     assert "Not measured: it takes 2 inputs, got 1." in text and "needs two images" in text
 
 
-def test_a_generator_is_refused(odd, inserted, batches):
+def test_a_generator_and_no_data_are_refused(odd, inserted, batches):
     with pytest.raises(ValueError, match="only once"):
         report.insertion(odd, inserted, iter(batches))
+    result = bnsurgery.verify(odd, inserted, batches)
+    with pytest.raises(bnsurgery.CalibrationError, match="no data"):
+        report.insertion(odd, inserted, [], result=result)
 
 
 @pytest.mark.slow
@@ -429,7 +432,7 @@ def test_only_sites_with_channels_that_say_little_are_drawn(odd, batches):
     figure = report.plot_channels(inserted, batches)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == [
-        row[0] for row in tables(report.insertion(model, inserted, batches))["Channels that say little"].rows
+        row[0] for row in tables(report.insertion(model, inserted, batches))["Dead, near-eps and silent channels"].rows
     ]
     assert names == ["0.<b>$x$</b>"] and figure.axes[0].get_xlabel().endswith("none at 3 other sites")
     bars = [bar.get_width() for bar in figure.axes[0].patches]
@@ -438,7 +441,7 @@ def test_only_sites_with_channels_that_say_little_are_drawn(odd, batches):
 
     inserted = bnsurgery.insert(healthy, batches)
     page = report.insertion(healthy, inserted, batches)
-    section = next(s for s in page.sections if s.heading == "Channels that say little")
+    section = next(s for s in page.sections if s.heading == "Dead, near-eps and silent channels")
     assert section.paragraphs == ("None of 6 channels is dead, near eps or silent on these images.",)
     assert not section.figures and section.table is None
     assert not report.plot_channels(inserted, batches).axes[0].patches

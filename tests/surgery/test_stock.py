@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from small_network import thin_classifier
-from torch import nn
+from torch import distributed, nn
 from torch.fx.experimental import optimization
 from torchvision import models
 
@@ -235,3 +235,74 @@ def test_quantization_aware_training_finds_the_norms(name):
     assert all(m.bn.weight.grad is not None for m in fused)
     plain = prepare_qat_fx(copy.deepcopy(deployed).train(), get_default_qat_qconfig_mapping("fbgemm"), (x,))
     assert not any(isinstance(m, (qat.ConvBn2d, qat.ConvBnReLU2d)) for m in plain.modules())
+
+
+@pytest.mark.parametrize("statistics", ["batch", "renorm", "running"])
+def test_fsdp2(custom, images, statistics):
+    """A sharded network trains, recalibrates and verifies as the whole one does; it is folded from its state dict."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    x = images(8, 32)
+    expected = insert(custom, [x])
+    bnsurgery.set_statistics_(expected, statistics)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = copy.deepcopy(expected)
+        fully_shard(sharded.stem)
+        fully_shard(sharded)
+        assert verify(expected, sharded, [x], drift_batch_sizes=(2,)).bit_identical
+        for model in (expected, sharded):
+            optimizer = torch.optim.SGD(model.parameters(), 0.01)
+            for _ in range(2):
+                optimizer.zero_grad()
+                model.train()(x).square().mean().backward()
+                optimizer.step()
+                if statistics != "running":
+                    bnsurgery.recalibrate_(model, [x])
+                model.eval()(x)
+        for model in (expected, sharded):
+            report = verify(expected, model, [x], drift_batch_sizes=(2,))
+            assert report.max_rel < 1e-5
+        sharded.train()(x).square().mean().backward()  # the checks have left FSDP's account in order
+        for refused in (bnsurgery.fold, to_torch, lambda model: bnsurgery.save(model, "x"), lambda m: insert(m, [x])):
+            with pytest.raises(BNSurgeryError, match=r"the parameters of FSDPFire are sharded.*get_model_state_dict"):
+                refused(sharded)
+        bnsurgery.recompute_activations_(sharded)
+        with pytest.raises(BNSurgeryError, match=r"recompute_activations_\(model, enabled=False\)"):
+            sharded(x)
+        bnsurgery.recompute_activations_(sharded, enabled=False)
+        state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    finally:
+        distributed.destroy_process_group()
+    whole = insert(custom, [x])
+    whole.load_state_dict(state)
+    for name, tensor in expected.state_dict().items():
+        if tensor.is_floating_point() and "running" not in name:
+            torch.testing.assert_close(state[name], tensor)
+    assert verify(whole, bnsurgery.fold(whole), [x], drift_batch_sizes=()).max_rel < 1e-5
+
+
+@pytest.mark.parametrize("statistics", ["batch", "renorm", "running"])
+def test_moving_averages_of_copies(custom, images, statistics):
+    """As Ultralytics' ModelEMA: a deep copy without gradient, and every floating-point tensor of the state dict."""
+    x = images(8, 32)
+    model = insert(custom, [x])
+    bnsurgery.set_statistics_(model, statistics)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+        for name, tensor in average.state_dict().items():
+            if tensor.is_floating_point():
+                tensor *= 0.9
+                tensor += 0.1 * model.state_dict()[name].detach()
+                expected[name] = 0.9 * expected[name] + 0.1 * model.state_dict()[name]
+    assert all(torch.equal(average.state_dict()[name], tensor) for name, tensor in expected.items())
+    if statistics != "running":
+        bnsurgery.recalibrate_(average, [x])
+    assert not any(parameter.requires_grad for parameter in average.parameters())
+    assert verify(average, bnsurgery.fold(average), [x], drift_batch_sizes=()).max_rel < 1e-5

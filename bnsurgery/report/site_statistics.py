@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnsurgery.errors import CalibrationError
-from bnsurgery.nn import BatchNorm2d, LastDimBatchNorm1d
+from bnsurgery.nn import LastDimBatchNorm1d
 from bnsurgery.records.record import InsertedSite, record
 from bnsurgery.running.batches import inputs
 from bnsurgery.running.calls import run
@@ -26,11 +26,7 @@ _NEAR = 10  # times eps
 
 @dataclass
 class Histogram:
-    """Counts of values in equal bins between `low` and `high`, in the units of the values.
-
-    Attributes:
-        total: how many values were added, those outside of the bins included.
-    """
+    """Counts of values in equal bins between `low` and `high`; `total` also counts the values outside of the bins."""
 
     low: float
     high: float
@@ -48,18 +44,14 @@ class Histogram:
         return 1 - self.counts.sum().item() / max(1, self.total)
 
     @property
-    def centers(self) -> Tensor:
-        """Middles of the bins."""
-        return self.low + self._width * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
+    def edges(self) -> Tensor:
+        """Edges of the bins, one more than there are bins."""
+        return torch.linspace(self.low, self.high, _BINS + 1, dtype=torch.float64)
 
     @property
     def density(self) -> Tensor:
         """Share of the counted values per unit."""
-        return self.counts / (self.counts.sum().clamp(min=1) * self._width)
-
-    @property
-    def _width(self) -> float:
-        return (self.high - self.low) / _BINS
+        return self.counts / (self.counts.sum().clamp(min=1) * self.edges.diff())
 
 
 @dataclass
@@ -74,7 +66,7 @@ class SiteView:
         mean: running mean μ per channel, float64 on the CPU, in activation units; without the layer's bias where that
             was absorbed.
         std: √running_var = σ per channel, as `mean`.
-        eps: the BatchNorm's.
+        eps: eps of the BatchNorm.
         before: histogram of the BatchNorm's input x; None if no images were given.
         after: histogram of (x − μ)/√(σ² + eps), as `before`.
         largest: the largest x per channel, as `before`.
@@ -99,7 +91,7 @@ class SiteView:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """The number of channels, C."""
         return len(self.mean)
 
     @property
@@ -124,7 +116,7 @@ class SiteView:
 
     @property
     def is_silent(self) -> Tensor | None:
-        """By channel: never above 0, where a ReLU follows; None where that is not known."""
+        """By channel: never above 0, where a ReLU follows; None if that is not known."""
         if self.largest is None or self.activation not in ("ReLU", "relu", "relu_"):
             return None
         return self.largest <= 0
@@ -141,7 +133,7 @@ class SiteView:
 
     @property
     def silent(self) -> int | None:
-        """Number of silent channels; None where that is not known."""
+        """Number of silent channels; None if that is not known."""
         return None if self.is_silent is None else int(self.is_silent.sum())
 
 
@@ -162,8 +154,8 @@ def view_sites(bn_model: nn.Module, batches: Iterable[Any] = ()) -> tuple[SiteVi
     views, images = [], 0
     with ExitStack() as hooks:
         for inserted in record(bn_model).sites:
-            norm = cast(BatchNorm2d, bn_model.get_submodule(inserted.norm))
-            views.append(_view(norm, inserted))
+            norm: Any = bn_model.get_submodule(inserted.norm)
+            views.append(view(inserted, norm.running_mean, norm.running_var, norm.eps))
             hooks.enter_context(norm.register_forward_pre_hook(partial(_look, views[-1])))
         with observing(bn_model):
             for batch in inputs(batches):
@@ -171,9 +163,9 @@ def view_sites(bn_model: nn.Module, batches: Iterable[Any] = ()) -> tuple[SiteVi
                 images += batch.samples
                 if images >= IMAGES:
                     break
-    for view in views:
-        if images and view.largest is None:
-            raise CalibrationError(f"report: '{view.name}' saw no data. Pass batches that reach it.")
+    unseen = next((view.name for view in views if view.largest is None), None)
+    if images and unseen is not None:
+        raise CalibrationError(f"report: '{unseen}' saw no data. Pass batches that reach it.")
     return tuple(views)
 
 
@@ -184,16 +176,15 @@ def channel_counts(views: Sequence[SiteView]) -> tuple[int, int, int, int]:
     return channels, dead, near_eps, silent
 
 
-def _view(norm: BatchNorm2d, inserted: InsertedSite) -> SiteView:
-    assert norm.running_mean is not None and norm.running_var is not None  # `insert` makes them so
-    mean, std = norm.running_mean.cpu().double(), norm.running_var.cpu().double().sqrt()
-    if not (mean.isfinite() & std.isfinite()).all():
+def view(inserted: InsertedSite, mean: Tensor, variance: Tensor, eps: float) -> SiteView:
+    """The view of a site with these statistics, without histograms."""
+    if not (mean.isfinite() & variance.isfinite()).all():
         raise CalibrationError(f"report: '{inserted.norm}': NaN or Inf in its running statistics")
-    site = inserted.site
-    return SiteView(site.name, site.layer, inserted.norm, site.activation, mean, std, norm.eps)
+    site, mean, std = inserted.site, mean.cpu().double(), variance.cpu().double().sqrt()
+    return SiteView(site.name, site.layer, inserted.norm, site.activation, mean, std, eps)
 
 
-def _look(view: SiteView, norm: BatchNorm2d, args: tuple[Tensor, ...]) -> None:
+def _look(view: SiteView, norm: Any, args: tuple[Tensor, ...]) -> None:
     """Add the input of one call to the view; a layer that is called twice adds both."""
     x = args[0].flatten(0, -2) if isinstance(norm, LastDimBatchNorm1d) else args[0]
     if view.before is None or view.after is None:

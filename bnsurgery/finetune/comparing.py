@@ -1,0 +1,381 @@
+"""Run the trials of a comparison: here, in several processes, or together with other machines."""
+
+import json
+import math
+import multiprocessing
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
+from bnsurgery.files.writing import atomic_write, make_folder, only_process_in
+from bnsurgery.machine.system import WINDOWS, processors
+from bnsurgery.pages.style import write as write_figure
+from bnsurgery.text.words import percent
+
+from .comparison import ARMS, Comparison, Trial, read_json
+from .config import RATES, Config
+from .datasets import Data
+from .figures import plot_comparison
+from .grid import Grid, Key, Run
+from .own_data import in_its_batches
+from .results import Row
+from .run_directory import RunDirectory
+from .runs import require_code_again, train
+from .setup import computes_on, load_data, processes
+from .stopping import Interrupted, StopRequest, listening
+from .study import Study, refuse_other, require_optuna
+
+_VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every", "log_with")
+_FILES = (
+    "shared.json",
+    "comparison.*",
+    "trials",
+    "trials/*",
+    "study.db*",
+    "paused",
+    "paused/*",
+    "paused/*/last",
+    "paused/*/last/*",
+)
+_POLL = 0.5  # seconds between two looks at what other workers do
+_PATIENCE = 60.0  # seconds to wait for another worker that begins or ends
+
+
+def compare(
+    config: Config,
+    *,
+    arms: Sequence[str] = ("plain", "bn", "bn-naive"),
+    rates: Sequence[float] = RATES,
+    seeds: int = 1,
+    jobs: int | None = 1,
+    model: nn.Module | None = None,
+    data: Data | None = None,
+    show: bool = False,
+    storage: str | None = None,
+    race: bool = False,
+) -> Comparison:
+    """Fine-tune with every arm, rate and seed: the same images in the same order, the same head, the same budget.
+
+    The trials are an Optuna study. Any number of processes, on any number of machines, that make the same call share
+    them, and each trial is trained once. One whose process died is trained again; the same call resumes a comparison
+    that was stopped, and the rates, arms and seeds may be others then. On the CPU a trial depends on the number of
+    threads that torch uses, and on nothing else.
+
+    Writes into `config.output`: study.db, one JSON file a trial in trials/, comparison.json and comparison.png.
+
+    Args:
+        config: the options that all trials share; each trial sets `arm`, `lr` and `seed`.
+        arms: "plain"; "bn", the exact insertion; "bn-naive", a fresh BatchNorm; "bn-half", bn with half the epochs.
+        rates: peak learning rates.
+        seeds: number of seeds: 0, 1, ... They set the data order, the head's first weights, dropout and augmentation.
+        jobs: processes here, each with its share of the processors and of the GPUs; None for one a GPU, or one. More
+            than one needs `model` and `data` to be picklable, and a main module that can be imported.
+        model: see `run`.
+        data: see `run`.
+        show: print the head's origin, each trial and a progress bar.
+        storage: the trials' place instead of study.db: the URL of a database that all machines reach, such as
+            "postgresql://host/name", or the path of a journal, "FILE.journal", on a network file system. The study has
+            the name of the output directory.
+        race: stop the rates of an arm that fall behind, instead of training all to the end: see `grid.Grid`.
+
+    Raises:
+        BNSurgeryError: see `run`; or the directory or the storage holds another comparison, or the storage cannot be
+            reached.
+        Interrupted: SIGINT or SIGTERM; finished trials are kept, and the running one is given back.
+
+    Examples:
+        >>> from bnsurgery import finetune
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+        >>> options = {"data": "digits", "image_size": 8, "limit": 64, "epochs": 1, "num_workers": 0}
+        >>> config = finetune.Config(output="runs/compared", **options)
+        >>> finetune.compare(config, arms=("plain", "bn"), rates=(0.1,), model=model).arms
+        ('plain', 'bn')
+    """
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms or not rates or not 1 <= seeds <= 1000:
+        raise BNSurgeryError(
+            f"compare: got arms {', '.join(arms)}, {len(rates)} rates, {seeds} seeds; arms: {', '.join(ARMS)}"
+        )
+    if processes(config).num_processes > 1:
+        raise BNSurgeryError("compare: every trial is one process: start it without torchrun or accelerate launch")
+    require_optuna()
+    grid = Grid(tuple(dict.fromkeys(arms)), tuple(dict.fromkeys(map(float, rates))), seeds, race)
+    for lr in grid.rates:
+        replace(config, lr=lr)  # which checks it
+    data = data or load_data(config, show)
+    config = in_its_batches(config, data)
+    directory = make_folder(config.output)
+    shared = _shared(config, data)
+    with only_process_in(directory, "compare", _FILES, _PATIENCE):
+        _claim(directory, shared)
+    worker = _Worker(config, grid, shared, storage or directory / "study.db", model, data)
+    with listening() as stop:
+        study = worker.study(stop)
+        jobs = jobs or max(1, _gpus(config))
+        steps = worker.work(study, stop) if jobs == 1 else _in_processes(worker, jobs, study, stop)
+        with _Progress(grid, study, show) as progress:
+            for results in steps:
+                progress.update(results)
+    furthest = grid.furthest(results)
+    name = config.source or config.model or type(model).__name__
+    result = Comparison(f"{name} on {data.description}", tuple(furthest[run] for run in grid.runs))
+    with only_process_in(directory, "compare", _FILES, _PATIENCE):
+        for run, trial in furthest.items():
+            _write(_file(directory, run), asdict(trial))
+        shutil.rmtree(directory / "paused", ignore_errors=True)
+        _write(directory / "comparison.json", result.to_dict(), indent=1)
+        write_figure(plot_comparison(result), directory / "comparison.png")
+    return result
+
+
+def from_comparison(
+    directory: str | Path,
+    *,
+    output: str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    show: bool = False,
+    **varied: Any,
+) -> tuple[Config, Data]:
+    """Configuration and data of the final run after `compare`: its best arm at the best rate, with its shared options.
+
+    Args:
+        directory: of a finished comparison.
+        output: the run's directory; None for "final" in the comparison's.
+        model: the comparison's `Config.model` again, if that names a function: no code runs because a file names it.
+        data: the same of `Config.data`.
+        show: print progress.
+        varied: other values for `seed`, `num_workers`, `save_every` and `log_with`, which a comparison does not fix.
+
+    Raises:
+        CheckpointError: no comparison has finished there, or a file is damaged.
+        DataError: the data has changed.
+        BNSurgeryError: every run diverged, or the network or the data was given in Python.
+
+    Examples:
+        >>> bnsurgery.finetune.from_comparison("no-comparison")
+        Traceback (most recent call last):
+        bnsurgery.errors.CheckpointError: 'no-comparison': no such file: no comparison has finished there
+    """
+    directory = Path(directory)
+    best = Comparison.read(directory).winner
+    if best is None or best.lr is None:
+        raise BNSurgeryError(f"finetune: '{directory}': every run of this comparison diverged: none is the best")
+    own = asdict(Config(output=output or str(directory / "final"), **varied))
+    shared = read_json(directory / "shared.json")
+    try:
+        values = {**own, **shared["config"]}
+        before = shared["data"]
+    except (TypeError, LookupError):
+        raise CheckpointError(f"'{directory / 'shared.json'}': damaged") from None
+    config = trial_config(Config.from_dict(values, "shared.json"), best.arm, best.lr, varied.get("seed", Config.seed))
+    require_code_again(config, f"finetune: '{directory}'", model, data)
+    if not (config.source or config.model) or not config.data:
+        raise BNSurgeryError(f"finetune: '{directory}': got its network or data from Python: pass them to `run`")
+    opened = load_data(config, show)
+    if before != _shared(config, opened)["data"]:
+        raise DataError(f"finetune: '{directory}': the data has changed since the comparison: compare again")
+    return config, opened
+
+
+def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:
+    """The configuration of one trial."""
+    epochs = math.ceil(config.epochs / 2) if arm == "bn-half" else config.epochs
+    return replace(config, arm=arm.removesuffix("-half"), lr=lr, seed=seed, epochs=epochs)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """What trains the trials, in one process."""
+
+    config: Config
+    grid: Grid
+    shared: dict[str, Any]
+    storage: str | Path
+    model: nn.Module | None
+    data: Data | None
+
+    def study(self, stop: StopRequest) -> Study:
+        return Study(self.storage, Path(self.config.output).resolve().name, self.shared, stop)
+
+    def work(self, study: Study, stop: StopRequest) -> Iterator[Mapping[Key, Trial]]:
+        """Train what the grid lacks, until all of it has a result; yields the results of all workers after each."""
+        while True:
+            results = study.results()
+            yield results
+            lacking = self.grid.lacking(results)
+            if not lacking:
+                return
+            _raise_if_stopped(stop)
+            taken = study.take(lacking)
+            if taken is None:
+                time.sleep(_POLL)
+                continue
+            key, trial_id = taken
+            with study.running(trial_id), suppress(Interrupted):  # raised again above, naming what is kept
+                trial, head = run_trial(key, self, partial(study.report, trial_id))
+                study.finish(trial_id, trial, head)
+                _write(_file(Path(self.config.output), key[:3]), asdict(trial))
+
+
+def run_trial(key: Key, worker: _Worker, report: Callable[[Row], object]) -> tuple[Trial, str]:
+    """Train one trial of a worker's grid, as `train_trial` does."""
+    run, share = key[:3], key[3]
+    of_bn = (run for run in worker.grid.runs if run[0] == "bn")
+    return train_trial(
+        run,
+        trial_config(worker.config, *run),
+        worker.model,
+        worker.data,
+        measures_kind=run == min(of_bn, default=None),  # the rate least likely to diverge
+        share=share,
+        paused=RunDirectory(Path(worker.config.output) / "paused" / "-".join(map(str, run))),
+        report=report,
+    )
+
+
+def train_trial(run: Run, config: Config, model: nn.Module | None, data: Data | None, **more: Any) -> tuple[Trial, str]:
+    """Train one trial, with its `trial_config` and more arguments of `train`.
+
+    Returns:
+        The trial and where its head came from, in words. A divergence is a result, which tells nothing of the head.
+    """
+    from .loop import DivergedError
+
+    try:
+        result = train(config, None, model, data, **more)
+    except DivergedError as error:
+        return Trial(*run, "", error.reason or str(error), (), error.seconds), ""
+    started = result.resolved
+    trial = Trial(
+        *run, started.statistics, None, result.rows, result.seconds or 0.0,
+        start_accuracy=started.start_accuracy, kind=started.kind, test_accuracy=result.test_accuracy,
+        raced_out=result.final.epoch < config.epochs,
+    )  # fmt: skip
+    return trial, started.head
+
+
+def _in_processes(worker: _Worker, jobs: int, study: Study, stop: StopRequest) -> Iterator[Mapping[Key, Trial]]:
+    """Let `jobs` processes do the work, each with its share of the processors and GPUs."""
+    results = study.results()
+    yield results
+    if not worker.grid.lacking(results):
+        return
+    if worker.data is not None and worker.data.examples:
+        worker = replace(worker, data=None)  # a process calls the user's function again: its data may not be picklable
+    jobs = min(jobs, 61) if WINDOWS else jobs  # Windows cannot wait for more processes
+    gpus = _gpus(worker.config)
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    running: set[Future[None]] = set()
+    try:
+        for job in range(jobs):
+            device = f"cuda:{job % gpus}" if gpus > 1 else worker.config.device
+            mine = replace(worker, config=replace(worker.config, device=device))
+            running.add(pool.submit(_in_process, mine, max(1, processors() // jobs)))
+        while running:
+            ended, running = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED)
+            _raise_if_stopped(stop)
+            for future in ended:
+                future.result()
+            yield study.results()
+    except BrokenProcessPool as error:
+        raise BNSurgeryError("compare: a worker's process died; if memory ran out, pass fewer `jobs`") from error
+    finally:
+        if running:
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()  # it gives its trial back
+        pool.shutdown(cancel_futures=True)
+
+
+def _gpus(config: Config) -> int:
+    """The number of GPUs to share out."""
+    place = computes_on(config)
+    return torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
+
+
+def _in_process(worker: _Worker, threads: int) -> None:
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # the first process tells the same
+    worker = replace(worker, data=worker.data or load_data(worker.config))
+    with listening() as stop:
+        for _ in worker.work(worker.study(stop), stop):
+            pass
+
+
+class _Progress:
+    """Tells what has become of the head, each trial, and how many are left."""
+
+    def __init__(self, grid: Grid, study: Study, show: bool) -> None:
+        self._grid, self._study, self._show = grid, study, show
+        self._told: set[Key] | None = None  # None before the first results, which are old
+        self._head_told = False
+
+    def __enter__(self) -> "_Progress":
+        total = len(self._grid.runs)
+        self._bar = tqdm(total=total, desc="compare", unit="trial", disable=None if self._show else True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, results: Mapping[Key, Trial]) -> None:
+        runs = set(self._grid.runs)
+        new = [] if self._told is None else [key for key in results if key not in self._told and key[:3] in runs]
+        self._told = set(results)
+        self._bar.n = sum(not trial.raced_out for trial in self._grid.furthest(results).values())
+        self._bar.refresh()
+        for key in new if self._show else ():
+            if not self._head_told and (head := self._study.head(key)):
+                tqdm.write(f"head         {head}")
+                self._head_told = True
+            trial = results[key]
+            end = "diverged" if trial.diverged else percent(trial.rows[-1].val_accuracy)
+            end += f" after epoch {trial.rows[-1].epoch:g}" if trial.raced_out else ""
+            tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
+
+
+def _raise_if_stopped(stop: StopRequest) -> None:
+    if stop.signum:
+        raise Interrupted("compare: stopped; finished trials are kept, the same command again goes on", stop.signum)
+
+
+def _shared(config: Config, data: Data) -> dict[str, Any]:
+    """What the trials of a comparison have in common."""
+    values = {name: value for name, value in asdict(config).items() if name not in _VARIED}
+    facts = {**asdict(data.fingerprint), "test_digest": data.test and data.test.digest}
+    shared: dict[str, Any] = json.loads(json.dumps({"config": values, "data": facts}))
+    return shared
+
+
+def _claim(directory: Path, shared: dict[str, Any]) -> None:
+    """Note in the directory which comparison it holds, or check that it holds this one."""
+    path = directory / "shared.json"
+    make_folder(directory / "trials")
+    if path.exists():
+        refuse_other(read_json(path), shared, f"'{directory}'", "name another `output`")
+    else:
+        _write(path, shared, indent=1)
+
+
+def _file(directory: Path, run: Run) -> Path:
+    arm, lr, seed = run
+    return directory / "trials" / f"{arm}-{lr!r}-{seed}.json"
+
+
+def _write(path: Path, value: Any, indent: int | None = None) -> None:
+    with atomic_write(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8", newline="\n")

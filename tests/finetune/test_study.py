@@ -1,0 +1,286 @@
+"""A comparison that several processes share: who trains what, who dies, and what the storage does meanwhile."""
+
+import getpass
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import optuna
+import pytest
+from tiny_task import patterns, tiny
+from warm_process import WarmProcess
+
+from bnsurgery import finetune
+from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
+from bnsurgery.finetune import comparing, study
+from bnsurgery.finetune.comparison import Trial
+from bnsurgery.finetune.results import Row
+from bnsurgery.finetune.stopping import StopRequest
+
+pytestmark = pytest.mark.slow
+
+GRID = {"arms": ("plain", "bn"), "rates": (0.03, 0.3), "seeds": 2}
+SHARED = {"config": {"epochs": 2}, "data": {"digest": "x"}}
+needs_postgres = pytest.mark.skipif(
+    shutil.which("initdb") is None or importlib.util.find_spec("psycopg") is None, reason="PostgreSQL is not installed"
+)
+
+
+class Server:
+    """A PostgreSQL server of its own on a socket in a folder; it refuses to run as root."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.user = "postgres" if getpass.getuser() == "root" else None
+        shutil.chown(folder, self.user) if self.user else None
+        self.run("initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "--no-sync")
+        self.start()
+        self.url = f"postgresql+psycopg://postgres@/postgres?host={folder}"
+
+    def run(self, *command):
+        where = {"cwd": self.folder, "user": self.user, "check": True, "stdout": subprocess.DEVNULL}
+        subprocess.run([str(word) for word in command], **where, stderr=subprocess.DEVNULL)
+
+    def start(self):
+        options = f"-F -k {self.folder} -c listen_addresses=''"
+        self.run(
+            "pg_ctl", "-D", self.folder / "data", "-w", "-t", "120", "-l", self.folder / "log", "-o", options, "start"
+        )
+
+    def stop(self):
+        self.run("pg_ctl", "-D", self.folder / "data", "-m", "immediate", "stop")
+
+
+@pytest.fixture(scope="module")
+def server():
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # short, for the name of a socket, and for another user to read
+    server = Server(folder)
+    yield server
+    server.stop()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["study.db", "journal", pytest.param("postgres", marks=needs_postgres)])
+def storage(request, tmp_path):
+    if request.param == "postgres":
+        return request.getfixturevalue("server").url
+    return str(tmp_path / "shared.journal") if request.param == "journal" else None
+
+
+def _work(config, storage, dies, log):
+    """One of the processes: note what it trains; one of them stands still in the middle of its first trial."""
+    study.BEAT, study.GRACE = 0.5, 30.0
+    run_trial = comparing.run_trial
+
+    def noting(key, worker, report):
+        with Path(log).open("a") as file:
+            file.write(json.dumps([os.getpid(), *key]) + "\n")
+        return run_trial(key, worker, (lambda row: _stand_still(log)) if dies else report)
+
+    comparing.run_trial = noting
+    data = finetune.from_tensors(patterns(96, 1), patterns(40, 2), ["nw", "ne", "sw", "se"])
+    finetune.compare(config, model=tiny(), data=data, storage=storage, **GRID)
+
+
+def _stand_still(log):
+    Path(f"{log}.still").touch()
+    time.sleep(600)
+
+
+def without_times(comparison):
+    trials = [(t, tuple(replace(row, images_per_second=0.0) for row in t.rows)) for t in comparison.trials]
+    return [replace(trial, seconds=0.0, rows=rows) for trial, rows in trials]
+
+
+def test_three_processes_train_each_trial_once_and_one_of_them_is_killed(storage, config, model, data, tmp_path):
+    shared, log = config(epochs=2, output=str(tmp_path / "shared")), str(tmp_path / "log")
+    start = [WarmProcess(tmp_path, _work, shared, storage, dies, log, environment={}) for dies in (True, False, False)]
+    victim, *others = start
+    while not Path(f"{log}.still").exists():
+        assert victim.poll() is None, victim.communicate()
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    for process in others:
+        _, err = process.communicate()
+        assert process.returncode == 0 and not err, err
+    ran = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    lost = [key for pid, *key in ran if pid == victim.pid]
+    finished = sorted(key for pid, *key in ran if pid != victim.pid)
+    assert len(lost) == 1 and len({pid for pid, *_ in ran}) == 3
+    assert finished == sorted([arm, lr, seed, 1.0] for arm in GRID["arms"] for lr in GRID["rates"] for seed in (0, 1))
+    alone = finetune.compare(config(epochs=2, output=str(tmp_path / "alone")), model=model, data=data, **GRID)
+    assert without_times(finetune.Comparison.read(tmp_path / "shared")) == without_times(alone)
+    assert len(list((tmp_path / "shared" / "trials").glob("*.json"))) == 8
+    place = storage or tmp_path / "shared" / "study.db"
+    opened = study._opened(place, study._place(place)[0])
+    states = [trial.state.name for trial in optuna.load_study(study_name="shared", storage=opened).trials]
+    assert sorted(states) == ["COMPLETE"] * 8 + ["FAIL"]
+
+
+def test_a_stopped_worker_gives_its_trial_back_and_others_do_not_wait(model, data, config, monkeypatch):
+    options = {"arms": ("plain",), "rates": (0.1,), "model": model, "data": data}
+    monkeypatch.setattr(comparing, "run_trial", lambda *_: signal.raise_signal(signal.SIGINT) or _interrupt())
+    with pytest.raises(finetune.Interrupted, match="the same command again goes on"):
+        finetune.compare(config(epochs=1), **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(study, "GRACE", 1e9)  # not by waiting for it
+    result = finetune.compare(config(epochs=1), **options)
+    assert len(result.trials) == 1
+    url = f"sqlite:///{config().output}/study.db"  # as optuna-dashboard reads it
+    given_back, finished = optuna.load_study(study_name="run", storage=url).trials
+    assert (given_back.state.name, finished.state.name) == ("FAIL", "COMPLETE")
+    assert finished.params == {"arm": "plain", "rate": 0.1, "seed": 0, "share": 1.0}
+    assert finished.value == result.trials[0].rows[-1].val_accuracy == finished.intermediate_values[6]
+
+
+def _interrupt():
+    raise finetune.Interrupted("finetune: stopped", signal.SIGINT)
+
+
+def test_a_race_ends_as_the_full_grid_begins(model, data, config, tmp_path):
+    options = {"arms": ("plain", "bn"), "rates": (0.001, 0.01, 0.1, 0.3), "model": model, "data": data}
+    full = finetune.compare(config(epochs=8, output=str(tmp_path / "full")), **options)
+    race = finetune.compare(config(epochs=8), race=True, **options)
+    assert not Path(config().output, "paused").exists()
+    steps = 0
+    for whole, raced in zip(without_times(full), without_times(race), strict=True):
+        steps += raced.rows[-1].step
+        assert raced.rows == whole.rows[: len(raced.rows)] and raced.start_accuracy == whole.start_accuracy
+        assert raced == whole if not raced.raced_out else len(raced.rows) in (1, 2)
+    assert steps == 2 * (2 * 1 + 1 * 2 + 1 * 8) * 6 * 8 / 8 and [len(s.raced_out) for s in race.summary()] == [3, 3]
+    kept = Path(config().output, "trials", "bn-0.001-0.json").read_bytes()
+    assert finetune.compare(config(epochs=8), race=True, **options) == race
+    assert Path(config().output, "trials", "bn-0.001-0.json").read_bytes() == kept
+    without = finetune.compare(config(epochs=8), **{**options, "arms": ("bn",)})
+    assert without_times(without) == without_times(replace(full, trials=tuple(full.of("bn"))))
+
+
+def test_a_lost_worker_that_comes_back_changes_nothing(tmp_path, monkeypatch):
+    """As a laptop that slept: others have given it up, and trained its trial."""
+    monkeypatch.setattr(study, "GRACE", 0.2)
+    monkeypatch.setattr(study, "BEAT", 60.0)
+    ours, theirs = (study.Study(tmp_path / "study.db", "x", SHARED, StopRequest()) for _ in range(2))
+    key = ("bn", 0.1, 0, 1.0)
+    taken, number = ours.take([key])
+    with ours.running(number):
+        while (found := theirs.take([key])) is None:
+            time.sleep(0.3)
+        again, other = found
+        assert taken == again == key and other != number
+        ours.finish(number, trial(0.1), "")
+        assert not ours.results()
+    with theirs.running(other):
+        theirs.finish(other, trial(0.2), "new")
+    assert ours.results() == theirs.results() == {key: trial(0.2)} and ours.head(key) == "new"
+
+
+def test_a_worker_may_be_given_up_while_another_takes_a_trial(tmp_path, monkeypatch):
+    ours, theirs = (study.Study(tmp_path / "study.db", "x", SHARED, StopRequest()) for _ in range(2))
+    lost, waiting = ("bn", 0.1, 0, 1.0), ("bn", 0.3, 0, 1.0)
+    theirs.take([lost])
+    clock = iter([0.0, 2 * study.GRACE, 3 * study.GRACE, 4 * study.GRACE])
+    monkeypatch.setattr(study, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=time.sleep))
+    assert ours.take([lost, waiting])[0] == waiting  # it died between two looks
+    assert ours.take([lost, waiting])[0] == lost
+
+
+def trial(accuracy):
+    return Trial("bn", 0.1, 0, "batch", None, (Row(1.0, 5, 0.1, 1.0, 0.5, 1.0, accuracy, 9.0),), 1.0)
+
+
+@needs_postgres
+def test_a_server_that_is_lost_in_the_middle_of_a_trial_is_waited_for(server, model, data, config, monkeypatch):
+    run_trial = comparing.run_trial
+
+    def lose_it(*arguments):
+        found = run_trial(*arguments)
+        server.stop()
+        threading.Timer(2.0, server.start).start()
+        return found
+
+    monkeypatch.setattr(comparing, "run_trial", lose_it)
+    options = {"arms": ("plain",), "rates": (0.1,), "model": model, "data": data, "storage": server.url}
+    with pytest.warns(BNSurgeryWarning, match="is lost: .*Waiting for it"):
+        result = finetune.compare(config(epochs=1, output=config().output + "-lost"), **options)
+    assert result.trials[0].rows
+    opened = study._opened(server.url, None)  # an engine of Optuna's own would leave a connection open
+    (kept,) = optuna.load_study(study_name="run-lost", storage=opened).trials
+    opened.remove_session()
+    assert kept.state.name == "COMPLETE"
+
+
+def test_a_storage_that_does_not_come_back_ends_the_wait(tmp_path, monkeypatch):
+    stop = StopRequest()
+    found = study.Study(tmp_path / "study.db", "x", SHARED, stop)
+    monkeypatch.setattr(study, "_PATIENCE", 0.0)
+    (tmp_path / "study.db").write_bytes(b"no database" * 99)
+    lost = pytest.warns(BNSurgeryWarning, match="file is not a database. Waiting for it")
+    with lost, pytest.raises(BNSurgeryError, match="The same command again goes on with what is finished"):
+        found.results()
+    stop.signum = signal.SIGTERM
+    with lost, pytest.raises(finetune.Interrupted, match="is lost: file is not a database. Stopped"):
+        found.results()
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        (
+            "postgresql+psycopg://me:secret@127.0.0.1:1/x",
+            r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:1/x' cannot be used: conn",
+        ),
+        ("mysql+nodriver://x/y", "cannot be used: Can't load plugin"),
+        ("mysql+pymysql://x/y", r"needs pymysql, which is not installed: pip install 'pymysql'"),
+        ("study.db", "`storage`: got 'study.db', expected a database's URL"),
+        ("://", "`storage`: got '://', expected a database's URL"),
+        ("sqlite://", "is in the memory of one process"),
+        ("sqlite:////no/such/folder/x.db", "cannot be used: .*No such file"),
+        ("/no/such/folder/x.journal", "cannot be used: .*No such file"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_refused(storage, message, config, data, model):
+    if storage.startswith("mysql+pymysql") and importlib.util.find_spec("pymysql"):
+        pytest.skip("the driver is installed")
+    if storage.startswith("postgresql+") and not importlib.util.find_spec("psycopg"):
+        pytest.skip("the driver is not installed")
+    with pytest.raises(BNSurgeryError, match=message) as error:
+        finetune.compare(config(epochs=1), arms=("bn",), rates=(0.1,), model=model, data=data, storage=storage)
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)
+
+
+def test_a_study_of_something_else_is_refused(tmp_path):
+    place = tmp_path / "study.db"
+    study.Study(place, "x", SHARED, StopRequest())
+    with pytest.raises(BNSurgeryError, match="holds another comparison, with epochs 2 instead of 3: name another"):
+        study.Study(place, "x", {**SHARED, "config": {"epochs": 3}}, StopRequest())
+    study.Study(place, "y", {**SHARED, "config": {"epochs": 3}}, StopRequest())  # of another name
+    optuna.load_study(study_name="x", storage=f"sqlite:///{place}").set_user_attr("format", 2)
+    with pytest.raises(BNSurgeryError, match="is of another version of bnsurgery, with format 2 instead of 1"):
+        study.Study(place, "x", SHARED, StopRequest())
+    optuna.create_study(study_name="z", storage=f"sqlite:///{place}").optimize(lambda _: 1.0, n_trials=1)
+    with pytest.raises(BNSurgeryError, match="holds a study of this name that is no comparison's"):
+        study.Study(place, "z", SHARED, StopRequest())
+    with sqlite3.connect(place) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'v99'")
+    database.close()
+    with pytest.raises(BNSurgeryError, match="cannot be used: The runtime optuna version"):
+        study.Study(place, "x", SHARED, StopRequest())
+
+
+def test_a_missing_optuna_names_its_pip_command(config, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name))
+    with pytest.raises(
+        BNSurgeryError, match=r"needs optuna, which is not installed: pip install 'bnsurgery\[compare\]'"
+    ):
+        finetune.compare(config())
