@@ -97,8 +97,8 @@ def command(
         after = f"{typed('predict', *best.words)} IMAGE...\n      {after}"
     elif (record := read_record(best.file)) is not None and record.input_shape is None:
         after += " --data FILE.py:FUNCTION  (which gives batches of inputs)"
-    curves = "curves.png and tensorboard/" if config.log_with == "tensorboard" else "and curves.png"
-    files = f"Wrote {best.file} and, beside it, metrics.csv, {curves}."
+    curves = ", curves.png and tensorboard/" if config.log_with == "tensorboard" else " and curves.png"
+    files = f"Wrote {best.file} and, beside it, metrics.csv{curves}."
     text = f"\n{result}\n\n{files}\n{wrote}Next: {after}"
     show(text, {**result.to_dict(), "best": str(best.file), **reporting.to_dict()})
 

@@ -100,7 +100,7 @@ class Trainer:
         Interrupted, and a DataError in training on one process, leave the run saved at the last step; other errors
         leave the last checkpoint.
         """
-        begun = time.perf_counter()
+        begun = self._clock = time.perf_counter()
         self.objective.train()
         try:
             with self._bar() as bar:

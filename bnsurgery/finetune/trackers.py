@@ -2,13 +2,14 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnsurgery.errors import CheckpointError, printable
+from bnsurgery.errors import BNSurgeryWarning, CheckpointError, printable
 
 from .config import Config
 from .results import Resolved
@@ -45,14 +46,14 @@ class Tracker:
         return self
 
     def __exit__(self, kind: object, *details: object) -> None:
-        """End the run there, for which some trackers send the last measurements; an error in the block comes first."""
+        """End the run there, for which some trackers send the last measurements. An error in the block comes first."""
         try:
             with self._failing():
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
-        except CheckpointError:
+        except CheckpointError as error:
             if kind is None:
-                raise
+                warnings.warn(f"{error} The run is complete, and metrics.csv has all of it.", BNSurgeryWarning, 2)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -61,7 +62,7 @@ class Tracker:
             with redirect_stdout(sys.stderr):
                 yield
         except Exception as error:  # trackers raise anything
-            reason = printable((str(error).strip().splitlines() or [""])[0], 300).rstrip(".")
+            reason = printable(" ".join(str(error).split()), 300).rstrip(".")
             raise CheckpointError(
                 f"finetune: `log_with={self.name!r}`: {type(error).__name__}: {reason}. Check its server, folder and "
                 "settings."

@@ -8,7 +8,7 @@ import pytest
 from accelerate import tracking
 
 from bnsurgery import finetune
-from bnsurgery.errors import BNSurgeryError, CheckpointError
+from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, CheckpointError
 from bnsurgery.finetune import loop
 
 pytestmark = pytest.mark.slow
@@ -104,6 +104,13 @@ def test_a_tracker_that_cannot_start_leaves_no_run_behind(told, model, data, con
     with pytest.raises(CheckpointError, match=r"`log_with='trackio'`: OSError: .*Check its server"):
         finetune.run(config(log_with="trackio"), model=model, data=data)
     assert not Path(config().output).exists()
+
+
+def test_a_tracker_that_fails_at_the_end_takes_nothing_from_the_run(told, model, data, config):
+    told.full = {-1}
+    with pytest.warns(BNSurgeryWarning, match=r"`log_with='trackio'`: OSError: .* The run is complete"):
+        result = finetune.run(config(log_with="trackio"), model=model, data=data)
+    assert finetune.Result.read(result.directory).rows == result.rows
 
 
 def test_a_tracker_that_fails_at_the_end_does_not_hide_an_earlier_error(told, model, data, config, monkeypatch):
