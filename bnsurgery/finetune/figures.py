@@ -99,8 +99,8 @@ def plot_norms(rows: Sequence["NormRow"], panels: Sequence[str] = NORM_PANELS) -
         else:
             axis.set_ylabel(f"{panel} σ of its channels")
             log_axis(axis, "y")
-            ends = {drawn[0]: "first", drawn[-1]: "last"} if len(drawn) > _NAMED else dict.fromkeys(drawn, "norm")
-            labels = {name: f"{place}: {short_name(name)}" for name, place in ends.items()}
+            ends = {drawn[0]: "first: ", drawn[-1]: "last: "} if len(drawn) > _NAMED else dict.fromkeys(drawn, "")
+            labels = {name: place + short_name(name) for name, place in ends.items()}
         lines = dict(zip(drawn, axis.lines, strict=True))
         handles = [lines[name] for name in labels]
         legend = axis.legend(handles, labels.values(), **_BELOW | {"ncols": 1, "fontsize": "small"})

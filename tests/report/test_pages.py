@@ -269,7 +269,7 @@ def test_the_norms_of_a_run():
     assert [list(line.get_ydata()) for line in dead.lines] == [[0, 100 * 10 / 64]]
     assert [list(line.get_ydata()) for line in smallest.lines] == [[1, 2], [1, 1e-6]]
     names = [text.get_text() for text in smallest.get_legend().get_texts()]
-    assert names == ["norm: _first.$x$", "norm: second.<b>"]
+    assert names == ["_first.$x$", "second.<b>"]
     once = report.training(dataclasses.replace(RESULT, norms=NORMS[:2]), config)
     assert not [name for name in once.figures if name.startswith("norms")]
     without = [section.heading for section in report.training(RESULT, config).sections]
