@@ -333,7 +333,7 @@ class _Progress:
     def __enter__(self) -> "_Progress":
         self._bar = tqdm(
             total=self._grid.cost,
-            bar_format="{desc}{bar}{percentage:3.0f} %, {remaining} left{postfix}",
+            bar_format="{desc} {bar}{percentage:3.0f} %, {remaining} left{postfix}",
             disable=None if self._show else True,
         )
         return self
