@@ -32,7 +32,7 @@ class Loop(Trainer):
         return False
 
     def epoch(self) -> None:
-        with nullcontext(self._bar(0)) as bar:
+        with nullcontext(self._bar()) as bar:
             self._train_epoch(bar, StopRequest())
 
 

@@ -39,7 +39,7 @@ from .recipe_options import recipe_options, run_name
     ),
     option("race", "Stop the rates of an arm that fall behind: after 1/8, 1/4 and 1/2 the better half goes on.", bool),
 )
-@recipe_options(leave_out=("arm", "lr", "save_every", "seed"))
+@recipe_options(leave_out=("arm", "lr", "save_every", "seed", "log_with"))
 @report_options
 @force_option
 def command(

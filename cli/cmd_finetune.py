@@ -71,7 +71,7 @@ def command(
         with naming_options():
             result = finetune.resume(resume, model=recipe["model"], data=data, show=loud())
     elif comparison is not None:
-        own = ("seed", "num_workers", "save_every")
+        own = ("seed", "num_workers", "save_every", "log_with")
         with naming_options():
             config, found = finetune.from_comparison(
                 comparison, model=recipe["model"], data=data, show=loud(), **{name: recipe[name] for name in own}
@@ -97,7 +97,8 @@ def command(
         after = f"{typed('predict', *best.words)} IMAGE...\n      {after}"
     elif (record := read_record(best.file)) is not None and record.input_shape is None:
         after += " --data FILE.py:FUNCTION  (which gives batches of inputs)"
-    files = f"Wrote {best.file} and, beside it, metrics.csv, curves.png and tensorboard/."
+    curves = ", curves.png and tensorboard/" if config.log_with == "tensorboard" else " and curves.png"
+    files = f"Wrote {best.file} and, beside it, metrics.csv{curves}."
     text = f"\n{result}\n\n{files}\n{wrote}Next: {after}"
     show(text, {**result.to_dict(), "best": str(best.file), **reporting.to_dict()})
 

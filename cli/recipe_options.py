@@ -65,6 +65,7 @@ _OPTIONS: tuple[Any, ...] = (
     ("evaluations", COUNT, "Validations per epoch."),
     ("save_every", _POSITIVE, "Seconds between checkpoints within an epoch."),
     ("seed", SEED, "Seed of all random numbers."),
+    ("log_with", None, "Where the measurements of the validations go, besides metrics.csv."),
 )
 
 

@@ -10,6 +10,7 @@ from .datasets import from_tensors as from_tensors
 from .head_fit import HeadFit as HeadFit
 from .head_fit import fit_head_ as fit_head_
 from .loop import DivergedError as DivergedError
+from .results import NormRow as NormRow
 from .results import Resolved as Resolved
 from .results import Row as Row
 from .runs import Result as Result

@@ -23,7 +23,7 @@ from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.files.writing import atomic_write, make_folder, only_process_in
 from bnsurgery.machine.system import WINDOWS, processors
 from bnsurgery.pages.style import write as write_figure
-from bnsurgery.text.words import percent
+from bnsurgery.text.words import counted, percent, thousands
 
 from .comparison import ARMS, Comparison, Trial, read_json
 from .config import RATES, Config
@@ -38,7 +38,7 @@ from .setup import computes_on, load_data, processes
 from .stopping import Interrupted, StopRequest, listening
 from .study import Study, refuse_other, require_optuna
 
-_VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every")
+_VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every", "log_with")
 _FILES = (
     "shared.json",
     "comparison.*",
@@ -125,9 +125,9 @@ def compare(
     with listening() as stop:
         study = worker.study(stop)
         jobs = jobs or max(1, _gpus(config))
-        steps = worker.work(study, stop) if jobs == 1 else _in_processes(worker, jobs, study, stop)
-        with _Progress(grid, study, show) as progress:
-            for results in steps:
+        with _Progress(worker, study, data.thing, show) as progress:
+            alone = worker.work(study, stop, progress.report)
+            for results in alone if jobs == 1 else _in_processes(worker, jobs, study, stop):
                 progress.update(results)
     furthest = grid.furthest(results)
     name = config.source or config.model or type(model).__name__
@@ -158,7 +158,7 @@ def from_comparison(
         model: the comparison's `Config.model` again, if that names a function: no code runs because a file names it.
         data: the same of `Config.data`.
         show: print progress.
-        varied: other values for `seed`, `num_workers` and `save_every`, which a comparison does not fix.
+        varied: other values for `seed`, `num_workers`, `save_every` and `log_with`, which a comparison does not fix.
 
     Raises:
         CheckpointError: no comparison has finished there, or a file is damaged.
@@ -211,8 +211,13 @@ class _Worker:
     def study(self, stop: StopRequest) -> Study:
         return Study(self.storage, Path(self.config.output).resolve().name, self.shared, stop)
 
-    def work(self, study: Study, stop: StopRequest) -> Iterator[Mapping[Key, Trial]]:
-        """Train what the grid lacks, until all of it has a result; yields the results of all workers after each."""
+    def work(
+        self, study: Study, stop: StopRequest, report: Callable[[int, Row], object]
+    ) -> Iterator[Mapping[Key, Trial]]:
+        """Train what the grid lacks, until all of it has a result; yields the results of all workers after each.
+
+        `report` is called with the id of the trial that is trained and each of its validations.
+        """
         while True:
             results = study.results()
             yield results
@@ -226,7 +231,7 @@ class _Worker:
                 continue
             key, trial_id = taken
             with study.running(trial_id), suppress(Interrupted):  # raised again above, naming what is kept
-                trial, head = run_trial(key, self, partial(study.report, trial_id))
+                trial, head = run_trial(key, self, partial(report, trial_id))
                 study.finish(trial_id, trial, head)
                 _write(_file(Path(self.config.output), key[:3]), asdict(trial))
 
@@ -312,32 +317,35 @@ def _in_process(worker: _Worker, threads: int) -> None:
     warnings.simplefilter("ignore")  # the first process tells the same
     worker = replace(worker, data=worker.data or load_data(worker.config))
     with listening() as stop:
-        for _ in worker.work(worker.study(stop), stop):
+        study = worker.study(stop)
+        for _ in worker.work(study, stop, study.report):
             pass
 
 
 class _Progress:
-    """Tells what has become of the head, each trial, and how many are left."""
+    """Tells what has become of the head, each trial, how many are left, and how the running ones do."""
 
-    def __init__(self, grid: Grid, study: Study, show: bool) -> None:
-        self._grid, self._study, self._show = grid, study, show
-        self._told: set[Key] | None = None  # None before the first results, which are old
+    def __init__(self, worker: _Worker, study: Study, thing: str, show: bool) -> None:
+        self._config, self._grid, self._study, self._thing, self._show = worker.config, worker.grid, study, thing, show
+        self._results: Mapping[Key, Trial] | None = None  # None before the first, which are old
         self._head_told = False
 
     def __enter__(self) -> "_Progress":
-        total = len(self._grid.runs)
-        self._bar = tqdm(total=total, desc="compare", unit="trial", disable=None if self._show else True)
+        self._bar = tqdm(
+            total=self._grid.cost,
+            bar_format="{desc} {bar}{percentage:3.0f} %, {remaining} left{postfix}",
+            disable=None if self._show else True,
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def update(self, results: Mapping[Key, Trial]) -> None:
-        runs = set(self._grid.runs)
-        new = [] if self._told is None else [key for key in results if key not in self._told and key[:3] in runs]
-        self._told = set(results)
-        self._bar.n = sum(not trial.raced_out for trial in self._grid.furthest(results).values())
-        self._bar.refresh()
+        runs, before = set(self._grid.runs), self._results
+        new = [] if before is None else [key for key in results if key not in before and key[:3] in runs]
+        self._results = results
+        self._draw(begins=before is None)
         for key in new if self._show else ():
             if not self._head_told and (head := self._study.head(key)):
                 tqdm.write(f"head         {head}")
@@ -346,6 +354,32 @@ class _Progress:
             end = "diverged" if trial.diverged else percent(trial.rows[-1].val_accuracy)
             end += f" after epoch {trial.rows[-1].epoch:g}" if trial.raced_out else ""
             tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
+
+    def report(self, trial_id: int, row: Row) -> None:
+        """Note a validation of a trial that this process trains."""
+        self._study.report(trial_id, row)
+        self._draw()
+
+    def _draw(self, begins: bool = False) -> None:
+        """Draw the bar, from what all workers have done. Time before it `begins` does not count."""
+        if self._bar.disable or self._results is None:
+            return
+        furthest = self._grid.furthest(self._results)
+        running = {key[:3]: row for key, row in self._study.under_way().items() if key[:3] in self._grid.runs}
+        last = {run: trial.rows[-1] for run, trial in furthest.items() if trial.raced_out} | running
+        ended = [run for run, trial in furthest.items() if not trial.raced_out]
+        done = len(ended) + sum(row.epoch / trial_config(self._config, *run).epochs for run, row in last.items())
+        self._bar.n = self._bar.total if not self._grid.lacking(self._results) else min(done, self._bar.total)
+        self._bar.initial = self._bar.n if begins else self._bar.initial
+        self._bar.set_description_str(f"{len(ended)} of {counted(len(self._grid.runs), 'run')} ended", refresh=False)
+        states = [
+            f"{arm} at {lr:g}: accuracy {percent(row.val_accuracy, '.1f')}, rate {row.lr:.2g}"
+            for (arm, lr, _), row in list(running.items())[-1:]
+        ]
+        speed = sum(row.images_per_second for row in running.values())
+        states += [f"{len(running)} at a time"] if len(running) > 1 else []
+        states += [f"{thousands(speed)} {self._thing}s/s"] if running else []
+        self._bar.set_postfix_str(", ".join(states))
 
 
 def _raise_if_stopped(stop: StopRequest) -> None:

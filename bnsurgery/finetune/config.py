@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "statistics": ("auto", "batch", "running", "renorm"),
     "precision": ("auto", "no", "bf16", "fp16"),
     "arm": ("bn", "plain", "bn-naive"),
+    "log_with": ("tensorboard", "wandb", "mlflow", "trackio"),
 }
 _RANGES = {  # lowest value, the first that is too large, both in words
     **dict.fromkeys(("epochs", "batch_size", "evaluations"), (1, 2**31, "1 or more, and below 2^31")),
@@ -106,6 +107,8 @@ class Config:
         output: the run's directory.
         evaluations: validations per epoch.
         save_every: seconds between checkpoints within an epoch.
+        log_with: where the measurements go besides metrics.csv: "tensorboard", into the run's directory; or "wandb",
+            "mlflow" or "trackio", where its settings say.
 
     Raises:
         BNSurgeryError: a value has the wrong type or is out of range.
@@ -161,6 +164,7 @@ class Config:
     seed: int = 0
     evaluations: int = 1
     save_every: float = 300.0
+    log_with: str = "tensorboard"
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Config).items():

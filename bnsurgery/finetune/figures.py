@@ -4,17 +4,21 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from bnsurgery.pages.style import BN, BN_HALF, INK, NEUTRAL, PLAIN, WRONG, draw_bars, log_axis, new_figure
+from bnsurgery.pages.style import BN, BN_HALF, INK, NEUTRAL, PLAIN, WRONG, draw_bars, log_axis, new_figure, short_name
 from bnsurgery.text.tables import cell_text
-from bnsurgery.text.words import percent
+from bnsurgery.text.words import counted, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .comparison import Comparison
-    from .results import Row
+    from .results import NormRow, Row
 
+_BELOW: dict[str, Any] = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
 _ARMS = {"plain": PLAIN, "bn": BN, "bn-naive": WRONG, "bn-half": BN_HALF}
+NORM_PANELS = ("dead", "smallest", "median", "largest")
+_SMALLEST = 1e-6  # σ of a constant channel, on a logarithmic axis
+_NAMED = 4  # norms in a legend, at most
 _KINDS = {"train": ("training", NEUTRAL), "val": ("validation", INK)}
 
 
@@ -63,6 +67,72 @@ def plot_curves(
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(frameon=False)
     return figure
+
+
+def plot_norms(rows: Sequence["NormRow"], panels: Sequence[str] = NORM_PANELS) -> "Figure":
+    """Dead channels and σ of every BatchNorm by training step: one line per norm, from blue (first) to green (last).
+
+    Args:
+        rows: the statistics of a run, `finetune.Result.norms`.
+        panels: "dead" (share of the channels with σ² < eps, of the norms that ever have any), "smallest", "median",
+            "largest" (σ over the channels, in activation units), side by side.
+
+    Examples:
+        >>> from bnsurgery.finetune import NormRow
+        >>> rows = [NormRow(step, name, 64, 0, 0.1, 0.5, 2.0) for step in (10, 20) for name in ("1", "4")]
+        >>> bnsurgery.report.plot_norms(rows, ["median"]).get_label()
+        'The median σ by training step, a line for each of 2 norms: 0.500 to 0.500 at the end.'
+    """
+    from matplotlib import colormaps
+
+    norms = by_norm(rows)
+    alt = " ".join(_norms_in_words(norms, panel) for panel in panels)
+    figure, axes = new_figure(alt, columns=len(panels), height=3.8)
+    shades = colormaps["viridis"]
+    colours = {name: shades(0.2 + 0.55 * depth / max(1, len(norms) - 1)) for depth, name in enumerate(norms)}
+    dying = {name: max(row.dead for row in line) for name, line in norms.items() if any(row.dead for row in line)}
+    for axis, panel in zip(axes[0], panels, strict=True):
+        drawn = list(dying if panel == "dead" else norms)
+        for name in drawn:
+            values = [
+                100 * r.dead / r.channels if panel == "dead" else max(getattr(r, panel), _SMALLEST) for r in norms[name]
+            ]
+            marker = "o" if len(values) == 1 else None
+            axis.plot([row.step for row in norms[name]], values, color=colours[name], linewidth=1.2, marker=marker)
+        axis.set(xlabel="training step", xlim=(0, None))
+        if panel == "dead":
+            axis.set(ylabel="dead channels (%)", ylim=(0, None))
+            most = sorted(drawn, key=lambda name: -dying[name])[:_NAMED]
+            labels = {name: f"up to {dying[name]}: {short_name(name)}" for name in most}
+        else:
+            axis.set_ylabel(f"{panel} σ of its channels")
+            log_axis(axis, "y")
+            ends = {drawn[0]: "first: ", drawn[-1]: "last: "} if len(drawn) > _NAMED else dict.fromkeys(drawn, "")
+            labels = {name: place + short_name(name) for name, place in ends.items()}
+        lines = dict(zip(drawn, axis.lines, strict=True))
+        handles = [lines[name] for name in labels]
+        legend = axis.legend(handles, labels.values(), **_BELOW | {"ncols": 1, "fontsize": "small"})
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name may hold a "$"
+    return figure
+
+
+def by_norm(rows: Sequence["NormRow"]) -> dict[str, list["NormRow"]]:
+    """The rows of each norm, by its name."""
+    found: dict[str, list[NormRow]] = {}
+    for row in rows:
+        found.setdefault(row.norm, []).append(row)
+    return found
+
+
+def _norms_in_words(norms: dict[str, list["NormRow"]], panel: str) -> str:
+    lines = f"by training step, a line for each of {counted(len(norms), 'norm')}"
+    last = [line[-1] for line in norms.values()]
+    if panel == "dead":
+        dead, channels = sum(row.dead for row in last), sum(row.channels for row in last)
+        return f"Dead channels {lines} unless it never has any: {dead} of {channels} at the end."
+    values = [getattr(row, panel) for row in last]
+    return f"The {panel} σ {lines}: {cell_text(min(values))} to {cell_text(max(values))} at the end."
 
 
 def plot_rate_range(rates: Sequence[float], losses: Sequence[float], chosen: float) -> "Figure":
@@ -167,7 +237,7 @@ def draw_rates(axis: Any, result: "Comparison") -> None:
 
 def _name_arms(axis: Any) -> None:
     """Put the legend below the axes, since the curves of four arms leave no room within."""
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    axis.legend(**_BELOW)
 
 
 def _ends(axis: Any, accuracies: dict[str, float | None], result: "Comparison") -> None:

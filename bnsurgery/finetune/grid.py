@@ -38,6 +38,15 @@ class Grid:
         """All of them, in order."""
         return [(arm, lr, seed) for seed in range(self.seeds) for lr in self.rates for arm in self.arms]
 
+    @property
+    def cost(self) -> float:
+        """What there is to train, in whole runs; a race between rates that diverge takes less."""
+        rates, done, cost = len(self.rates), 0.0, 0.0
+        for share in _SHARES:
+            share = share if self.race and rates > 1 else 1.0
+            cost, done, rates = cost + rates * (share - done), share, math.ceil(rates / 2)
+        return cost * len(self.arms) * self.seeds
+
     def lacking(self, results: Mapping[Key, Trial]) -> list[Key]:
         """The trials that have no result and are next; those of an arm wait for its earlier ones. None are the end."""
         found = {key for arm in self.arms for key in self._lacking(arm, results)}

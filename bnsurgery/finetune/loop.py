@@ -31,7 +31,7 @@ from . import recipe
 from .config import Config
 from .grid import validations_until
 from .loading import moved
-from .results import Row
+from .results import NormRow, Row, norm_rows
 from .run_directory import RunDirectory
 from .setup import Setup
 from .stopping import Interrupted, StopRequest
@@ -80,6 +80,7 @@ class Trainer:
         self.steps = self.config.epochs * self.steps_per_epoch
         self.step = 0
         self.rows: list[Row] = []
+        self.norms: list[NormRow] = []  # of every validation, each norm's
         self._report = report
         validations = self.config.epochs * min(self.config.evaluations, self.steps_per_epoch)
         self._last = validations_until(share, validations)  # in `rows`, of this `fit`
@@ -99,12 +100,13 @@ class Trainer:
         Interrupted, and a DataError in training on one process, leave the run saved at the last step; other errors
         leave the last checkpoint.
         """
-        begun = time.perf_counter()
+        begun = self._clock = time.perf_counter()
         self.objective.train()
         try:
-            while self.step < self.steps and len(self.rows) < self._last:
-                self.setup.batches.epoch, self.setup.batches.start = divmod(self.step, self.steps_per_epoch)
-                with self._bar(self.setup.batches.epoch) as bar:
+            with self._bar() as bar:
+                while self.step < self.steps and len(self.rows) < self._last:
+                    self.setup.batches.epoch, self.setup.batches.start = divmod(self.step, self.steps_per_epoch)
+                    bar.set_description(f"epoch {self.setup.batches.epoch + 1}/{self.config.epochs}", refresh=False)
                     self._train_epoch(bar, stop)
         except DivergedError as error:
             error.seconds = time.perf_counter() - begun
@@ -193,12 +195,16 @@ class Trainer:
         done = self.step % length or length
         return done * parts // length > (done - 1) * parts // length
 
-    def _bar(self, epoch: int) -> Any:
+    def _bar(self) -> Any:
+        """A bar of the whole run: time left, images per second and, by `_look`, loss, accuracy and rate."""
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        images = self.setup.batches.images
+        thing = "sample" if factories.names_code(self.config.data) else "image"
         return tqdm(
-            desc=f"epoch {epoch + 1}/{self.config.epochs}",
-            total=self.setup.batches.images,
-            initial=self.setup.batches.start * self.config.batch_size,
-            unit="sample",
+            total=self.config.epochs * images,
+            initial=epoch * images + step * self.config.batch_size,
+            unit=f" {thing}s",
+            bar_format="{desc}{bar}{percentage:3.0f} %, {remaining} left, {rate_noinv_fmt}{postfix}",
             disable=None if self.show else True,  # None: unless stderr is a terminal
             leave=False,
         )
@@ -217,7 +223,8 @@ class Trainer:
         self.losses += values[:, 0].tolist()
         self.accuracies += values[:, 1].tolist()
         loss, accuracy = (statistics.fmean(recent[-_LOOK_EVERY:]) for recent in (self.losses, self.accuracies))
-        bar.set_postfix(loss=f"{loss:.3f}", acc=percent(accuracy, ".1f"), refresh=False)
+        rate = self.optimizer.param_groups[0]["lr"]
+        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {percent(accuracy, '.1f')}, rate {rate:.2g}", refresh=False)
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -237,8 +244,10 @@ class Trainer:
             )
             is_best = all((accuracy, -loss) > (earlier.val_accuracy, -earlier.val_loss) for earlier in self.rows)
             self.rows.append(row)
+            self.norms += norm_rows(self.network, self.step)
             if self.directory is not None and self.accelerator.is_main_process:
-                self.directory.log(self.rows, self.network if is_best else None, self.setup.resolved.lr)
+                best = self.network if is_best else None
+                self.directory.log(self.rows, self.norms, best, self.setup.resolved.lr)
         if self.show:
             tqdm.write(str(row))
         if self._report is not None:
@@ -325,6 +334,7 @@ class Trainer:
             "step": self.step,
             "started_from": record(self.network).weights_digest,
             "rows": [asdict(row) for row in self.rows],
+            "norms": [asdict(row) for row in self.norms],
             "losses": self.losses,
             "accuracies": self.accuracies,
             "network": self.network.state_dict(),
@@ -344,6 +354,7 @@ class Trainer:
             if not 0 <= self.step <= self.steps:
                 raise ValueError(f"step {self.step} of {self.steps}")
             self.rows = list(parse(tuple[Row, ...], state["rows"], "rows"))
+            self.norms = list(parse(tuple[NormRow, ...], state["norms"], "norms"))
             self.losses, self.accuracies = (
                 list(parse(tuple[float, ...], state[name], name)) for name in ("losses", "accuracies")
             )

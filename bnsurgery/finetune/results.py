@@ -1,7 +1,10 @@
 """The results of a run: the values chosen at its start, its range test, and its validations."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from torch import nn
+
+from bnsurgery.statistics.moments import is_dead
 from bnsurgery.text.words import percent, thousands
 
 from .task_kind import TaskKind
@@ -33,12 +36,68 @@ class Row:
     val_accuracy: float
     images_per_second: float
 
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The measurements under their names in TensorBoard and other trackers, such as "val/loss"."""
+        values = {name.replace("_", "/", 1): value for name, value in asdict(self).items()}
+        return {name: value for name, value in values.items() if name not in ("epoch", "step")}
+
     def __str__(self) -> str:
         return (
             f"epoch {self.epoch:<6.4g} training loss {self.train_loss:.4f}, {percent(self.train_accuracy)}   "
             f"validation loss {self.val_loss:.4f}, {percent(self.val_accuracy)}   "
             f"{thousands(self.images_per_second)} samples/s"
         )
+
+
+@dataclass(frozen=True)
+class NormRow:
+    """One line of norms.csv: the statistics of one norm at a validation, as the network would be kept.
+
+    Attributes:
+        step: training steps so far.
+        norm: fqn of the BatchNorm.
+        channels: C.
+        dead: number of channels with σ² < eps.
+        smallest, median, largest: σ = √running_var over the channels, in activation units.
+
+    Raises:
+        ValueError: there are no channels, more dead ones than channels, or σ is not in this order.
+
+    Examples:
+        >>> bnsurgery.finetune.NormRow(8, "features.1", 64, dead=0, smallest=0.2, median=0.5, largest=1.5).dead
+        0
+    """
+
+    step: int
+    norm: str
+    channels: int
+    dead: int
+    smallest: float
+    median: float
+    largest: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.dead <= self.channels > 0 and 0 <= self.smallest <= self.median <= self.largest):
+            raise ValueError(
+                f"got {self.dead} dead of {self.channels} channels, and σ from {self.smallest} by {self.median} to "
+                f"{self.largest}, expected an ascending order"
+            )
+
+
+def norm_rows(network: nn.Module, step: int) -> list[NormRow]:
+    """A row for every BatchNorm with running statistics, in order of definition."""
+    norms = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None
+    }
+    rows = []
+    for name, norm in norms.items():
+        variance = norm.running_var.detach().cpu().double()  # type: ignore[union-attr]
+        sigma, dead = variance.sqrt(), int(is_dead(variance, norm.eps).sum())
+        rows.append(NormRow(step, name, len(sigma), dead, *(sigma.quantile(q).item() for q in (0.0, 0.5, 1.0))))
+    return rows
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from torch import nn
 
@@ -25,13 +25,15 @@ from bnsurgery.text.typed_json import loads, parse
 from .config import Config
 from .datasets import Fingerprint
 from .figures import plot_curves, plot_rate_range
-from .results import RateRange, Resolved, Row
+from .results import NormRow, RateRange, Resolved, Row
 
 if TYPE_CHECKING:
     from .events import EventFile
+    from .trackers import Tracker
 
 _VERSION = 1
 _PEAK = "peak_lr"  # a column of metrics.csv
+_AnyRow = TypeVar("_AnyRow", Row, NormRow)
 _FILES = ("config.json", "*.csv", "*.png", "best.safetensors", "last", "last/state.pt", "tensorboard")
 
 
@@ -40,7 +42,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._events: EventFile | None = None  # from the first validation on
+        self.curves: EventFile | Tracker | None = None  # for TensorBoard, from the first validation on
 
     @property
     def best(self) -> Path:
@@ -135,8 +137,8 @@ class RunDirectory:
         self._write_table("lr_range.csv", columns, zip(found.rates, found.measured, found.losses, strict=True))
         write_figure(plot_rate_range(found.rates, found.losses, found.chosen), self.path / "lr_range.png")
 
-    def log(self, rows: Sequence[Row], best: nn.Module | None, peak: float) -> None:
-        """Write the rows to metrics.csv, curves.png and TensorBoard, and `best` to best.safetensors.
+    def log(self, rows: Sequence[Row], norms: Sequence[NormRow], best: nn.Module | None, peak: float) -> None:
+        """Write the rows to metrics.csv and curves.png, the norms' to norms.csv, `best`, and the last row to `curves`.
 
         `peak`, the highest rate of the run, is in every line of metrics.csv, beside the rate of that step.
         """
@@ -147,31 +149,38 @@ class RunDirectory:
             unfuse_relu_(kept)  # as other tools expect it
             checkpoint.save(kept, self.best, overwrite=True)
         self._write_table("metrics.csv", (*Row.__dataclass_fields__, _PEAK), ((*astuple(row), peak) for row in rows))
-        start = self.read_config()[2].start_accuracy
-        write_figure(plot_curves(rows, start=start), self.path / "curves.png")
-        scalars = asdict(rows[-1])
-        del scalars["epoch"]
-        step = scalars.pop("step")
-        self._events = self._events or EventFile(self.path / "tensorboard", step)
-        self._events.add({name.replace("_", "/", 1): value for name, value in scalars.items()}, step)
+        if norms:  # the arm "plain" has none
+            self._write_table("norms.csv", tuple(NormRow.__dataclass_fields__), map(astuple, norms))
+        write_figure(plot_curves(rows, start=self.read_config()[2].start_accuracy), self.path / "curves.png")
+        self.curves = self.curves or EventFile(self.path / "tensorboard", rows[-1].step)
+        self.curves.add(rows[-1].scalars, rows[-1].step)
 
     def read_metrics(self) -> tuple[Row, ...]:
         """Read metrics.csv."""
-        where = f"run '{self.path}': metrics.csv"
+        rows = self._read_table("metrics.csv", Row)
+        if not rows:
+            raise CheckpointError(f"run '{self.path}': metrics.csv: there was no validation yet")
+        return rows
+
+    def read_norms(self) -> tuple[NormRow, ...]:
+        """Read norms.csv; empty if there is none, as in the arm "plain"."""
+        return self._read_table("norms.csv", NormRow)
+
+    def _read_table(self, name: str, kind: type[_AnyRow]) -> tuple[_AnyRow, ...]:
+        """The lines of a table as dataclasses, without the columns that are no field; empty if there is no file."""
+        where, types = f"run '{self.path}': {name}", get_type_hints(kind)
         try:
-            lines = csv.DictReader(io.StringIO(read_text(self.path / "metrics.csv"), newline=""))
-            rows = [{name: (int if name == "step" else float)(text) for name, text in line.items()} for line in lines]
+            lines = list(csv.DictReader(io.StringIO(read_text(self.path / name), newline="")))
+            rows = [{key: types.get(key, float)(text) for key, text in line.items()} for line in lines]
         except FileNotFoundError:
-            rows = []
+            return ()
         except (OSError, ValueError, TypeError, csv.Error) as error:
             raise CheckpointError(f"{where} cannot be read: {printable(str(error))}") from error
-        if not rows:
-            raise CheckpointError(f"{where}: there was no validation yet")
         for row in rows:
             row.pop(_PEAK, None)
-        return tuple(parse(Row, row, f"{where}, line {number}") for number, row in enumerate(rows, start=2))
+        return tuple(parse(kind, row, f"{where}, line {number}") for number, row in enumerate(rows, start=2))
 
-    def _write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+    def _write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([columns, *rows])
         self._write_text(name, text.getvalue())

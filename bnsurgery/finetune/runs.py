@@ -19,7 +19,7 @@ from bnsurgery.text.words import counted, percent
 from .config import Config
 from .datasets import Data, Fingerprint
 from .own_data import in_its_batches
-from .results import Resolved, Row
+from .results import NormRow, Resolved, Row
 from .run_directory import RunDirectory
 from .setup import EVALUATED_TOGETHER, build, load_data, processes
 from .stopping import listening
@@ -39,6 +39,7 @@ class Result:
         resolved: the learning rate, statistics mode and head it ran with.
         seconds: that this process spent on training and validation, without the setup; None if read from a directory.
         test_accuracy: on the test part at the end, 0 to 1; None without such a part or if read from a directory.
+        norms: the statistics of every BatchNorm, one row per norm and validation; empty in the arm "plain".
         thing: the word for what is classified: "image" or "sample".
 
     Examples:
@@ -56,6 +57,7 @@ class Result:
     seconds: float | None = None
     thing: str = "image"
     test_accuracy: float | None = None
+    norms: tuple[NormRow, ...] = ()
 
     @classmethod
     def read(cls, directory: str | Path) -> "Result":
@@ -67,7 +69,7 @@ class Result:
         place = RunDirectory(directory)
         config, _, resolved = place.read_config()
         thing = "sample" if factories.names_code(config.data) else "image"
-        return cls(place.path, place.read_metrics(), resolved, thing=thing)
+        return cls(place.path, place.read_metrics(), resolved, thing=thing, norms=place.read_norms())
 
     @property
     def best(self) -> Row:
@@ -235,6 +237,7 @@ def train(
     from .kind_measurement import measure  # these need accelerate, whose absence has been reported by now
     from .loop import Trainer
     from .rate_range import find_rate
+    from .trackers import Tracker
 
     with _alone(accelerator, config, directory, new=before is None), keeping_random(accelerator.device):
         data = data or load_data(config, show)
@@ -265,8 +268,6 @@ def train(
             setup.resolved = replace(setup.resolved, start_accuracy=trainer.evaluate()[1])
             if show:
                 print(f"start        {percent(setup.resolved.start_accuracy)} of the validation {data.thing}s right")
-            if writes is not None:  # not earlier: a refused start leaves no run behind
-                writes.write_config(config, data.fingerprint, setup.resolved)
         torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout
         if paused is not None:
             state = paused.load_state()
@@ -276,15 +277,24 @@ def train(
             if before is not None and state is None:
                 print("resume       no checkpoint was saved yet: from the beginning")
             print(f"peak rate    {setup.resolved.lr:.3g}: {setup.resolved.lr_reason}", flush=True)
-        with listening() as stop:
-            trainer.fit(stop)
+        with ExitStack() as ending:
+            if writes is not None and config.log_with != "tensorboard" and trainer.step < trainer.steps:
+                tracker = ending.enter_context(Tracker(config, setup.resolved, accelerator, trainer.step))
+                for row in trainer.rows:  # of a resumed run
+                    tracker.add(row.scalars, row.step)
+                writes.curves = tracker
+            if writes is not None and before is None:  # not earlier: a refused start leaves no run behind
+                writes.write_config(config, data.fingerprint, setup.resolved)
+            with listening() as stop:
+                trainer.fit(stop)
         ended = trainer.step == trainer.steps
         tested = trainer.test() if ended else None
         if not ended and paused is not None:
             make_folder(paused.last.parent)
             paused.save_state(trainer.state_dict())
     path = directory.path if directory else None
-    return Result(path, tuple(trainer.rows), setup.resolved, trainer.seconds, data.thing, tested)
+    rows, norms = tuple(trainer.rows), tuple(trainer.norms)
+    return Result(path, rows, setup.resolved, trainer.seconds, data.thing, tested, norms)
 
 
 def _told(kind: TaskKind | str) -> str:

@@ -73,9 +73,11 @@ class Setup:
 
 def processes(config: Config) -> "Accelerator":
     """Hugging Face's Accelerate: one process, or those that torchrun or accelerate launch started."""
-    for needed in ("accelerate", "tensorboard", "matplotlib"):  # the last two before hours of training
+    own = config.log_with != "tensorboard"  # a tracker that no extra brings
+    for needed in ("accelerate", config.log_with, "matplotlib"):  # the last two before hours of training
         if importlib.util.find_spec(needed) is None:
-            raise BNSurgeryError(f"finetune: needs {needed}, which is not installed: pip install 'bnsurgery[finetune]'")
+            package = needed if own and needed == config.log_with else "'bnsurgery[finetune]'"
+            raise BNSurgeryError(f"finetune: needs {needed}, which is not installed: pip install {package}")
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import patch_environment
 
@@ -92,6 +94,7 @@ def processes(config: Config) -> "Accelerator":
                 cpu=place.type == "cpu",  # otherwise it looks for a GPU, with no group
                 mixed_precision=precision,
                 dynamo_backend="inductor" if config.compile else "no",
+                log_with=config.log_with if own else None,
                 # Every rank computes the same statistics: there is nothing to send.
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )

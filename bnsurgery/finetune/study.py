@@ -95,6 +95,14 @@ class Study:
         finished = (trial for trial in self._patiently(self._trials) if trial.state.name in ("COMPLETE", "PRUNED"))
         return {self._key(trial): self._result(trial) for trial in finished}
 
+    def under_way(self) -> dict[Key, Row]:
+        """The last validation of each running trial that has had one, whoever trains it."""
+        return {
+            self._key(trial): parse(Row, trial.user_attrs["row"], f"compare: {self._where}: trial {trial.number}")
+            for trial in self._patiently(self._trials)
+            if trial.state.name == "RUNNING" and "row" in trial.user_attrs
+        }
+
     def head(self, key: Key) -> str:
         """What became of the head in a finished trial, in words."""
         found = (trial for trial in self._patiently(self._trials) if self._key(trial) == key)
@@ -128,6 +136,7 @@ class Study:
         """Note a validation of a running trial, for those who look on."""
         with suppress(*_lost(RuntimeError)):
             self._storage.set_trial_intermediate_value(trial_id, row.step, row.val_accuracy)
+            self._storage.set_trial_user_attr(trial_id, "row", asdict(row))
 
     def finish(self, trial_id: int, trial: Trial, head: str) -> None:
         """Keep the result of a running trial, unless others have given its worker up."""

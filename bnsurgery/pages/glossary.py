@@ -35,7 +35,19 @@ TERMS = {
     "the fastest of at least three, the two networks by turns. On a busy machine a rough estimate.",
     "kept for backward": "Bytes of the activations and statistics that autograd keeps from the forward to the backward "
     "pass, without parameters. They decide which batch size fits.",
-    "accuracy": "Share of the validation images that are classified right.",
+    "accuracy": "Share of the validation images that are classified right; in a comparison of the test images, if the "
+    "data has a test part.",
+    "at start": "Validation accuracy before the first step.",
+    "judged on": "The part of the data whose accuracies and spreads are shown. The validation part chooses the rates.",
+    "task": "Near if a fitted head gains 10 points or more from the pretrained function before training, else far. On "
+    "a far task a fresh BatchNorm may do as well or better.",
+    "dead at first": "Channels with σ² < eps at the first validation.",
+    "dead at the end": "Channels with σ² < eps at the last validation: nearly constant on the training images.",
+    "σ at first": "Median of σ over the channels at the first validation, in activation units.",
+    "σ at the end": "Median of σ over the channels at the last validation, in activation units. σ is the square root "
+    "of the running variance, of the network as it would be kept.",
+    "smallest σ": "Smallest σ over the channels at the last validation.",
+    "largest σ": "Largest σ over the channels at the last validation.",
     "spread": "Largest minus smallest accuracy over the seeds.",
     "at rate": "The learning rate with the highest accuracy at the end, at which the arm is judged.",
     "trains to": "Largest learning rate that diverges with no seed and ends within 10 points of the arm's accuracy.",

@@ -23,6 +23,7 @@ NEARLY = "#f2a766"  # light orange: near-problems: channels near eps
 NEUTRAL = "#888888"  # grey: training, and neither good nor bad
 INK = "#000000"  # in a page the text's colour: validation, expected values, medians
 
+_NAME = 24  # letters of a layer's name; its end says more than its beginning
 _WIDTH = 4.6  # inches: about a phone's width, so that a page never has to shrink a panel
 _DPI = 144
 
@@ -44,15 +45,22 @@ def new_figure(alt: str, *, columns: int = 1, height: float = 3.2) -> tuple["Fig
     return figure, axes
 
 
-def log_axis(axis: Any) -> None:
-    """Make the x axis logarithmic, with plain numbers at the powers of ten, and at 2 and 5 if there is room."""
+def short_name(name: str) -> str:
+    """A layer's name for a figure, without control characters; the end of a long one."""
+    text = cell_text(name)
+    return text if len(text) <= _NAME else "…" + text[1 - _NAME :]
+
+
+def log_axis(axis: Any, which: str = "x") -> None:
+    """Make the x or y axis logarithmic, with plain numbers at the powers of ten, and at 2 and 5 if there is room."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=8))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(**{f"{which}scale": "log"})
+    side = getattr(axis, f"{which}axis")
+    low, high = side.get_view_interval()
+    side.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=8))
+    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    side.set_minor_formatter(NullFormatter())
 
 
 def draw_bars(axis: Any, values: Mapping[str, float | None], unit: str, colours: Sequence[str]) -> None:

@@ -4,7 +4,7 @@
 functions return its matplotlib figures one by one. Needs the extra `report`, whose libraries load on first use.
 """
 
-from bnsurgery.finetune.figures import plot_comparison, plot_curves, plot_rate_range
+from bnsurgery.finetune.figures import plot_comparison, plot_curves, plot_norms, plot_rate_range
 from bnsurgery.pages.page import Report
 
 from .insertion_figures import plot_channels, plot_drift, plot_moments, plot_preactivations
@@ -22,6 +22,7 @@ __all__ = [
     "plot_curves",
     "plot_drift",
     "plot_moments",
+    "plot_norms",
     "plot_preactivations",
     "plot_rate_range",
     "training",

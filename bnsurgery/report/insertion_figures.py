@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from bnsurgery.pages.style import BN, INK, NEARLY, NEUTRAL, PLAIN, WRONG, log_axis, new_figure
+from bnsurgery.pages.style import BN, INK, NEARLY, NEUTRAL, PLAIN, WRONG, log_axis, new_figure, short_name
 from bnsurgery.statistics.verification import EquivalenceReport, statistics_for
-from bnsurgery.text.tables import cell_text
 from bnsurgery.text.words import counted, percent, thousands
 
 from .site_statistics import SiteView, channel_counts, view_sites
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 _ROW = 0.2  # inches a site
 _FRAME = 0.75  # inches for title and axis
 _SMALLEST = 1e-6  # σ of a constant channel, on a logarithmic axis
-_NAME = 24  # letters of a site's name; its end says more than its beginning
 _MARKERS = {"batch": "o", "renorm": "s", "running": "^"}
 
 Sites = nn.Module | Sequence[SiteView]
@@ -227,8 +225,7 @@ def _draw_boxes(axis: Any, values: list[Any]) -> None:
 
 
 def _name_rows(axis: Any, views: Sequence[SiteView], label: str) -> None:
-    names = [cell_text(view.name) for view in views]
-    names = [name if len(name) <= _NAME else "…" + name[1 - _NAME :] for name in names]
+    names = [short_name(view.name) for view in views]
     axis.set_yticks(range(len(views)), names, fontsize="small", parse_math=False)  # a name may hold a "$"
     axis.set_ylim(len(views) - 0.5, -0.5)  # the first site on top
     axis.tick_params(axis="y", length=0)

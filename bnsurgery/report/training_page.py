@@ -1,16 +1,25 @@
 """The pages of fine-tuning: of a run, and of a comparison."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bnsurgery.finetune.figures import default_panels, plot_comparison, plot_curves, seconds_by_arm
+from bnsurgery.finetune.figures import (
+    NORM_PANELS,
+    by_norm,
+    default_panels,
+    plot_comparison,
+    plot_curves,
+    plot_norms,
+    seconds_by_arm,
+)
 from bnsurgery.finetune.own_data import FOR_IMAGES
 from bnsurgery.networks import factories
 from bnsurgery.pages.page import Report, Section, Table
-from bnsurgery.text.words import percent, thousands
+from bnsurgery.text.words import counted, percent, thousands
 
 if TYPE_CHECKING:
-    from bnsurgery.finetune import Comparison, Config, Result
+    from bnsurgery.finetune import Comparison, Config, NormRow, Result
 
 
 def training(result: "Result", config: "Config", *, title: str | None = None) -> Report:
@@ -51,6 +60,8 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         good=None,
         facts=(
             ("accuracy", f"{percent(best.val_accuracy)} at best, {percent(final.val_accuracy)} at the end"),
+            *((("at start", percent(resolved.start_accuracy)),) if resolved.start_accuracy is not None else ()),
+            *((("task", str(resolved.kind)),) if resolved.kind else ()),
             ("peak learning rate", f"{resolved.lr:.3g}: {resolved.lr_reason}"),
             ("statistics", f"{resolved.statistics}: {resolved.reason}"),
             ("head", resolved.head),
@@ -60,10 +71,31 @@ def training(result: "Result", config: "Config", *, title: str | None = None) ->
         sections=(
             Section("Curves" if len(rows) > 1 else "The one validation", figures=curves),
             Section("Validations", table=validations),
+            *([_norms(result.norms)] if result.norms else ()),
             Section("Options", table=Table(("option", "value"), options)),
         ),
         terms=("accuracy", "loss", "batch", "renorm", "running"),
     )
+
+
+def _norms(rows: Sequence["NormRow"]) -> Section:
+    """The statistics of every BatchNorm at the first and the last validation, and their curves in between."""
+    norms = by_norm(rows)
+    ends = {name: (line[0], line[-1]) for name, line in norms.items()}
+    headers = ("norm", "channels", "dead at first", "dead at the end", "σ at first", "σ at the end")
+    cells = [
+        (name, last.channels, first.dead, last.dead, first.median, last.median, last.smallest, last.largest)
+        for name, (first, last) in ends.items()
+    ]
+    table = Table((*headers, "smallest σ", "largest σ"), cells)
+    worst = max(ends.values(), key=lambda pair: pair[1].dead / pair[1].channels)[1]
+    dead, channels = (sum(getattr(last, field) for _, last in ends.values()) for field in ("dead", "channels"))
+    text = f"Of {counted(channels, 'channel')} in {counted(len(norms), 'norm')}, {thousands(dead)} are dead at the end"
+    text += f", the largest share at {worst.norm}: {worst.dead} of {worst.channels}." if dead else "."
+    drawn = [panel for panel in NORM_PANELS if panel != "dead" or any(row.dead for row in rows)]
+    several = len({row.step for row in rows}) > 1
+    figures = {f"norms-{panel}": plot_norms(rows, (panel,)) for panel in drawn} if several else {}
+    return Section("BatchNorms over training", (text,), table, figures=figures)
 
 
 def _applying(config: "Config") -> dict[str, Any]:
@@ -91,14 +123,16 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         ['by-step', 'time']
     """
     summary, seconds = result.summary(), seconds_by_arm(result)
-    headers = ("arm", "statistics", "accuracy", "spread", "at rate", "trains to", "steps", "to plain's", "seconds")
+    judged_by = ("at start", "accuracy", "spread", "at rate", "trains to")
+    headers = ("arm", "statistics", *judged_by, "steps", "to plain's", "seconds")
     rows = []
     for arm in summary:
-        judged = (percent(arm.accuracy), percent(arm.spread), _rate(arm.lr), _rate(arm.largest_lr))
+        rated = (_rate(arm.lr), _rate(arm.largest_lr))
+        judged = (percent(arm.start), percent(arm.accuracy), percent(arm.spread), *rated)
         rows.append((arm.arm, arm.statistics or "none", *judged, arm.steps, arm.to_plain, seconds.get(arm.arm)))
     rates, raced_out = result.rates, sum(trial.raced_out for trial in result.trials)
     chart = Table(("arm", *(f"{lr:g}" for lr in rates)), [(arm.arm, *map(arm.ending, rates)) for arm in summary])
-    text = "Accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does."
+    text = "Validation accuracy at the end, mean over the seeds. A rate diverges if one of its seeds does."
     if raced_out:
         text += " One that is raced out was stopped before the end, because other rates of the arm were ahead."
     if len(rates) == 1:
@@ -125,6 +159,8 @@ def comparison(result: "Comparison", *, title: str | None = None) -> Report:
         facts=(
             ("runs", f"{len(result.trials)}, of which {len(diverged)} diverged{raced}"),
             ("seeds", str(len({trial.seed for trial in result.trials}))),
+            ("judged on", "the test part" if result.tested else "the validation part, which also chose the rates"),
+            *((("task", str(result.kind)),) if result.kind else ()),
         ),
         sections=tuple(sections),
         terms=tuple(result.arms),

@@ -89,10 +89,10 @@ def test_what_fails_in_a_validation_is_repeated(model, data, config, which):
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("step", -1), ("step", 10**6), ("step", "5"), ("rows", {}), ("rows", [{"epoch": 1.0}]), ("losses", "text"),
-        ("losses", [None]), ("accuracies", 5), ("optimizer", None), ("optimizer", "text"), ("network", {}),
-        ("random", []), ("random", [{"cpu": torch.zeros(3)}]), ("version", torch.zeros(3)), ("version", 7),
-        ("started_from", "other"),
+        ("step", -1), ("step", 10**6), ("step", "5"), ("rows", {}), ("rows", [{"epoch": 1.0}]), ("norms", {}),
+        ("losses", "text"), ("losses", [None]), ("accuracies", 5), ("optimizer", None), ("optimizer", "text"),
+        ("network", {}), ("random", []), ("random", [{"cpu": torch.zeros(3)}]), ("version", torch.zeros(3)),
+        ("version", 7), ("started_from", "other"),
     ],
 )  # fmt: skip
 def test_a_state_of_other_things_is_refused(model, data, finished, part, value):

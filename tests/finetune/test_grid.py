@@ -92,6 +92,14 @@ def test_a_race_takes_what_was_trained_to_the_end_and_the_other_way_round():
     assert {key[1] for key in race.lacking(few)} == {0.003, 0.01, 0.03, 1.0}
 
 
+@pytest.mark.parametrize("race", [False, True])
+@pytest.mark.parametrize("count", range(1, 7))
+def test_the_cost_is_known_beforehand(count, race):
+    grid = Grid(("plain", "bn"), RATES[:count], 2, race=race)
+    results, _ = played(grid, rising)
+    assert grid.cost == sum(trial.rows[-1].epoch / EPOCHS for trial in grid.furthest(results).values())
+
+
 @pytest.mark.parametrize("validations", [1, 2, 3, 6, 10, 20])
 def test_a_share_ends_at_the_nearest_validation(validations):
     for share in (1 / 8, 1 / 4, 1 / 2, 1.0):

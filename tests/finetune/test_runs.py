@@ -115,7 +115,7 @@ def test_the_run_directory_holds_what_it_should(model, data, config, drawn):
     files = {path.name for path in result.directory.iterdir()}
     assert files == {
         "best.safetensors", "config.json", "curves.png", "last", "lr_range.csv", "lr_range.png", "metrics.csv",
-        "tensorboard",
+        "norms.csv", "tensorboard",
     }  # fmt: skip
     with (result.directory / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -136,6 +136,25 @@ def test_the_run_directory_holds_what_it_should(model, data, config, drawn):
     (result.directory / "again").mkdir()
     write_figure(curves, result.directory / "again" / "curves.png")
     assert (result.directory / "curves.png").read_bytes() == (result.directory / "again" / "curves.png").read_bytes()
+
+
+def test_the_statistics_of_every_norm_are_recorded_as_they_would_be_kept(model, data, config):
+    with torch.no_grad():
+        model[0].weight[1] = 0  # a constant channel
+    with pytest.warns(bnsurgery.BNSurgeryWarning, match="dead"):
+        result = finetune.run(config(evaluations=2, train="bn+head"), model=model, data=data)
+    assert finetune.Result.read(result.directory).norms == result.norms
+    assert [row.step for row in result.norms] == [step for row in result.rows for step in 3 * [row.step]]
+    best = bnsurgery.load(result.directory / "best.safetensors", model=model)
+    for row in (row for row in result.norms if row.step == result.best.step):
+        norm = best.get_submodule(row.norm)
+        sigma = sorted(value**0.5 for value in norm.running_var.tolist())
+        assert (row.smallest, row.largest) == pytest.approx((sigma[0], sigma[-1]))
+        assert row.median == pytest.approx((sigma[(len(sigma) - 1) // 2] + sigma[len(sigma) // 2]) / 2)
+        assert (row.channels, row.dead) == (len(sigma), sum(value**2 < norm.eps for value in sigma))
+    assert [row.dead for row in result.norms[:3]] == [1, 0, 0]
+    plain = finetune.run(config(arm="plain", epochs=1, output=config().output + "-plain"), model=model, data=data)
+    assert plain.norms == () == finetune.Result.read(plain.directory).norms
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_random_numbers_alone(model, data, config, tmp_path):
@@ -310,8 +329,10 @@ def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(model, data, config, tmp_
     with pytest.raises(_Stop):
         finetune.resume(config().output, model=model, data=data)
     assert saves[3] % 6 and saves[8] % 6  # both within an epoch
+    with (RunDirectory(config().output).path / "norms.csv").open("a") as file:
+        file.write("18,1,8,0,1.0,1.0,1.0\n")  # as a run leaves it that is killed beyond its checkpoint
     result = finetune.resume(config().output, model=model, data=data)
-    for name in ("best.safetensors",):
+    for name in ("best.safetensors", "norms.csv"):
         assert (result.directory / name).read_bytes() == (whole.directory / name).read_bytes()
     states = [torch.load(run.directory / "last" / "state.pt", weights_only=True) for run in (whole, result)]
     for name, value in states[0]["network"].items():

@@ -24,6 +24,7 @@ from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.finetune import comparing, study
 from bnsurgery.finetune.comparison import Trial
+from bnsurgery.finetune.grid import Grid
 from bnsurgery.finetune.results import Row
 from bnsurgery.finetune.stopping import StopRequest
 
@@ -163,6 +164,38 @@ def test_a_race_ends_as_the_full_grid_begins(model, data, config, tmp_path):
     assert Path(config().output, "trials", "bn-0.001-0.json").read_bytes() == kept
     without = finetune.compare(config(epochs=8), **{**options, "arms": ("bn",)})
     assert without_times(without) == without_times(replace(full, trials=tuple(full.of("bn"))))
+
+
+def test_the_bar_shows_what_all_workers_do(tmp_path, config, monkeypatch, capsys):
+    class Bar(comparing.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False})  # though stderr is no terminal
+
+    monkeypatch.setattr(comparing, "tqdm", Bar)
+    grid, options = Grid(("plain", "bn"), (0.03, 0.3), 1), config(epochs=4)
+    row = Row(1.0, 6, 0.02, 1.0, 0.5, 0.7, 0.75, 900.0)
+    here, there = (study.Study(tmp_path / "study.db", "one", SHARED, StopRequest()) for _ in range(2))
+    worker = comparing._Worker(options, grid, SHARED, tmp_path / "study.db", None, None)
+    with comparing._Progress(worker, here, "image", True) as progress:
+        bar = progress._bar
+        progress.update(here.results())
+        assert (bar.n, bar.total, bar.desc, bar.postfix) == (0, 4, "0 of 4 runs ended", "")
+        _, mine = here.take(grid.lacking({}))
+        progress.report(mine, row)
+        assert (bar.n, bar.postfix) == (0.25, "plain at 0.03: accuracy 75.0 %, rate 0.02, 900 images/s")
+        key, theirs = there.take(grid.lacking({}))
+        there.report(theirs, replace(row, epoch=2.0, val_accuracy=0.8))
+        progress.update(here.results())
+        assert (bar.n, bar.postfix) == (
+            0.75, "bn at 0.03: accuracy 80.0 %, rate 0.02, 2 at a time, 1800 images/s",
+        )  # fmt: skip
+        there.finish(theirs, Trial(*key[:3], "batch", None, (replace(row, epoch=4.0),), 1.0), "")
+        progress.update(here.results())
+        assert (bar.n, bar.desc) == (1.25, "1 of 4 runs ended")
+        assert "bn        rate 0.03    seed 0  75.00 %  (1 s)" in capsys.readouterr().out
+    with comparing._Progress(worker, here, "image", True) as progress:  # started later: the time left is for the rest
+        progress.update(there.results())
+        assert progress._bar.n == progress._bar.initial == 1.25
 
 
 def test_a_lost_worker_that_comes_back_changes_nothing(tmp_path, monkeypatch):

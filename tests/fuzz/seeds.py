@@ -18,7 +18,7 @@ import bnsurgery
 from bnsurgery.finetune import Config
 from bnsurgery.finetune.comparison import Trial
 from bnsurgery.finetune.datasets import Fingerprint
-from bnsurgery.finetune.results import Resolved, Row
+from bnsurgery.finetune.results import NormRow, Resolved, Row
 from bnsurgery.images.preprocessing import Preprocessing
 from bnsurgery.records.architectures import Architecture
 from bnsurgery.records.record import Task, attach_record, record
@@ -27,6 +27,7 @@ from tests.torch_files import Evil, deflated, to_torch
 from .networks import CORPUS, inserted, small
 
 _ROW = Row(1.0, 6, 0.05, 1.2, 0.5, 1.1, 0.6, 900.0)
+_NORM = NormRow(6, "features.1", 64, 2, 0.001, 0.5, 2.5)
 
 
 def _saved(network: nn.Module) -> bytes:
@@ -156,10 +157,15 @@ def _state() -> dict[str, object]:
         "version": 1,
         "step": 6,
         "rows": [asdict(_ROW)],
+        "norms": [asdict(_NORM)],
         "losses": [1.0],
         "accuracies": [0.5],
     }
     return {**state, "network": small().state_dict(), "optimizer": optimizer, "random": [], "average": []}
+
+
+def _table(row: dict[str, object]) -> bytes:
+    return f"{','.join(row)}\n{','.join(map(str, row.values()))}\n".encode()
 
 
 def main() -> None:
@@ -196,7 +202,8 @@ def main() -> None:
             "legacy": to_torch(_state(), legacy=True),
             "evil": to_torch(Evil("sentinel")),
         },
-        "metrics": {"rows.csv": f"{','.join(rows)}\n{','.join(map(str, rows.values()))}\n".encode()},
+        "metrics": {"rows.csv": _table(rows)},
+        "norms": {"rows.csv": _table(asdict(_NORM))},
         "comparison": {"four.json": json.dumps({"task": "a on b", "trials": [*trials, diverged]}).encode()},
         "trial": {"ended.json": json.dumps(trials[0]).encode(), "diverged.json": json.dumps(diverged).encode()},
         "arguments": _arguments(),

@@ -21,6 +21,7 @@ from bnsurgery.files import weights
 from bnsurgery.files.checkpoint import read_record
 from bnsurgery.files.labels import noted_preprocessing
 from bnsurgery.finetune import Comparison, Result
+from bnsurgery.finetune.figures import plot_norms
 from bnsurgery.finetune.run_directory import RunDirectory
 from bnsurgery.finetune.study import read_trial
 from bnsurgery.images.decoding import load_image
@@ -133,6 +134,12 @@ def _metrics(data: bytes) -> None:
         str(row)
 
 
+def _norms(data: bytes) -> None:
+    Path("empty", "norms.csv").write_bytes(data)
+    if rows := RunDirectory("empty").read_norms():
+        plot_norms(rows)
+
+
 def _comparison(data: bytes) -> None:
     path = Path("input.json")
     path.write_bytes(data)
@@ -192,6 +199,7 @@ TARGETS = {
     "config": Target(_config, mutations.json_text, share=8),
     "state": Target(_state, mutations.weights, share=8),
     "metrics": Target(_metrics, mutations.table, share=4),
+    "norms": Target(_norms, mutations.table, share=1),
     "comparison": Target(_comparison, mutations.json_text, share=4),
     "trial": Target(_trial, mutations.json_text, share=3),
     "arguments": Target(_arguments, mutations.arguments, share=5, memory=512, downloads=True),

@@ -17,7 +17,7 @@ import bnsurgery
 from benchmarks import at_a_glance
 from bnsurgery import finetune, report
 from bnsurgery.finetune.comparison import ARMS, Comparison, Trial
-from bnsurgery.finetune.results import Resolved, Row
+from bnsurgery.finetune.results import NormRow, Resolved, Row, TaskKind
 from bnsurgery.pages.glossary import TERMS
 from bnsurgery.report.site_statistics import view_sites
 from bnsurgery.report.strip import boxes
@@ -33,6 +33,11 @@ def rows(*accuracies):
 
 RESOLVED = Resolved(0.1, "batch", "a batch of 64 is large enough", "as asked", "kept", "crop", "as asked", 64)
 RESULT = finetune.Result(None, rows(0.5, 0.75), RESOLVED)
+NORMS = tuple(
+    NormRow(step, name, 64, dead, 0.0 if dead else 0.1 * step, 0.5 * step, 2.0 * step)
+    for step in (10, 20)
+    for name, dead in (("_first.$x$", 0), ("second.<b>", step - 10))
+)
 COMPARISON = Comparison(
     "tiny on patterns",
     (
@@ -212,6 +217,13 @@ def test_comparison():
     labels = {name: figure.get_label() for name, figure in page.figures.items()}
     assert "× at 1" in labels["by-rate"] and "bn ends at 80.0 % at rate 1" in labels["by-step"]
     assert "plain 2" in labels["time"] and "bn 4" in labels["time"]  # without the one that diverged
+    assert dict(page.facts)["judged on"].startswith("the validation part") and "task" not in dict(page.facts)
+    more = {"test_accuracy": 0.5, "start_accuracy": 0.25, "kind": TaskKind(0.5, 0.48)}
+    tested = tuple(t if t.diverged else dataclasses.replace(t, **more) for t in COMPARISON.trials)
+    page = report.comparison(Comparison("tested", tested))
+    facts, arms = dict(page.facts), page.sections[0].table
+    assert facts["judged on"] == "the test part" and facts["task"].startswith("far: ")
+    assert arms.headers[2:4] == ("at start", "accuracy") and arms.cells[0][2:4] == ["25.00 %", "50.00 %"]
 
 
 def test_only_options_that_mean_something_are_shown():
@@ -235,6 +247,41 @@ def test_training(tmp_path):
     text = Outline(page.to_html()).text
     assert page.verdict == "75.00 % of the validation images right, in epoch 2 of 2."
     assert "vgg11 fine-tuned on patterns" in text and "a batch of 64 is large enough" in text
+    assert not {"at start", "task"} & {*dict(page.facts)}
+    measured = dataclasses.replace(RESOLVED, start_accuracy=0.25, kind=TaskKind(0.67, 0.48))
+    facts = dict(report.training(dataclasses.replace(RESULT, resolved=measured), config).facts)
+    assert facts["at start"] == "25.00 %" and facts["task"].startswith("near: ")
+
+
+def test_the_norms_of_a_run():
+    config = finetune.Config(data="patterns", output="runs/x", source="vgg11", epochs=2)
+    page = report.training(dataclasses.replace(RESULT, norms=NORMS), config)
+    section = next(section for section in page.sections if section.heading == "BatchNorms over training")
+    assert section.paragraphs == (
+        "Of 128 channels in 2 norms, 10 are dead at the end, the largest share at second.<b>: 10 of 64.",
+    )
+    assert section.table.cells == [
+        ["_first.$x$", "64", "0", "0", "5.00", "10.0", "2.00", "40.0"],
+        ["second.<b>", "64", "0", "10", "5.00", "10.0", "0.00", "40.0"],
+    ]
+    assert list(section.figures) == ["norms-dead", "norms-smallest", "norms-median", "norms-largest"]
+    dead, smallest, *_ = (figure.axes[0] for figure in section.figures.values())
+    assert [list(line.get_ydata()) for line in dead.lines] == [[0, 100 * 10 / 64]]
+    assert [list(line.get_ydata()) for line in smallest.lines] == [[1, 2], [1, 1e-6]]
+    names = [text.get_text() for text in smallest.get_legend().get_texts()]
+    assert names == ["_first.$x$", "second.<b>"]
+    once = report.training(dataclasses.replace(RESULT, norms=NORMS[:2]), config)
+    assert not [name for name in once.figures if name.startswith("norms")]
+    without = [section.heading for section in report.training(RESULT, config).sections]
+    assert "BatchNorms over training" not in without
+
+
+def test_many_norms_are_drawn_and_few_are_named():
+    rows = [NormRow(step, f"layers.{i}", 64, i % 2, 0.1, 0.5, 2.0) for step in (10, 20) for i in range(60)]
+    dead, median = report.plot_norms(rows, ("dead", "median")).axes
+    assert (len(dead.lines), len(median.lines)) == (30, 60)
+    assert [text.get_text() for text in median.get_legend().get_texts()] == ["first: layers.0", "last: layers.59"]
+    assert len(dead.get_legend().get_texts()) == 4
 
 
 @pytest.fixture(params=["insertion", "comparison", "training"], scope="module")
@@ -244,7 +291,7 @@ def any_page(request, insertion_page):
     page = {
         "insertion": lambda: insertion_page,
         "comparison": lambda: report.comparison(COMPARISON),
-        "training": lambda: report.training(RESULT, config),
+        "training": lambda: report.training(dataclasses.replace(RESULT, norms=NORMS), config),
     }[request.param]()
     return page, page.to_html()
 
