@@ -3,15 +3,17 @@
 import json
 import math
 import multiprocessing
+import os
 import shutil
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -276,29 +278,36 @@ def _in_processes(worker: _Worker, jobs: int, study: Study, stop: StopRequest) -
         return
     if worker.data is not None and worker.data.examples:
         worker = replace(worker, data=None)  # a process calls the user's function again: its data may not be picklable
-    jobs = min(jobs, 61) if WINDOWS else jobs  # Windows cannot wait for more processes
-    gpus = _gpus(worker.config)
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-    running: set[Future[None]] = set()
+    gpus, context = _gpus(worker.config), multiprocessing.get_context("spawn")
+    errors: SimpleQueue[BNSurgeryError] = context.SimpleQueue()
+    running = []
     try:
         for job in range(jobs):
             device = f"cuda:{job % gpus}" if gpus > 1 else worker.config.device
             mine = replace(worker, config=replace(worker.config, device=device))
-            running.add(pool.submit(_in_process, mine, max(1, processors() // jobs)))
-        while running:
-            ended, running = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED)
+            process = context.Process(target=_in_process, args=(mine, max(1, processors() // jobs), errors))
+            with _interrupts_held_back():
+                process.start()
+            running.append(process)
+        while True:
+            alive = [process for process in running if process.is_alive()]
             _raise_if_stopped(stop)
-            for future in ended:
-                future.result()
+            if not errors.empty():
+                raise errors.get()
+            if any(process.exitcode for process in running):
+                raise BNSurgeryError(
+                    "compare: a worker's process died; if memory ran out, pass fewer `jobs`. Finished trials are kept, "
+                    "the same command again goes on"
+                )
             yield study.results()
-    except BrokenProcessPool as error:
-        raise BNSurgeryError("compare: a worker's process died; if memory ran out, pass fewer `jobs`") from error
+            if not alive:
+                return
+            alive[0].join(_POLL)
     finally:
-        if running:
-            for child in set(multiprocessing.active_children()) - others:
-                child.terminate()  # it gives its trial back
-        pool.shutdown(cancel_futures=True)
+        for process in running:
+            process.terminate()  # it gives its trial back
+        for process in running:
+            process.join()
 
 
 def _gpus(config: Config) -> int:
@@ -307,13 +316,41 @@ def _gpus(config: Config) -> int:
     return torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
 
 
-def _in_process(worker: _Worker, threads: int) -> None:
+def _in_process(worker: _Worker, threads: int, errors: "SimpleQueue[BNSurgeryError]") -> None:
+    """Do a worker's work in a process of its own, which ends when its parent does."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # the first process tells the same
-    worker = replace(worker, data=worker.data or load_data(worker.config))
-    with listening() as stop:
-        for _ in worker.work(worker.study(stop), stop):
-            pass
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        worker = replace(worker, data=worker.data or load_data(worker.config))
+        with listening() as stop:
+            for _ in worker.work(worker.study(stop), stop):
+                pass
+    except Interrupted:
+        pass
+    except BNSurgeryError as error:
+        errors.put(error)
+
+
+def _end_with_parent() -> None:
+    """Stop this process, which gives its trial back, once its parent is gone, even by `kill -9`."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let a Ctrl-C wait, for good in a process started inside: its parent stops it, and it need not complain."""
+    if WINDOWS:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Progress:
