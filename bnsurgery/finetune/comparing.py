@@ -2,28 +2,20 @@
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
-from bnsurgery.files.writing import atomic_write, make_folder, only_process_in
-from bnsurgery.machine.system import WINDOWS, processors
+from bnsurgery.files.writing import atomic_write, make_folder, only_process_in, read_text
 from bnsurgery.pages.style import write as write_figure
 from bnsurgery.text.words import percent
 
@@ -32,11 +24,12 @@ from .config import RATES, Config
 from .datasets import Data
 from .figures import plot_comparison
 from .grid import Grid, Key, Run
+from .jobs import POLL, gpus, in_processes, raise_if_stopped
 from .own_data import in_its_batches
 from .results import Row
 from .run_directory import RunDirectory
 from .runs import require_code_again, train
-from .setup import computes_on, load_data, processes
+from .setup import load_data, processes
 from .stopping import Interrupted, StopRequest, listening
 from .study import Study, refuse_other, require_optuna
 
@@ -52,7 +45,6 @@ _FILES = (
     "paused/*/last",
     "paused/*/last/*",
 )
-_POLL = 0.5  # seconds between two looks at what other workers do
 _PATIENCE = 60.0  # seconds to wait for another worker that begins or ends
 
 
@@ -123,11 +115,11 @@ def compare(
     shared = _shared(config, data)
     with only_process_in(directory, "compare", _FILES, _PATIENCE):
         _claim(directory, shared)
-    worker = _Worker(config, grid, shared, storage or directory / "study.db", model, data)
+    worker = Worker(config, grid, shared, storage or directory / "study.db", model, data)
     with listening() as stop:
         study = worker.study(stop)
-        jobs = jobs or max(1, _gpus(config))
-        steps = worker.work(study, stop) if jobs == 1 else _in_processes(worker, jobs, study, stop)
+        jobs = jobs or max(1, gpus(config))
+        steps = worker.work(study, stop) if jobs == 1 else in_processes(worker, jobs, study, stop)
         with _Progress(grid, study, show) as progress:
             for results in steps:
                 progress.update(results)
@@ -138,8 +130,10 @@ def compare(
         for run, trial in furthest.items():
             _write(_file(directory, run), asdict(trial))
         shutil.rmtree(directory / "paused", ignore_errors=True)
-        _write(directory / "comparison.json", result.to_dict(), indent=1)
-        write_figure(plot_comparison(result), directory / "comparison.png")
+        table, figure = directory / "comparison.json", directory / "comparison.png"
+        if not figure.exists() or not _holds(table, result.to_dict(), indent=1):  # drawn once, not by every worker
+            write_figure(plot_comparison(result), figure)
+            _write(table, result.to_dict(), indent=1)
     return result
 
 
@@ -200,7 +194,7 @@ def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:
 
 
 @dataclass(frozen=True)
-class _Worker:
+class Worker:
     """What trains the trials, in one process."""
 
     config: Config
@@ -211,6 +205,7 @@ class _Worker:
     data: Data | None
 
     def study(self, stop: StopRequest) -> Study:
+        """The study of its trials, which has the name of the output directory."""
         return Study(self.storage, Path(self.config.output).resolve().name, self.shared, stop)
 
     def work(self, study: Study, stop: StopRequest) -> Iterator[Mapping[Key, Trial]]:
@@ -221,10 +216,10 @@ class _Worker:
             lacking = self.grid.lacking(results)
             if not lacking:
                 return
-            _raise_if_stopped(stop)
+            raise_if_stopped(stop)
             taken = study.take(lacking)
             if taken is None:
-                time.sleep(_POLL)
+                time.sleep(POLL)
                 continue
             key, trial_id = taken
             with study.running(trial_id), suppress(Interrupted):  # raised again above, naming what is kept
@@ -233,7 +228,7 @@ class _Worker:
                 _write(_file(Path(self.config.output), key[:3]), asdict(trial))
 
 
-def run_trial(key: Key, worker: _Worker, report: Callable[[Row], object]) -> tuple[Trial, str]:
+def run_trial(key: Key, worker: Worker, report: Callable[[Row], object]) -> tuple[Trial, str]:
     """Train one trial of a worker's grid, as `train_trial` does."""
     run, share = key[:3], key[3]
     of_bn = (run for run in worker.grid.runs if run[0] == "bn")
@@ -270,89 +265,6 @@ def train_trial(run: Run, config: Config, model: nn.Module | None, data: Data | 
     return trial, started.head
 
 
-def _in_processes(worker: _Worker, jobs: int, study: Study, stop: StopRequest) -> Iterator[Mapping[Key, Trial]]:
-    """Let `jobs` processes do the work, each with its share of the processors and GPUs."""
-    results = study.results()
-    yield results
-    if not worker.grid.lacking(results):
-        return
-    if worker.data is not None and worker.data.examples:
-        worker = replace(worker, data=None)  # a process calls the user's function again: its data may not be picklable
-    gpus, context = _gpus(worker.config), multiprocessing.get_context("spawn")
-    errors: SimpleQueue[BNSurgeryError] = context.SimpleQueue()
-    running = []
-    try:
-        for job in range(jobs):
-            device = f"cuda:{job % gpus}" if gpus > 1 else worker.config.device
-            mine = replace(worker, config=replace(worker.config, device=device))
-            process = context.Process(target=_in_process, args=(mine, max(1, processors() // jobs), errors))
-            with _interrupts_held_back():
-                process.start()
-            running.append(process)
-        while True:
-            alive = [process for process in running if process.is_alive()]
-            _raise_if_stopped(stop)
-            if not errors.empty():
-                raise errors.get()
-            if any(process.exitcode for process in running):
-                raise BNSurgeryError(
-                    "compare: a worker's process died; if memory ran out, pass fewer `jobs`. Finished trials are kept, "
-                    "the same command again goes on"
-                )
-            yield study.results()
-            if not alive:
-                return
-            alive[0].join(_POLL)
-    finally:
-        for process in running:
-            process.terminate()  # it gives its trial back
-        for process in running:
-            process.join()
-
-
-def _gpus(config: Config) -> int:
-    """The number of GPUs to share out."""
-    place = computes_on(config)
-    return torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
-
-
-def _in_process(worker: _Worker, threads: int, errors: "SimpleQueue[BNSurgeryError]") -> None:
-    """Do a worker's work in a process of its own, which ends when its parent does."""
-    torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")  # the first process tells the same
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        worker = replace(worker, data=worker.data or load_data(worker.config))
-        with listening() as stop:
-            for _ in worker.work(worker.study(stop), stop):
-                pass
-    except Interrupted:
-        pass
-    except BNSurgeryError as error:
-        errors.put(error)
-
-
-def _end_with_parent() -> None:
-    """Stop this process, which gives its trial back, once its parent is gone, even by `kill -9`."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Let a Ctrl-C wait, for good in a process started inside: its parent stops it, and it need not complain."""
-    if WINDOWS:
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class _Progress:
     """Tells what has become of the head, each trial, and how many are left."""
 
@@ -385,11 +297,6 @@ class _Progress:
             tqdm.write(f"{trial.arm:9} rate {trial.lr:<7g} seed {trial.seed}  {end}  ({trial.seconds:.0f} s)")
 
 
-def _raise_if_stopped(stop: StopRequest) -> None:
-    if stop.signum:
-        raise Interrupted("compare: stopped; finished trials are kept, the same command again goes on", stop.signum)
-
-
 def _shared(config: Config, data: Data) -> dict[str, Any]:
     """What the trials of a comparison have in common."""
     values = {name: value for name, value in asdict(config).items() if name not in _VARIED}
@@ -414,5 +321,18 @@ def _file(directory: Path, run: Run) -> Path:
 
 
 def _write(path: Path, value: Any, indent: int | None = None) -> None:
-    with atomic_write(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8", newline="\n")
+    if not _holds(path, value, indent):
+        with atomic_write(path, overwrite=True) as temporary:
+            temporary.write_text(_text(value, indent), encoding="utf-8", newline="\n")
+
+
+def _holds(path: Path, value: Any, indent: int | None = None) -> bool:
+    """Whether `_write` has been there already, in this worker or another."""
+    try:
+        return read_text(path) == _text(value, indent)
+    except (OSError, ValueError):
+        return False
+
+
+def _text(value: Any, indent: int | None) -> str:
+    return json.dumps(value, indent=indent) + "\n"

@@ -3,7 +3,6 @@
 import importlib.util
 import itertools
 import json
-import sqlite3
 import threading
 import time
 import warnings
@@ -22,9 +21,9 @@ from .comparison import ARMS, Trial
 from .grid import Key
 from .results import Row
 from .stopping import Interrupted, StopRequest
+from .storages import DRIVERS, RETRY, lost_errors, opened, place, reason
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
 T = TypeVar("T")
@@ -32,11 +31,9 @@ BEAT = 10.0  # seconds between two signs of life of a worker
 GRACE = 60.0  # seconds without one, after which its trial is taken up again
 _FORMAT = 1
 _PATIENCE = 300.0  # seconds to wait for a storage that is lost
-_RETRY = 0.5  # seconds between two attempts
 _PIECE = 30_000  # characters: twice as many with escapes, of the 65,535 that MySQL keeps
 _GONE = LookupError, ValueError  # Optuna's if the study was deleted, json's if a journal is damaged
 _OVER = RuntimeError, *_GONE  # Optuna's if the trial does not run any more: it is finished, or its worker given up
-_DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # names for pip
 
 
 def require_optuna() -> None:
@@ -78,14 +75,14 @@ class Study:
         import optuna
 
         self._stop = stop
-        self._file, self._where = _place(storage)
+        self._file, self._where = place(storage)
         self._heard: dict[int, _Heard] = {}  # by a trial's number
         self._results: dict[int, Trial] = {}
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             with self._exclusive_file():
-                self._storage = _opened(storage, self._file)
+                self._storage = opened(storage, self._file)
             try:
                 self._study = optuna.create_study(storage=self._storage, study_name=name, direction="maximize")
                 self._describe(shared)
@@ -95,12 +92,12 @@ class Study:
             self._check(shared)
         except ImportError as error:
             missing = getattr(error.__cause__, "name", None) or error.name or "a driver"
-            command = f"pip install '{_DRIVERS.get(missing, missing)}'"
+            command = f"pip install '{DRIVERS.get(missing, missing)}'"
             raise BNSurgeryError(
                 f"compare: {self._where} needs {missing}, which is not installed: {command}"
             ) from error
-        except _lost(*_OVER) as error:  # RuntimeError: of another version of Optuna
-            raise BNSurgeryError(f"compare: {self._where} cannot be used: {_reason(error)}") from error
+        except lost_errors(*_OVER) as error:  # RuntimeError: of another version of Optuna
+            raise BNSurgeryError(f"compare: {self._where} cannot be used: {reason(error)}") from error
         finally:
             optuna.logging.set_verbosity(verbosity)
 
@@ -139,12 +136,12 @@ class Study:
         finally:
             ended.set()
             thread.join()
-            with suppress(*_lost(*_OVER)):
+            with suppress(*lost_errors(*_OVER)):
                 self._set_state(trial_id, "FAIL")
 
     def report(self, trial_id: int, row: Row) -> None:
         """Note a validation of a running trial, for those who look on."""
-        with suppress(*_lost(*_OVER)):
+        with suppress(*lost_errors(*_OVER)):
             self._storage.set_trial_intermediate_value(trial_id, row.step, row.val_accuracy)
 
     def finish(self, trial_id: int, trial: Trial, head: str) -> None:
@@ -236,7 +233,7 @@ class Study:
             return self._study.get_trials(deepcopy=False)
         except _GONE as error:
             raise CheckpointError(
-                f"compare: {self._where}: the study was deleted or damaged: {_reason(error)}"
+                f"compare: {self._where}: the study was deleted or damaged: {reason(error)}"
             ) from error
 
     def _key(self, trial: "FrozenTrial") -> Key:
@@ -262,13 +259,13 @@ class Study:
 
     def _check(self, shared: dict[str, Any]) -> None:
         """Raise an error if the study is of another comparison."""
-        end = time.monotonic() + 20 * _RETRY
+        end = time.monotonic() + 20 * RETRY
         while "format" not in (found := self._study.user_attrs):  # the process that made it writes it now
             if self._study.trials:
                 raise BNSurgeryError(f"compare: {self._where} holds a study of this name that is no comparison's")
             if time.monotonic() > end:  # or died before
                 self._describe(shared)
-            time.sleep(_RETRY)
+            time.sleep(RETRY)
         if found["format"] != _FORMAT:
             raise BNSurgeryError(
                 f"compare: {self._where} is of another version of bnsurgery, with format {shown(found['format'])} "
@@ -282,7 +279,7 @@ class Study:
             beat += 1
             try:
                 self._storage.set_trial_user_attr(trial_id, "beat", beat)
-            except _lost():  # a later one may succeed; the others are not heard of either
+            except lost_errors():  # a later one may succeed; the others are not heard of either
                 self._heard.clear()
             except _OVER:
                 pass
@@ -322,9 +319,9 @@ class Study:
         while True:
             try:
                 return call()
-            except _lost() as error:
+            except lost_errors() as error:
                 self._heard.clear()  # the silence is the storage's
-                text = f"compare: {self._where} is lost: {_reason(error)}"
+                text = f"compare: {self._where} is lost: {reason(error)}"
                 if lost is None:
                     lost = time.monotonic()
                     warnings.warn(f"{text}. Waiting for it", BNSurgeryWarning, stacklevel=2)
@@ -332,7 +329,7 @@ class Study:
                     raise Interrupted(f"{text}. Stopped; the same command again goes on", self._stop.signum) from error
                 if time.monotonic() - lost > _PATIENCE:
                     raise BNSurgeryError(f"{text}. The same command again goes on with what is finished") from error
-            time.sleep(_RETRY)
+            time.sleep(RETRY)
 
 
 def _names() -> Iterator[str]:
@@ -365,62 +362,3 @@ def refuse_other(before: Any, mine: dict[str, Any], where: str, advice: str) -> 
                 f"compare: {where} holds another comparison, with {name} {shown(theirs.get(name))} instead of "
                 f"{shown(value)}: {advice}"
             )
-
-
-def _place(storage: str | Path) -> tuple[Path | None, str]:
-    """The file of a storage, None for a server, and its name for messages, without a password."""
-    if isinstance(storage, Path) or storage.endswith(".journal"):
-        return Path(storage), f"'{storage}'"
-    import sqlalchemy
-
-    try:
-        url = sqlalchemy.make_url(storage)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        raise BNSurgeryError(
-            f"compare: `storage`: got {shown(storage)}, expected a database's URL, such as postgresql://host/name, or "
-            "FILE.journal"
-        ) from None
-    name = f"storage '{printable(url.render_as_string())}'"
-    if url.get_backend_name() != "sqlite":
-        return None, name
-    if url.database in (None, "", ":memory:"):
-        raise BNSurgeryError(f"compare: {name} is in the memory of one process: name a file, sqlite:///FILE.db")
-    return Path(str(url.database)), name
-
-
-def _opened(storage: str | Path, file: Path | None) -> "BaseStorage":
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
-    from sqlalchemy.exc import DBAPIError
-    from sqlalchemy.pool import NullPool
-
-    if file is not None and file.suffix == ".journal":
-        return JournalStorage(JournalFileBackend(str(file)))
-    options: dict[str, Any] = {"poolclass": NullPool}  # no connection that a forked reader of images could inherit
-    url = str(storage).replace("{", "{{").replace("}", "}}")  # Optuna formats it
-    if file is not None:  # not by its URL, in which ? and % have a meaning
-        options["creator"] = lambda: sqlite3.connect(file, timeout=60.0)
-        url = "sqlite://"
-    for _ in range(10):
-        try:
-            return RDBStorage(url, engine_kwargs=options)
-        except DBAPIError as error:
-            if not any(word in str(error).lower() for word in ("exist", "unique", "duplicate")):
-                raise
-            time.sleep(_RETRY)  # another worker creates the same tables
-    return RDBStorage(url, engine_kwargs=options)
-
-
-def _lost(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """The errors of a storage that cannot be reached, and others."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return StorageInternalError, SQLAlchemyError, OSError, *others
-
-
-def _reason(error: BaseException) -> str:
-    """The database's own message, in one line."""
-    while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
-        error = inner
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 300)
