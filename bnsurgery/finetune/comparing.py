@@ -2,26 +2,20 @@
 
 import json
 import math
-import multiprocessing
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
-from bnsurgery.files.writing import atomic_write, make_folder, only_process_in
-from bnsurgery.machine.system import WINDOWS, processors
+from bnsurgery.files.writing import atomic_write, make_folder, only_process_in, read_text
 from bnsurgery.pages.style import write as write_figure
 from bnsurgery.text.words import counted, percent, thousands
 
@@ -30,11 +24,12 @@ from .config import RATES, Config
 from .datasets import Data
 from .figures import plot_comparison
 from .grid import Grid, Key, Run
+from .jobs import POLL, gpus, in_processes, raise_if_stopped
 from .own_data import in_its_batches
 from .results import Row
 from .run_directory import RunDirectory
 from .runs import require_code_again, train
-from .setup import computes_on, load_data, processes
+from .setup import load_data, processes
 from .stopping import Interrupted, StopRequest, listening
 from .study import Study, refuse_other, require_optuna
 
@@ -50,7 +45,6 @@ _FILES = (
     "paused/*/last",
     "paused/*/last/*",
 )
-_POLL = 0.5  # seconds between two looks at what other workers do
 _PATIENCE = 60.0  # seconds to wait for another worker that begins or ends
 
 
@@ -121,13 +115,13 @@ def compare(
     shared = _shared(config, data)
     with only_process_in(directory, "compare", _FILES, _PATIENCE):
         _claim(directory, shared)
-    worker = _Worker(config, grid, shared, storage or directory / "study.db", model, data)
+    worker = Worker(config, grid, shared, storage or directory / "study.db", model, data)
     with listening() as stop:
         study = worker.study(stop)
-        jobs = jobs or max(1, _gpus(config))
+        jobs = jobs or max(1, gpus(config))
         with _Progress(worker, study, data.thing, show) as progress:
             alone = worker.work(study, stop, progress.report)
-            for results in alone if jobs == 1 else _in_processes(worker, jobs, study, stop):
+            for results in alone if jobs == 1 else in_processes(worker, jobs, study, stop):
                 progress.update(results)
     furthest = grid.furthest(results)
     name = config.source or config.model or type(model).__name__
@@ -136,8 +130,10 @@ def compare(
         for run, trial in furthest.items():
             _write(_file(directory, run), asdict(trial))
         shutil.rmtree(directory / "paused", ignore_errors=True)
-        _write(directory / "comparison.json", result.to_dict(), indent=1)
-        write_figure(plot_comparison(result), directory / "comparison.png")
+        table, figure = directory / "comparison.json", directory / "comparison.png"
+        if not figure.exists() or not _holds(table, result.to_dict(), indent=1):  # drawn once, not by every worker
+            write_figure(plot_comparison(result), figure)
+            _write(table, result.to_dict(), indent=1)
     return result
 
 
@@ -198,7 +194,7 @@ def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:
 
 
 @dataclass(frozen=True)
-class _Worker:
+class Worker:
     """What trains the trials, in one process."""
 
     config: Config
@@ -209,6 +205,7 @@ class _Worker:
     data: Data | None
 
     def study(self, stop: StopRequest) -> Study:
+        """The study of its trials, which has the name of the output directory."""
         return Study(self.storage, Path(self.config.output).resolve().name, self.shared, stop)
 
     def work(
@@ -224,10 +221,10 @@ class _Worker:
             lacking = self.grid.lacking(results)
             if not lacking:
                 return
-            _raise_if_stopped(stop)
+            raise_if_stopped(stop)
             taken = study.take(lacking)
             if taken is None:
-                time.sleep(_POLL)
+                time.sleep(POLL)
                 continue
             key, trial_id = taken
             with study.running(trial_id), suppress(Interrupted):  # raised again above, naming what is kept
@@ -236,7 +233,7 @@ class _Worker:
                 _write(_file(Path(self.config.output), key[:3]), asdict(trial))
 
 
-def run_trial(key: Key, worker: _Worker, report: Callable[[Row], object]) -> tuple[Trial, str]:
+def run_trial(key: Key, worker: Worker, report: Callable[[Row], object]) -> tuple[Trial, str]:
     """Train one trial of a worker's grid, as `train_trial` does."""
     run, share = key[:3], key[3]
     of_bn = (run for run in worker.grid.runs if run[0] == "bn")
@@ -273,59 +270,10 @@ def train_trial(run: Run, config: Config, model: nn.Module | None, data: Data | 
     return trial, started.head
 
 
-def _in_processes(worker: _Worker, jobs: int, study: Study, stop: StopRequest) -> Iterator[Mapping[Key, Trial]]:
-    """Let `jobs` processes do the work, each with its share of the processors and GPUs."""
-    results = study.results()
-    yield results
-    if not worker.grid.lacking(results):
-        return
-    if worker.data is not None and worker.data.examples:
-        worker = replace(worker, data=None)  # a process calls the user's function again: its data may not be picklable
-    jobs = min(jobs, 61) if WINDOWS else jobs  # Windows cannot wait for more processes
-    gpus = _gpus(worker.config)
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-    running: set[Future[None]] = set()
-    try:
-        for job in range(jobs):
-            device = f"cuda:{job % gpus}" if gpus > 1 else worker.config.device
-            mine = replace(worker, config=replace(worker.config, device=device))
-            running.add(pool.submit(_in_process, mine, max(1, processors() // jobs)))
-        while running:
-            ended, running = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED)
-            _raise_if_stopped(stop)
-            for future in ended:
-                future.result()
-            yield study.results()
-    except BrokenProcessPool as error:
-        raise BNSurgeryError("compare: a worker's process died; if memory ran out, pass fewer `jobs`") from error
-    finally:
-        if running:
-            for child in set(multiprocessing.active_children()) - others:
-                child.terminate()  # it gives its trial back
-        pool.shutdown(cancel_futures=True)
-
-
-def _gpus(config: Config) -> int:
-    """The number of GPUs to share out."""
-    place = computes_on(config)
-    return torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
-
-
-def _in_process(worker: _Worker, threads: int) -> None:
-    torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")  # the first process tells the same
-    worker = replace(worker, data=worker.data or load_data(worker.config))
-    with listening() as stop:
-        study = worker.study(stop)
-        for _ in worker.work(study, stop, study.report):
-            pass
-
-
 class _Progress:
     """Tells what has become of the head, each trial, how many are left, and how the running ones do."""
 
-    def __init__(self, worker: _Worker, study: Study, thing: str, show: bool) -> None:
+    def __init__(self, worker: Worker, study: Study, thing: str, show: bool) -> None:
         self._config, self._grid, self._study, self._thing, self._show = worker.config, worker.grid, study, thing, show
         self._results: Mapping[Key, Trial] | None = None  # None before the first, which are old
         self._head_told = False
@@ -382,11 +330,6 @@ class _Progress:
         self._bar.set_postfix_str(", ".join(states))
 
 
-def _raise_if_stopped(stop: StopRequest) -> None:
-    if stop.signum:
-        raise Interrupted("compare: stopped; finished trials are kept, the same command again goes on", stop.signum)
-
-
 def _shared(config: Config, data: Data) -> dict[str, Any]:
     """What the trials of a comparison have in common."""
     values = {name: value for name, value in asdict(config).items() if name not in _VARIED}
@@ -411,5 +354,18 @@ def _file(directory: Path, run: Run) -> Path:
 
 
 def _write(path: Path, value: Any, indent: int | None = None) -> None:
-    with atomic_write(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8", newline="\n")
+    if not _holds(path, value, indent):
+        with atomic_write(path, overwrite=True) as temporary:
+            temporary.write_text(_text(value, indent), encoding="utf-8", newline="\n")
+
+
+def _holds(path: Path, value: Any, indent: int | None = None) -> bool:
+    """Whether `_write` has been there already, in this worker or another."""
+    try:
+        return read_text(path) == _text(value, indent)
+    except (OSError, ValueError):
+        return False
+
+
+def _text(value: Any, indent: int | None) -> str:
+    return json.dumps(value, indent=indent) + "\n"

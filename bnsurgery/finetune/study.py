@@ -1,14 +1,15 @@
 """The trials of a comparison as an Optuna study, which any number of processes and machines share."""
 
 import importlib.util
+import itertools
 import json
-import sqlite3
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,9 +21,9 @@ from .comparison import ARMS, Trial
 from .grid import Key
 from .results import Row
 from .stopping import Interrupted, StopRequest
+from .storages import DRIVERS, RETRY, lost_errors, opened, place, reason
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
 T = TypeVar("T")
@@ -30,8 +31,9 @@ BEAT = 10.0  # seconds between two signs of life of a worker
 GRACE = 60.0  # seconds without one, after which its trial is taken up again
 _FORMAT = 1
 _PATIENCE = 300.0  # seconds to wait for a storage that is lost
-_RETRY = 0.5  # seconds between two attempts
-_DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # names for pip
+_PIECE = 30_000  # characters: twice as many with escapes, of the 65,535 that MySQL keeps
+_GONE = LookupError, ValueError  # Optuna's if the study was deleted, json's if a journal is damaged
+_OVER = RuntimeError, *_GONE  # Optuna's if the trial does not run any more: it is finished, or its worker given up
 
 
 def require_optuna() -> None:
@@ -40,12 +42,21 @@ def require_optuna() -> None:
         raise BNSurgeryError("compare: needs optuna, which is not installed: pip install 'bnsurgery[compare]'")
 
 
+@dataclass
+class _Heard:
+    """The last beat of a worker, the time when it was seen first, and whether a long silence has been told of."""
+
+    beat: Any
+    since: float
+    told: bool = False
+
+
 class Study:
     """The trials of one comparison.
 
-    A trial is an arm, a rate, a seed and the share of the run that it trains. It is COMPLETE at the end of a run,
-    PRUNED if it diverged or paused, and its user attribute `result` holds the `Trial`. It is FAIL if its worker gave it
-    back or died; then the next worker enqueues it anew.
+    A trial is an arm, a rate, a seed and the share of the run that it trains. It is COMPLETE at the end of a run, and
+    PRUNED if it diverged or paused; its user attributes `result`, `result 2`, ... then hold the `Trial` in pieces. It
+    is FAIL if its worker gave it back or died; then the next worker enqueues it anew.
 
     The worker of a trial keeps counting in the user attribute `beat`. If others see the same number for `GRACE`
     seconds, by their own clocks, they give the worker up. This needs no more of a storage than that all see one state.
@@ -64,14 +75,14 @@ class Study:
         import optuna
 
         self._stop = stop
-        self._file, self._where = _place(storage)
-        self._beats: dict[int, tuple[Any, float]] = {}  # by number: the last beat, and when it was seen first
+        self._file, self._where = place(storage)
+        self._heard: dict[int, _Heard] = {}  # by a trial's number
         self._results: dict[int, Trial] = {}
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             with self._exclusive_file():
-                self._storage = _opened(storage, self._file)
+                self._storage = opened(storage, self._file)
             try:
                 self._study = optuna.create_study(storage=self._storage, study_name=name, direction="maximize")
                 self._describe(shared)
@@ -81,18 +92,22 @@ class Study:
             self._check(shared)
         except ImportError as error:
             missing = getattr(error.__cause__, "name", None) or error.name or "a driver"
-            command = f"pip install '{_DRIVERS.get(missing, missing)}'"
+            command = f"pip install '{DRIVERS.get(missing, missing)}'"
             raise BNSurgeryError(
                 f"compare: {self._where} needs {missing}, which is not installed: {command}"
             ) from error
-        except _lost(RuntimeError, ValueError, LookupError) as error:  # of another version, or damaged
-            raise BNSurgeryError(f"compare: {self._where} cannot be used: {_reason(error)}") from error
+        except lost_errors(*_OVER) as error:  # RuntimeError: of another version of Optuna
+            raise BNSurgeryError(f"compare: {self._where} cannot be used: {reason(error)}") from error
         finally:
             optuna.logging.set_verbosity(verbosity)
 
     def results(self) -> dict[Key, Trial]:
         """The results so far, whoever trained them."""
-        finished = (trial for trial in self._patiently(self._trials) if trial.state.name in ("COMPLETE", "PRUNED"))
+        trials = self._patiently(self._trials)
+        now = time.monotonic()
+        for trial in trials:
+            self._listen(trial, now)
+        finished = (trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED"))
         return {self._key(trial): self._result(trial) for trial in finished}
 
     def under_way(self) -> dict[Key, Row]:
@@ -129,12 +144,12 @@ class Study:
         finally:
             ended.set()
             thread.join()
-            with suppress(*_lost(RuntimeError)):  # RuntimeError: it is finished
+            with suppress(*lost_errors(*_OVER)):
                 self._set_state(trial_id, "FAIL")
 
     def report(self, trial_id: int, row: Row) -> None:
         """Note a validation of a running trial, for those who look on."""
-        with suppress(*_lost(RuntimeError)):
+        with suppress(*lost_errors(*_OVER)):
             self._storage.set_trial_intermediate_value(trial_id, row.step, row.val_accuracy)
             self._storage.set_trial_user_attr(trial_id, "row", asdict(row))
 
@@ -143,12 +158,15 @@ class Study:
         ended = not (trial.diverged or trial.raced_out)
         accuracy = None if trial.diverged else trial.rows[-1].val_accuracy
 
+        text = json.dumps(asdict(trial))
+
         def keep() -> None:
             self._storage.set_trial_user_attr(trial_id, "head", head)
-            self._storage.set_trial_user_attr(trial_id, "result", json.dumps(asdict(trial)))
+            for name, start in zip(_names(), range(0, len(text), _PIECE), strict=False):
+                self._storage.set_trial_user_attr(trial_id, name, text[start : start + _PIECE])
             self._set_state(trial_id, "COMPLETE" if ended else "PRUNED", accuracy)
 
-        with suppress(RuntimeError):  # it is not running any more
+        with suppress(*_OVER):
             self._patiently(keep)
 
     def _take(self, keys: Sequence[Key]) -> tuple[Key, int] | None:
@@ -166,20 +184,36 @@ class Study:
 
     def _live(self) -> "dict[Key, FrozenTrial]":
         """The trials that are waiting, running or finished; those whose worker died fail."""
-        now = time.monotonic()
         live: dict[Key, FrozenTrial] = {}
+        now = time.monotonic()
         for trial in self._trials():
-            if trial.state.name == "RUNNING":
-                beat = trial.user_attrs.get("beat")
-                seen, since = self._beats.get(trial.number, (beat, now))
-                self._beats[trial.number] = beat, since if beat == seen else now
-                if beat == seen and now - since > GRACE:
-                    with suppress(RuntimeError):  # it has finished just now
-                        self._set_state(self._id_of(trial), "FAIL")
-                    continue
-            if trial.state.name != "FAIL":
+            if self._listen(trial, now) > GRACE:
+                with suppress(RuntimeError):  # it has finished just now
+                    self._set_state(self._id_of(trial), "FAIL")
+            elif trial.state.name != "FAIL":
                 live.setdefault(self._key(trial), trial)
         return live
+
+    def _listen(self, trial: "FrozenTrial", now: float) -> float:
+        """The seconds since the worker of a running trial has been heard of; warns once when they become many."""
+        if trial.state.name != "RUNNING":
+            return 0.0
+        beat = trial.user_attrs.get("beat")
+        heard = self._heard.get(trial.number)
+        if heard is None or heard.beat != beat:
+            heard = self._heard[trial.number] = _Heard(beat, now)
+        silent = now - heard.since
+        if GRACE / 3 < silent < GRACE and not heard.told:
+            heard.told = True
+            arm, rate, seed, _ = self._key(trial)
+            until = datetime.now() + timedelta(seconds=GRACE - silent)
+            warnings.warn(
+                f"compare: no sign of life for {silent:.0f} s from the worker of {arm}, rate {rate:g}, seed {seed}. If "
+                f"there is none until {until:%H:%M:%S}, the trial starts again",
+                BNSurgeryWarning,
+                stacklevel=2,
+            )
+        return silent
 
     def _enqueue(self, key: Key) -> None:
         from optuna import distributions
@@ -204,7 +238,12 @@ class Study:
         return self._storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
 
     def _trials(self) -> "list[FrozenTrial]":
-        return self._study.get_trials(deepcopy=False)
+        try:
+            return self._study.get_trials(deepcopy=False)
+        except _GONE as error:
+            raise CheckpointError(
+                f"compare: {self._where}: the study was deleted or damaged: {reason(error)}"
+            ) from error
 
     def _key(self, trial: "FrozenTrial") -> Key:
         params = trial.params
@@ -216,7 +255,8 @@ class Study:
     def _result(self, trial: "FrozenTrial") -> Trial:
         if trial.number not in self._results:
             where = f"{self._where}: trial {trial.number}"
-            found = read_trial(str(trial.user_attrs.get("result")), where)
+            pieces = itertools.takewhile(trial.user_attrs.__contains__, _names())
+            found = read_trial("".join(str(trial.user_attrs[name]) for name in pieces), where)
             if (found.arm, found.lr, found.seed) != self._key(trial)[:3]:
                 raise CheckpointError(f"{where}: the result is of another trial")
             self._results[trial.number] = found
@@ -228,13 +268,13 @@ class Study:
 
     def _check(self, shared: dict[str, Any]) -> None:
         """Raise an error if the study is of another comparison."""
-        end = time.monotonic() + 20 * _RETRY
+        end = time.monotonic() + 20 * RETRY
         while "format" not in (found := self._study.user_attrs):  # the process that made it writes it now
             if self._study.trials:
                 raise BNSurgeryError(f"compare: {self._where} holds a study of this name that is no comparison's")
             if time.monotonic() > end:  # or died before
                 self._describe(shared)
-            time.sleep(_RETRY)
+            time.sleep(RETRY)
         if found["format"] != _FORMAT:
             raise BNSurgeryError(
                 f"compare: {self._where} is of another version of bnsurgery, with format {shown(found['format'])} "
@@ -246,8 +286,12 @@ class Study:
         beat = 0
         while not ended.is_set():
             beat += 1
-            with suppress(*_lost(RuntimeError)):  # a later one may succeed
+            try:
                 self._storage.set_trial_user_attr(trial_id, "beat", beat)
+            except lost_errors():  # a later one may succeed; the others are not heard of either
+                self._heard.clear()
+            except _OVER:
+                pass
             ended.wait(BEAT)
         self._storage.remove_session()
 
@@ -284,8 +328,9 @@ class Study:
         while True:
             try:
                 return call()
-            except _lost() as error:
-                text = f"compare: {self._where} is lost: {_reason(error)}"
+            except lost_errors() as error:
+                self._heard.clear()  # the silence is the storage's
+                text = f"compare: {self._where} is lost: {reason(error)}"
                 if lost is None:
                     lost = time.monotonic()
                     warnings.warn(f"{text}. Waiting for it", BNSurgeryWarning, stacklevel=2)
@@ -293,7 +338,12 @@ class Study:
                     raise Interrupted(f"{text}. Stopped; the same command again goes on", self._stop.signum) from error
                 if time.monotonic() - lost > _PATIENCE:
                     raise BNSurgeryError(f"{text}. The same command again goes on with what is finished") from error
-            time.sleep(_RETRY)
+            time.sleep(RETRY)
+
+
+def _names() -> Iterator[str]:
+    """The attributes that hold a result, piece by piece."""
+    return itertools.chain(["result"], map("result {}".format, itertools.count(2)))
 
 
 def read_trial(text: str, where: str) -> Trial:
@@ -321,62 +371,3 @@ def refuse_other(before: Any, mine: dict[str, Any], where: str, advice: str) -> 
                 f"compare: {where} holds another comparison, with {name} {shown(theirs.get(name))} instead of "
                 f"{shown(value)}: {advice}"
             )
-
-
-def _place(storage: str | Path) -> tuple[Path | None, str]:
-    """The file of a storage, None for a server, and its name for messages, without a password."""
-    if isinstance(storage, Path) or storage.endswith(".journal"):
-        return Path(storage), f"'{storage}'"
-    import sqlalchemy
-
-    try:
-        url = sqlalchemy.make_url(storage)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        raise BNSurgeryError(
-            f"compare: `storage`: got {shown(storage)}, expected a database's URL, such as postgresql://host/name, or "
-            "FILE.journal"
-        ) from None
-    name = f"storage '{printable(url.render_as_string())}'"
-    if url.get_backend_name() != "sqlite":
-        return None, name
-    if url.database in (None, "", ":memory:"):
-        raise BNSurgeryError(f"compare: {name} is in the memory of one process: name a file, sqlite:///FILE.db")
-    return Path(str(url.database)), name
-
-
-def _opened(storage: str | Path, file: Path | None) -> "BaseStorage":
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
-    from sqlalchemy.exc import DBAPIError
-    from sqlalchemy.pool import NullPool
-
-    if file is not None and file.suffix == ".journal":
-        return JournalStorage(JournalFileBackend(str(file)))
-    options: dict[str, Any] = {"poolclass": NullPool}  # no connection that a forked reader of images could inherit
-    url = str(storage).replace("{", "{{").replace("}", "}}")  # Optuna formats it
-    if file is not None:  # not by its URL, in which ? and % have a meaning
-        options["creator"] = lambda: sqlite3.connect(file, timeout=60.0)
-        url = "sqlite://"
-    for _ in range(10):
-        try:
-            return RDBStorage(url, engine_kwargs=options)
-        except DBAPIError as error:
-            if "exist" not in str(error).lower() and "unique" not in str(error).lower():
-                raise
-            time.sleep(_RETRY)  # another worker creates the same tables
-    return RDBStorage(url, engine_kwargs=options)
-
-
-def _lost(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """The errors of a storage that cannot be reached, and others."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return StorageInternalError, SQLAlchemyError, OSError, *others
-
-
-def _reason(error: BaseException) -> str:
-    """The database's own message, in one line."""
-    while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
-        error = inner
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 300)

@@ -130,6 +130,19 @@ def test_a_comparison_runs_every_arm_on_the_same_batches(model, data, config, dr
     assert (Path(config().output) / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_figure_is_drawn_once_and_not_by_every_worker(model, data, config, monkeypatch):
+    """A hundred workers end at the same time, and each holds the directory while it draws."""
+    drawn, plot = [], comparing.plot_comparison
+    monkeypatch.setattr(comparing, "plot_comparison", lambda result: drawn.append(result) or plot(result))
+    figure = Path(config().output, "comparison.png")
+    first = compared(config, model, data, arms=("bn",), rates=(0.3,))
+    assert compared(config, model, data, arms=("bn",), rates=(0.3,)) == first == drawn[-1] and len(drawn) == 1
+    figure.unlink()
+    assert compared(config, model, data, arms=("bn",), rates=(0.3,)) == first and figure.exists()
+    more = compared(config, model, data, arms=("bn",), rates=(0.3, 0.1))
+    assert len(drawn) == 3 and drawn[-1] == more == finetune.Comparison.read(config().output)
+
+
 def test_finished_trials_are_not_run_again(model, data, config, monkeypatch):
     first = compared(config, model, data, arms=("bn",))
     output = Path(config().output)

@@ -16,13 +16,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
+import psutil
 import pytest
+import sqlalchemy
 from tiny_task import patterns, tiny
 from warm_process import WarmProcess
 
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
-from bnsurgery.finetune import comparing, study
+from bnsurgery.finetune import comparing, storages, study
 from bnsurgery.finetune.comparison import Trial
 from bnsurgery.finetune.grid import Grid
 from bnsurgery.finetune.results import Row
@@ -113,7 +115,9 @@ def test_three_processes_train_each_trial_once_and_one_of_them_is_killed(storage
     victim.send_signal(signal.SIGKILL)
     for process in others:
         _, err = process.communicate()
-        assert process.returncode == 0 and not err, err
+        told = [line for line in err.splitlines() if "Warning: " in line]
+        assert process.returncode == 0 and "Traceback" not in err, err
+        assert all("no sign of life for" in line and ", rate " in line for line in told), err
     ran = [json.loads(line) for line in Path(log).read_text().splitlines()]
     lost = [key for pid, *key in ran if pid == victim.pid]
     finished = sorted(key for pid, *key in ran if pid != victim.pid)
@@ -123,7 +127,7 @@ def test_three_processes_train_each_trial_once_and_one_of_them_is_killed(storage
     assert without_times(finetune.Comparison.read(tmp_path / "shared")) == without_times(alone)
     assert len(list((tmp_path / "shared" / "trials").glob("*.json"))) == 8
     place = storage or tmp_path / "shared" / "study.db"
-    opened = study._opened(place, study._place(place)[0])
+    opened = storages.opened(place, storages.place(place)[0])
     states = [trial.state.name for trial in optuna.load_study(study_name="shared", storage=opened).trials]
     assert sorted(states) == ["COMPLETE"] * 8 + ["FAIL"]
 
@@ -175,7 +179,7 @@ def test_the_bar_shows_what_all_workers_do(tmp_path, config, monkeypatch, capsys
     grid, options = Grid(("plain", "bn"), (0.03, 0.3), 1), config(epochs=4)
     row = Row(1.0, 6, 0.02, 1.0, 0.5, 0.7, 0.75, 900.0)
     here, there = (study.Study(tmp_path / "study.db", "one", SHARED, StopRequest()) for _ in range(2))
-    worker = comparing._Worker(options, grid, SHARED, tmp_path / "study.db", None, None)
+    worker = comparing.Worker(options, grid, SHARED, tmp_path / "study.db", None, None)
     with comparing._Progress(worker, here, "image", True) as progress:
         bar = progress._bar
         progress.update(here.results())
@@ -227,6 +231,131 @@ def test_a_worker_may_be_given_up_while_another_takes_a_trial(tmp_path, monkeypa
     assert ours.take([lost, waiting])[0] == lost
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that `clock.now` sets, for the study."""
+    found = SimpleNamespace(now=0.0, monotonic=lambda: found.now, sleep=time.sleep)
+    monkeypatch.setattr(study, "time", found)
+    return found
+
+
+def test_a_silent_worker_is_told_of_once_before_its_trial_starts_again(tmp_path, clock):
+    ours, theirs = (study.Study(tmp_path / "study.db", "x", SHARED, StopRequest()) for _ in range(2))
+    key = ("bn", 0.1, 0, 1.0)
+    _, number = theirs.take([key])
+    assert ours.take([key]) is None and not ours.results()
+    clock.now = study.GRACE / 3
+    assert ours.take([key]) is None  # without a warning, which would fail the test
+    clock.now += 1.0
+    heard = r"no sign of life for 21 s from the worker of bn, rate 0.1, seed 0\. If there is none until \d\d:\d\d:\d\d,"
+    with pytest.warns(BNSurgeryWarning, match=heard):
+        assert not ours.results()
+    assert ours.take([key]) is None
+    theirs._storage.set_trial_user_attr(number, "beat", 7)
+    assert not ours.results()
+    clock.now += study.GRACE / 2
+    with pytest.warns(BNSurgeryWarning, match="no sign of life for 30 s"):
+        assert ours.take([key]) is None
+    clock.now += study.GRACE / 2 + 1.0
+    assert ours.take([key])[0] == key
+
+
+@pytest.mark.parametrize("noticed", ["by waiting for it", "by its own beats"])
+def test_workers_that_were_not_heard_of_while_the_storage_was_lost_are_not_given_up(
+    noticed, tmp_path, clock, monkeypatch
+):
+    monkeypatch.setattr(study, "BEAT", 0.02)
+    ours, theirs = (study.Study(tmp_path / "study.db", "x", SHARED, StopRequest()) for _ in range(2))
+    keys = [("bn", 0.1, 0, 1.0), ("bn", 0.3, 0, 1.0)]
+    theirs.take(keys)
+    _, number = ours.take(keys)
+    clock.now = 3 * study.GRACE
+    lost, beats = optuna.exceptions.StorageInternalError("no route to host"), []
+    if noticed == "by its own beats":
+        with monkeypatch.context() as patched, ours.running(number):
+            patched.setattr(ours._storage, "set_trial_user_attr", lambda *_: beats.append(1) or _raise(lost))
+            while not beats[1:]:
+                time.sleep(0.01)
+        assert ours.take(keys)[0] == keys[1]  # ours, which has been given back
+    else:
+        answers = iter([lambda: _raise(lost), ours._study.get_trials])
+        with monkeypatch.context() as patched, pytest.warns(BNSurgeryWarning, match="no route to host. Waiting for it"):
+            patched.setattr(ours._study, "get_trials", lambda **_: next(answers)())
+            assert not ours.results()
+        assert ours.take(keys) is None
+
+
+def _raise(error):
+    raise error
+
+
+def test_a_result_is_kept_in_pieces_that_mysql_takes(tmp_path):
+    """Its TEXT columns have 65,535 bytes, and attributes are JSON in JSON."""
+    found = study.Study(tmp_path / "study.db", "x", SHARED, StopRequest())
+    rows = tuple(Row(i / 7, i, 0.1, 1 / 3, 1 / 7, 1 / 9, 1 / 11, 99.0) for i in range(1, 1001))
+    long = replace(trial(0.5), rows=rows, diverged='"' * 40_000)
+    key, number = found.take([("bn", 0.1, 0, 1.0)])
+    found.finish(number, long, "")
+    assert found.results() == {key: long}
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        lengths = [n for (n,) in database.execute("SELECT length(value_json) FROM trial_user_attributes")]
+    database.close()
+    assert sum(lengths) > 200_000 and max(lengths) <= 65_535
+
+
+@pytest.mark.parametrize("what", ["deleted", "damaged"])
+def test_a_study_that_is_deleted_or_damaged_meanwhile_is_named(what, tmp_path):
+    place = tmp_path / ("study.db" if what == "deleted" else "shared.journal")
+    found = study.Study(place, "x", SHARED, StopRequest())
+    _, number = found.take([("bn", 0.1, 0, 1.0)])
+    with pytest.raises(BNSurgeryError, match=rf"'.*{place.name}': the study was deleted or damaged: "):
+        with found.running(number):
+            if what == "deleted":  # as optuna-dashboard does it
+                optuna.delete_study(study_name="x", storage=f"sqlite:///{place}")
+            else:
+                with place.open("a") as file:
+                    file.write("{\n{\n")
+            found.report(number, trial(0.1).rows[0])
+            found.finish(number, trial(0.1), "")
+        found.results()
+
+
+def _compare_long(config, storage):
+    data = finetune.from_tensors(patterns(96, 1), patterns(40, 2), ["nw", "ne", "sw", "se"])
+    finetune.compare(config, model=tiny(), data=data, storage=storage, jobs=2, arms=("plain", "bn"), rates=(0.01,))
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "kill -9"])
+def test_the_processes_of_a_comparison_end_with_it_and_give_their_trials_back(end, config, tmp_path):
+    main = WarmProcess(tmp_path, _compare_long, config(epochs=1_000_000), None, environment={})
+    url = f"sqlite:///{config().output}/study.db"
+
+    def states():
+        try:
+            return [trial.state.name for trial in optuna.load_study(study_name="run", storage=url).trials]
+        except (KeyError, sqlalchemy.exc.SQLAlchemyError):  # it is being made
+            return []
+
+    while states() != ["RUNNING"] * 2:
+        assert main.poll() is None, main.communicate()
+        time.sleep(0.2)
+    workers = psutil.Process(main.pid).children(recursive=True)
+    if end == "Ctrl-C":  # a terminal sends it to the whole group
+        os.killpg(main.pid, signal.SIGINT)
+    else:
+        main.kill()
+    _, err = main.communicate()
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert len(gone) >= 2 and not alive
+    assert states() == ["FAIL"] * 2
+    if end == "Ctrl-C":
+        assert err.splitlines()[-1] == (
+            "bnsurgery.finetune.stopping.Interrupted: compare: stopped; finished trials are kept, the same command "
+            "again goes on"
+        )
+        assert err.count("Traceback") == 1  # of the first process, which is no command here
+
+
 def trial(accuracy):
     return Trial("bn", 0.1, 0, "batch", None, (Row(1.0, 5, 0.1, 1.0, 0.5, 1.0, accuracy, 9.0),), 1.0)
 
@@ -246,7 +375,7 @@ def test_a_server_that_is_lost_in_the_middle_of_a_trial_is_waited_for(server, mo
     with pytest.warns(BNSurgeryWarning, match="is lost: .*Waiting for it"):
         result = finetune.compare(config(epochs=1, output=config().output + "-lost"), **options)
     assert result.trials[0].rows
-    opened = study._opened(server.url, None)  # an engine of Optuna's own would leave a connection open
+    opened = storages.opened(server.url, None)  # an engine of Optuna's own would leave a connection open
     (kept,) = optuna.load_study(study_name="run-lost", storage=opened).trials
     opened.remove_session()
     assert kept.state.name == "COMPLETE"
