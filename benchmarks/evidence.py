@@ -6,25 +6,24 @@ python -m benchmarks.evidence
 from pathlib import Path
 
 from bnsurgery.finetune import ArmSummary, Comparison
-from bnsurgery.finetune.results import TaskKind
 from bnsurgery.text.words import percent
 
 from .race import raced, steps
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {
-    "trash": "SqueezeNet 1.0, 500 photos of waste",
     "trash-vgg19": "quarter-width VGG-19, 500 photos of waste",
     "vgg19-mnist": "quarter-width VGG-19, 1,000 MNIST digits",
     "mnist-camera": "mnist_cnn, 500 digits of another camera",
     "mnist-noise": "mnist_cnn, 200 noisy digits",
-    "digits-scanner": "VGG of MNIST, 50 digits of another scanner",
+    "trash": "SqueezeNet 1.0, 500 photos of waste",
     "digits-camera": "small VGG, 100 digits of another camera",
-    "trash-cifar": "cifar_cnn_large, 1,500 photos of waste",
-    "mnist-inverted": "mnist_cnn, 1,000 inverted digits",
+    "digits": "small VGG, digits 0–4 to 5–9",
     "mnist-turned": "mnist_cnn, 1,000 digits turned by 90°",
     "mnist-new-head": "the same with a new head",
-    "digits": "small VGG, digits 0–4 to 5–9",
+    "digits-scanner": "VGG of MNIST, 50 digits of another scanner",
+    "mnist-inverted": "mnist_cnn, 1,000 inverted digits",
+    "trash-cifar": "cifar_cnn_large, 1,500 photos of waste",
 }
 ARMS = ("plain", "bn", "bn-naive")
 
@@ -38,11 +37,11 @@ def rows(found: dict[str, Comparison]) -> dict[str, str]:
     made = {}
     for name, comparison in found.items():
         arms, kind = _arms(comparison), comparison.kind
-        assert isinstance(kind, TaskKind)
+        assert kind is not None
         reached = (f"{arms[arm].to_plain or '–'}" for arm in ("plain", "bn"))
         cells = [
             TASKS[name],
-            f"{100 * kind.kept:.0f}, {100 * kind.fresh:.0f}",
+            f"{100 * kind.kept:.0f}, {100 * kind.fresh:.0f} ± {100 * kind.error:.0f}",
             *(_accuracy(arms[arm]) for arm in ARMS),
             f"{', '.join(reached)} of {arms['bn'].steps}",
         ]

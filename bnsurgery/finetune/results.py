@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from bnsurgery.statistics.moments import is_dead
+from bnsurgery.statistics.dead_channels import is_dead
 from bnsurgery.text.words import percent, thousands
 
 from .task_kind import TaskKind

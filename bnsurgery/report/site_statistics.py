@@ -16,7 +16,7 @@ from bnsurgery.records.record import InsertedSite, record
 from bnsurgery.running.batches import inputs
 from bnsurgery.running.calls import run
 from bnsurgery.running.modes import observing
-from bnsurgery.statistics.moments import is_dead
+from bnsurgery.statistics.dead_channels import is_dead
 
 IMAGES = 16  # for the histograms, which change little with more; a histogram takes longer than a convolution
 _BINS = 80

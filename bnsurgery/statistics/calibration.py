@@ -21,7 +21,7 @@ from bnsurgery.running.calls import placed, run
 from bnsurgery.running.modes import observing, training_norms
 from bnsurgery.text.words import counted
 
-from .moments import ChannelMoments, is_dead
+from .moments import ChannelMoments
 
 
 def calibrate(
@@ -119,20 +119,6 @@ def recalibrate_(bn_model: nn.Module, batches: Iterable[Any], *, progress: bool 
 def input_moments(model: nn.Module, name: str, batches: Iterable[Any]) -> ChannelMoments:
     """Measure the input of the submodule `name` in eval mode; ranks and errors are as in `calibrate`."""
     return _measure("measure", model, {name: model.get_submodule(name)}, batches, observing(model))[name]
-
-
-def warn_of_dead_channels(variances: Mapping[str, Tensor], eps: float) -> None:
-    """Warn of the dead channels of these sites: train-mode BN amplifies their small differences."""
-    dead = {name: count for name, variance in variances.items() if (count := int(is_dead(variance, eps).sum()))}
-    if dead:
-        worst = sorted(dead, key=lambda name: -dead[name])[:3]
-        listed = ", ".join(f"'{name}' {dead[name]} of {len(variances[name])}" for name in worst)
-        warnings.warn(
-            f"channels with a variance below eps ({eps:g}) on this data, dead or nearly: {sum(dead.values())} in "
-            f"{counted(len(dead), 'layer')}, most in {listed}. They stay exact; training may amplify them.",
-            BNSurgeryWarning,
-            stacklevel=3,
-        )
 
 
 def _measure(

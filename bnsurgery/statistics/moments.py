@@ -42,11 +42,6 @@ class ChannelMoments:
         return ChannelMoments(count, self.mean + delta * share, m2)
 
 
-def is_dead(variance: Tensor, eps: float) -> Tensor:
-    """By channel: σ² < eps, the norm's. Such a channel is nearly constant on the data."""
-    return variance.cpu().double() < eps
-
-
 def digest(moments: Mapping[str, ChannelMoments]) -> str:
     """SHA-256 of all moments by site name: equal for two calibrations if all their bits are."""
     sha = hashlib.sha256()

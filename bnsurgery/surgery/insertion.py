@@ -31,7 +31,8 @@ from bnsurgery.records.record import (
 from bnsurgery.running.batches import Inputs, peek
 from bnsurgery.running.calls import equal
 from bnsurgery.running.modes import evaluate
-from bnsurgery.statistics.calibration import calibrate, warn_of_dead_channels
+from bnsurgery.statistics.calibration import calibrate
+from bnsurgery.statistics.dead_channels import warn_of_dead_channels
 from bnsurgery.statistics.moments import ChannelMoments, digest
 from bnsurgery.text.words import counted, percent
 
