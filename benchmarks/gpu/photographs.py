@@ -26,9 +26,9 @@ import bnsurgery
 from benchmarks.tasks import TASKS, TRASH, divided, photographs
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.finetune import Comparison, Config, Data, Trial
-from bnsurgery.finetune.comparing import train_trial, trial_config
 from bnsurgery.finetune.grid import Run
 from bnsurgery.finetune.setup import processes
+from bnsurgery.finetune.trials import train_trial, trial_config
 from bnsurgery.images.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from bnsurgery.text.words import counted, percent
 

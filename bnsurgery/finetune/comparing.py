@@ -1,13 +1,9 @@
 """Run the trials of a comparison: here, in several processes, or together with other machines."""
 
 import json
-import math
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +11,23 @@ from torch import nn
 from tqdm import tqdm
 
 from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
-from bnsurgery.files.writing import atomic_write, make_folder, only_process_in, read_text
+from bnsurgery.files.writing import make_folder, only_process_in
 from bnsurgery.pages.style import write as write_figure
 from bnsurgery.text.words import counted, percent, thousands
 
-from .comparison import ARMS, Comparison, Trial, read_json
+from .comparison import ARMS, Comparison, Trial, holds_json, read_json, write_json
 from .config import RATES, Config
 from .datasets import Data
 from .figures import plot_comparison
-from .grid import Grid, Key, Run
-from .jobs import POLL, gpus, in_processes, raise_if_stopped
+from .grid import Grid, Key
+from .jobs import gpus, in_processes
 from .own_data import in_its_batches
 from .results import Row
-from .run_directory import RunDirectory
-from .runs import require_code_again, train
+from .runs import require_code_again
 from .setup import load_data, processes
-from .stopping import Interrupted, StopRequest, listening
+from .stopping import listening
 from .study import Study, refuse_other, require_optuna
+from .trials import Worker, trial_config, trial_file
 
 _VARIED = ("arm", "lr", "seed", "output", "num_workers", "save_every", "log_with")
 _FILES = (
@@ -128,12 +124,12 @@ def compare(
     result = Comparison(f"{name} on {data.description}", tuple(furthest[run] for run in grid.runs))
     with only_process_in(directory, "compare", _FILES, _PATIENCE):
         for run, trial in furthest.items():
-            _write(_file(directory, run), asdict(trial))
+            write_json(trial_file(directory, run), asdict(trial))
         shutil.rmtree(directory / "paused", ignore_errors=True)
         table, figure = directory / "comparison.json", directory / "comparison.png"
-        if not figure.exists() or not _holds(table, result.to_dict(), indent=1):  # drawn once, not by every worker
+        if not figure.exists() or not holds_json(table, result.to_dict(), indent=1):  # drawn once, not by every worker
             write_figure(plot_comparison(result), figure)
-            _write(table, result.to_dict(), indent=1)
+            write_json(table, result.to_dict(), indent=1)
     return result
 
 
@@ -185,89 +181,6 @@ def from_comparison(
     if before != _shared(config, opened)["data"]:
         raise DataError(f"finetune: '{directory}': the data has changed since the comparison: compare again")
     return config, opened
-
-
-def trial_config(config: Config, arm: str, lr: float, seed: int) -> Config:
-    """The configuration of one trial."""
-    epochs = math.ceil(config.epochs / 2) if arm == "bn-half" else config.epochs
-    return replace(config, arm=arm.removesuffix("-half"), lr=lr, seed=seed, epochs=epochs)
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What trains the trials, in one process."""
-
-    config: Config
-    grid: Grid
-    shared: dict[str, Any]
-    storage: str | Path
-    model: nn.Module | None
-    data: Data | None
-
-    def study(self, stop: StopRequest) -> Study:
-        """The study of its trials, which has the name of the output directory."""
-        return Study(self.storage, Path(self.config.output).resolve().name, self.shared, stop)
-
-    def work(
-        self, study: Study, stop: StopRequest, report: Callable[[int, Row], object]
-    ) -> Iterator[Mapping[Key, Trial]]:
-        """Train what the grid lacks, until all of it has a result; yields the results of all workers after each.
-
-        `report` is called with the id of the trial that is trained and each of its validations.
-        """
-        while True:
-            results = study.results()
-            yield results
-            lacking = self.grid.lacking(results)
-            if not lacking:
-                return
-            raise_if_stopped(stop)
-            taken = study.take(lacking)
-            if taken is None:
-                time.sleep(POLL)
-                continue
-            key, trial_id = taken
-            with study.running(trial_id), suppress(Interrupted):  # raised again above, naming what is kept
-                trial, head = run_trial(key, self, partial(report, trial_id))
-                study.finish(trial_id, trial, head)
-                _write(_file(Path(self.config.output), key[:3]), asdict(trial))
-
-
-def run_trial(key: Key, worker: Worker, report: Callable[[Row], object]) -> tuple[Trial, str]:
-    """Train one trial of a worker's grid, as `train_trial` does."""
-    run, share = key[:3], key[3]
-    of_bn = (run for run in worker.grid.runs if run[0] == "bn")
-    return train_trial(
-        run,
-        trial_config(worker.config, *run),
-        worker.model,
-        worker.data,
-        measures_kind=run == min(of_bn, default=None),  # the rate least likely to diverge
-        share=share,
-        paused=RunDirectory(Path(worker.config.output) / "paused" / "-".join(map(str, run))),
-        report=report,
-    )
-
-
-def train_trial(run: Run, config: Config, model: nn.Module | None, data: Data | None, **more: Any) -> tuple[Trial, str]:
-    """Train one trial, with its `trial_config` and more arguments of `train`.
-
-    Returns:
-        The trial and where its head came from, in words. A divergence is a result, which tells nothing of the head.
-    """
-    from .loop import DivergedError
-
-    try:
-        result = train(config, None, model, data, **more)
-    except DivergedError as error:
-        return Trial(*run, "", error.reason or str(error), (), error.seconds), ""
-    started = result.resolved
-    trial = Trial(
-        *run, started.statistics, None, result.rows, result.seconds or 0.0,
-        start_accuracy=started.start_accuracy, kind=started.kind, test_accuracy=result.test_accuracy,
-        raced_out=result.final.epoch < config.epochs,
-    )  # fmt: skip
-    return trial, started.head
 
 
 class _Progress:
@@ -345,27 +258,4 @@ def _claim(directory: Path, shared: dict[str, Any]) -> None:
     if path.exists():
         refuse_other(read_json(path), shared, f"'{directory}'", "name another `output`")
     else:
-        _write(path, shared, indent=1)
-
-
-def _file(directory: Path, run: Run) -> Path:
-    arm, lr, seed = run
-    return directory / "trials" / f"{arm}-{lr!r}-{seed}.json"
-
-
-def _write(path: Path, value: Any, indent: int | None = None) -> None:
-    if not _holds(path, value, indent):
-        with atomic_write(path, overwrite=True) as temporary:
-            temporary.write_text(_text(value, indent), encoding="utf-8", newline="\n")
-
-
-def _holds(path: Path, value: Any, indent: int | None = None) -> bool:
-    """Whether `_write` has been there already, in this worker or another."""
-    try:
-        return read_text(path) == _text(value, indent)
-    except (OSError, ValueError):
-        return False
-
-
-def _text(value: Any, indent: int | None) -> str:
-    return json.dumps(value, indent=indent) + "\n"
+        write_json(path, shared, indent=1)

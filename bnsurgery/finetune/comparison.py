@@ -1,5 +1,6 @@
 """The results of the same fine-tuning with and without BatchNorm, over learning rates and seeds."""
 
+import json
 import math
 import statistics
 import textwrap
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bnsurgery.errors import CheckpointError
-from bnsurgery.files.writing import read_text
+from bnsurgery.files.writing import atomic_write, read_text
 from bnsurgery.text.tables import WIDTH, table
 from bnsurgery.text.typed_json import loads, parse
 from bnsurgery.text.words import counted, percent, thousands
@@ -274,6 +275,25 @@ def read_json(path: Path) -> Any:
         return loads(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}': cannot be read: {error}. Remove it to have it made again.") from error
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write a value for `read_json`, unless the file holds it already."""
+    if not holds_json(path, value, indent):
+        with atomic_write(path, overwrite=True) as temporary:
+            temporary.write_text(_text(value, indent), encoding="utf-8", newline="\n")
+
+
+def holds_json(path: Path, value: Any, indent: int | None = None) -> bool:
+    """Whether `write_json` has been there already, in this worker or another."""
+    try:
+        return read_text(path) == _text(value, indent)
+    except (OSError, ValueError):
+        return False
+
+
+def _text(value: Any, indent: int | None) -> str:
+    return json.dumps(value, indent=indent) + "\n"
 
 
 def _raced_out(trials: Sequence[Trial]) -> bool:

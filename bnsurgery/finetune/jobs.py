@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.queues import SimpleQueue
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,14 +21,10 @@ from .grid import Key
 from .setup import computes_on, load_data
 from .stopping import Interrupted, StopRequest, listening
 from .study import Study
-
-if TYPE_CHECKING:
-    from .comparing import Worker
-
-POLL = 0.5  # seconds between two looks at what other workers do
+from .trials import POLL, Worker, raise_if_stopped
 
 
-def in_processes(worker: "Worker", jobs: int, study: Study, stop: StopRequest) -> Iterator[Mapping[Key, Trial]]:
+def in_processes(worker: Worker, jobs: int, study: Study, stop: StopRequest) -> Iterator[Mapping[Key, Trial]]:
     """Let `jobs` processes do the work, each with its share of the processors and GPUs."""
     results = study.results()
     yield results
@@ -75,7 +70,7 @@ def gpus(config: Config) -> int:
     return torch.cuda.device_count() if place.type == "cuda" and place.index is None else 0
 
 
-def _in_process(worker: "Worker", threads: int, errors: "SimpleQueue[BNSurgeryError]") -> None:
+def _in_process(worker: Worker, threads: int, errors: "SimpleQueue[BNSurgeryError]") -> None:
     """Do a worker's work in a process of its own, which ends when its parent does."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # the first process tells the same
@@ -111,9 +106,3 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def raise_if_stopped(stop: StopRequest) -> None:
-    """End the comparison if a signal asked for it."""
-    if stop.signum:
-        raise Interrupted("compare: stopped; finished trials are kept, the same command again goes on", stop.signum)

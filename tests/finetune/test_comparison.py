@@ -12,7 +12,7 @@ from warm_process import FORKSERVER
 
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.finetune import comparing
+from bnsurgery.finetune import comparing, jobs, trials
 from bnsurgery.finetune.comparison import Comparison, Trial
 from bnsurgery.finetune.results import Row
 
@@ -150,8 +150,8 @@ def test_finished_trials_are_not_run_again(model, data, config, monkeypatch):
     for path in files:
         path.unlink()
     ran = []
-    run_trial = comparing.run_trial
-    monkeypatch.setattr(comparing, "run_trial", lambda key, *rest: ran.append(key) or run_trial(key, *rest))
+    run_trial = trials.run_trial
+    monkeypatch.setattr(trials, "run_trial", lambda key, *rest: ran.append(key) or run_trial(key, *rest))
     assert compared(config, model, data, arms=("bn",)) == first
     assert not ran and {path: path.read_bytes() for path in files} == files and len(files) == 3
     more = compared(config, model, data, arms=("bn", "plain"), rates=(0.3,))
@@ -185,7 +185,7 @@ def _diverge(*args, **kwargs):
 
 def test_trials_in_processes_of_their_own_give_the_same(model, data, config, tmp_path, monkeypatch, capsys):
     """They use more threads than the one here. test_own_data.py has processes that begin as users' do."""
-    monkeypatch.setattr(comparing.multiprocessing, "get_context", lambda method: FORKSERVER)
+    monkeypatch.setattr(jobs.multiprocessing, "get_context", lambda method: FORKSERVER)
     both = {"model": model, "data": data, "arms": ("bn", "plain"), "rates": (0.1, 0.03), "show": True}
     alone = finetune.compare(config(epochs=2), **both)
     (head,) = heads(capsys.readouterr().out)
@@ -212,7 +212,7 @@ def test_another_comparison_is_not_mixed_in(model, data, config):
 
 
 def test_a_signal_ends_it_and_keeps_what_is_finished(data, config, monkeypatch):
-    run_trial, ran = comparing.run_trial, []
+    run_trial, ran = trials.run_trial, []
 
     def interrupt_the_second(key, *rest):
         ran.append(key)
@@ -220,7 +220,7 @@ def test_a_signal_ends_it_and_keeps_what_is_finished(data, config, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return run_trial(key, *rest)
 
-    monkeypatch.setattr(comparing, "run_trial", interrupt_the_second)
+    monkeypatch.setattr(trials, "run_trial", interrupt_the_second)
     with pytest.raises(finetune.Interrupted) as error:
         compared(config, tiny(), data, arms=("plain",), rates=(0.03, 0.1, 0.3))
     assert error.value.signum == signal.SIGTERM

@@ -24,7 +24,7 @@ from warm_process import WarmProcess
 
 from bnsurgery import finetune
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
-from bnsurgery.finetune import comparing, storages, study
+from bnsurgery.finetune import comparing, storages, study, trials
 from bnsurgery.finetune.comparison import Trial
 from bnsurgery.finetune.grid import Grid
 from bnsurgery.finetune.results import Row
@@ -83,14 +83,14 @@ def storage(request, tmp_path):
 def _work(config, storage, dies, log):
     """One of the processes: note what it trains; one of them stands still in the middle of its first trial."""
     study.BEAT, study.GRACE = 0.5, 10.0
-    run_trial = comparing.run_trial
+    run_trial = trials.run_trial
 
     def noting(key, worker, report):
         with Path(log).open("a") as file:
             file.write(json.dumps([os.getpid(), *key]) + "\n")
         return run_trial(key, worker, (lambda row: _stand_still(log)) if dies else report)
 
-    comparing.run_trial = noting
+    trials.run_trial = noting
     data = finetune.from_tensors(patterns(96, 1), patterns(40, 2), ["nw", "ne", "sw", "se"])
     finetune.compare(config, model=tiny(), data=data, storage=storage, **GRID)
 
@@ -134,7 +134,7 @@ def test_three_processes_train_each_trial_once_and_one_of_them_is_killed(storage
 
 def test_a_stopped_worker_gives_its_trial_back_and_others_do_not_wait(model, data, config, monkeypatch):
     options = {"arms": ("plain",), "rates": (0.1,), "model": model, "data": data}
-    monkeypatch.setattr(comparing, "run_trial", lambda *_: signal.raise_signal(signal.SIGINT) or _interrupt())
+    monkeypatch.setattr(trials, "run_trial", lambda *_: signal.raise_signal(signal.SIGINT) or _interrupt())
     with pytest.raises(finetune.Interrupted, match="the same command again goes on"):
         finetune.compare(config(epochs=1), **options)
     monkeypatch.undo()
@@ -179,7 +179,7 @@ def test_the_bar_shows_what_all_workers_do(tmp_path, config, monkeypatch, capsys
     grid, options = Grid(("plain", "bn"), (0.03, 0.3), 1), config(epochs=4)
     row = Row(1.0, 6, 0.02, 1.0, 0.5, 0.7, 0.75, 900.0)
     here, there = (study.Study(tmp_path / "study.db", "one", SHARED, StopRequest()) for _ in range(2))
-    worker = comparing.Worker(options, grid, SHARED, tmp_path / "study.db", None, None)
+    worker = trials.Worker(options, grid, SHARED, tmp_path / "study.db", None, None)
     with comparing._Progress(worker, here, "image", True) as progress:
         bar = progress._bar
         progress.update(here.results())
@@ -362,7 +362,7 @@ def trial(accuracy):
 
 @needs_postgres
 def test_a_server_that_is_lost_in_the_middle_of_a_trial_is_waited_for(server, model, data, config, monkeypatch):
-    run_trial = comparing.run_trial
+    run_trial = trials.run_trial
 
     def lose_it(*arguments):
         found = run_trial(*arguments)
@@ -370,7 +370,7 @@ def test_a_server_that_is_lost_in_the_middle_of_a_trial_is_waited_for(server, mo
         threading.Timer(2.0, server.start).start()
         return found
 
-    monkeypatch.setattr(comparing, "run_trial", lose_it)
+    monkeypatch.setattr(trials, "run_trial", lose_it)
     options = {"arms": ("plain",), "rates": (0.1,), "model": model, "data": data, "storage": server.url}
     with pytest.warns(BNSurgeryWarning, match="is lost: .*Waiting for it"):
         result = finetune.compare(config(epochs=1, output=config().output + "-lost"), **options)

@@ -218,7 +218,7 @@ def test_comparison():
     assert "× at 1" in labels["by-rate"] and "bn ends at 80.0 % at rate 1" in labels["by-step"]
     assert "plain 2" in labels["time"] and "bn 4" in labels["time"]  # without the one that diverged
     assert dict(page.facts)["judged on"].startswith("the validation part") and "task" not in dict(page.facts)
-    more = {"test_accuracy": 0.5, "start_accuracy": 0.25, "kind": TaskKind(0.5, 0.48)}
+    more = {"test_accuracy": 0.5, "start_accuracy": 0.25, "kind": TaskKind(0.5, 0.48, 300, 0.03)}
     tested = tuple(t if t.diverged else dataclasses.replace(t, **more) for t in COMPARISON.trials)
     page = report.comparison(Comparison("tested", tested))
     facts, arms = dict(page.facts), page.sections[0].table
@@ -248,7 +248,7 @@ def test_training(tmp_path):
     assert page.verdict == "75.00 % of the validation images right, in epoch 2 of 2."
     assert "vgg11 fine-tuned on patterns" in text and "a batch of 64 is large enough" in text
     assert not {"at start", "task"} & {*dict(page.facts)}
-    measured = dataclasses.replace(RESOLVED, start_accuracy=0.25, kind=TaskKind(0.67, 0.48))
+    measured = dataclasses.replace(RESOLVED, start_accuracy=0.25, kind=TaskKind(0.67, 0.48, 300, 0.03))
     facts = dict(report.training(dataclasses.replace(RESULT, resolved=measured), config).facts)
     assert facts["at start"] == "25.00 %" and facts["task"].startswith("near: ")
 
