@@ -12,18 +12,18 @@ from .race import raced, steps
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {
-    "trash-vgg19": "quarter-width VGG-19, 500 photos of waste",
-    "vgg19-mnist": "quarter-width VGG-19, 1,000 MNIST digits",
-    "mnist-camera": "mnist_cnn, 500 digits of another camera",
+    "trash-vgg19": "quarter VGG-19, 500 photos",
+    "vgg19-mnist": "quarter VGG-19, 1,000 of MNIST",
+    "mnist-camera": "mnist_cnn, 500 digits, other camera",
     "mnist-noise": "mnist_cnn, 200 noisy digits",
-    "trash": "SqueezeNet 1.0, 500 photos of waste",
-    "digits-camera": "small VGG, 100 digits of another camera",
+    "trash": "SqueezeNet 1.0, 500 photos",
+    "digits-camera": "small VGG, 100 digits, other camera",
     "digits": "small VGG, digits 0–4 to 5–9",
-    "mnist-turned": "mnist_cnn, 1,000 digits turned by 90°",
+    "mnist-turned": "mnist_cnn, 1,000 digits turned 90°",
     "mnist-new-head": "the same with a new head",
-    "digits-scanner": "VGG of MNIST, 50 digits of another scanner",
+    "digits-scanner": "MNIST VGG, 50 digits, other scanner",
     "mnist-inverted": "mnist_cnn, 1,000 inverted digits",
-    "trash-cifar": "cifar_cnn_large, 1,500 photos of waste",
+    "trash-cifar": "cifar_cnn_large, 1,500 photos",
 }
 ARMS = ("plain", "bn", "bn-naive")
 
@@ -41,7 +41,7 @@ def rows(found: dict[str, Comparison]) -> dict[str, str]:
         reached = (f"{arms[arm].to_plain or '–'}" for arm in ("plain", "bn"))
         cells = [
             TASKS[name],
-            f"{100 * kind.kept:.0f}, {100 * kind.fresh:.0f} ± {100 * kind.error:.0f}",
+            f"{100 * kind.kept:.0f}, {100 * kind.fresh:.0f}±{100 * kind.error:.0f}",
             *(_accuracy(arms[arm]) for arm in ARMS),
             f"{', '.join(reached)} of {arms['bn'].steps}",
         ]
@@ -92,7 +92,7 @@ def _bn_ahead(comparison: Comparison) -> bool:
 
 def _accuracy(arm: ArmSummary) -> str:
     assert arm.accuracy is not None and arm.spread is not None
-    return f"{100 * arm.accuracy:.1f} ± {50 * arm.spread:.1f} ({arm.lr:g})"
+    return f"{100 * arm.accuracy:.1f}±{50 * arm.spread:.1f} ({arm.lr:g})"
 
 
 def _short(arm: ArmSummary) -> str:

@@ -159,7 +159,7 @@ def test_finished_trials_are_not_run_again(model, data, config, monkeypatch):
 
 
 def test_a_divergence_is_a_result(model, data, config, monkeypatch):
-    monkeypatch.setattr(comparing, "train", _diverge)
+    monkeypatch.setattr(trials, "train", _diverge)
     result = compared(config, model, data, arms=("plain",))
     assert [t.diverged for t in result.trials] == ["no number"] * 2
     assert result.summary()[0].accuracy is None
