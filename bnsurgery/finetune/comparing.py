@@ -162,6 +162,8 @@ def from_comparison(
         Traceback (most recent call last):
         bnsurgery.errors.CheckpointError: 'no-comparison': no such file: no comparison has finished there
     """
+    if unknown := sorted(set(varied) - {"seed", "num_workers", "save_every", "log_with"}):
+        raise BNSurgeryError(f"finetune: `from_comparison`: the comparison fixes {', '.join(unknown)}: leave it out")
     directory = Path(directory)
     best = Comparison.read(directory).winner
     if best is None or best.lr is None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -82,7 +83,7 @@ def _in_process(worker: Worker, threads: int, errors: "SimpleQueue[BNSurgeryErro
             for _ in worker.work(study, stop, study.report):
                 pass
     except Interrupted:
-        pass
+        sys.exit(1)  # its parent, if that goes on, must not take this for the end of the work
     except BNSurgeryError as error:
         errors.put(error)
 

@@ -91,7 +91,7 @@ class Trainer:
         self._look_every = 1 if alone_on_cpu else _LOOK_EVERY
         self._saved = time.monotonic()
         self._saved_step: int | None = None
-        self.seconds = 0.0  # of `fit`
+        self.seconds = 0.0  # of `fit`, and of those before a pause
         self._clock, self._timed = time.perf_counter(), 0  # since the last validation, and the images trained on
 
     def fit(self, stop: StopRequest) -> None:
@@ -109,7 +109,7 @@ class Trainer:
                     bar.set_description(f"epoch {self.setup.batches.epoch + 1}/{self.config.epochs}", refresh=False)
                     self._train_epoch(bar, stop)
         except DivergedError as error:
-            error.seconds = time.perf_counter() - begun
+            error.seconds = self.seconds + time.perf_counter() - begun
             raise
         except (CheckpointError, DataError) as error:
             raise type(error)(f"{str(error).rstrip('.')}.{self._resumable()}") from error
@@ -118,7 +118,7 @@ class Trainer:
                 raise
             reason = str(error).strip().splitlines()[0]
             raise BNSurgeryError(f"finetune: the device failed: {reason}.{self._resumable()}") from error
-        self.seconds = time.perf_counter() - begun
+        self.seconds += time.perf_counter() - begun
 
     def _train_epoch(self, bar: Any, stop: StopRequest) -> None:
         for images, labels in self._batches(bar, stop):
@@ -247,7 +247,7 @@ class Trainer:
             self.norms += norm_rows(self.network, self.step)
             if self.directory is not None and self.accelerator.is_main_process:
                 best = self.network if is_best else None
-                self.directory.log(self.rows, self.norms, best, self.setup.resolved.lr)
+                self.directory.log(self.rows, self.norms, best, self.setup.resolved)
         if self.show:
             tqdm.write(str(row))
         if self._report is not None:
@@ -332,6 +332,7 @@ class Trainer:
         scaler, conditioner = self.accelerator.scaler, self.setup.conditioner
         return {
             "step": self.step,
+            "seconds": self.seconds,
             "started_from": record(self.network).weights_digest,
             "rows": [asdict(row) for row in self.rows],
             "norms": [asdict(row) for row in self.norms],
@@ -353,6 +354,7 @@ class Trainer:
             self.step = self._saved_step = parse(int, state["step"], "step")
             if not 0 <= self.step <= self.steps:
                 raise ValueError(f"step {self.step} of {self.steps}")
+            self.seconds = parse(float, state["seconds"], "seconds")
             self.rows = list(parse(tuple[Row, ...], state["rows"], "rows"))
             self.norms = list(parse(tuple[NormRow, ...], state["norms"], "norms"))
             self.losses, self.accuracies = (

@@ -1,9 +1,11 @@
 """The results of a run: the values chosen at its start, its range test, and its validations."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from bnsurgery.errors import NonFiniteError
 from bnsurgery.statistics.dead_channels import is_dead
 from bnsurgery.text.words import percent, thousands
 
@@ -62,7 +64,7 @@ class NormRow:
         smallest, median, largest: σ = √running_var over the channels, in activation units.
 
     Raises:
-        ValueError: there are no channels, more dead ones than channels, or σ is not in this order.
+        ValueError: there are no channels, more dead ones than channels, or σ is not finite or not in this order.
 
     Examples:
         >>> bnsurgery.finetune.NormRow(8, "features.1", 64, dead=0, smallest=0.2, median=0.5, largest=1.5).dead
@@ -78,10 +80,10 @@ class NormRow:
     largest: float
 
     def __post_init__(self) -> None:
-        if not (0 <= self.dead <= self.channels > 0 and 0 <= self.smallest <= self.median <= self.largest):
+        if not (0 <= self.dead <= self.channels > 0 and 0 <= self.smallest <= self.median <= self.largest < math.inf):
             raise ValueError(
                 f"got {self.dead} dead of {self.channels} channels, and σ from {self.smallest} by {self.median} to "
-                f"{self.largest}, expected an ascending order"
+                f"{self.largest}, expected finite values in ascending order"
             )
 
 
@@ -95,6 +97,8 @@ def norm_rows(network: nn.Module, step: int) -> list[NormRow]:
     rows = []
     for name, norm in norms.items():
         variance = norm.running_var.detach().cpu().double()  # type: ignore[union-attr]
+        if not variance.isfinite().all():
+            raise NonFiniteError(f"the running variance of '{name}' is not finite")
         sigma, dead = variance.sqrt(), int(is_dead(variance, norm.eps).sum())
         rows.append(NormRow(step, name, len(sigma), dead, *(sigma.quantile(q).item() for q in (0.0, 0.5, 1.0))))
     return rows

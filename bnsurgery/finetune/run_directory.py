@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .events import EventFile
     from .trackers import Tracker
 
-_VERSION = 1
+_VERSION = 2  # 1 had no norms
 _PEAK = "peak_lr"  # a column of metrics.csv
 _AnyRow = TypeVar("_AnyRow", Row, NormRow)
 _FILES = ("config.json", "*.csv", "*.png", "best.safetensors", "last", "last/state.pt", "tensorboard")
@@ -42,7 +42,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.curves: EventFile | Tracker | None = None  # for TensorBoard, from the first validation on
+        self.curves: EventFile | Tracker | None = None  # TensorBoard's from the first validation on
 
     @property
     def best(self) -> Path:
@@ -128,7 +128,10 @@ class RunDirectory:
             best = f" A new run can start from '{self.best}'." if self.best.exists() else ""
             raise CheckpointError(f"'{self.last}': damaged, so this run cannot be resumed.{best}") from error
         if version != _VERSION:
-            raise CheckpointError(f"'{self.last}': of version {version}, expected {_VERSION}")
+            raise CheckpointError(
+                f"'{self.last}': of version {version}, expected {_VERSION}: finish this run with the version of "
+                "bnsurgery that began it, or start a new one with another `output`"
+            )
         return state
 
     def log_rate_range(self, found: RateRange) -> None:
@@ -137,10 +140,10 @@ class RunDirectory:
         self._write_table("lr_range.csv", columns, zip(found.rates, found.measured, found.losses, strict=True))
         write_figure(plot_rate_range(found.rates, found.losses, found.chosen), self.path / "lr_range.png")
 
-    def log(self, rows: Sequence[Row], norms: Sequence[NormRow], best: nn.Module | None, peak: float) -> None:
+    def log(self, rows: Sequence[Row], norms: Sequence[NormRow], best: nn.Module | None, resolved: Resolved) -> None:
         """Write the rows to metrics.csv and curves.png, the norms' to norms.csv, `best`, and the last row to `curves`.
 
-        `peak`, the highest rate of the run, is in every line of metrics.csv, beside the rate of that step.
+        The peak rate is in every line of metrics.csv, beside the rate of that step.
         """
         from .events import EventFile  # needs TensorBoard
 
@@ -148,10 +151,11 @@ class RunDirectory:
             kept = sharing_tensors(best)
             unfuse_relu_(kept)  # as other tools expect it
             checkpoint.save(kept, self.best, overwrite=True)
-        self._write_table("metrics.csv", (*Row.__dataclass_fields__, _PEAK), ((*astuple(row), peak) for row in rows))
+        lines = ((*astuple(row), resolved.lr) for row in rows)
+        self._write_table("metrics.csv", (*Row.__dataclass_fields__, _PEAK), lines)
         if norms:  # the arm "plain" has none
             self._write_table("norms.csv", tuple(NormRow.__dataclass_fields__), map(astuple, norms))
-        write_figure(plot_curves(rows, start=self.read_config()[2].start_accuracy), self.path / "curves.png")
+        write_figure(plot_curves(rows, start=resolved.start_accuracy), self.path / "curves.png")
         self.curves = self.curves or EventFile(self.path / "tensorboard", rows[-1].step)
         self.curves.add(rows[-1].scalars, rows[-1].step)
 

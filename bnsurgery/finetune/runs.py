@@ -1,7 +1,7 @@
 """Start a run, or resume one."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bnsurgery.errors import BNSurgeryError, DataError
+from bnsurgery.errors import BNSurgeryError, CheckpointError, DataError
 from bnsurgery.files.writing import make_folder
 from bnsurgery.machine.devices import keeping_random
 from bnsurgery.networks import factories
@@ -270,7 +270,8 @@ def train(
                 print(f"start        {percent(setup.resolved.start_accuracy)} of the validation {data.thing}s right")
         torch.manual_seed(config.seed + accelerator.process_index)  # each rank draws its own dropout
         if paused is not None:
-            state = paused.load_state()
+            with suppress(CheckpointError):  # damaged, or of another version: from the start
+                state = paused.load_state()
         if state is not None:
             trainer.load_state_dict(state)
         if show:

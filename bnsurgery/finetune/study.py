@@ -112,11 +112,13 @@ class Study:
 
     def under_way(self) -> dict[Key, Row]:
         """The last validation of each running trial that has had one, whoever trains it."""
-        return {
-            self._key(trial): parse(Row, trial.user_attrs["row"], f"compare: {self._where}: trial {trial.number}")
-            for trial in self._patiently(self._trials)
-            if trial.state.name == "RUNNING" and "row" in trial.user_attrs
-        }
+        with suppress(*lost_errors()):  # a trial does not wait for its bar
+            return {
+                self._key(trial): parse(Row, trial.user_attrs["row"], f"compare: {self._where}: trial {trial.number}")
+                for trial in self._trials()
+                if trial.state.name == "RUNNING" and "row" in trial.user_attrs
+            }
+        return {}
 
     def head(self, key: Key) -> str:
         """What became of the head in a finished trial, in words."""
@@ -318,7 +320,10 @@ class Study:
                 try:
                     stack.enter_context(locked(self._file.with_name(f".bnsurgery-{self._file.name}.lock")))
                     break
-                except LockedError:
+                except LockedError as error:
+                    if self._stop.signum:
+                        text = f"compare: stopped while {self._where} was locked by {error}"
+                        raise Interrupted(f"{text}; the same command again goes on", self._stop.signum) from error
                     time.sleep(0.02)
             yield
 

@@ -78,6 +78,7 @@ class LightningCallback(Callback):
         """Insert at the start of `Trainer.fit`, on every process."""
         if stage != "fit":
             return
+        self._measured_at, self.folded = 0, None  # of an earlier fit
         network = self._network(pl_module)
         if self.batches is None:
             source = trainer.datamodule or pl_module
