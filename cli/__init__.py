@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
         code = returned if isinstance(returned, int) else 0
     except click.ClickException as error:
         error.show(usage := io.StringIO())
-        click.echo(_printable(usage.getvalue()), err=True, nl=False)
+        click.echo(_printable(usage.getvalue().rstrip(), indent=""), err=True)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         sys.unraisablehook = lambda _: None  # an interrupted progress bar complains when it is freed
@@ -86,6 +86,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _complain("out of memory: use fewer images at a time, or smaller ones.")
     except OSError as error:
         _complain(f"{error.filename or 'standard output, perhaps after a file was written'}: {error.strerror or error}")
+    if args is None:
+        sys.stdout = sys.stderr  # a library that prints as the process ends does not spoil the output
     sys.exit(code)
 
 
@@ -94,7 +96,7 @@ def _complain(message: str, kind: str = "Error", colour: str = "red") -> None:
     click.echo(f"{click.style(f'{kind}:', fg=colour, bold=True)} {_printable(message)}", err=True, color=color)
 
 
-def _printable(message: str) -> str:
+def _printable(message: str, indent: str = "  ") -> str:
     """The message with flags, in which no name from a file steers the terminal, fills it, or looks like a message."""
     lines = with_flags(message, cli.at_hand).split("\n")[:_MAX_LINES]
-    return "\n  ".join(printable(line, _MAX_LINE) for line in lines)
+    return f"\n{indent}".join(printable(line, _MAX_LINE) for line in lines)

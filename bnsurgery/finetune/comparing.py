@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +94,16 @@ def compare(
         >>> finetune.compare(config, arms=("plain", "bn"), rates=(0.1,), model=model).arms
         ('plain', 'bn')
     """
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown or not arms or not rates or not 1 <= seeds <= 1000:
-        raise BNSurgeryError(
-            f"compare: got arms {', '.join(arms)}, {len(rates)} rates, {seeds} seeds; arms: {', '.join(ARMS)}"
-        )
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise BNSurgeryError(f"compare: `arms`: got {unknown[0]!r}, expected some of {', '.join(ARMS)}")
+    if wrong := [rate for rate in rates if not 0 < rate < 1000]:
+        raise BNSurgeryError(f"compare: `rates`: got {wrong[0]:g}, expected numbers above 0 and below 1000")
+    if not arms or not rates or not 1 <= seeds <= 1000:
+        raise BNSurgeryError(f"compare: got {len(arms)} arms, {len(rates)} rates and {seeds} seeds, expected 1 or more")
     if processes(config).num_processes > 1:
         raise BNSurgeryError("compare: every trial is one process: start it without torchrun or accelerate launch")
     require_optuna()
     grid = Grid(tuple(dict.fromkeys(arms)), tuple(dict.fromkeys(map(float, rates))), seeds, race)
-    for lr in grid.rates:
-        replace(config, lr=lr)  # which checks it
     data = data or load_data(config, show)
     config = in_its_batches(config, data)
     directory = make_folder(config.output)

@@ -248,7 +248,7 @@ class Comparison:
             text += " (one seed: how much of that is chance is not known)"
         elif abs(gain) <= noise:
             text += f", which is within the spread over seeds ({noise:.2f})"
-        if ours.to_plain is not None:
+        if gain >= 0 and ours.to_plain is not None:
             text += f". It reaches plain's accuracy after {thousands(ours.to_plain)} of {counted(ours.steps, 'step')}"
         if (ahead := points.get("bn-naive", 0.0) - points["bn"]) > 0:
             text += f". bn-naive is ahead of bn by {ahead:.2f} points"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnsurgery._version import __version__
+from bnsurgery.errors import printable
 from bnsurgery.files.writing import atomic_write, check_writable, make_folder
 from bnsurgery.text.tables import cell_text, is_number
 
@@ -15,6 +16,8 @@ from .style import inline_svg, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_LONGEST = 2000  # characters of a paragraph: names in it can come from an untrusted file
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Report:
             loader=PackageLoader(__package__, "."),
             autoescape=True,
             undefined=StrictUndefined,
-            finalize=lambda value: cell_text(value) if type(value) is str else value,  # not Markup
+            finalize=lambda value: printable(value, _LONGEST) if type(value) is str else value,  # not Markup
             trim_blocks=True,
             lstrip_blocks=True,
         )

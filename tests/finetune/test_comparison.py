@@ -207,7 +207,7 @@ def test_another_comparison_is_not_mixed_in(model, data, config):
         (Path(config().output) / "shared.json").write_text(damage)
         with pytest.raises(BNSurgeryError, match="damaged. Remove"):
             compared(config, model, data, arms=("plain",), rates=(0.1,))
-    with pytest.raises(BNSurgeryError, match="got arms nonsense"):
+    with pytest.raises(BNSurgeryError, match="`arms`: got 'nonsense', expected some of plain"):
         compared(config, model, data, arms=("nonsense",))
 
 
