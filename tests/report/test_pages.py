@@ -223,6 +223,8 @@ def test_comparison():
     page = report.comparison(Comparison("tested", tested))
     facts, arms = dict(page.facts), page.sections[0].table
     assert facts["judged on"] == "the test part" and facts["task"].startswith("far: ")
+    verdict = dataclasses.replace(page, verdict="rates, " * 100 + "the end").to_html()
+    assert "rates, the end</p>" in verdict  # not cut
     assert arms.headers[2:4] == ("at start", "accuracy") and arms.cells[0][2:4] == ["25.00 %", "50.00 %"]
 
 
