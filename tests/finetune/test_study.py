@@ -285,6 +285,16 @@ def test_workers_that_were_not_heard_of_while_the_storage_was_lost_are_not_given
         assert ours.take(keys) is None
 
 
+def test_the_bar_does_not_wait_for_a_lost_storage(tmp_path, monkeypatch):
+    found = study.Study(tmp_path / "study.db", "x", SHARED, StopRequest())
+    _, number = found.take([("bn", 0.1, 0, 1.0)])
+    found.report(number, Row(1.0, 6, 0.02, 1.0, 0.5, 0.7, 0.75, 900.0))
+    assert len(found.under_way()) == 1
+    lost = optuna.exceptions.StorageInternalError("no route to host")
+    monkeypatch.setattr(found._study, "get_trials", lambda **_: _raise(lost))
+    assert found.under_way() == {}
+
+
 def _raise(error):
     raise error
 

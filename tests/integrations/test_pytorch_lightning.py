@@ -113,6 +113,11 @@ def test_statistics_are_of_the_last_step_without_a_validation_too(make, trainer,
     with torch.no_grad():
         mean = module.model[0](data.tensors[0]).mean((0, 2, 3))
     torch.testing.assert_close(module.model[1].running_mean, mean)
+    trainer(callback, enable_checkpointing=False, limit_val_batches=0).fit(module, datamodule=datamodule)  # once more
+    with torch.no_grad():
+        again = module.model[0](data.tensors[0]).mean((0, 2, 3))
+    assert not torch.allclose(again, mean)
+    torch.testing.assert_close(module.model[1].running_mean, again)
     module, datamodule = make()
     callback = bnsurgery.integrations.LightningCallback(recalibrate=False, fold=False)
     trainer(callback, enable_checkpointing=False).fit(module, datamodule=datamodule)
