@@ -60,5 +60,5 @@ def _counts(networks: Sequence[nn.Module], setup: Setup) -> list[int]:
             counts += torch.stack([torch.ones_like(kept), kept, fresh, kept != fresh]).sum(1)
             if counts[0] * setup.accelerator.num_processes >= _IMAGES:
                 break
-    found: list[int] = setup.accelerator.reduce(counts.to(setup.accelerator.device), "sum").tolist()
+    found: list[int] = setup.accelerator.reduce(counts.to(setup.accelerator.device), "sum").cpu().tolist()
     return found

@@ -245,7 +245,8 @@ def test_compare_recommends_the_winner_and_finetune_makes_it(winner, compared, c
         (["finetune", *FAST, "--model", "net"], 1, "expected package.module:factory"),
         (["finetune", *FAST, "--batch-size", "500"], 1, "pass --batch-size 48 or less"),
         (["finetune", "--resume", "nowhere"], 1, "there is no run to resume"),
-        (["compare", *FAST[:-4], "--arms", "plain,best"], 1, "arms: plain, bn, bn-naive, bn-half"),
+        (["compare", *FAST[:-4], "--arms", "plain,best"], 1, "--arms: got 'best', expected some of plain, bn,"),
+        (["compare", *FAST[:-4], "--rates", "0.1,-1"], 1, "--rates: got -1, expected numbers above 0"),
         (["compare", *FAST[:-4], "--rates", "0.1,x"], 2, "expected numbers, separated by commas"),
     ],
 )

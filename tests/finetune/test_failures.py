@@ -72,7 +72,7 @@ def test_what_fails_in_a_validation_is_repeated(model, data, config, which):
     def read(index):
         if index == 0:
             passes.append(index)
-            if len(passes) == 3 + which:  # two for the kind of the task and one at the start come before
+            if len(passes) == 2 + which:  # one for the kind of the task and one at the start come before
                 raise DataError("image: 'photo.jpg': the server is away")
         return data.val.read(index)
 
