@@ -39,8 +39,9 @@ TERMS = {
     "data has a test part.",
     "at start": "Validation accuracy before the first step.",
     "judged on": "The part of the data whose accuracies and spreads are shown. The validation part chooses the rates.",
-    "task": "Near if a fitted head gains 10 points or more from the pretrained function before training, else far. On "
-    "a far task a fresh BatchNorm may do as well or better.",
+    "task": "Near if a fitted head gains more than 10 points from the pretrained function before training, far if it "
+    "gains less, not clear where 10 points are within two standard errors. On a far task a fresh BatchNorm may do as "
+    "well or better.",
     "dead at first": "Channels with σ² < eps at the first validation.",
     "dead at the end": "Channels with σ² < eps at the last validation: nearly constant on the training images.",
     "σ at first": "Median of σ over the channels at the first validation, in activation units.",
