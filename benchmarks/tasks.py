@@ -131,7 +131,7 @@ def _digits(low: int, high: int) -> tuple[Tensor, Tensor]:
 def _scanned_digits() -> Data:
     """Scikit-learn's digits, scanned and cut out otherwise than MNIST's: 50 to train on, 300 to choose by, 650 others.
 
-    The rest was looked at when this task was chosen for demo.py, among others of its kind.
+    Results on images of all three parts were seen when this task was chosen for demo.py, among others of its kind.
     """
     return divided(*_digits(0, 10), (50, 300, 650), _DIGITS, "50 digits of another scanner")
 
