@@ -54,13 +54,7 @@ class Task:
 
 def small_vgg(classes: int = 5) -> nn.Module:
     """Six convs and two dense layers for (N, 1, 16, 16)."""
-    layers: list[nn.Module] = []
-    channels = 1
-    for width in (16, 32, 64):
-        for _ in range(2):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            channels = width
-        layers.append(nn.MaxPool2d(2))
+    layers = [*_convs((16, 2), (32, 2), (64, 2)), nn.MaxPool2d(2)]
     head = nn.Linear(256, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, classes)
     return _initialized(nn.Sequential(*layers, nn.Flatten(), *head))
 
@@ -86,15 +80,21 @@ def mnist_vgg() -> nn.Module:
 
 
 def untrained_mnist_vgg() -> nn.Module:
+    layers = _convs((16, 2), (32, 2), (32, 4))
+    return _initialized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)))
+
+
+def _convs(*groups: tuple[int, int]) -> list[nn.Module]:
+    """Groups of so many channels and convs for images of one channel, with a pooling between two groups."""
     layers: list[nn.Module] = []
     channels = 1
-    for width, convs in ((16, 2), (32, 2), (32, 4)):
+    for width, convs in groups:
         if layers:
             layers.append(nn.MaxPool2d(2))
         for _ in range(convs):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
             channels = width
-    return _initialized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)))
+    return layers
 
 
 def _initialized(model: nn.Sequential) -> nn.Module:
